@@ -1,0 +1,89 @@
+"""What the tests compare with: transforms made by PyWavelets alone, and small models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pywt
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+WAVELETS = ("haar", "db2", "db4", "sym4", "coif1")
+
+
+def sizes(length: int, levels: int) -> list[int]:
+    """Lengths of an axis at the levels 0 ... levels."""
+    result = [length]
+    for _ in range(levels):
+        result.append(-(-result[-1] // 2))
+    return result
+
+
+def synthesis_matrix(wavelet: str, length: int, level: int, band: str) -> np.ndarray:
+    """S_{level, band}, of shape (length, d_level), column by column from pywt.idwt."""
+    lengths = sizes(length, level)
+    columns = []
+    for unit in np.eye(lengths[level]):
+        approximation, detail = (unit, None) if band == "a" else (None, unit)
+        for finer in reversed(lengths[:-1]):
+            approximation = pywt.idwt(approximation, detail, wavelet, mode="periodization")[:finer]
+            detail = None
+        columns.append(approximation)
+    return np.stack(columns, axis=1)
+
+
+def inverse_transform(coefficients: dict[str, np.ndarray], wavelet: str, shape: tuple[int, int], levels: int):
+    """The (m, n) matrix that pywt.idwtn makes of subbands named aa{L}, ad{j}, da{j}, dd{j}; missing ones are zero."""
+    rows, columns = sizes(shape[0], levels), sizes(shape[1], levels)
+    current = coefficients.get(f"aa{levels}", np.zeros((rows[-1], columns[-1])))
+    for level in range(levels, 0, -1):
+        bands = {band: coefficients.get(f"{band}{level}") for band in ("ad", "da", "dd")}
+        current = pywt.idwtn({"aa": current, **bands}, wavelet, mode="periodization")
+        current = current[: rows[level - 1], : columns[level - 1]]
+    return current + coefficients.get("aa0", 0.0)
+
+
+def dense_coefficients(layer: nn.Module, adapter: str = "default") -> dict[str, np.ndarray]:
+    """C_s = B_s A_s of every subband of an adapter layer, in float64."""
+    factor_a, factor_b = layer.wara_A[adapter], layer.wara_B[adapter]
+    return {
+        name: (factor_b.subband(name).double() @ factor_a.subband(name).double()).detach().numpy()
+        for name in factor_a.subbands
+    }
+
+
+class Mlp(nn.Module):
+    """Two linear layers and a head."""
+
+    def __init__(self, width: int = 12, hidden: int = 20, classes: int = 3) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+class Chain(nn.Module):
+    """Five linear layers of one width."""
+
+    def __init__(self, width: int = 8, depth: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+class Conv1DModel(nn.Module):
+    """transformers' Conv1D, whose weight is (in, out)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = Conv1D(14, 9)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)
