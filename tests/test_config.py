@@ -1,0 +1,167 @@
+"""WaRAConfig: defaults, precedence of ranks, JSON, and every kind of bad value."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from peft import PeftConfig
+
+from wara_peft import WaRAConfig
+
+
+def test_defaults_have_as_many_parameters_as_lora_of_rank_8():
+    config = WaRAConfig()
+    assert (config.r, config.levels, config.wavelet, config.form) == (4, 1, "haar", "subband")
+    assert config.total_rank == 16
+    assert "R=16" in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "module", "expected"),
+    [
+        ({}, "a", {"aa1": 4, "ad1": 4, "da1": 4, "dd1": 4, "aa0": 0}),
+        ({"r": 2, "levels": 2}, "a", dict.fromkeys(["aa2", "ad2", "da2", "dd2", "ad1", "da1", "dd1"], 2) | {"aa0": 0}),
+        ({"form": "shared"}, "a", {"aa1": 4, "dd1": 4}),
+        ({"subband_ranks": {"aa1": 8, "dd1": 0}}, "a", {"aa1": 8, "ad1": 4, "da1": 4, "dd1": 0, "aa0": 0}),
+        ({"rank_pattern": {"a": 7}}, "x.a", {"aa1": 7, "ad1": 7, "da1": 7, "dd1": 7, "aa0": 0}),
+        ({"rank_pattern": {"a": 7}}, "x.b", {"aa1": 4, "ad1": 4, "da1": 4, "dd1": 4, "aa0": 0}),
+        # dict in rank_pattern > subband_ranks > int in rank_pattern > r
+        (
+            {"subband_ranks": {"aa1": 8, "ad1": 5}, "rank_pattern": {"a": {"aa1": 1}}},
+            "a",
+            {"aa1": 1, "ad1": 5, "da1": 4, "dd1": 4, "aa0": 0},
+        ),
+        (
+            {"subband_ranks": {"aa1": 8}, "rank_pattern": {"a": 2}},
+            "a",
+            {"aa1": 8, "ad1": 2, "da1": 2, "dd1": 2, "aa0": 0},
+        ),
+        ({"form": "shared", "rank_pattern": {r"layer\.\d+\.q": 3}}, "layer.11.q", {"aa1": 3, "dd1": 3}),
+    ],
+)
+def test_precedence_of_ranks(fields, module, expected):
+    assert WaRAConfig(**fields).ranks_of(module) == expected
+
+
+def test_alpha_pattern():
+    config = WaRAConfig(wara_alpha=8, alpha_pattern={"q": 2.5})
+    assert (config.alpha_of("layer.q"), config.alpha_of("layer.k")) == (2.5, 8)
+    assert WaRAConfig().alpha_of("q") is None
+
+
+def test_every_field_survives_json(tmp_path):
+    config = WaRAConfig(
+        r=3,
+        wara_alpha=7.5,
+        use_rslora=True,
+        wavelet="sym4",
+        levels=2,
+        subband_ranks={"aa2": 1, "aa0": 2},
+        rank_pattern={"q": 5, "k": {"dd1": 0}},
+        alpha_pattern={"q": 1.5},
+        wara_dropout=0.25,
+        init_weights=False,
+        target_modules=["q", "k"],
+        exclude_modules=["head"],
+        bias="wara_only",
+        modules_to_save=["head"],
+        layers_to_transform=[0],
+        layers_pattern="layers",
+        trainable_token_indices=[1, 2],
+        ensure_weight_tying=True,
+        module_shapes={"q": ["Linear", 4, 6]},
+        task_type="CAUSAL_LM",
+    )
+    config.save_pretrained(str(tmp_path))
+    assert WaRAConfig.from_pretrained(str(tmp_path)) == config
+    assert PeftConfig.from_pretrained(str(tmp_path)) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"wavelet": "har"}, ValueError, "wavelet='har' is not a wavelet.*'haar'"),
+        ({"wavelet": None}, ValueError, "wavelet=None is not a wavelet"),
+        ({"wavelet": "bior2.2"}, ValueError, "wavelet='bior2.2' is not orthogonal"),
+        ({"levels": 0}, ValueError, "levels=0 must be at least 1"),
+        ({"levels": 1.5}, TypeError, "levels=1.5 must be an int"),
+        ({"r": 0}, ValueError, "r=0 must be at least 1"),
+        ({"r": -3}, ValueError, "r=-3 must be at least 1"),
+        ({"r": True}, TypeError, "r=True must be an int"),
+        ({"form": "subbands"}, ValueError, "form='subbands' is not one of 'subband', 'shared'"),
+        ({"form": "shared", "levels": 2}, ValueError, "form='shared' has one level, not levels=2"),
+        ({"form": "shared", "subband_ranks": {"aa1": 2}}, ValueError, "leave subband_ranks None"),
+        ({"form": "shared", "rank_pattern": {"q": {"aa1": 2}}}, ValueError, "must be an int with form='shared'"),
+        ({"subband_ranks": {"aa2": 2}}, ValueError, "subband_ranks names the subband 'aa2'.*levels=1.*aa1"),
+        ({"subband_ranks": {"aa1": -1}}, ValueError, r"subband_ranks\['aa1'\]=-1 must be at least 0"),
+        ({"subband_ranks": 4}, TypeError, "subband_ranks=4 must be a dict"),
+        ({"subband_ranks": dict.fromkeys(["aa1", "ad1", "da1", "dd1"], 0)}, ValueError, "leaves every subband out"),
+        ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]=0 must be at least 1"),
+        ({"rank_pattern": {"q": {"xx1": 1}}}, ValueError, r"rank_pattern\['q'\] names the subband 'xx1'"),
+        ({"rank_pattern": {"(": 2}}, ValueError, r"rank_pattern\['\('\] is not a valid regular expression"),
+        ({"alpha_pattern": {"(": 2}}, ValueError, r"alpha_pattern\['\('\] is not a valid regular expression"),
+        ({"alpha_pattern": {"q": "2"}}, TypeError, r"alpha_pattern\['q'\]='2' must be a number"),
+        ({"wara_alpha": float("nan")}, ValueError, "wara_alpha=nan must be finite"),
+        ({"wara_dropout": 1.0}, ValueError, "wara_dropout=1.0 must be a probability"),
+        ({"bias": "wara"}, ValueError, "bias='wara' is not one of 'none', 'all', 'wara_only'"),
+        ({"init_weights": "pissa"}, ValueError, "init_weights='pissa'"),
+        ({"lora_alpha": 16}, TypeError, "unexpected keyword argument 'lora_alpha'; its name here is 'wara_alpha'"),
+        ({"lora_dropout": 0.1}, TypeError, "'lora_dropout'; its name here is 'wara_dropout'"),
+        ({"init_lora_weights": True}, TypeError, "'init_lora_weights'; its name here is 'init_weights'"),
+        ({"no_such_field": 1}, TypeError, "unexpected keyword argument 'no_such_field'"),
+        ({"target_modules": "q", "layers_to_transform": 1}, ValueError, "`layers_to_transform` cannot be used"),
+        ({"target_modules": ["q"], "layers_pattern": "h"}, ValueError, "`layers_to_transform` must also be"),
+        ({"task_type": "NOPE"}, ValueError, "Invalid task type"),
+    ],
+)
+def test_bad_values(fields, error, message):
+    with pytest.raises(error, match=message):
+        WaRAConfig(**fields)
+
+
+@pytest.mark.parametrize("field", ["a_field_of_a_later_version", "lora_alpha"])
+def test_unknown_fields_of_a_saved_config_warn(tmp_path, field):
+    WaRAConfig(r=3).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: 1}))
+    with pytest.warns(UserWarning, match=rf"Unexpected keyword arguments \['{field}'\] for class WaRAConfig"):
+        assert WaRAConfig.from_pretrained(str(tmp_path)).r == 3
+
+
+def test_unknown_values_of_a_saved_config_are_errors(tmp_path):
+    WaRAConfig().save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"form": "fractal"}))
+    with pytest.raises(ValueError, match="form='fractal'"):
+        PeftConfig.from_pretrained(str(tmp_path))
+
+
+def test_copies_are_equal():
+    config = WaRAConfig(rank_pattern={"q": 2})
+    assert copy.deepcopy(config) == config == copy.copy(config)
+
+
+class TestModelCard:
+    def test_section_is_added_once_to_the_card_at_hand(self, tmp_path):
+        card = tmp_path / "README.md"
+        card.write_text("---\nlibrary_name: peft\n---\n\n# My model\n")
+        for _ in range(2):
+            WaRAConfig().save_pretrained(str(tmp_path))
+        assert "# My model" in card.read_text()
+        assert card.read_text().count("import wara_peft\n") == 1
+
+    def test_named_adapters_use_the_card_above(self, tmp_path):
+        card = tmp_path / "README.md"
+        card.write_text("---\nlibrary_name: peft\n---\n\n# My model\n")
+        WaRAConfig().save_pretrained(str(tmp_path / "other"))
+        assert "import wara_peft" in card.read_text()
+        assert not (tmp_path / "other" / "README.md").exists()
+
+    def test_a_strangers_readme_above_is_left_alone(self, tmp_path):
+        above = tmp_path / "README.md"
+        above.write_text("# A project of mine\n")
+        WaRAConfig().save_pretrained(str(tmp_path / "adapter"))
+        assert above.read_text() == "# A project of mine\n"
+        assert "import wara_peft" in (tmp_path / "adapter" / "README.md").read_text()

@@ -1,0 +1,508 @@
+"""WaRAModel through PEFT: training, saving, several adapters, errors that leave the model untouched, merging."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config, LlamaConfig
+
+from tests.references import Chain, Conv1DModel, Mlp
+from wara_peft import WaRAConfig, WaRAModel
+from wara_peft.layer import Linear, WaRALayer
+
+
+def tiny_llama() -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=50,
+        )
+    )
+
+
+def tiny_gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=32))
+
+
+def tiny_bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, num_labels=3
+    )
+    return BertForSequenceClassification(config)
+
+
+TOKENS = torch.arange(1, 13).view(2, 6)
+
+# model, target modules, further fields: one row a case
+CASES = {
+    "llama-subband": (tiny_llama, "all-linear", {}),
+    "llama-db4-three-levels": (tiny_llama, ["q_proj", "v_proj"], {"wavelet": "db4", "levels": 3}),
+    "llama-shared": (tiny_llama, None, {"form": "shared"}),
+    "llama-aa0": (tiny_llama, r".*mlp.*proj", {"subband_ranks": {"aa0": 3}}),
+    "gpt2-subband": (tiny_gpt2, ["c_attn", "c_fc", "c_proj"], {"levels": 2}),
+    "gpt2-shared": (tiny_gpt2, None, {"form": "shared", "wavelet": "coif1"}),
+    "bert-patterns": (
+        tiny_bert,
+        "all-linear",
+        {"rank_pattern": {"query": 2, "key": {"dd1": 0}}, "alpha_pattern": {"value": 3}, "task_type": "SEQ_CLS"},
+    ),
+}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+def build(case: str, **fields) -> tuple[nn.Module, PeftModel]:
+    make, targets, more = CASES[case]
+    base = make().eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "levels=3 is more than is useful")
+        torch.manual_seed(1)
+        model = get_peft_model(copy.deepcopy(base), WaRAConfig(target_modules=targets, **more, **fields)).eval()
+    return base, model
+
+
+@pytest.mark.filterwarnings("ignore:levels=3 is more than is useful")
+class TestWorkflows:
+    @pytest.mark.parametrize("case", CASES)
+    def test_a_new_adapter_changes_nothing_and_trains(self, case):
+        base, model = build(case)
+        assert torch.equal(logits(model), logits(base))
+        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert trainable
+        assert all(".wara_" in name or "modules_to_save" in name for name in trainable)
+
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(2):
+            model(input_ids=TOKENS).logits.square().mean().backward()
+            optimizer.step()
+        assert not torch.allclose(logits(model), logits(base))
+        with model.disable_adapter():
+            if "bert" not in case:  # BERT's head trains too
+                torch.testing.assert_close(logits(model), logits(base), atol=0, rtol=0)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_save_and_load(self, case, tmp_path):
+        base, model = build(case, init_weights=False)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        assert torch.equal(logits(loaded), logits(model))
+        low_memory = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
+        assert torch.equal(logits(low_memory), logits(model))
+        assert loaded.peft_config["default"].module_shapes == model.peft_config["default"].module_shapes
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_merge_and_unload_then_save_as_a_plain_model(self, case, tmp_path):
+        base, model = build(case, init_weights=False)
+        expected = logits(model)
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert type(merged) is type(base)
+        assert not any(isinstance(module, WaRALayer) for module in merged.modules())
+        torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
+        merged.save_pretrained(tmp_path)
+        plain = type(base).from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
+
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(logits(model.unload()), logits(model))
+
+    @pytest.mark.parametrize("case", ["llama-subband", "gpt2-shared"])
+    def test_adapters_of_transformers(self, case, tmp_path):
+        make, targets, more = CASES[case]
+        base, model = build(case, init_weights=False)
+        expected = logits(model)
+        model.save_pretrained(tmp_path / "from_peft")
+
+        loaded = make().eval()
+        loaded.load_adapter(str(tmp_path / "from_peft"))
+        assert torch.equal(logits(loaded), expected)
+        loaded.disable_adapters()
+        assert torch.equal(logits(loaded), logits(base))
+        loaded.enable_adapters()
+        loaded.save_pretrained(tmp_path / "from_transformers")
+        assert "import wara_peft" in (tmp_path / "from_transformers" / "README.md").read_text()
+        again = PeftModel.from_pretrained(make().eval(), tmp_path / "from_transformers")
+        assert torch.equal(logits(again), expected)
+
+        added = make().eval()
+        added.add_adapter(WaRAConfig(target_modules=targets, **more))
+        assert torch.equal(logits(added), logits(base))
+        assert added.active_adapters() == ["default"]
+
+
+class TestKeysOnDisk:
+    def test_names_and_shapes(self, tmp_path):
+        model = get_peft_model(Mlp(), WaRAConfig(r=2, levels=2, target_modules=["up"], subband_ranks={"aa0": 1}))
+        model.save_pretrained(tmp_path)
+        found = {key: tuple(value.shape) for key, value in load_file(tmp_path / "adapter_model.safetensors").items()}
+        assert found == {
+            "base_model.model.up.wara_A.level0": (1, 12),
+            "base_model.model.up.wara_A.level1": (6, 6),
+            "base_model.model.up.wara_A.level2": (8, 3),
+            "base_model.model.up.wara_B.level0": (20, 1),
+            "base_model.model.up.wara_B.level1": (10, 6),
+            "base_model.model.up.wara_B.level2": (5, 8),
+        }
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert config["peft_type"] == "WARA"
+        assert config["module_shapes"] == {"up": ["Linear", 20, 12]}
+        assert "import wara_peft" in (tmp_path / "README.md").read_text()
+
+    def test_shared_form_and_conv1d(self, tmp_path):
+        model = get_peft_model(Conv1DModel(), WaRAConfig(r=3, form="shared", target_modules=["proj"]))
+        model.save_pretrained(tmp_path)
+        found = {key: tuple(value.shape) for key, value in load_file(tmp_path / "adapter_model.safetensors").items()}
+        assert found == {"base_model.model.proj.wara_A.level1": (3, 5), "base_model.model.proj.wara_B.level1": (7, 3)}
+        assert model.peft_config["default"].module_shapes == {"proj": ["Conv1D", 14, 9]}
+
+
+class TestSeveralAdapters:
+    def model(self) -> PeftModel:
+        torch.manual_seed(0)
+        model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up", "down"], init_weights=False))
+        other = WaRAConfig(r=2, wavelet="db2", target_modules=["up"], init_weights=False)
+        model.add_adapter("other", other)
+        return model.eval()
+
+    def test_add_switch_disable_delete(self):
+        model, x = self.model(), torch.randn(4, 12)
+        with model.disable_adapter():
+            base = model(x)
+        first = model(x)
+        model.set_adapter("other")
+        second = model(x)
+        assert not torch.allclose(first, base)
+        assert not torch.allclose(first, second)
+        model.set_adapter("default")
+        assert torch.equal(model(x), first)
+        model.delete_adapter("other")
+        assert torch.equal(model(x), first)
+        assert not any("other" in name for name in model.state_dict())
+        with pytest.warns(UserWarning, match="Adapter default was active"):
+            model.add_adapter("last", WaRAConfig(target_modules=["up"]))
+            model.delete_adapter("default")
+        assert torch.equal(model(x), base)
+
+    def test_a_further_adapter_is_frozen_until_it_is_active(self):
+        model = self.model()
+
+        def trainable() -> set[str]:
+            names = [name for name, p in model.named_parameters() if p.requires_grad]
+            return {name.split(".")[-2] for name in names}
+
+        assert trainable() == {"default"}
+        model.set_adapter("other")
+        assert trainable() == {"other"}
+
+    def test_both_active_add_up_and_merge(self):
+        model, x = self.model(), torch.randn(4, 12)
+        model.base_model.set_adapter(["default", "other"])
+        up = model.base_model.model.up
+        expected = up.base_layer(x) + x @ (up.get_delta_weight("default") + up.get_delta_weight("other")).T
+        torch.testing.assert_close(up(x), expected, atol=1e-5, rtol=1e-5)
+        before = model(x)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+
+    def test_both_are_saved_and_loaded(self, tmp_path):
+        model, x = self.model(), torch.randn(4, 12)
+        first = model(x)
+        model.set_adapter("other")
+        second = model(x)
+        model.save_pretrained(tmp_path)
+        assert "import wara_peft" in (tmp_path / "README.md").read_text()
+        loaded = PeftModel.from_pretrained(copy.deepcopy(model).unload(), tmp_path)
+        loaded.load_adapter(tmp_path / "other", adapter_name="renamed")
+        assert torch.equal(loaded.eval()(x), first)
+        loaded.set_adapter("renamed")
+        assert torch.equal(loaded(x), second)
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    return {
+        "types": {name: type(module) for name, module in model.named_modules()},
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
+    after = snapshot(model)
+    assert after["types"] == before["types"]
+    assert after["requires_grad"] == before["requires_grad"]
+    assert all(torch.equal(after["weights"][name], value) for name, value in before["weights"].items())
+
+
+class Mixed(nn.Module):
+    """Linear layers first, so that an error that comes late would find them replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.conv = nn.Conv1d(6, 6, 1)
+        self.norm = nn.LayerNorm(6)
+
+
+BAD_INJECTIONS = {
+    "unsupported target": (
+        {"target_modules": ["first", "norm", "conv"]},
+        TypeError,
+        r"Target module conv \(Conv1d\), norm \(LayerNorm\) is not supported.*Linear.*Conv1D.*exclude_modules",
+    ),
+    "no target matched": ({"target_modules": ["query"]}, ValueError, "Target modules.*query.*not found"),
+    "no target given": ({}, ValueError, "Please specify `target_modules`"),
+    "a module without ranks": (
+        {
+            "target_modules": ["first", "second"],
+            "rank_pattern": {"second": dict.fromkeys(["aa1", "ad1", "da1", "dd1"], 0)},
+        },
+        ValueError,
+        "leaves every subband out in module 'second'",
+    ),
+    "an adapter for other shapes": (
+        {
+            "target_modules": ["first", "second"],
+            "module_shapes": {"first": ["Linear", 6, 6], "second": ["Linear", 6, 8]},
+        },
+        ValueError,
+        r"'second' \(saved \(6, 8\), here \(6, 6\)\).*module_shapes=None",
+    ),
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("case", BAD_INJECTIONS)
+    def test_errors_leave_the_model_untouched(self, case):
+        fields, error, message = BAD_INJECTIONS[case]
+        model = Mixed()
+        before = snapshot(model)
+        with pytest.raises(error, match=message):
+            get_peft_model(model, WaRAConfig(**fields))
+        assert_unchanged(model, before)
+
+    @pytest.mark.parametrize("case", BAD_INJECTIONS)
+    def test_errors_of_a_second_adapter_leave_the_model_untouched(self, case):
+        fields, error, message = BAD_INJECTIONS[case]
+        model = get_peft_model(Mixed(), WaRAConfig(target_modules=["first"]))
+        before = snapshot(model)
+        with pytest.raises(error, match=message):
+            model.add_adapter("other", WaRAConfig(**fields))
+        assert_unchanged(model, before)
+        assert list(model.peft_config) == ["default"]
+
+    @pytest.mark.parametrize("name", ["level0", "level1", "level12"])
+    def test_names_of_parameters_are_refused(self, name):
+        model = Mixed()
+        before = snapshot(model)
+        config = WaRAConfig(target_modules=["first"])
+        with pytest.raises(ValueError, match=f"adapter_name='{name}' is also the name"):
+            get_peft_model(model, config, adapter_name=name)
+        assert_unchanged(model, before)
+
+    def test_transformers_model_keeps_no_failed_adapter(self):
+        model = tiny_llama()
+        model.add_adapter(WaRAConfig(target_modules=["q_proj"]))
+        with pytest.raises(TypeError, match="not supported"):
+            model.add_adapter(WaRAConfig(target_modules=["q_proj", "norm"]), adapter_name="other")
+        assert list(model.peft_config) == ["default"]
+
+    def test_a_config_serves_models_of_several_widths(self):
+        config = WaRAConfig(target_modules=["up"])
+        get_peft_model(Mlp(12), config)
+        assert get_peft_model(Mlp(8), config).peft_config["default"].module_shapes == {"up": ["Linear", 20, 8]}
+
+    def test_too_many_levels_warn_once(self):
+        with pytest.warns(UserWarning) as caught:
+            get_peft_model(Chain(width=8, depth=5), WaRAConfig(levels=4, target_modules=r"layers\.\d"))
+        assert len(caught) == 1
+        message = str(caught[0].message)
+        assert "'layers.0' (out axis of length 8: at most 3)" in message
+        assert "7 more" in message
+
+    def test_one_channel_axes_work(self):
+        model = nn.Sequential(nn.Linear(1, 5), nn.Linear(5, 1))
+        with pytest.warns(UserWarning, match=r"in axis of length 1: at most 0"):
+            adapted = get_peft_model(model, WaRAConfig(target_modules=["0", "1"], init_weights=False)).eval()
+        x = torch.randn(3, 1)
+        expected = adapted(x)
+        torch.testing.assert_close(adapted.merge_and_unload()(x), expected)
+
+    def test_two_outputs_warn(self):
+        with pytest.warns(UserWarning, match="Module 'head' has two outputs.*modules_to_save"):
+            get_peft_model(Mlp(classes=2), WaRAConfig(target_modules=["up", "head"]))
+
+
+class TestBadFiles:
+    """One clear error; the base is bit-identical, and the broken adapter can be unloaded."""
+
+    def saved(self, path) -> Mlp:
+        torch.manual_seed(0)
+        base = Mlp()
+        model = get_peft_model(copy.deepcopy(base), WaRAConfig(target_modules=["up", "down"], init_weights=False))
+        model.save_pretrained(path)
+        return base
+
+    def corrupt(self, path, kind: str) -> None:
+        weights, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+        if kind == "truncated":
+            weights.write_bytes(weights.read_bytes()[:-40])
+        elif kind == "wrong shape":
+            state = load_file(weights)
+            state["base_model.model.down.wara_A.level1"] = torch.zeros(16, 9)
+            save_file(state, weights)
+        elif kind == "unknown form":
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"form": "fractal"}))
+
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            ("truncated", "(?i)incomplete|header|safetensor"),
+            ("wrong shape", "size mismatch for base_model.model.down.wara_A"),
+            ("unknown form", "form='fractal'"),
+        ],
+    )
+    def test_loading(self, tmp_path, kind, message):
+        base = self.saved(tmp_path)
+        self.corrupt(tmp_path, kind)
+        weights = {name: value.clone() for name, value in base.state_dict().items()}
+
+        with pytest.raises(Exception, match=message):
+            PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+        model = get_peft_model(copy.deepcopy(base), WaRAConfig(target_modules=["up"]))
+        with pytest.raises(Exception, match=message):
+            model.load_adapter(tmp_path, adapter_name="broken")
+        plain = model.unload()
+        assert plain.state_dict().keys() == weights.keys()
+        assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
+
+    def test_a_base_of_another_shape(self, tmp_path):
+        self.saved(tmp_path)
+        other = Mlp(width=10)
+        before = snapshot(other)
+        with pytest.raises(ValueError, match=r"'up' \(saved \(20, 12\), here \(20, 10\)\)"):
+            PeftModel.from_pretrained(other, tmp_path)
+        assert_unchanged(other, before)
+
+    def test_a_base_without_a_saved_module_warns(self, tmp_path):
+        self.saved(tmp_path)
+        with pytest.warns(UserWarning, match="also adapts 'down'"):
+            PeftModel.from_pretrained(nn.ModuleDict({"up": nn.Linear(12, 20)}), tmp_path)
+
+
+class TestAllOrNothingMerge:
+    def model(self) -> PeftModel:
+        torch.manual_seed(0)
+        model = get_peft_model(Chain(), WaRAConfig(target_modules=r"layers\.\d", init_weights=False))
+        model.add_adapter("other", WaRAConfig(r=1, target_modules=r"layers\.\d", init_weights=False))
+        return model
+
+    def third(self, model: PeftModel) -> Linear:
+        return model.base_model.model.layers[2]
+
+    @pytest.mark.parametrize("how", ["nan", "exception"])
+    @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+    def test_failure_at_the_third_of_five_modules(self, method, how, monkeypatch):
+        model = self.model()
+        if how == "nan":
+            self.third(model).wara_A["default"].level1.data[0, 0] = float("nan")
+        else:
+            monkeypatch.setattr(self.third(model), "merge", self.fail)
+        x = torch.randn(2, 8)
+        before, expected = snapshot(model), model(x)
+
+        with pytest.raises(ValueError, match=r"layers\.2"):
+            getattr(model, method)(safe_merge=True)
+
+        assert all(isinstance(layer, Linear) for layer in model.base_model.model.layers)
+        after = snapshot(model)
+        assert after["types"] == before["types"]
+        for name, value in before["weights"].items():
+            assert torch.equal(after["weights"][name].nan_to_num(), value.nan_to_num()), name
+        assert not any(layer.merged for layer in model.base_model.model.layers)
+        assert list(model.peft_config) == ["default", "other"]
+        torch.testing.assert_close(model(x), expected, atol=0, rtol=0, equal_nan=True)
+
+    @staticmethod
+    def fail(*args, **kwargs) -> None:
+        raise ValueError("no memory left in layers.2")
+
+    def test_an_adapter_merged_before_stays_merged(self):
+        model = self.model()
+        model.merge_adapter(adapter_names=["other"])
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        self.third(model).wara_A["default"].level1.data[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="NaNs"), pytest.warns(UserWarning, match="were merged"):
+            model.merge_adapter(adapter_names=["default"], safe_merge=True)
+        for layer in model.base_model.model.layers:
+            assert layer.merged_adapters == ["other"]
+        for name, value in weights.items():
+            if "wara" not in name:
+                assert torch.equal(model.state_dict()[name], value)
+
+
+def test_supports_lora_conversion():
+    model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up"]))
+    assert model.supports_lora_conversion()
+
+
+def test_bias_trains_and_is_saved(tmp_path):
+    torch.manual_seed(0)
+    base = Mlp()
+    model = get_peft_model(copy.deepcopy(base), WaRAConfig(target_modules=["up"], bias="wara_only"))
+    assert {n for n, p in model.named_parameters() if p.requires_grad and "wara" not in n} == {
+        "base_model.model.up.base_layer.bias"
+    }
+    model.base_model.model.up.base_layer.bias.data.fill_(3.0)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert loaded.base_model.model.up.base_layer.bias.eq(3.0).all()
+
+
+def test_trainable_parameters_are_those_of_lora_of_rank_8():
+    counts = [
+        get_peft_model(tiny_llama(), config).get_nb_trainable_parameters()[0]
+        for config in (WaRAConfig(target_modules="all-linear"), LoraConfig(r=8, target_modules="all-linear"))
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_is_a_peft_tuner():
+    model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up"]))
+    assert isinstance(model.base_model, WaRAModel)
+    assert repr(model.base_model.model.up).startswith("wara.Linear(")
+    status = model.get_model_status()
+    assert (status.num_adapter_layers, status.active_adapters, status.peft_types) == (
+        1,
+        ["default"],
+        {"default": "WARA"},
+    )
+
+
+def test_compiles_without_graph_breaks():
+    model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up", "down"], levels=2, init_weights=False))
+    x = torch.randn(4, 12)
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, atol=1e-5, rtol=1e-5)

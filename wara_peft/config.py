@@ -1,0 +1,249 @@
+"""`WaRAConfig`: every choice a user makes about WaRA adapters, checked when the object is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
+
+from .model_card import add_loading_section
+from .wavelet import filters, subbands
+
+FORMS = ("subband", "shared")
+BIASES = ("none", "all", "wara_only")
+LORA_FIELDS = {
+    "lora_alpha": "wara_alpha",
+    "lora_dropout": "wara_dropout",
+    "init_lora_weights": "init_weights",
+}
+
+
+@dataclass(repr=False)
+class WaRAConfig(PeftConfig):
+    """Configuration of WaRA adapters (Wavelet Low-Rank Adaptation, arXiv 2506.24092).
+
+    ΔW = scaling · Σ_s S_out,s B_s A_s S_in,sᵀ over the subbands s of an L-level 2-D wavelet decomposition. It is a
+    LoRA update of rank R = Σ_s r_s, which with one rank r for all is (3L + 1) r, and 2r for `form="shared"`; scaling
+    = wara_alpha / R.
+
+    Args:
+        r: rank of every subband's factor pair. The default of 4 has, at one level, R = 16 and as many parameters as a
+            LoRA of rank 8.
+        wara_alpha: numerator of the scaling; None means R of each module, which makes the scaling 1. One Adam step
+            moves ΔW less than in LoRA (0.70 of it at one level, 0.51 at three), so a larger alpha or learning rate
+            than LoRA's is usually right.
+        use_rslora: scaling = wara_alpha / √R in place of wara_alpha / R.
+        wavelet: name of an orthogonal PyWavelets wavelet.
+        levels: number of decomposition levels L.
+        form: "subband" (a pair for each subband) or "shared" (one level, one pair for `aa1` and `dd1`).
+        subband_ranks: ranks by subband name, such as `{"aa1": 8, "dd1": 0}`, in place of `r`; 0 leaves a subband
+            out. `aa0` is the undecomposed matrix, and has rank 0 unless named: `{"aa0": 8}` adds plain LoRA's pair.
+        rank_pattern: by module name or regular expression, an int in place of `r` or a dict like `subband_ranks`.
+            Precedence: dict in `rank_pattern`, `subband_ranks`, int in `rank_pattern`, `r`.
+        alpha_pattern: by module name or regular expression, a number in place of `wara_alpha`.
+        wara_dropout: dropout probability on the adapter's input.
+        init_weights: True draws A as LoRA draws it, with the subband's fan-in, and sets B to zero, so that a new
+            adapter changes nothing; False draws both (for tests).
+        target_modules: names of modules to adapt, a regular expression, or "all-linear"; None picks PEFT's defaults
+            for the architecture.
+        exclude_modules: names or a regular expression of modules not to adapt.
+        bias: which biases train: "none", "all" or "wara_only" (those of the adapted modules).
+        modules_to_save: further modules to train and save in full, such as a new classification head.
+        layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
+        layers_pattern: name of the list of layers that `layers_to_transform` counts, such as "layers".
+        trainable_token_indices: token indices to train in the embedding, as in LoraConfig.
+        ensure_weight_tying: keep tied weights tied where PEFT can.
+        module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`.
+
+    Raises:
+        ValueError: a value is out of range, or fields contradict each other.
+        TypeError: a field that WaRA does not have, or a value of the wrong type.
+    """
+
+    r: int = field(default=4, metadata={"help": "Rank of every subband's factor pair; in all R = (3 levels + 1) r."})
+    wara_alpha: float | None = field(default=None, metadata={"help": "Numerator of the scaling; None means R."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(R) in place of alpha / R."})
+    wavelet: str = field(default="haar", metadata={"help": "Name of an orthogonal PyWavelets wavelet."})
+    levels: int = field(default=1, metadata={"help": "Number of wavelet decomposition levels."})
+    form: Literal["subband", "shared"] = field(
+        default="subband", metadata={"help": "'subband': a pair for each subband; 'shared': one for aa1 and dd1."}
+    )
+    subband_ranks: dict[str, int] | None = field(
+        default=None, metadata={"help": "Ranks by subband in place of r, such as {'aa1': 8, 'dd1': 0}."}
+    )
+    rank_pattern: dict[str, int | dict[str, int]] = field(
+        default_factory=dict, metadata={"help": "Ranks by module name or regex: an int, or a dict by subband."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Alphas by module name or regex, in place of wara_alpha."}
+    )
+    wara_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: a new adapter changes nothing; False: random A and B."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the modules not to adapt."}
+    )
+    bias: Literal["none", "all", "wara_only"] = field(
+        default="none", metadata={"help": "Which biases train: 'none', 'all' or 'wara_only'."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save in full, such as a new head."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token indices to train in the embedding, as in LoraConfig."}
+    )
+    ensure_weight_tying: bool = field(default=False, metadata={"help": "Keep tied weights tied where PEFT can."})
+    module_shapes: dict[str, list[Any]] | None = field(
+        default=None, metadata={"help": "Written by the library: {module: [kind, out, in]}."}
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> WaRAConfig:
+        for name, ours in LORA_FIELDS.items():
+            if name in kwargs:
+                # PEFT looks for these words to ignore unknown fields of a saved config.
+                raise TypeError(f"WaRAConfig got an unexpected keyword argument {name!r}; its name here is {ours!r}.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.WARA  # type: ignore[attr-defined]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's tuners keep it
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        # Shapes that came with the config belong to a saved adapter, and the model must have them.
+        self._saved_shapes = self.module_shapes
+        self._check_values()
+        self._check_ranks()
+        self._check_targets()
+
+    def _check_values(self) -> None:
+        filters(self.wavelet)
+        _check_int("levels", self.levels, minimum=1)
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r} is not one of {_listed(FORMS)}.")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias={self.bias!r} is not one of {_listed(BIASES)}.")
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"init_weights={self.init_weights!r} must be True or False.")
+        if isinstance(self.wara_dropout, bool) or not 0.0 <= self.wara_dropout < 1.0:
+            raise ValueError(f"wara_dropout={self.wara_dropout!r} must be a probability, at least 0 and less than 1.")
+        if self.wara_alpha is not None:
+            _check_number("wara_alpha", self.wara_alpha)
+        for pattern, alpha in self.alpha_pattern.items():
+            where = f"alpha_pattern[{pattern!r}]"
+            _check_pattern(where, pattern)
+            _check_number(where, alpha)
+
+    def _check_ranks(self) -> None:
+        _check_int("r", self.r, minimum=1)
+        if self.form == "shared":
+            if self.levels != 1:
+                raise ValueError(f"form='shared' has one level, not levels={self.levels}; form='subband' has any.")
+            if self.subband_ranks is not None:
+                raise ValueError("form='shared' has one pair for aa1 and dd1: set `r`, and leave subband_ranks None.")
+        self._check_subband_ranks("subband_ranks", self.subband_ranks or {})
+        for pattern, rank in self.rank_pattern.items():
+            where = f"rank_pattern[{pattern!r}]"
+            _check_pattern(where, pattern)
+            if not isinstance(rank, dict):
+                _check_int(where, rank, minimum=1)
+            elif self.form == "shared":
+                raise ValueError(f"{where}={rank!r} must be an int with form='shared', which has a single pair.")
+            else:
+                self._check_subband_ranks(where, rank)
+        if self.total_rank == 0 and not self.rank_pattern:
+            raise ValueError(
+                f"subband_ranks={self.subband_ranks!r} leaves every subband out, and nothing would be trained. "
+                "Give at least one subband a rank."
+            )
+
+    def _check_subband_ranks(self, where: str, ranks: Any) -> None:
+        if not isinstance(ranks, dict):
+            raise TypeError(f"{where}={ranks!r} must be a dict from subband names to ranks.")
+        names = [band.name for band in subbands(self.levels)]
+        for name, rank in ranks.items():
+            if name not in names:
+                raise ValueError(
+                    f"{where} names the subband {name!r}; with levels={self.levels} there are {', '.join(names)}."
+                )
+            _check_int(f"{where}[{name!r}]", rank, minimum=0)
+
+    def _check_targets(self) -> None:
+        by_regex = isinstance(self.target_modules, str)
+        if by_regex and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if by_regex and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    @property
+    def total_rank(self) -> int:
+        """R of a module that no pattern names: the rank of the LoRA that such a module's adapter is."""
+        return sum(self.ranks_of("").values())
+
+    def ranks_of(self, module_name: str) -> dict[str, int]:
+        """Rank of each subband in the module of that name, in the order of `wavelet.subbands`."""
+        pattern = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name))
+        rank = pattern if isinstance(pattern, int) else self.r
+        if self.form == "shared":
+            return {"aa1": rank, "dd1": rank}
+        ranks = {band.name: rank if band.level else 0 for band in subbands(self.levels)}
+        return {**ranks, **(self.subband_ranks or {}), **(pattern if isinstance(pattern, dict) else {})}
+
+    def alpha_of(self, module_name: str) -> float | None:
+        """Numerator of the scaling in the module of that name, or None for that module's R."""
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.wara_alpha)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and tell in the model card that loading needs `import wara_peft`."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_section(save_directory)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{item.name}={getattr(self, item.name)!r}" for item in dataclasses.fields(self))
+        return f"{type(self).__name__}(R={self.total_rank}, {fields})"
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int, at least {minimum}.")
+    if value < minimum:
+        raise ValueError(f"{name}={value!r} must be at least {minimum}.")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} must be a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be finite.")
+
+
+def _check_pattern(where: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{where} is not a valid regular expression: {error}.") from error
+
+
+def _listed(values: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, values))

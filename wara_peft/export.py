@@ -1,0 +1,108 @@
+"""WaRA adapters as LoRA adapters: a copy of the synthesised factors, without a decomposition and without an error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, convert_to_lora
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import WaRAConfig
+from .layer import WaRALayer
+
+PEFT_PREFIX = "base_model.model."
+
+
+@torch.no_grad()
+def to_lora(
+    model: nn.Module, rank: int | float | None = None, adapter_name: str = "default"
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Convert a WaRA adapter to LoRA: lora_A = Â of shape (R, n), lora_B = scaling · B̂ of shape (m, R).
+
+    ΔW = lora_B lora_A exactly, with `r = lora_alpha = R`. Where R differs between modules, the smaller ones are filled
+    up with zeros to the largest. Fully trained modules (`modules_to_save`), trained biases and tokens go along.
+
+    Args:
+        model: a model with WaRA adapters (from `get_peft_model`, or with adapters added by transformers).
+        rank: None is exact; an int or a float is handed to `peft.convert_to_lora`, which approximates ΔW by an SVD.
+        adapter_name: the adapter to convert.
+
+    Returns:
+        The LoRA's config and its state dict, with keys as PEFT saves them.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+        TypeError: the adapter is not a WaRA adapter.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"The model has no adapter {adapter_name!r}, only {', '.join(map(repr, configs)) or 'none'}.")
+    config = configs[adapter_name]
+    if not isinstance(config, WaRAConfig):
+        raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
+    if rank is not None:
+        return convert_to_lora(model, rank, adapter_name=adapter_name)
+
+    layers = {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+    }
+    largest = max(layer.total_rank(adapter_name) for layer in layers.values())
+    state_dict = {
+        _with_prefix(key): value
+        for key, value in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+        if ".wara_A." not in key and ".wara_B." not in key
+    }
+    for name, layer in layers.items():
+        factor_a, factor_b = layer.lora_factors(adapter_name)
+        missing = largest - factor_a.shape[0]
+        state_dict[f"{PEFT_PREFIX}{name}.lora_A.weight"] = F.pad(factor_a, (0, 0, 0, missing)).contiguous()
+        state_dict[f"{PEFT_PREFIX}{name}.lora_B.weight"] = F.pad(factor_b, (0, missing)).contiguous()
+    return _lora_config(config, largest, layers), state_dict
+
+
+def save_as_lora(
+    path: str | os.PathLike[str], model: nn.Module, rank: int | float | None = None, adapter_name: str = "default"
+) -> None:
+    """Save a WaRA adapter as a LoRA checkpoint (`adapter_model.safetensors`, `adapter_config.json`) that PEFT loads.
+
+    Args:
+        path: directory to write to, made if it is not there.
+        model, rank, adapter_name: as in `to_lora`, whose errors apply; nothing is written then.
+
+    Raises:
+        ValueError: `path` is a file.
+    """
+    directory = Path(path)
+    if directory.is_file():
+        raise ValueError(f"path={str(path)!r} is a file; name a directory.")
+    config, state_dict = to_lora(model, rank=rank, adapter_name=adapter_name)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(state_dict, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(directory))
+
+
+def _lora_config(config: WaRAConfig, rank: int, layers: dict[str, WaRALayer]) -> LoraConfig:
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(layers),
+        fan_in_fan_out=all(layer.kind == "Conv1D" for layer in layers.values()),
+        bias="lora_only" if config.bias == "wara_only" else config.bias,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=config.inference_mode,
+    )
+
+
+def _with_prefix(key: str) -> str:
+    return key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key

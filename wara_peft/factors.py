@@ -1,0 +1,175 @@
+"""Modules that hold the subband factors of one side of a weight and hand out its low-rank factor Â or B̂.
+
+With subbands s = (p q j), coefficients C_s = B_s A_s, A_s of shape (r_s, n_j) and B_s of shape (m_j, r_s):
+
+    ΔW / scaling = Σ_s (S^out_{j,p} B_s)(A_s S^in_{j,q}ᵀ) = B̂ Â,    Â: (R, n),  B̂: (m, R),  R = Σ_s r_s.
+
+Rows of Â and columns of B̂ stand in the same order: coarsest level first, level 0 last, and within a level aa, ad, da,
+dd. A level's rows are one parameter, named `level0` ... `levelL`; a level without ranks has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .wavelet import Axis, Subband, subbands, synthesis
+
+IN_DIM = 1
+"""Dimension along which Â, of shape (R, n), is transformed."""
+OUT_DIM = 0
+"""Dimension along which B̂, of shape (m, R), is transformed."""
+
+
+class SubbandFactor(nn.Module):
+    """Coefficients of one side of all subbands; calling it gives Â (`dim=1`) or B̂ (`dim=0`), synthesised anew.
+
+    Args:
+        wavelet: name of an orthogonal wavelet.
+        levels: number of decomposition levels L.
+        length: length of the axis: in_features for Â, out_features for B̂.
+        ranks: rank of each subband by name, those of rank 0 may be left out.
+        dim: 1 for Â, 0 for B̂.
+
+    Shapes:
+        Parameter `level{j}`: (R_j, d_j) with `dim=1`, (d_j, R_j) with `dim=0`. Result: (R, length) or (length, R), in
+        the parameters' dtype.
+    """
+
+    def __init__(self, wavelet: str, levels: int, length: int, ranks: Mapping[str, int], dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self._bands_of = [[band for band in subbands(levels) if band.level == level] for level in range(levels + 1)]
+        self._ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
+        self.axis = Axis(wavelet, length, tuple(self._letters(bands) for bands in self._bands_of))
+        # Synthesised factor inside `frozen_factors`: None outside of it, empty until its first use.
+        self._frozen: list[Tensor] | None = None
+        self._create_parameters()
+
+    def _letters(self, bands: list[Subband]) -> str:
+        """The band of each row on this factor's axis."""
+        return "".join(
+            (band.in_band if self.dim == IN_DIM else band.out_band) * self._ranks.get(band.name, 0) for band in bands
+        )
+
+    def _create_parameters(self) -> None:
+        for level, (bands, size) in enumerate(zip(self.axis.bands, self.axis.sizes, strict=True)):
+            if bands:
+                shape = (len(bands), size) if self.dim == IN_DIM else (size, len(bands))
+                self.register_parameter(f"level{level}", nn.Parameter(torch.empty(shape)))
+
+    @property
+    def rank(self) -> int:
+        """Total rank R: rows of Â, columns of B̂."""
+        return self.axis.rows
+
+    @property
+    def subbands(self) -> tuple[str, ...]:
+        """Names of the subbands that have a rank, in the order of their rows."""
+        return tuple(self._ranks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def subband(self, name: str) -> Tensor:
+        """View of one subband's A_s, of shape (r_s, n_j), or B_s, of shape (m_j, r_s).
+
+        Raises:
+            KeyError: that subband has no rank here.
+        """
+        if name not in self._ranks:
+            raise KeyError(f"No subband {name!r} with a rank; there are {', '.join(self._ranks)}.")
+        level = int(name[2:])
+        before = [band.name for band in self._bands_of[level]]
+        start = sum(self._ranks.get(other, 0) for other in before[: before.index(name)])
+        return self.get_parameter(f"level{level}").narrow(1 - self.dim, start, self._ranks[name])
+
+    def coefficients(self) -> list[Tensor | None]:
+        """For each level the rows that `synthesis` takes, or None."""
+        return [getattr(self, f"level{level}") if bands else None for level, bands in enumerate(self.axis.bands)]
+
+    def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The factor, computed in `dtype`; None means the parameters' dtype."""
+        coefficients = [None if rows is None else rows.to(dtype or rows.dtype) for rows in self.coefficients()]
+        return synthesis(coefficients, self.axis, self.dim)
+
+    def forward(self) -> Tensor:
+        """Â, of shape (R, length), or B̂, of shape (length, R).
+
+        Raises:
+            RuntimeError: inside `frozen_factors` while gradients are enabled.
+        """
+        if self._frozen is None:
+            return self.synthesise()
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Inside wara_peft.frozen_factors the factors are constants, and this forward asks for gradients. "
+                "Run it under torch.no_grad() or torch.inference_mode(), or leave the scope to train."
+            )
+        if not self._frozen:
+            self._frozen.append(self.synthesise())
+        return self._frozen[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SubbandFactor:
+        """Moves and casts drop what `frozen_factors` holds, so that it follows the parameters."""
+        if self._frozen is not None:
+            self._frozen.clear()
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles made inside `frozen_factors` are not part of that scope."""
+        return {**self.__dict__, "_frozen": None}
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{name}={rank}" for name, rank in self._ranks.items())
+        return f"length={self.axis.length}, wavelet={self.axis.wavelet!r}, R={self.rank}, {ranks}"
+
+
+class SharedFactor(SubbandFactor):
+    """One side of the pair that `aa1` and `dd1` share: a single parameter `level1` of r rows, and R = 2r.
+
+    ΔW / scaling = S_out,a B A S_in,aᵀ + S_out,d B A S_in,dᵀ; the subbands `ad1` and `da1` are zero.
+    """
+
+    def _create_parameters(self) -> None:
+        rank, size = len(self.axis.bands[1]) // 2, self.axis.sizes[1]
+        shape = (rank, size) if self.dim == IN_DIM else (size, rank)
+        self.level1 = nn.Parameter(torch.empty(shape))
+
+    def subband(self, name: str) -> Tensor:
+        return super().subband("aa1") if name == "dd1" else super().subband(name)
+
+    def coefficients(self) -> list[Tensor | None]:
+        return [None, torch.cat((self.level1, self.level1), 1 - self.dim)]
+
+
+@contextmanager
+def frozen_factors(model: nn.Module) -> Iterator[None]:
+    """Scope in which each WaRA factor of `model` is synthesised once, on first use, and then reused.
+
+    For serving unmerged adapters: outside of it factors are synthesised anew in every forward, so that no change of a
+    weight goes unseen. Inside, changes of the adapters' values go unseen, forwards that ask for gradients are refused
+    with a RuntimeError, and switching, moving or casting adapters works. Scopes nest; leaving one, also by an
+    exception, leaves nothing behind.
+
+    Args:
+        model: any module; adapters that it has on entry take part.
+
+    Example:
+        >>> with torch.inference_mode(), wara_peft.frozen_factors(model):  # doctest: +SKIP
+        ...     model.generate(**inputs)
+    """
+    entered = [module for module in model.modules() if isinstance(module, SubbandFactor) and module._frozen is None]
+    for factor in entered:
+        factor._frozen = []
+    try:
+        yield
+    finally:
+        for factor in entered:
+            factor._frozen = None

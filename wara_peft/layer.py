@@ -1,0 +1,246 @@
+"""Adapter layers: a base layer, and beside it the factors Â and B̂ of each adapter."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import WaRAConfig
+from .factors import IN_DIM, OUT_DIM, SharedFactor, SubbandFactor
+
+
+class WaRALayer(BaseTunerLayer):
+    """What all WaRA layers share: factors, scaling and merging, by adapter name.
+
+    Args:
+        base_layer: the layer that is adapted.
+        module_name: its full name in the model, by which configs give ranks and errors name it.
+
+    Attributes:
+        wara_A, wara_B: for each adapter the module whose call gives Â (R, n) or B̂ (m, R).
+        wara_alpha, scaling: for each adapter the numerator of its scaling, and the scaling in use.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("wara_A", "wara_B")
+    other_param_names: tuple[str, ...] = ("wara_alpha", "scaling", "use_rslora", "wara_dropout")
+
+    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.wara_A = nn.ModuleDict({})
+        self.wara_B = nn.ModuleDict({})
+        self.wara_dropout = nn.ModuleDict({})
+        self.wara_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.kwargs = kwargs
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        # The model has refused layers whose features are unknown.
+        features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
+        self.in_features, self.out_features = features
+
+    @property
+    def kind(self) -> str:
+        """What the base layer is, as recorded in `WaRAConfig.module_shapes`: "Linear" or "Conv1D"."""
+        return "Conv1D" if isinstance(self.get_base_layer(), Conv1D) else "Linear"
+
+    def update_layer(self, adapter_name: str, config: WaRAConfig, inference_mode: bool = False) -> None:
+        """Add an adapter, initialised, on the device of the base layer.
+
+        Args:
+            adapter_name: its name.
+            config: its configuration, which gives ranks and alpha by the module's name.
+            inference_mode: whether the adapter is frozen.
+        """
+        ranks = config.ranks_of(self.module_name)
+        factor = SharedFactor if config.form == "shared" else SubbandFactor
+        self.wara_A[adapter_name] = factor(config.wavelet, config.levels, self.in_features, ranks, IN_DIM)
+        self.wara_B[adapter_name] = factor(config.wavelet, config.levels, self.out_features, ranks, OUT_DIM)
+        self.wara_dropout[adapter_name] = nn.Dropout(config.wara_dropout) if config.wara_dropout else nn.Identity()
+        alpha = config.alpha_of(self.module_name)
+        self.wara_alpha[adapter_name] = self.total_rank(adapter_name) if alpha is None else alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.set_scale(adapter_name, 1.0)
+        self.reset_wara_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_wara_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Draw A_s as LoRA draws A, with fan-in n_j, and set B_s to zero, or draw it too if not `init_weights`.
+
+        Then ‖row of Â‖² is about 1/3, as in LoRA, and ΔW = 0.
+        """
+        for rows in self.wara_A[adapter_name].parameters():
+            nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+        for columns in self.wara_B[adapter_name].parameters():
+            if init_weights:
+                nn.init.zeros_(columns)
+            else:
+                nn.init.kaiming_uniform_(columns, a=math.sqrt(5))
+
+    def factors(self, adapter_name: str) -> tuple[SubbandFactor, SubbandFactor]:
+        """The modules that hand out Â and B̂ of an adapter."""
+        return (
+            cast(SubbandFactor, self.wara_A[adapter_name]),
+            cast(SubbandFactor, self.wara_B[adapter_name]),
+        )
+
+    def total_rank(self, adapter_name: str) -> int:
+        """R = Σ_s r_s, the rank of the LoRA that this adapter is."""
+        return self.factors(adapter_name)[0].rank
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the adapter's scaling to scale · alpha / R, or scale · alpha / √R with `use_rslora`."""
+        if adapter not in self.wara_A:
+            return
+        rank = self.total_rank(adapter)
+        divisor = math.sqrt(rank) if self.use_rslora[adapter] else rank
+        self.scaling[adapter] = scale * self.wara_alpha[adapter] / divisor
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters by `scale`."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters by `scale`, or, without one, set it back to its first value."""
+        for adapter in self.active_adapters:
+            if adapter not in self.scaling:
+                continue
+            if scale is None:
+                self.set_scale(adapter, 1.0)
+            else:
+                self.scaling[adapter] /= scale
+
+    def lora_factors(self, adapter_name: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """The adapter as a LoRA: Â of shape (R, n) and scaling · B̂ of shape (m, R), with ΔW = (scaling · B̂) Â.
+
+        Args:
+            adapter_name: the adapter.
+            dtype: dtype to compute in and to return; None means that of the adapter's parameters.
+        """
+        factor_a, factor_b = self.factors(adapter_name)
+        return factor_a.synthesise(dtype), factor_b.synthesise(dtype) * self.scaling[adapter_name]
+
+    def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Scaled ΔW of an adapter in the orientation of the base weight: (m, n), or (n, m) for Conv1D.
+
+        Args:
+            adapter: the adapter.
+            dtype: dtype to compute in and to return; None means that of the adapter's parameters, computed in float32
+                where those are shorter.
+        """
+        own = self.factors(adapter)[0].dtype
+        factor_a, factor_b = self.lora_factors(adapter, torch.promote_types(dtype or own, torch.float32))
+        delta = (factor_b @ factor_a).to(dtype or own)
+        return delta.T if self.kind == "Conv1D" else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the ΔW of adapters to the base weight, in float32 or better and with one rounding.
+
+        Args:
+            safe_merge: check that the merged weight is finite before it replaces the base weight.
+            adapter_names: adapters to merge; None means the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found a value that is not finite; the base weight is untouched.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.wara_A]
+        if names:
+            self._add_to_base_weight(names, sign=1, check_finite=safe_merge)
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Subtract the ΔW of all merged adapters from the base weight."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        self._add_to_base_weight(self.merged_adapters, sign=-1, check_finite=False)
+        self.merged_adapters = []
+
+    @torch.no_grad()
+    def _add_to_base_weight(self, adapter_names: list[str], sign: int, check_finite: bool) -> None:
+        weight = self.get_base_weight()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(dtype, copy=True)
+        for name in adapter_names:
+            total.add_(self.get_delta_weight(name, dtype).to(total.device), alpha=sign)
+        merged = total.to(weight.dtype)
+        if check_finite and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken "
+                f"in module {self.module_name!r}. The base weight is unchanged; merge without this adapter, or load "
+                "it again from a good checkpoint."
+            )
+        self.set_base_weight(merged)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: every adapter is a LoRA of rank R; `wara_peft.to_lora` converts it without error."""
+        return True
+
+
+class Linear(nn.Module, WaRALayer):
+    """WaRA beside a linear layer: result = base(x) + scaling · (x Âᵀ) B̂ᵀ, for x of shape (..., n).
+
+    The base layer is an `nn.Linear`, one of the quantized layers that PEFT knows, or transformers' `Conv1D`. ΔW is
+    never built; the product lands in the result by `torch.addmm`.
+
+    Args:
+        base_layer: the layer that is adapted.
+        adapter_name: name of its first adapter.
+        module_name: full name of the layer in the model.
+        config: that adapter's configuration.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, module_name: str, config: WaRAConfig, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        WaRALayer.__init__(self, base_layer, module_name, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter in self.active_adapters:
+            if adapter in self.wara_A:
+                result = self._add_product(result, x, adapter)
+        return result.to(dtype)
+
+    def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        factor_a, factor_b = self.wara_A[adapter](), self.wara_B[adapter]()  # (R, n), (m, R)
+        x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
+        hidden = F.linear(x, factor_a)  # (..., R)
+        dtype = torch.promote_types(result.dtype, hidden.dtype)
+        product = torch.addmm(
+            result.reshape(-1, self.out_features).to(dtype),
+            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+            factor_b.to(dtype).T,
+            alpha=self.scaling[adapter],
+        )
+        return product.view(*x.shape[:-1], self.out_features)
+
+    def __repr__(self) -> str:
+        return "wara." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

@@ -1,0 +1,258 @@
+"""`WaRAModel`: checks all target modules, then replaces them; merges all of them or none."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import WaRAConfig
+from .layer import Linear, WaRALayer
+from .wavelet import max_useful_level
+
+SUPPORTED = "`torch.nn.Linear` (also quantized) and `transformers.pytorch_utils.Conv1D`"
+
+
+class WaRAModel(BaseTuner):
+    """A model with WaRA adapters, made by `get_peft_model(model, WaRAConfig(...))`.
+
+    Args:
+        model: the base model; its target modules are replaced in place.
+        config: a `WaRAConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the adapter's parameters on the meta device.
+
+    Raises:
+        TypeError: a target module is of a kind that WaRA does not adapt.
+        ValueError: the adapter's name is reserved, no module matches, a module is left without any rank, or a saved
+            adapter was made for modules of other shapes. All of this is found before the first module is replaced.
+    """
+
+    prefix: str = "wara_"
+    tuner_layer_cls = WaRALayer
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the adapter of that name to all its target modules, and record their shapes in its config."""
+        try:
+            _check_adapter_name(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
+            self.peft_config.pop(adapter_name, None)
+            raise
+        config = cast(WaRAConfig, self.peft_config[adapter_name])
+        config.module_shapes = {
+            name: [module.kind, module.out_features, module.in_features]
+            for name, module in model.named_modules()
+            if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+        }
+
+    def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
+        """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
+        _maybe_include_all_linear_layers(peft_config, model)
+        shapes: dict[str, tuple[int, int]] = {}
+        unsupported = []
+        for name, module in self._targets(peft_config, model):
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if self._layer_class(base) is None:
+                unsupported.append(f"{name} ({type(base).__name__})")
+            else:
+                shapes[name] = cast(tuple[int, int], _get_in_out_features(base)[::-1])
+        if unsupported:
+            raise TypeError(
+                f"Target module {_first(unsupported)} is not supported. WaRA adapts {SUPPORTED}. Name other modules "
+                "in `target_modules`, or leave these out with `exclude_modules`."
+            )
+        _check_shapes(peft_config, shapes)
+        _check_ranks(peft_config, shapes)
+        _warn_about_levels(peft_config, shapes)
+        _warn_about_two_outputs(shapes)
+
+    def _targets(self, peft_config: WaRAConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        for name, module in model.named_modules():
+            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
+                yield name, module
+
+    def _layer_class(self, base_layer: nn.Module) -> type[Linear] | None:
+        if isinstance(base_layer, (nn.Linear, Conv1D)):
+            return Linear
+        backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
+        return Linear if backend is not None and backend.layer_type == "linear" else None
+
+    def _create_and_replace(  # type: ignore[override]  # only WaRA's configs come here
+        self,
+        peft_config: WaRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, WaRALayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = Linear(target, adapter_name, current_key, peft_config, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:
+            # A further adapter trains only once it is activated.
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            backend = module.quantization_backend if isinstance(module, WaRALayer) else None
+            if backend is not None and not backend.supports_merge:
+                raise ValueError(
+                    f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve the "
+                    "adapter unmerged, or merge it into the unquantized model."
+                )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.
+
+        For this the base weights of the target modules are kept, in main memory, until the last one is merged.
+        """
+        with self._undone_on_error():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        with self._undone_on_error() if merge else nullcontext():
+            return super()._unload_and_optionally_merge(  # type: ignore[return-value]
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Put base weights and adapter layers back as they are now if the block raises."""
+        saved = [_LayerState(module) for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        places = [
+            (parent, name, child)
+            for parent in self.model.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        except BaseException:
+            for parent, name, child in places:
+                setattr(parent, name, child)
+            for state in saved:
+                state.restore()
+            raise
+
+
+class _LayerState:
+    """What merging changes in one adapter layer, and how to put it back.
+
+    Merging gives a parameter new data, so on the CPU the old data need no copy; elsewhere they are copied to main
+    memory, for a device that holds the model need not hold it twice.
+    """
+
+    def __init__(self, layer: BaseTunerLayer) -> None:
+        self.layer = layer
+        self.merged_adapters = list(layer.merged_adapters)
+        self.base_layer = layer.get_base_layer()
+        self.parameters = {
+            name: (parameter, parameter.data if parameter.device.type == "cpu" else parameter.data.cpu())
+            for name, parameter in self.base_layer.named_parameters(recurse=False)
+        }
+
+    def restore(self) -> None:
+        for name, (parameter, data) in self.parameters.items():
+            parameter.data = data.to(parameter.device)
+            setattr(self.base_layer, name, parameter)
+        self.layer.merged_adapters = self.merged_adapters
+
+
+def _check_adapter_name(adapter_name: str) -> None:
+    if re.fullmatch(r"level\d+", adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is also the name of a parameter of WaRA adapters, and saving would write "
+            "an empty file. Choose another name."
+        )
+
+
+def _check_shapes(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    """A saved adapter must meet modules of the shapes that it was trained on."""
+    saved = {name: (out, in_) for name, (_, out, in_) in (config._saved_shapes or {}).items()}
+    different = [
+        f"{name!r} (saved {saved[name]}, here {shape})"
+        for name, shape in shapes.items()
+        if saved.get(name, shape) != shape
+    ]
+    if different:
+        raise ValueError(
+            f"The saved adapter was made for modules of other (out, in) shapes: {_first(different)}. Load it on the "
+            "base model it was trained on; to use its config for a new adapter, set `module_shapes=None` in it first."
+        )
+    missing = [repr(name) for name in saved if name not in shapes]
+    if missing:
+        warnings.warn(
+            f"The saved adapter also adapts {_first(missing)}, which this model does not have or the config does not "
+            "target; that part of it is ignored."
+        )
+
+
+def _check_ranks(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    empty = [repr(name) for name in shapes if not any(config.ranks_of(name).values())]
+    if empty:
+        raise ValueError(
+            f"rank_pattern leaves every subband out in module {_first(empty)}. Give at least one a rank, or leave the "
+            "module out with `exclude_modules`."
+        )
+
+
+def _warn_about_levels(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    too_many = []
+    for name, shape in shapes.items():
+        for axis, length in zip(("out", "in"), shape, strict=True):
+            useful = max_useful_level(config.wavelet, length)
+            if config.levels > useful:
+                too_many.append(f"{name!r} ({axis} axis of length {length}: at most {useful})")
+    if too_many:
+        warnings.warn(
+            f"levels={config.levels} is more than is useful for wavelet={config.wavelet!r} in {_first(too_many)}: "
+            "filters wrap around the axis. The transform stays exact, but coarse subbands carry little more."
+        )
+
+
+def _warn_about_two_outputs(shapes: dict[str, tuple[int, int]]) -> None:
+    heads = [repr(name) for name, (out, _) in shapes.items() if out == 2]
+    if heads:
+        warnings.warn(
+            f"Module {_first(heads)} has two outputs. The gradients of two logits cancel, so the approximation band "
+            "of its out axis gets none and half of the adapter does not learn. If it is a classification head, train "
+            "it in full: put it in `modules_to_save`."
+        )
+
+
+def _first(items: list[str], count: int = 3) -> str:
+    """The first few items for a message, and how many more there are."""
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + more
