@@ -1,0 +1,125 @@
+"""Whole workflows as users run them: Trainer, kill and resume, a fresh process, AutoPeftModel, SFTTrainer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from tests.training_run import base_model, logits
+from wara_peft import WaRAConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.training_run", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Directory of an uninterrupted run."""
+    directory = tmp_path_factory.mktemp("trained")
+    result = run(directory)
+    assert result.returncode == 0, result.stderr
+    return directory
+
+
+def test_losses_fall(trained):
+    losses = list(json.loads((trained / "losses.json").read_text()).values())
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_reload_in_a_fresh_process_is_bit_equal(trained):
+    assert torch.load(trained / "logits.pt").isfinite().all()
+    result = run(trained, "--load")
+    assert result.returncode == 0, result.stderr
+
+
+def test_killed_and_resumed_training_has_the_losses_of_an_uninterrupted_run(trained, tmp_path):
+    killed = run(tmp_path, "--kill-at-step", "6")
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "losses.json").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-4"]
+
+    resumed = run(tmp_path, "--resume")
+
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "losses.json").read_text()) == json.loads((trained / "losses.json").read_text())
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), torch.load(trained / "logits.pt"))
+
+
+def test_auto_peft_model(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    base = type(base_model()).from_pretrained(tmp_path / "base")
+    config = WaRAConfig(target_modules="all-linear", init_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.fixture
+def language_model(tmp_path) -> Path:
+    """Directory of a tiny causal model with a tokenizer of a few words."""
+    words = ["the", "cat", "dog", "sat", "ran", "on", "mat", "grass"]
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path / "base")
+    config = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(vocabulary),
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_sft_trainer(language_model, tmp_path):
+    texts = ["the cat sat on the mat", "the dog ran on the grass"] * 16
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=12,
+        learning_rate=3e-2,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=str(language_model),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        peft_config=WaRAConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    trainer.save_model(str(tmp_path / "adapter"))
+
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    tokens = torch.tensor([[1, 4, 5, 7, 8]])
+    assert loaded.peft_config["default"].peft_type == "WARA"
+    torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits, atol=0, rtol=0)
