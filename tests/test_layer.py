@@ -145,6 +145,23 @@ def test_initialisation_is_that_of_lora():
     assert adapted(nn.Linear(8, 8), init_weights=False).get_delta_weight("default").abs().max() > 0
 
 
+@pytest.mark.parametrize(("levels", "expected"), [(1, 0.7), (3, 0.5)])
+def test_first_adam_step_moves_less_than_in_lora(levels, expected):
+    """Of LoRA of the same R and scaling: about √(Σ_s r_s m_s / (R m)), for B moves by the learning rate everywhere."""
+    rank = 3 * levels + 1
+    base, x, weight = nn.Linear(512, 512), torch.randn(64, 512), torch.randn(64, 512)
+    ours = Linear(base, "default", "proj", WaRAConfig(r=16, levels=levels))
+    theirs = LoraLinear(base, "default", LoraConfig(), r=16 * rank, lora_alpha=16 * rank)
+    norms = []
+    for layer in (ours, theirs):
+        base.requires_grad_(False)
+        optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=1e-3)
+        (layer(x) * weight).sum().backward()
+        optimizer.step()
+        norms.append(layer.get_delta_weight("default").norm().item())
+    assert norms[0] / norms[1] == pytest.approx(expected, abs=0.03)
+
+
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_parameter_counts_equal_the_formulas(levels):
     def count(m: int, n: int, **fields) -> int:
