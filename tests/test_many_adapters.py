@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
 
 from wara_peft import WaRAConfig
+from wara_peft.layer import WaRALayer
 
 SIZES = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TOKENS = torch.arange(3, 23).view(4, 5)
@@ -131,3 +132,79 @@ class TestBadInput:
             outputs(model, adapter_names=["default"])
         assert not any(module._forward_pre_hooks for module in model.modules())
         assert outputs(model).shape == (4, 5, 6)
+
+
+class TestWeightedAdapters:
+    def delta_of(self, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, WaRALayer) and name in m.wara_A}
+        return {layer_name: layer.get_delta_weight(name).detach() for layer_name, layer in layers.items()}
+
+    def with_twin(self) -> PeftModel:
+        """Adapters default and twin of one wavelet, levels and form, but other ranks and modules."""
+        model = build("everything")
+        twin = WaRAConfig(
+            target_modules=["conv", "linear"],
+            init_weights=False,
+            rank_pattern={"conv": {"aa1": 1, "dd1": 0, "aa0": 2}},
+        )
+        model.add_adapter("twin", twin)
+        return model
+
+    @pytest.mark.parametrize("others", [["other"], ["twin"], ["twin", "other"]])
+    def test_cat_is_exact(self, others, tmp_path):
+        model = self.with_twin()
+        names, weights = ["default", *others], [0.7, -1.5, 2.0][: 1 + len(others)]
+        model.add_weighted_adapter(names, weights, "combined")
+        deltas = {name: self.delta_of(model, name) for name in [*names, "combined"]}
+        for layer_name, found in deltas["combined"].items():
+            expected = sum(
+                weight * deltas[name][layer_name]
+                for name, weight in zip(names, weights, strict=True)
+                if layer_name in deltas[name]
+            )
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert set(deltas["combined"]) == set().union(*(deltas[name] for name in names))
+        in_subbands = others == ["twin"]
+        linear = model.base_model.model.linear
+        assert ("aa1" in linear.wara_A["combined"].subbands) == in_subbands
+        assert linear.total_rank("combined") == sum(linear.total_rank(name) for name in names)
+
+        assert model.active_adapter == "default"
+        model.set_adapter("combined")
+        expected = outputs(model)
+        model.save_pretrained(tmp_path, selected_adapters=["combined"])
+        base = model.unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "levels=")
+            loaded = PeftModel.from_pretrained(base, tmp_path / "combined").eval()
+        assert torch.equal(outputs(loaded), expected)
+
+    def test_linear_is_loras(self):
+        model = build("everything")
+        model.add_adapter("twin", WaRAConfig(target_modules=["embedding", "conv", "linear"], init_weights=False))
+        model.add_weighted_adapter(["default", "twin"], [2.0, -0.5], "combined", combination_type="linear")
+        linear = model.base_model.model.linear
+        expected_a = (2.0 * 4) ** 0.5 * linear.wara_A["default"].level1 - 0.5**0.5 * linear.wara_A["twin"].level1
+        expected_b = (2.0 * 4) ** 0.5 * linear.wara_B["default"].level1 + 0.5**0.5 * linear.wara_B["twin"].level1
+        torch.testing.assert_close(linear.wara_A["combined"].level1, expected_a)
+        torch.testing.assert_close(linear.wara_B["combined"].level1, expected_b)
+        assert linear.scaling["combined"] == 1.0
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((["default", "nobody"], [1.0, 1.0], "new"), "Adapter nobody does not exist"),
+            ((["default", "other"], [1.0], "new"), "a weight for each adapter, got 2 and 1"),
+            (([], [], "new"), "a weight for each adapter"),
+            ((["default", "other"], [1.0, 1.0], "other"), "Adapter other already exists"),
+            ((["default", "other"], [1.0, 1.0], "new", "ties"), "combination_type='ties' is not one of"),
+            ((["default", "other"], [1.0, 1.0], "new", "linear"), "needs equal layouts"),
+        ],
+    )
+    def test_bad_input(self, arguments, message):
+        model = build("everything")
+        before = set(model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            model.add_weighted_adapter(*arguments)
+        assert set(model.state_dict()) == before
+        assert list(model.peft_config) == ["default", "other"]

@@ -54,7 +54,7 @@ class SubbandFactor(nn.Module):
         self.dim = dim
         self.kernel = kernel
         self._bands_of = [[band for band in subbands(levels) if band.level == level] for level in range(levels + 1)]
-        self._ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
+        self.ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
         self.axis = Axis(wavelet, length, tuple(self._letters(bands) for bands in self._bands_of))
         # Synthesised factor inside `frozen_factors`: None outside of it, empty until its first use.
         self._frozen: list[Tensor] | None = None
@@ -63,7 +63,7 @@ class SubbandFactor(nn.Module):
     def _letters(self, bands: list[Subband]) -> str:
         """The band of each row on this factor's axis."""
         return "".join(
-            (band.in_band if self.dim == IN_DIM else band.out_band) * self._ranks.get(band.name, 0) for band in bands
+            (band.in_band if self.dim == IN_DIM else band.out_band) * self.ranks.get(band.name, 0) for band in bands
         )
 
     def _create_parameters(self) -> None:
@@ -83,7 +83,7 @@ class SubbandFactor(nn.Module):
     @property
     def subbands(self) -> tuple[str, ...]:
         """Names of the subbands that have a rank, in the order of their rows."""
-        return tuple(self._ranks)
+        return tuple(self.ranks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,12 +95,12 @@ class SubbandFactor(nn.Module):
         Raises:
             KeyError: that subband has no rank here.
         """
-        if name not in self._ranks:
-            raise KeyError(f"No subband {name!r} with a rank; there are {', '.join(self._ranks)}.")
+        if name not in self.ranks:
+            raise KeyError(f"No subband {name!r} with a rank; there are {', '.join(self.ranks)}.")
         level = int(name[2:])
         before = [band.name for band in self._bands_of[level]]
-        start = sum(self._ranks.get(other, 0) for other in before[: before.index(name)])
-        return self.get_parameter(f"level{level}").narrow(1 - self.dim, start, self._ranks[name])
+        start = sum(self.ranks.get(other, 0) for other in before[: before.index(name)])
+        return self.get_parameter(f"level{level}").narrow(1 - self.dim, start, self.ranks[name])
 
     def coefficients(self) -> list[Tensor | None]:
         """For each level the rows that `synthesis` takes, or None."""
@@ -146,7 +146,7 @@ class SubbandFactor(nn.Module):
         return {**self.__dict__, "_frozen": None}
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(f"{name}={rank}" for name, rank in self._ranks.items())
+        ranks = ", ".join(f"{name}={rank}" for name, rank in self.ranks.items())
         return f"length={self.axis.length}, wavelet={self.axis.wavelet!r}, R={self.rank}, {ranks}"
 
 

@@ -24,10 +24,12 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
 from .layer import Linear, WaRALayer
+from .quantization import keep_unpacked
 from .wavelet import max_useful_level
 
 SUPPORTED = (
@@ -64,6 +66,7 @@ class WaRAModel(BaseTuner):
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
             raise
+        keep_unpacked(model)
         config = cast(WaRAConfig, self.peft_config[adapter_name])
         config.module_shapes = {
             name: [module.kind, module.out_features, module.in_length]
@@ -129,6 +132,26 @@ class WaRAModel(BaseTuner):
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add an adapter that combines others, with ΔW = Σ_i weights[i] ΔW_i for "cat".
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: a weight for each, negative ones included.
+            adapter_name: name of the new adapter, which is not activated.
+            combination_type: "cat" is exact and adds up the ranks; adapters that share wavelet, levels and form
+                `subband` keep their subbands, others meet as rows of the undecomposed matrix `aa0`. "linear" adds up
+                the factors, Σ ±√(|weight| scaling) A_i and Σ √(|weight| scaling) B_i, as in LoRA, which needs equal
+                layouts, keeps the rank and is not ΔW's sum.
+
+        Raises:
+            ValueError: an adapter is missing, there already is one of the new name, numbers of adapters and weights
+                differ, several train the same module in full, or "linear" meets different layouts.
+        """
+        combine(self, adapters, weights, adapter_name, combination_type)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -231,22 +254,30 @@ class _LayerState:
     """What merging changes in one adapter layer, and how to put it back.
 
     Merging gives a parameter new data, so on the CPU the old data need no copy; elsewhere they are copied to main
-    memory, for a device that holds the model need not hold it twice.
+    memory, for a device that holds the model need not hold it twice. Backends of quantized layers also replace
+    parameters, or the whole base layer, and change what bitsandbytes keeps beside the weight.
     """
 
-    def __init__(self, layer: BaseTunerLayer) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.merged_adapters = list(layer.merged_adapters)
-        self.base_layer = layer.get_base_layer()
+        self.inner, self.base_layer = layer.base_layer, layer.get_base_layer()
         self.parameters = {
             name: (parameter, parameter.data if parameter.device.type == "cpu" else parameter.data.cpu())
             for name, parameter in self.base_layer.named_parameters(recurse=False)
         }
+        beside: list[Any] = [parameter for parameter, _ in self.parameters.values()]
+        beside += [self.base_layer.state] if hasattr(self.base_layer, "state") else []
+        self.attributes = [(owner, dict(vars(owner))) for owner in beside]
 
     def restore(self) -> None:
+        self.layer.base_layer = self.inner
         for name, (parameter, data) in self.parameters.items():
             parameter.data = data.to(parameter.device)
             setattr(self.base_layer, name, parameter)
+        for owner, attributes in self.attributes:
+            vars(owner).clear()
+            vars(owner).update(attributes)
         self.layer.merged_adapters = self.merged_adapters
 
 
