@@ -261,15 +261,15 @@ class Mixed(nn.Module):
         super().__init__()
         self.first = nn.Linear(6, 6)
         self.second = nn.Linear(6, 6)
-        self.conv = nn.Conv1d(6, 6, 1)
+        self.bag = nn.EmbeddingBag(6, 6)
         self.norm = nn.LayerNorm(6)
 
 
 BAD_INJECTIONS = {
     "unsupported target": (
-        {"target_modules": ["first", "norm", "conv"]},
+        {"target_modules": ["first", "norm", "bag"]},
         TypeError,
-        r"Target module conv \(Conv1d\), norm \(LayerNorm\) is not supported.*Linear.*Conv1D.*exclude_modules",
+        r"Target module bag \(EmbeddingBag\), norm \(LayerNorm\) is not supported.*Linear.*Conv1D.*exclude_modules",
     ),
     "no target matched": ({"target_modules": ["query"]}, ValueError, "Target modules.*query.*not found"),
     "no target given": ({}, ValueError, "Please specify `target_modules`"),

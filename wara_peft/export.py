@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import WaRAConfig
+from .conv import Conv
+from .embedding import Embedding
 from .layer import WaRALayer
 
 PEFT_PREFIX = "base_model.model."
@@ -22,7 +27,7 @@ PEFT_PREFIX = "base_model.model."
 def to_lora(
     model: nn.Module, rank: int | float | None = None, adapter_name: str = "default"
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Convert a WaRA adapter to LoRA: lora_A = Â of shape (R, n), lora_B = scaling · B̂ of shape (m, R).
+    """Convert a WaRA adapter to LoRA: lora_A = Â of shape (R, n, *kernel), lora_B = scaling · B̂ of shape (m, R).
 
     ΔW = lora_B lora_A exactly, with `r = lora_alpha = R`. Where R differs between modules, the smaller ones are filled
     up with zeros to the largest. Fully trained modules (`modules_to_save`), trained biases and tokens go along.
@@ -53,17 +58,16 @@ def to_lora(
         for name, module in model.named_modules()
         if isinstance(module, WaRALayer) and adapter_name in module.wara_A
     }
-    largest = max(layer.total_rank(adapter_name) for layer in layers.values())
+    _warn_about_convolutions(layers)
+    largest = _common_rank(layers.values(), adapter_name)
     state_dict = {
         _with_prefix(key): value
         for key, value in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
         if ".wara_A." not in key and ".wara_B." not in key
     }
     for name, layer in layers.items():
-        factor_a, factor_b = layer.lora_factors(adapter_name)
-        missing = largest - factor_a.shape[0]
-        state_dict[f"{PEFT_PREFIX}{name}.lora_A.weight"] = F.pad(factor_a, (0, 0, 0, missing)).contiguous()
-        state_dict[f"{PEFT_PREFIX}{name}.lora_B.weight"] = F.pad(factor_b, (0, missing)).contiguous()
+        for key, value in _lora_tensors(layer, adapter_name, largest).items():
+            state_dict[f"{PEFT_PREFIX}{name}.{key}"] = value.contiguous()
     return _lora_config(config, largest, layers), state_dict
 
 
@@ -86,6 +90,54 @@ def save_as_lora(
     directory.mkdir(parents=True, exist_ok=True)
     save_file(state_dict, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(directory))
+
+
+def _warn_about_convolutions(layers: dict[str, WaRALayer]) -> None:
+    different = [
+        repr(name)
+        for name, layer in layers.items()
+        if isinstance(layer, Conv)
+        and (set(layer.convolution.dilation) != {1} or layer.convolution.padding_mode != "zeros")
+    ]
+    if different:
+        warnings.warn(
+            f"PEFT's LoRA computes without the dilation and padding mode of {', '.join(different)}. The exported "
+            "factors are exact; merge the exported LoRA before use to have them computed as here."
+        )
+
+
+def _groups(layer: WaRALayer) -> int:
+    return int(getattr(layer.get_base_layer(), "groups", 1))
+
+
+def _common_rank(layers: Iterable[WaRALayer], adapter_name: str) -> int:
+    """The largest rank that a layer needs, as a multiple of all numbers of groups, which LoRA asks for."""
+    layers = list(layers)
+    largest = max(layer.total_rank(adapter_name) * _groups(layer) for layer in layers)
+    step = math.lcm(*(_groups(layer) for layer in layers))
+    return -(-largest // step) * step
+
+
+def _lora_tensors(layer: WaRALayer, adapter_name: str, rank: int) -> dict[str, Tensor]:
+    """PEFT's LoRA parameters of one layer, filled up with zeros to that rank.
+
+    In a grouped convolution LoRA's A sees all in channels and its B is grouped: each group gets its share of the rank,
+    and rows of A that are zero on the other groups' channels.
+    """
+    factor_a, factor_b = layer.lora_factors(adapter_name)  # (R, n, *kernel), (m, R)
+    groups, ones = _groups(layer), [1] * len(layer.kernel)
+    missing = rank // groups - factor_a.shape[0]
+    padded_b = F.pad(factor_b, (0, missing))
+    padded_a = torch.cat((factor_a, factor_a.new_zeros(missing, *factor_a.shape[1:])))
+    if isinstance(layer, Embedding):
+        return {"lora_embedding_A": padded_a, "lora_embedding_B": padded_b}
+    by_group = padded_a.new_zeros(groups, rank // groups, groups, *factor_a.shape[1:])
+    for group in range(groups):
+        by_group[group, :, group] = padded_a
+    return {
+        "lora_A.weight": by_group.reshape(rank, groups * factor_a.shape[1], *layer.kernel),
+        "lora_B.weight": padded_b.view(*padded_b.shape, *ones),
+    }
 
 
 def _lora_config(config: WaRAConfig, rank: int, layers: dict[str, WaRALayer]) -> LoraConfig:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .wavelet import Axis, Subband, subbands, synthesis
+from .wavelet import Axis, Subband, subbands, synthesis, synthesis_at
 
 IN_DIM = 1
 """Dimension along which Â, of shape (R, n), is transformed."""
@@ -34,17 +34,27 @@ class SubbandFactor(nn.Module):
         length: length of the axis: in_features for Â, out_features for B̂.
         ranks: rank of each subband by name, those of rank 0 may be left out.
         dim: 1 for Â, 0 for B̂.
+        kernel: with `dim=1` the kernel size of a convolution, whose dimensions follow the channel axis untransformed.
 
     Shapes:
-        Parameter `level{j}`: (R_j, d_j) with `dim=1`, (d_j, R_j) with `dim=0`. Result: (R, length) or (length, R), in
-        the parameters' dtype.
+        Parameter `level{j}`: (R_j, d_j, *kernel) with `dim=1`, (d_j, R_j) with `dim=0`. Result: (R, length, *kernel)
+        or (length, R), in the parameters' dtype.
     """
 
-    def __init__(self, wavelet: str, levels: int, length: int, ranks: Mapping[str, int], dim: int) -> None:
+    def __init__(
+        self,
+        wavelet: str,
+        levels: int,
+        length: int,
+        ranks: Mapping[str, int],
+        dim: int,
+        kernel: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         self.dim = dim
+        self.kernel = kernel
         self._bands_of = [[band for band in subbands(levels) if band.level == level] for level in range(levels + 1)]
-        self._ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
+        self.ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
         self.axis = Axis(wavelet, length, tuple(self._letters(bands) for bands in self._bands_of))
         # Synthesised factor inside `frozen_factors`: None outside of it, empty until its first use.
         self._frozen: list[Tensor] | None = None
@@ -53,14 +63,17 @@ class SubbandFactor(nn.Module):
     def _letters(self, bands: list[Subband]) -> str:
         """The band of each row on this factor's axis."""
         return "".join(
-            (band.in_band if self.dim == IN_DIM else band.out_band) * self._ranks.get(band.name, 0) for band in bands
+            (band.in_band if self.dim == IN_DIM else band.out_band) * self.ranks.get(band.name, 0) for band in bands
         )
 
     def _create_parameters(self) -> None:
         for level, (bands, size) in enumerate(zip(self.axis.bands, self.axis.sizes, strict=True)):
             if bands:
-                shape = (len(bands), size) if self.dim == IN_DIM else (size, len(bands))
-                self.register_parameter(f"level{level}", nn.Parameter(torch.empty(shape)))
+                self.register_parameter(f"level{level}", self._empty(len(bands), size))
+
+    def _empty(self, rank: int, size: int) -> nn.Parameter:
+        shape = (rank, size, *self.kernel) if self.dim == IN_DIM else (size, rank)
+        return nn.Parameter(torch.empty(shape))
 
     @property
     def rank(self) -> int:
@@ -70,7 +83,7 @@ class SubbandFactor(nn.Module):
     @property
     def subbands(self) -> tuple[str, ...]:
         """Names of the subbands that have a rank, in the order of their rows."""
-        return tuple(self._ranks)
+        return tuple(self.ranks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,12 +95,12 @@ class SubbandFactor(nn.Module):
         Raises:
             KeyError: that subband has no rank here.
         """
-        if name not in self._ranks:
-            raise KeyError(f"No subband {name!r} with a rank; there are {', '.join(self._ranks)}.")
+        if name not in self.ranks:
+            raise KeyError(f"No subband {name!r} with a rank; there are {', '.join(self.ranks)}.")
         level = int(name[2:])
         before = [band.name for band in self._bands_of[level]]
-        start = sum(self._ranks.get(other, 0) for other in before[: before.index(name)])
-        return self.get_parameter(f"level{level}").narrow(1 - self.dim, start, self._ranks[name])
+        start = sum(self.ranks.get(other, 0) for other in before[: before.index(name)])
+        return self.get_parameter(f"level{level}").narrow(1 - self.dim, start, self.ranks[name])
 
     def coefficients(self) -> list[Tensor | None]:
         """For each level the rows that `synthesis` takes, or None."""
@@ -98,19 +111,25 @@ class SubbandFactor(nn.Module):
         coefficients = [None if rows is None else rows.to(dtype or rows.dtype) for rows in self.coefficients()]
         return synthesis(coefficients, self.axis, self.dim)
 
-    def forward(self) -> Tensor:
-        """Â, of shape (R, length), or B̂, of shape (length, R).
+    def forward(self, positions: Tensor | None = None) -> Tensor:
+        """Â, of shape (R, length, *kernel), or B̂, of shape (length, R).
+
+        Args:
+            positions: with `dim=1`, integers of shape (N,): give these columns of Â alone, of shape (R, N), from the
+                coefficients that they need. For embeddings, whose axis is a whole vocabulary.
 
         Raises:
             RuntimeError: inside `frozen_factors` while gradients are enabled.
         """
-        if self._frozen is None:
-            return self.synthesise()
-        if torch.is_grad_enabled():
+        if self._frozen is not None and torch.is_grad_enabled():
             raise RuntimeError(
                 "Inside wara_peft.frozen_factors the factors are constants, and this forward asks for gradients. "
                 "Run it under torch.no_grad() or torch.inference_mode(), or leave the scope to train."
             )
+        if positions is not None:
+            return synthesis_at(self.coefficients(), self.axis, positions)
+        if self._frozen is None:
+            return self.synthesise()
         if not self._frozen:
             self._frozen.append(self.synthesise())
         return self._frozen[0]
@@ -127,7 +146,7 @@ class SubbandFactor(nn.Module):
         return {**self.__dict__, "_frozen": None}
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(f"{name}={rank}" for name, rank in self._ranks.items())
+        ranks = ", ".join(f"{name}={rank}" for name, rank in self.ranks.items())
         return f"length={self.axis.length}, wavelet={self.axis.wavelet!r}, R={self.rank}, {ranks}"
 
 
@@ -138,9 +157,7 @@ class SharedFactor(SubbandFactor):
     """
 
     def _create_parameters(self) -> None:
-        rank, size = len(self.axis.bands[1]) // 2, self.axis.sizes[1]
-        shape = (rank, size) if self.dim == IN_DIM else (size, rank)
-        self.level1 = nn.Parameter(torch.empty(shape))
+        self.level1 = self._empty(len(self.axis.bands[1]) // 2, self.axis.sizes[1])
 
     def subband(self, name: str) -> Tensor:
         return super().subband("aa1") if name == "dd1" else super().subband(name)

@@ -16,13 +16,18 @@ from transformers.pytorch_utils import Conv1D
 from .config import WaRAConfig
 from .factors import IN_DIM, OUT_DIM, SharedFactor, SubbandFactor
 
+KINDS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+"""Classes of base layers whose name is their kind; everything else that is adapted is linear."""
 
-class WaRALayer(BaseTunerLayer):
-    """What all WaRA layers share: factors, scaling and merging, by adapter name.
+
+class WaRALayer(nn.Module, BaseTunerLayer):
+    """What all WaRA layers share: factors, scaling, forward and merging, by adapter name.
 
     Args:
         base_layer: the layer that is adapted.
+        adapter_name: name of its first adapter.
         module_name: its full name in the model, by which configs give ranks and errors name it.
+        config: that adapter's configuration.
 
     Attributes:
         wara_A, wara_B: for each adapter the module whose call gives Â (R, n) or B̂ (m, R).
@@ -32,7 +37,10 @@ class WaRALayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("wara_A", "wara_B")
     other_param_names: tuple[str, ...] = ("wara_alpha", "scaling", "use_rslora", "wara_dropout")
 
-    def __init__(self, base_layer: nn.Module, module_name: str, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, module_name: str, config: WaRAConfig, **kwargs: Any
+    ) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.module_name = module_name
         self.wara_A = nn.ModuleDict({})
@@ -42,6 +50,7 @@ class WaRALayer(BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self._disable_adapters = False
+        self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self.kwargs = kwargs
@@ -49,11 +58,23 @@ class WaRALayer(BaseTunerLayer):
         # The model has refused layers whose features are unknown.
         features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
         self.in_features, self.out_features = features
+        self.update_layer(adapter_name, config)
 
     @property
     def kind(self) -> str:
-        """What the base layer is, as recorded in `WaRAConfig.module_shapes`: "Linear" or "Conv1D"."""
-        return "Conv1D" if isinstance(self.get_base_layer(), Conv1D) else "Linear"
+        """What the base layer is, as recorded in `WaRAConfig.module_shapes`: the name of a supported class."""
+        base_layer = self.get_base_layer()
+        return next((cls.__name__ for cls in KINDS if isinstance(base_layer, cls)), "Linear")
+
+    @property
+    def in_length(self) -> int:
+        """Length of the axis of Â that is transformed."""
+        return self.in_features
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel size of a convolution; empty for other layers."""
+        return ()
 
     def update_layer(self, adapter_name: str, config: WaRAConfig, inference_mode: bool = False) -> None:
         """Add an adapter, initialised, on the device of the base layer.
@@ -65,7 +86,7 @@ class WaRALayer(BaseTunerLayer):
         """
         ranks = config.ranks_of(self.module_name)
         factor = SharedFactor if config.form == "shared" else SubbandFactor
-        self.wara_A[adapter_name] = factor(config.wavelet, config.levels, self.in_features, ranks, IN_DIM)
+        self.wara_A[adapter_name] = factor(config.wavelet, config.levels, self.in_length, ranks, IN_DIM, self.kernel)
         self.wara_B[adapter_name] = factor(config.wavelet, config.levels, self.out_features, ranks, OUT_DIM)
         self.wara_dropout[adapter_name] = nn.Dropout(config.wara_dropout) if config.wara_dropout else nn.Identity()
         alpha = config.alpha_of(self.module_name)
@@ -135,7 +156,7 @@ class WaRALayer(BaseTunerLayer):
         return factor_a.synthesise(dtype), factor_b.synthesise(dtype) * self.scaling[adapter_name]
 
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Scaled ΔW of an adapter in the orientation of the base weight: (m, n), or (n, m) for Conv1D.
+        """Scaled ΔW of an adapter, in the shape and orientation of the base weight.
 
         Args:
             adapter: the adapter.
@@ -144,8 +165,62 @@ class WaRALayer(BaseTunerLayer):
         """
         own = self.factors(adapter)[0].dtype
         factor_a, factor_b = self.lora_factors(adapter, torch.promote_types(dtype or own, torch.float32))
-        delta = (factor_b @ factor_a).to(dtype or own)
-        return delta.T if self.kind == "Conv1D" else delta
+        return self._orient((factor_b @ factor_a.flatten(1)).to(dtype or own))
+
+    def _orient(self, delta: Tensor) -> Tensor:
+        """ΔW of shape (m, n · kernel elements) as the base layer keeps its weight."""
+        raise NotImplementedError
+
+    def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """The base layer's result plus what an adapter adds to it for the input x."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Result of the base layer plus what the active adapters add to it.
+
+        Args:
+            x: input of the base layer, passed on with all other arguments.
+            adapter_names: for each sample of the batch the adapter to use, or "__base__", in place of the active ones.
+
+        Raises:
+            ValueError: `adapter_names` has another length than the batch, or adapters are merged.
+        """
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            return self._add_mixed_products(result, x, adapter_names)
+        for adapter in self.active_adapters:
+            if adapter in self.wara_A:
+                result = self._add_product(result, x, adapter)
+        return result.to(dtype)
+
+    def _check_adapter_names(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _add_mixed_products(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        for adapter in dict.fromkeys(adapter_names):
+            if adapter in self.wara_A:
+                samples = [index for index, name in enumerate(adapter_names) if name == adapter]
+                chosen = torch.tensor(samples, device=x.device)
+                part = self._add_product(result.index_select(0, chosen), x.index_select(0, chosen), adapter)
+                result = result.index_copy(0, chosen, part.to(result.dtype))
+        return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the ΔW of adapters to the base weight, in float32 or better and with one rounding.
@@ -190,57 +265,44 @@ class WaRALayer(BaseTunerLayer):
         """True: every adapter is a LoRA of rank R; `wara_peft.to_lora` converts it without error."""
         return True
 
-
-class Linear(nn.Module, WaRALayer):
-    """WaRA beside a linear layer: result = base(x) + scaling · (x Âᵀ) B̂ᵀ, for x of shape (..., n).
-
-    The base layer is an `nn.Linear`, one of the quantized layers that PEFT knows, or transformers' `Conv1D`. ΔW is
-    never built; the product lands in the result by `torch.addmm`.
-
-    Args:
-        base_layer: the layer that is adapted.
-        adapter_name: name of its first adapter.
-        module_name: full name of the layer in the model.
-        config: that adapter's configuration.
-    """
-
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, module_name: str, config: WaRAConfig, **kwargs: Any
-    ) -> None:
-        super().__init__()
-        WaRALayer.__init__(self, base_layer, module_name, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        dtype = result.dtype
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter in self.active_adapters:
-            if adapter in self.wara_A:
-                result = self._add_product(result, x, adapter)
-        return result.to(dtype)
-
-    def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        factor_a, factor_b = self.wara_A[adapter](), self.wara_B[adapter]()  # (R, n), (m, R)
-        x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
-        hidden = F.linear(x, factor_a)  # (..., R)
-        dtype = torch.promote_types(result.dtype, hidden.dtype)
-        product = torch.addmm(
-            result.reshape(-1, self.out_features).to(dtype),
-            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-            factor_b.to(dtype).T,
-            alpha=self.scaling[adapter],
-        )
-        return product.view(*x.shape[:-1], self.out_features)
-
     def __repr__(self) -> str:
         return "wara." + super().__repr__()
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+class Linear(WaRALayer):
+    """WaRA beside a linear layer: result = base(x) + scaling · (x Âᵀ) B̂ᵀ, for x of shape (..., n).
+
+    The base layer is an `nn.Linear`, one of the quantized layers that PEFT knows, or transformers' `Conv1D`. ΔW is
+    never built; the product lands in the result by `torch.addmm`.
+    """
+
+    def _orient(self, delta: Tensor) -> Tensor:
+        return delta.T if self.kind == "Conv1D" else delta
+
+    def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        factor_a, factor_b = self.wara_A[adapter](), self.wara_B[adapter]()  # (R, n), (m, R)
+        x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
+        hidden = F.linear(x, factor_a)  # (..., R)
+        return add_low_rank(result, hidden, factor_b, self.scaling[adapter])
+
+
+def add_low_rank(result: Tensor, hidden: Tensor, factor_b: Tensor, scaling: float) -> Tensor:
+    """result + scaling · hidden B̂ᵀ in one operation, in the wider dtype of the two.
+
+    Args:
+        result: (..., m).
+        hidden: (..., R), x Âᵀ.
+        factor_b: B̂, (m, R).
+        scaling: the adapter's scaling.
+    """
+    dtype = torch.promote_types(result.dtype, hidden.dtype)
+    product = torch.addmm(
+        result.reshape(-1, result.shape[-1]).to(dtype),
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+        factor_b.to(dtype).T,
+        alpha=scaling,
+    )
+    return product.view(result.shape)

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
@@ -23,11 +24,18 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .combine import combine
 from .config import WaRAConfig
+from .conv import Conv
+from .embedding import Embedding
 from .layer import Linear, WaRALayer
+from .quantization import keep_unpacked
 from .wavelet import max_useful_level
 
-SUPPORTED = "`torch.nn.Linear` (also quantized) and `transformers.pytorch_utils.Conv1D`"
+SUPPORTED = (
+    "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
+    " and `transformers.pytorch_utils.Conv1D`"
+)
 
 
 class WaRAModel(BaseTuner):
@@ -58,9 +66,10 @@ class WaRAModel(BaseTuner):
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
             raise
+        keep_unpacked(model)
         config = cast(WaRAConfig, self.peft_config[adapter_name])
         config.module_shapes = {
-            name: [module.kind, module.out_features, module.in_features]
+            name: [module.kind, module.out_features, module.in_length]
             for name, module in model.named_modules()
             if isinstance(module, WaRALayer) and adapter_name in module.wara_A
         }
@@ -75,7 +84,7 @@ class WaRAModel(BaseTuner):
             if self._layer_class(base) is None:
                 unsupported.append(f"{name} ({type(base).__name__})")
             else:
-                shapes[name] = cast(tuple[int, int], _get_in_out_features(base)[::-1])
+                shapes[name] = _axis_lengths(base)
         if unsupported:
             raise TypeError(
                 f"Target module {_first(unsupported)} is not supported. WaRA adapts {SUPPORTED}. Name other modules "
@@ -92,9 +101,13 @@ class WaRAModel(BaseTuner):
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
                 yield name, module
 
-    def _layer_class(self, base_layer: nn.Module) -> type[Linear] | None:
+    def _layer_class(self, base_layer: nn.Module) -> type[WaRALayer] | None:
         if isinstance(base_layer, (nn.Linear, Conv1D)):
             return Linear
+        if isinstance(base_layer, nn.Embedding):
+            return Embedding
+        if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return Conv
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
@@ -111,11 +124,69 @@ class WaRAModel(BaseTuner):
         if isinstance(target, WaRALayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = Linear(target, adapter_name, current_key, peft_config, **get_quantization_kwargs(self.model))
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer_class = self._layer_class(base)
+        assert layer_class is not None  # _prepare_model has looked
+        layer = layer_class(target, adapter_name, current_key, peft_config, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add an adapter that combines others, with ΔW = Σ_i weights[i] ΔW_i for "cat".
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: a weight for each, negative ones included.
+            adapter_name: name of the new adapter, which is not activated.
+            combination_type: "cat" is exact and adds up the ranks; adapters that share wavelet, levels and form
+                `subband` keep their subbands, others meet as rows of the undecomposed matrix `aa0`. "linear" adds up
+                the factors, Σ ±√(|weight| scaling) A_i and Σ √(|weight| scaling) B_i, as in LoRA, which needs equal
+                layouts, keeps the rank and is not ΔW's sum.
+
+        Raises:
+            ValueError: an adapter is missing, there already is one of the new name, numbers of adapters and weights
+                differ, several train the same module in full, or "linear" meets different layouts.
+        """
+        combine(self, adapters, weights, adapter_name, combination_type)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one for each sample of the batch, to all adapter layers during a forward or generate.
+
+        Raises:
+            ValueError: the model is training, or no layer has an adapter of one of these names.
+        """
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, WaRALayer)]
+        known = {"__base__"}.union(*(layer.wara_A.keys() for layer in layers))
+        unknown = sorted(set(adapter_names) - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        # Beam search repeats each sample, except in the encoder, which runs before.
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = getattr(self.model, "get_encoder", lambda: None)()
+        in_encoder = set() if encoder in (None, self.model) else set(encoder.modules())
+        handles = []
+        try:
+            for module in self.modules():
+                if isinstance(module, (WaRALayer, AuxiliaryTrainingWrapper)):
+                    names = list(adapter_names) if module in in_encoder else repeated
+                    hook = partial(_pass_adapter_names, adapter_names=names)
+                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -167,26 +238,46 @@ class WaRAModel(BaseTuner):
             raise
 
 
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _axis_lengths(base_layer: nn.Module) -> tuple[int, int]:
+    """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
+    in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
+    return out_features, in_features // int(getattr(base_layer, "groups", 1))
+
+
 class _LayerState:
     """What merging changes in one adapter layer, and how to put it back.
 
     Merging gives a parameter new data, so on the CPU the old data need no copy; elsewhere they are copied to main
-    memory, for a device that holds the model need not hold it twice.
+    memory, for a device that holds the model need not hold it twice. Backends of quantized layers also replace
+    parameters, or the whole base layer, and change what bitsandbytes keeps beside the weight.
     """
 
-    def __init__(self, layer: BaseTunerLayer) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.merged_adapters = list(layer.merged_adapters)
-        self.base_layer = layer.get_base_layer()
+        self.inner, self.base_layer = layer.base_layer, layer.get_base_layer()
         self.parameters = {
             name: (parameter, parameter.data if parameter.device.type == "cpu" else parameter.data.cpu())
             for name, parameter in self.base_layer.named_parameters(recurse=False)
         }
+        beside: list[Any] = [parameter for parameter, _ in self.parameters.values()]
+        beside += [self.base_layer.state] if hasattr(self.base_layer, "state") else []
+        self.attributes = [(owner, dict(vars(owner))) for owner in beside]
 
     def restore(self) -> None:
+        self.layer.base_layer = self.inner
         for name, (parameter, data) in self.parameters.items():
             parameter.data = data.to(parameter.device)
             setattr(self.base_layer, name, parameter)
+        for owner, attributes in self.attributes:
+            vars(owner).clear()
+            vars(owner).update(attributes)
         self.layer.merged_adapters = self.merged_adapters
 
 
@@ -209,7 +300,8 @@ def _check_shapes(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> Non
     if different:
         raise ValueError(
             f"The saved adapter was made for modules of other (out, in) shapes: {_first(different)}. Load it on the "
-            "base model it was trained on; to use its config for a new adapter, set `module_shapes=None` in it first."
+            "base model it was trained on (with its embeddings resized as they were then); to use its config for a "
+            "new adapter, set `module_shapes=None` in it first."
         )
     missing = [repr(name) for name in saved if name not in shapes]
     if missing:

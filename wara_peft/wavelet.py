@@ -140,7 +140,8 @@ def synthesis(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> Te
 
     Args:
         coefficients: for each level j = 0 ... L the rows of that level, or None where it has none: shape (R_j, d_j)
-            with `dim=1`, (d_j, R_j) with `dim=0`. Any floating dtype, any device.
+            with `dim=1`, (d_j, R_j) with `dim=0`. Any floating dtype, any device. With `dim=1` further dimensions may
+            follow, such as those of a convolution's kernel, and stay as they are.
         axis: the layout of the rows.
         dim: the dimension that is transformed, 0 or 1.
 
@@ -156,6 +157,24 @@ def synthesis(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> Te
         if torch.compiler.is_compiling():
             return _synthesise(coefficients, axis, dim)
         return _Synthesis.apply(axis, dim, *coefficients)  # type: ignore[no-any-return]
+
+
+def synthesis_at(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor) -> Tensor:
+    """Some columns of `synthesis(coefficients, axis, dim=1)`, from the coefficients that these columns need alone.
+
+    Args:
+        coefficients, axis: as in `synthesis`, with `dim=1`.
+        positions: the columns, integers of shape (N,), each at least 0 and less than the length of the axis.
+
+    Returns:
+        (R, N) in the dtype of the coefficients.
+    """
+    _check_shapes(coefficients, axis, dim=1)
+    with _autocast_off(coefficients):
+        parts = [_columns(coefficients, axis, 1, positions)] if axis.rows > len(axis.bands[0]) else []
+        if coefficients[0] is not None:
+            parts.append(coefficients[0].index_select(1, positions))
+        return torch.cat(parts)
 
 
 def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
@@ -216,6 +235,25 @@ def _synthesise(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> 
     assert result is not None
     # Level 0 alone is its own synthesis; autograd does not take an input for an output.
     return result.view_as(result) if rows is None else result
+
+
+def _columns(coefficients: Sequence[Tensor | None], axis: Axis, level: int, positions: Tensor) -> Tensor:
+    """What rows of `level` and coarser are at some positions of the next finer level: by polyphase, as `_upsample`."""
+    size = axis.sizes[level]
+    coarser = "a" * sum(map(len, axis.bands[level + 1 :]))
+    sample = next(rows for rows in coefficients[level:] if rows is not None)
+    first, taps = _taps(sample, axis.wavelet, coarser + axis.bands[level], 1, size)
+    shifts = torch.arange(first, first + len(taps), device=positions.device)
+    needed = (positions // 2 - shifts[:, None]).remainder(size)  # (shifts, N)
+    parts = []
+    if coarser:
+        parts.append(_columns(coefficients, axis, level + 1, needed.flatten()))
+    rows = coefficients[level]
+    if rows is not None:
+        parts.append(rows.index_select(1, needed.flatten()))
+    values = torch.cat(parts).view(-1, *needed.shape)  # (R, shifts, N)
+    by_phase = taps.squeeze(2).transpose(0, 1).index_select(2, positions % 2)  # (R, shifts, N)
+    return (values * by_phase).sum(1)
 
 
 def _decompose(signal: Tensor, axis: Axis, dim: int, repeat_last: bool) -> list[Tensor | None]:
@@ -285,7 +323,8 @@ def _taps(rows: Tensor, wavelet: str, bands: str, dim: int, size: int | None = N
     first, count = _shifts(wavelet, rows.shape[dim] if size is None else size)
     # Taps cost more to make than to use. A traced graph holds them as constants, and must not leave them here.
     build = _build_taps if torch.compiler.is_compiling() else _kept_taps
-    return first, build(wavelet, bands, first, count, dim, rows.dtype, rows.device)
+    taps = build(wavelet, bands, first, count, dim, rows.dtype, rows.device)
+    return first, taps.reshape(*taps.shape, *[1] * (rows.ndim - 2))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -333,7 +372,7 @@ def _check_shapes(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -
         raise ValueError(f"Expected rows or None for the levels 0 to {axis.levels}, got {len(coefficients)} entries.")
     for level, (rows, bands, size) in enumerate(zip(coefficients, axis.bands, axis.sizes, strict=True)):
         expected = (len(bands), size) if dim == 1 else (size, len(bands))
-        found = (0, size) if rows is None else tuple(rows.shape)
+        found = (0, size) if rows is None else tuple(rows.shape[:2])
         if rows is None and not bands:
             continue
         if found != expected:

@@ -1,0 +1,164 @@
+"""New adapters made of several others: exactly, by putting their factors side by side, or by adding the factors."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+
+from .config import WaRAConfig
+from .layer import WaRALayer
+from .wavelet import subbands
+
+if TYPE_CHECKING:
+    from .model import WaRAModel
+
+COMBINATION_TYPES = ("cat", "linear")
+
+
+def combine(
+    tuner: WaRAModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+) -> None:
+    """Add the combination to the tuner; arguments and errors are those of `WaRAModel.add_weighted_adapter`."""
+    _check(tuner, adapters, weights, adapter_name, combination_type)
+    layers = {
+        name: module
+        for name, module in tuner.model.named_modules()
+        if isinstance(module, WaRALayer) and any(adapter in module.wara_A for adapter in adapters)
+    }
+    if combination_type == "linear":
+        _check_equal_layouts(layers, adapters)
+    configs = [cast(WaRAConfig, tuner.peft_config[adapter]) for adapter in adapters]
+    in_subbands = combination_type == "linear" or (
+        len({(config.wavelet, config.levels, config.form) for config in configs}) == 1 and configs[0].form == "subband"
+    )
+    ranks = {
+        name: _ranks(layer, adapters[:1] if combination_type == "linear" else adapters, in_subbands)
+        for name, layer in layers.items()
+    }
+    tuner.peft_config[adapter_name] = _config(configs[0], ranks, in_subbands)
+    tuner.inject_adapter(tuner.model, adapter_name)
+    for layer in layers.values():
+        fill = _add_up if combination_type == "linear" else _put_side_by_side if in_subbands else _put_undecomposed
+        fill(layer, adapters, weights, adapter_name)
+
+
+def _check(
+    tuner: WaRAModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+) -> None:
+    for adapter in adapters:
+        if adapter not in tuner.peft_config:
+            raise ValueError(f"Adapter {adapter} does not exist")
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"Adapter {adapter_name} already exists; choose another name or delete it first.")
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"There must be a weight for each adapter, got {len(adapters)} and {len(weights)}.")
+    if combination_type not in COMBINATION_TYPES:
+        raise ValueError(
+            f"combination_type={combination_type!r} is not one of {', '.join(map(repr, COMBINATION_TYPES))}."
+        )
+    for name, module in tuner.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = [adapter for adapter in adapters if adapter in module.modules_to_save]
+            if len(trained) > 1:
+                raise ValueError(
+                    f"Adapters {', '.join(trained)} all train module {name!r} in full; they cannot be combined."
+                )
+
+
+def _check_equal_layouts(layers: dict[str, WaRALayer], adapters: list[str]) -> None:
+    for name, layer in layers.items():
+        layouts = {
+            adapter: (type(layer.factors(adapter)[0]), layer.factors(adapter)[0].axis)
+            if adapter in layer.wara_A
+            else None
+            for adapter in adapters
+        }
+        if len(set(layouts.values())) > 1:
+            names = ", ".join(adapters)
+            raise ValueError(
+                f"combination_type='linear' needs equal layouts, but {names} differ in module {name!r} in wavelet, "
+                "levels, form or ranks. Use 'cat', which is exact."
+            )
+
+
+def _ranks(layer: WaRALayer, adapters: list[str], in_subbands: bool) -> dict[str, int]:
+    """Ranks of the combination in one layer, by subband."""
+    factors = [layer.factors(adapter)[0] for adapter in adapters if adapter in layer.wara_A]
+    if not in_subbands:
+        return {"aa0": sum(factor.rank for factor in factors)}
+    return {
+        band.name: sum(factor.ranks.get(band.name, 0) for factor in factors)
+        for band in subbands(factors[0].axis.levels)
+    }
+
+
+def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bool) -> WaRAConfig:
+    """Config of the combination, whose scaling is 1: the factors hold weights and scalings."""
+    shared = in_subbands and first.form == "shared"
+    levels = first.levels if in_subbands else 1
+    pattern: dict[str, Any] = {}
+    for name, of_module in ranks.items():
+        every = {band.name: 0 for band in subbands(levels)} | of_module
+        pattern[f"^{re.escape(name)}"] = of_module["aa1"] if shared else every
+    return replace(
+        first,
+        target_modules=list(ranks),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=None,
+        trainable_token_indices=None,
+        bias="none",
+        wavelet=first.wavelet if in_subbands else "haar",
+        levels=levels,
+        form=first.form if in_subbands else "subband",
+        subband_ranks=None,
+        rank_pattern=pattern,
+        wara_alpha=None,
+        alpha_pattern={},
+        use_rslora=False,
+        module_shapes=None,
+    )
+
+
+def _weighted(layer: WaRALayer, adapters: list[str], weights: list[float]) -> list[tuple[str, float]]:
+    """Adapters that this layer has, each with its weight times its scaling."""
+    pairs = zip(adapters, weights, strict=True)
+    return [(adapter, weight * layer.scaling[adapter]) for adapter, weight in pairs if adapter in layer.wara_A]
+
+
+@torch.no_grad()
+def _put_side_by_side(layer: WaRALayer, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    new_a, new_b = layer.factors(adapter_name)
+    for name in new_a.subbands:
+        start = 0
+        for adapter, weight in _weighted(layer, adapters, weights):
+            factor_a, factor_b = layer.factors(adapter)
+            if name in factor_a.subbands:
+                rank = factor_a.ranks[name]
+                new_a.subband(name).narrow(0, start, rank).copy_(factor_a.subband(name))
+                new_b.subband(name).narrow(1, start, rank).copy_(weight * factor_b.subband(name))
+                start += rank
+
+
+@torch.no_grad()
+def _put_undecomposed(layer: WaRALayer, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    new_a, new_b = layer.factors(adapter_name)
+    pairs = [(layer.factors(adapter), weight) for adapter, weight in _weighted(layer, adapters, weights)]
+    new_a.subband("aa0").copy_(torch.cat([factor_a.synthesise() for (factor_a, _), _ in pairs]))
+    new_b.subband("aa0").copy_(torch.cat([weight * factor_b.synthesise() for (_, factor_b), weight in pairs], dim=1))
+
+
+@torch.no_grad()
+def _add_up(layer: WaRALayer, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    for side, factor in enumerate(layer.factors(adapter_name)):
+        for name, parameter in factor.named_parameters():
+            parameter.zero_()
+            for adapter, weight in _weighted(layer, adapters, weights):
+                share = math.copysign(math.sqrt(abs(weight)), weight if side == 0 else 1.0)
+                parameter.add_(layer.factors(adapter)[side].get_parameter(name), alpha=share)

@@ -1,0 +1,38 @@
+"""WaRA beside an embedding: the wavelet transform runs along the vocabulary, but only for the tokens of the batch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .layer import WaRALayer, add_low_rank
+
+
+class Embedding(WaRALayer):
+    """result = base(tokens) + scaling · (Â_tokens)ᵀ B̂ᵀ, with Â of shape (R, vocabulary) and B̂ of shape (hidden, R).
+
+    Columns of Â are gathered from the coefficients that they need; the vocabulary axis is never synthesised. As in
+    LoRA, A starts at zero and B is drawn from N(0, 1), dropout does not apply, and layers that scale their embeddings
+    scale the adapter's part too.
+    """
+
+    def reset_wara_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Set A_s to zero, or draw it too if not `init_weights`, and draw B_s from N(0, 1)."""
+        factor_a, factor_b = self.factors(adapter_name)
+        for rows in factor_a.parameters():
+            if init_weights:
+                nn.init.zeros_(rows)
+            else:
+                nn.init.normal_(rows)
+        for columns in factor_b.parameters():
+            nn.init.normal_(columns)
+
+    def _orient(self, delta: Tensor) -> Tensor:
+        return delta.T
+
+    def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        hidden = self.wara_A[adapter](x.flatten()).T  # (tokens, R)
+        factor_b = self.wara_B[adapter]()  # (hidden size, R)
+        embed_scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
+        if embed_scale is not None:
+            factor_b = factor_b * embed_scale.to(factor_b.dtype)
+        return add_low_rank(result, hidden, factor_b, self.scaling[adapter])

@@ -1,0 +1,38 @@
+"""What quantized base layers need beyond PEFT's quantization backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep the 4-bit weights of bitsandbytes in the layout that its own dequantization reads.
+
+    On CPUs with AVX512-BF16 the first forward in eval mode repacks a weight in place and rounds its block scales to
+    bfloat16. Merging would then add to a wrong weight, and `state_dict`, which every save calls, would leave scales
+    behind that belong to the other layout (bitsandbytes 0.50.2). So repacking is switched off, and a weight that has
+    been repacked already is brought back.
+
+    Args:
+        model: any module; only its `bitsandbytes.nn.Linear4bit` layers change, and nothing where there are none.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            _switch_off_repacking(module)
+
+
+def _switch_off_repacking(module: Any) -> None:
+    module.support_avx512bf16_for_cpu = False
+    weight, state = module.weight, module.weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    if not state.original_nested:
+        # The inverse leaves the scales as they were for the packed layout: (blocks in a row, rows), in bfloat16.
+        state.absmax = state.absmax.T.reshape(-1).to(torch.float32)
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    module.quant_state = weight.quant_state
