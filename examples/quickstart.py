@@ -173,7 +173,7 @@ class MeanPoolingClassifier(nn.Module):
     """An encoder and a linear layer on the mean of its token vectors.
 
     MiniLM was trained to have the meaning of a text in that mean, not in its first token, which is where
-    `AutoModelForSequenceClassification` looks for it: there, accuracies were about ten points lower.
+    `AutoModelForSequenceClassification` looks for it.
 
     Args:
         model: name or folder of the encoder.
