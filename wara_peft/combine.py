@@ -28,7 +28,8 @@ def combine(
     layers = {
         name: module
         for name, module in tuner.model.named_modules()
-        if isinstance(module, WaRALayer) and any(adapter in module.wara_A for adapter in adapters)
+        if isinstance(module, WaRALayer)
+        and any(adapter in module.wara_A and adapter not in module.tied_to for adapter in adapters)
     }
     if combination_type == "linear":
         _check_equal_layouts(layers, adapters)

@@ -18,9 +18,11 @@ from .wavelet import filters, subbands
 FORMS = ("subband", "shared")
 BIASES = ("none", "all", "wara_only")
 LORA_FIELDS = {
-    "lora_alpha": "wara_alpha",
-    "lora_dropout": "wara_dropout",
-    "init_lora_weights": "init_weights",
+    "lora_alpha": "its name here is 'wara_alpha'",
+    "lora_dropout": "its name here is 'wara_dropout'",
+    "init_lora_weights": "its name here is 'init_weights'",
+    "fan_in_fan_out": "leave it out, the orientation of a weight is read off its layer",
+    "target_parameters": "WaRA adapts modules; for bare parameters, such as experts of a mixture, use LoraConfig",
 }
 
 
@@ -58,7 +60,8 @@ class WaRAConfig(PeftConfig):
         layers_to_transform: index or indices of the layers to adapt; needs `target_modules` as a list.
         layers_pattern: name of the list of layers that `layers_to_transform` counts, such as "layers".
         trainable_token_indices: token indices to train in the embedding, as in LoraConfig.
-        ensure_weight_tying: keep tied weights tied where PEFT can.
+        ensure_weight_tying: where the model ties its output layer to its input embedding and one of them is adapted
+            or in `modules_to_save`, both share the adapter or the trained module, and stay tied.
         module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`.
 
     Raises:
@@ -108,16 +111,18 @@ class WaRAConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token indices to train in the embedding, as in LoraConfig."}
     )
-    ensure_weight_tying: bool = field(default=False, metadata={"help": "Keep tied weights tied where PEFT can."})
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Share adapters of the embedding with layers tied to it."}
+    )
     module_shapes: dict[str, list[Any]] | None = field(
         default=None, metadata={"help": "Written by the library: {module: [kind, out, in]}."}
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WaRAConfig:
-        for name, ours in LORA_FIELDS.items():
+        for name, remedy in LORA_FIELDS.items():
             if name in kwargs:
                 # PEFT looks for these words to ignore unknown fields of a saved config.
-                raise TypeError(f"WaRAConfig got an unexpected keyword argument {name!r}; its name here is {ours!r}.")
+                raise TypeError(f"WaRAConfig got an unexpected keyword argument {name!r}; {remedy}.")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -129,6 +134,9 @@ class WaRAConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        # Filled by the model, as PEFT expects it, where `ensure_weight_tying` finds tied modules.
+        self.modules_to_tie: set[str] | None = None
+        self.target_modules_to_tie: set[str] | None = None
         # Shapes that came with the config belong to a saved adapter, and the model must have them.
         self._saved_shapes = self.module_shapes
         self._check_values()

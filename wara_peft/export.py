@@ -62,7 +62,9 @@ def to_lora(
     largest = _common_rank(layers.values(), adapter_name)
     state_dict = {
         _with_prefix(key): value
-        for key, value in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+        for key, value in get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers=False
+        ).items()
         if ".wara_A." not in key and ".wara_B." not in key
     }
     for name, layer in layers.items():

@@ -166,6 +166,48 @@ class SharedFactor(SubbandFactor):
         return [None, torch.cat((self.level1, self.level1), 1 - self.dim)]
 
 
+class TransposedFactor(nn.Module):
+    """Another layer's factor, transposed: Â of a layer whose weight is tied to that layer's, out of its B̂, or B̂ of Â.
+
+    It has no parameters of its own, so both layers train, save and load the same numbers.
+    """
+
+    def __init__(self, source: SubbandFactor) -> None:
+        super().__init__()
+        self._source = [source]  # in a list, so that it is not registered as a part of this module
+
+    @property
+    def source(self) -> SubbandFactor:
+        return self._source[0]
+
+    @property
+    def rank(self) -> int:
+        return self.source.rank
+
+    @property
+    def subbands(self) -> tuple[str, ...]:
+        return tuple(_swapped(name) for name in self.source.subbands)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def subband(self, name: str) -> Tensor:
+        return self.source.subband(_swapped(name)).T
+
+    def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
+        return self.source.synthesise(dtype).T
+
+    def forward(self) -> Tensor:
+        result: Tensor = self.source()
+        return result.T
+
+
+def _swapped(name: str) -> str:
+    """The subband of the transposed matrix: ad1 of a matrix is da1 of its transpose."""
+    return name[1] + name[0] + name[2:]
+
+
 @contextmanager
 def frozen_factors(model: nn.Module) -> Iterator[None]:
     """Scope in which each WaRA factor of `model` is synthesised once, on first use, and then reused.

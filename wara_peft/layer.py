@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import WaRAConfig
-from .factors import IN_DIM, OUT_DIM, SharedFactor, SubbandFactor
+from .factors import IN_DIM, OUT_DIM, SharedFactor, SubbandFactor, TransposedFactor
 
 KINDS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 """Classes of base layers whose name is their kind; everything else that is adapted is linear."""
@@ -28,6 +28,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         adapter_name: name of its first adapter.
         module_name: its full name in the model, by which configs give ranks and errors name it.
         config: that adapter's configuration.
+        tied_to: the layer whose weight this layer's weight is tied to, and whose adapter it takes over.
 
     Attributes:
         wara_A, wara_B: for each adapter the module whose call gives Â (R, n) or B̂ (m, R).
@@ -35,10 +36,16 @@ class WaRALayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("wara_A", "wara_B")
-    other_param_names: tuple[str, ...] = ("wara_alpha", "scaling", "use_rslora", "wara_dropout")
+    other_param_names: tuple[str, ...] = ("wara_alpha", "scaling", "use_rslora", "wara_dropout", "tied_to")
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, module_name: str, config: WaRAConfig, **kwargs: Any
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        module_name: str,
+        config: WaRAConfig,
+        tied_to: WaRALayer | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -49,6 +56,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.wara_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.tied_to: dict[str, WaRALayer] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -58,7 +66,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         # The model has refused layers whose features are unknown.
         features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
         self.in_features, self.out_features = features
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, tied_to=tied_to)
 
     @property
     def kind(self) -> str:
@@ -76,20 +84,36 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         """Kernel size of a convolution; empty for other layers."""
         return ()
 
-    def update_layer(self, adapter_name: str, config: WaRAConfig, inference_mode: bool = False) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: WaRAConfig,
+        inference_mode: bool = False,
+        tied_to: WaRALayer | None = None,
+    ) -> None:
         """Add an adapter, initialised, on the device of the base layer.
 
         Args:
             adapter_name: its name.
             config: its configuration, which gives ranks and alpha by the module's name.
             inference_mode: whether the adapter is frozen.
+            tied_to: take over that layer's adapter, transposed, with its alpha.
         """
-        ranks = config.ranks_of(self.module_name)
-        factor = SharedFactor if config.form == "shared" else SubbandFactor
-        self.wara_A[adapter_name] = factor(config.wavelet, config.levels, self.in_length, ranks, IN_DIM, self.kernel)
-        self.wara_B[adapter_name] = factor(config.wavelet, config.levels, self.out_features, ranks, OUT_DIM)
+        if tied_to is not None:
+            self.tied_to[adapter_name] = tied_to
+            factor_a, factor_b = tied_to.factors(adapter_name)
+            self.wara_A[adapter_name], self.wara_B[adapter_name] = (
+                TransposedFactor(factor_b),
+                TransposedFactor(factor_a),
+            )
+        else:
+            ranks = config.ranks_of(self.module_name)
+            factor = SharedFactor if config.form == "shared" else SubbandFactor
+            rows = factor(config.wavelet, config.levels, self.in_length, ranks, IN_DIM, self.kernel)
+            self.wara_A[adapter_name] = rows
+            self.wara_B[adapter_name] = factor(config.wavelet, config.levels, self.out_features, ranks, OUT_DIM)
         self.wara_dropout[adapter_name] = nn.Dropout(config.wara_dropout) if config.wara_dropout else nn.Identity()
-        alpha = config.alpha_of(self.module_name)
+        alpha = config.alpha_of(self.module_name if tied_to is None else tied_to.module_name)
         self.wara_alpha[adapter_name] = self.total_rank(adapter_name) if alpha is None else alpha
         self.use_rslora[adapter_name] = config.use_rslora
         self.set_scale(adapter_name, 1.0)
@@ -251,6 +275,8 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(dtype, copy=True)
         for name in adapter_names:
+            if name in self.tied_to and self.get_base_layer().weight is self.tied_to[name].get_base_layer().weight:
+                continue  # the one weight of both layers gets its ΔW from the other
             total.add_(self.get_delta_weight(name, dtype).to(total.device), alpha=sign)
         merged = total.to(weight.dtype)
         if check_finite and not torch.isfinite(merged).all():

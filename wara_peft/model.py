@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
+    find_parameter_name_by_module,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -71,7 +72,7 @@ class WaRAModel(BaseTuner):
         config.module_shapes = {
             name: [module.kind, module.out_features, module.in_length]
             for name, module in model.named_modules()
-            if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+            if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
         }
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
@@ -98,7 +99,9 @@ class WaRAModel(BaseTuner):
     def _targets(self, peft_config: WaRAConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
-            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
+            if not name or name.startswith(inside) or self._check_tied_module_exists(peft_config, name):
+                continue
+            if self._check_target_module_exists(peft_config, name):
                 yield name, module
 
     def _layer_class(self, base_layer: nn.Module) -> type[WaRALayer] | None:
@@ -121,17 +124,39 @@ class WaRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        tied_to = None
+        if self._check_tied_module_exists(peft_config, current_key):
+            tied_to = cast(WaRALayer, self.model.get_input_embeddings())
         if isinstance(target, WaRALayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, tied_to=tied_to)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = self._layer_class(base)
         assert layer_class is not None  # _prepare_model has looked
-        layer = layer_class(target, adapter_name, current_key, peft_config, **get_quantization_kwargs(self.model))
+        quantization = get_quantization_kwargs(self.model)
+        layer = layer_class(target, adapter_name, current_key, peft_config, tied_to, **quantization)
         if adapter_name not in self.active_adapters:
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Target the input embedding, and leave the layers tied to it to its adapter."""
+        tied_weight_keys = _unwrapped(tied_weight_keys)
+        peft_config.target_modules_to_tie = set(tied_weight_keys)
+        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
+        if isinstance(peft_config.target_modules, str):
+            peft_config.target_modules = rf"(?:{peft_config.target_modules})|{re.escape(embedding)}"
+        else:
+            peft_config.target_modules = {embedding, *_without(peft_config.target_modules, tied_weight_keys)}
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """Train the input embedding in full, and let the layers tied to it use its copy."""
+        tied_weight_keys = _unwrapped(tied_weight_keys)
+        peft_config.modules_to_tie = set(tied_weight_keys)
+        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
+        others = [name for name in _without(peft_config.modules_to_save, tied_weight_keys) if name != embedding]
+        peft_config.modules_to_save = [*others, embedding]
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
@@ -242,6 +267,16 @@ def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _unwrapped(names: list[str]) -> list[str]:
+    """Module names without what an earlier adapter has put around the module."""
+    return [name.removesuffix(".base_layer") for name in names]
+
+
+def _without(names: Iterable[str], keys: list[str]) -> list[str]:
+    """The names that do not stand for one of these modules."""
+    return [name for name in names if not any(key == name or key.endswith(f".{name}") for key in keys)]
 
 
 def _axis_lengths(base_layer: nn.Module) -> tuple[int, int]:
