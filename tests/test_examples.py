@@ -228,3 +228,11 @@ class TestNamedData:
         assert {name: len(split) for name, split in splits.items()} == {"train": 33, "validation": 4, "test": 3}
         rows = [row for split in splits.values() for row in split]
         assert sorted(rows) == sorted((f"text number {i}", i % 2) for i in range(40))
+
+
+@pytest.mark.slow
+def test_qwara_trains_and_merges_in_four_bits(tmp_path: Path) -> None:
+    result = run(EXAMPLES / "qwara.py", "--max-per-class", "15", "--epochs", "1", directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"test accuracy: 0\.\d+ with the adapter, 0\.\d+ merged into 4-bit weights", result.stdout)
+    assert list(tmp_path.iterdir()) == []

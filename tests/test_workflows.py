@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, get_peft_model
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from tests.training_run import base_model, logits
+from tests.training_run import base_model, data, logits
 from wara_peft import WaRAConfig
 
 ROOT = Path(__file__).parents[1]
@@ -95,13 +95,17 @@ def language_model(tmp_path) -> Path:
     return tmp_path / "base"
 
 
-def test_sft_trainer(language_model, tmp_path):
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.filterwarnings("ignore:.*flash")
+def test_sft_trainer(language_model, tmp_path, packing):
     texts = ["the cat sat on the mat", "the dog ran on the grass"] * 16
     arguments = SFTConfig(
         output_dir=str(tmp_path / "out"),
         max_steps=12,
         learning_rate=3e-2,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=1 if packing else 8,
+        packing=packing,
+        max_length=64,
         logging_steps=1,
         report_to="none",
         use_cpu=True,
@@ -123,3 +127,48 @@ def test_sft_trainer(language_model, tmp_path):
     tokens = torch.tensor([[1, 4, 5, 7, 8]])
     assert loaded.peft_config["default"].peft_type == "WARA"
     torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("config_class", [WaRAConfig, LoraConfig])
+def test_load_best_model_at_end(config_class, tmp_path):
+    """The learning rate makes later epochs worse, so that the best checkpoint is not the last."""
+    model = get_peft_model(base_model(), config_class(target_modules="all-linear", task_type="SEQ_CLS"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        num_train_epochs=6,
+        learning_rate=0.5,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data(), eval_dataset=data())
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(losses) < losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_what_a_lora_user_asks_a_model(capsys):
+    models = [
+        get_peft_model(base_model(), config)
+        for config in (
+            WaRAConfig(target_modules="all-linear", task_type="SEQ_CLS"),
+            LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"),
+        )
+    ]
+    printed = []
+    for model in models:
+        model.print_trainable_parameters()
+        printed.append(capsys.readouterr().out)
+        assert type(model.get_base_model()) is type(base_model())
+    assert printed[0] == printed[1]
+    ours, theirs = (model.get_layer_status() for model in models)
+    assert [status.name for status in ours] == [status.name for status in theirs]
+    for status in ours[:-1]:  # the last is the head, which trains in full
+        assert (status.module_type, status.enabled, status.active_adapters) == ("wara.Linear", True, ["default"])
+        assert (status.merged_adapters, status.available_adapters) == ([], ["default"])
+        assert (status.requires_grad, status.devices) == ({"default": True}, {"default": ["cpu"]})

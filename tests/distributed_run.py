@@ -1,0 +1,121 @@
+"""A short training run for the tests of distributed training, on one or several processes on the CPU.
+
+python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed_run ddp OUTPUT_DIR --method wara
+
+Every process takes its share of the same batches. The first writes the mean losses to OUTPUT_DIR/losses.json, and the
+adapter, gathered from all, to OUTPUT_DIR/adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from wara_peft import WaRAConfig
+
+CONFIGS = {
+    "wara": lambda: WaRAConfig(target_modules="all-linear", wavelet="db2", wara_alpha=64),
+    "lora": lambda: LoraConfig(target_modules="all-linear", r=8, lora_alpha=64),
+}
+
+
+def base_model() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def build(method: str) -> PeftModel:
+    base = base_model()
+    torch.manual_seed(1)
+    return get_peft_model(base, CONFIGS[method]())
+
+
+def batches() -> torch.Tensor:
+    return torch.randint(0, 40, (6, 8, 10), generator=torch.Generator().manual_seed(0))
+
+
+def distributed(model: PeftModel, kind: str) -> nn.Module:
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp1":
+        policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
+    if kind == "fsdp2":
+        mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+        for module in model.modules():
+            if isinstance(module, LlamaDecoderLayer):
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    return model
+
+
+def whole_state(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
+    """Parameters gathered from all processes, by their names in the model that was not distributed."""
+    if kind == "fsdp1":
+        # Its own full state dict crashes in PyTorch 2.13 on the CPU, with any adapter or none.
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): parameter.detach().clone()
+                for name, parameter in model.named_parameters()
+            }
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model.module if kind == "ddp" else model, options=options)
+
+
+def main(kind: str, method: str, output_dir: Path) -> None:
+    torch.set_num_threads(1)
+    rank, processes = 0, 1
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        rank, processes = dist.get_rank(), dist.get_world_size()
+    model = distributed(build(method), kind)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for batch in batches():
+        share = batch.chunk(processes)[rank]
+        loss = model(input_ids=share, labels=share).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach() / processes
+        if processes > 1:
+            dist.all_reduce(mean)
+        losses.append(mean.item())
+
+    state = whole_state(model, kind)
+    if rank == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "losses.json").write_text(json.dumps(losses))
+        whole = build(method)
+        whole.load_state_dict(state, strict=False)
+        whole.save_pretrained(output_dir / "adapter")
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=["single", "ddp", "fsdp1", "fsdp2"])
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--method", choices=list(CONFIGS), default="wara")
+    options = parser.parse_args()
+    main(options.kind, options.method, options.output_dir)
