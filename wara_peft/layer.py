@@ -118,7 +118,8 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.use_rslora[adapter_name] = config.use_rslora
         self.set_scale(adapter_name, 1.0)
         self.reset_wara_parameters(adapter_name, config.init_weights)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        packed = getattr(self.get_base_layer(), "W_q", None)  # HQQ's name for its weight, which PEFT does not look for
+        self._move_adapter_to_device_of_base_layer(adapter_name, None if packed is None else packed.device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def reset_wara_parameters(self, adapter_name: str, init_weights: bool = True) -> None:

@@ -140,6 +140,10 @@ class WaRAModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in another's place; adapter layers have moved to their base layer's device already."""
+        setattr(parent, child_name, new_module)
+
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Target the input embedding, and leave the layers tied to it to its adapter."""
         tied_weight_keys = _unwrapped(tied_weight_keys)
@@ -290,7 +294,8 @@ class _LayerState:
 
     Merging gives a parameter new data, so on the CPU the old data need no copy; elsewhere they are copied to main
     memory, for a device that holds the model need not hold it twice. Backends of quantized layers also replace
-    parameters, or the whole base layer, and change what bitsandbytes keeps beside the weight.
+    parameters, or the whole base layer, and change what bitsandbytes keeps beside the weight; where accelerate has
+    offloaded a weight, its hook holds the data.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -298,11 +303,11 @@ class _LayerState:
         self.merged_adapters = list(layer.merged_adapters)
         self.inner, self.base_layer = layer.base_layer, layer.get_base_layer()
         self.parameters = {
-            name: (parameter, parameter.data if parameter.device.type == "cpu" else parameter.data.cpu())
+            name: (parameter, parameter.data if parameter.device.type in ("cpu", "meta") else parameter.data.cpu())
             for name, parameter in self.base_layer.named_parameters(recurse=False)
         }
         beside: list[Any] = [parameter for parameter, _ in self.parameters.values()]
-        beside += [self.base_layer.state] if hasattr(self.base_layer, "state") else []
+        beside += [getattr(self.base_layer, name) for name in ("state", "_hf_hook") if hasattr(self.base_layer, name)]
         self.attributes = [(owner, dict(vars(owner))) for owner in beside]
 
     def restore(self) -> None:

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
-import numpy as np
 import pywt
 import torch
 from torch import Tensor
@@ -357,14 +356,14 @@ def _kept_taps(*arguments: Any) -> Tensor:
 def _tap_table(wavelet: str, bands: str, first: int, count: int, dim: int) -> list[Any]:
     found = filters(wavelet)
     offset = len(found.lo) // 2 - 1
-    taps = {band: np.zeros((count, 2)) for band in BANDS}
+    taps = {band: [[0.0, 0.0] for _ in range(count)] for band in BANDS}
     for band, values in zip(BANDS, (found.lo, found.hi), strict=True):
         for index, value in enumerate(values):
             shift, phase = divmod(index - offset, 2)
-            taps[band][(shift - first) % count, phase] += value
-    by_row = np.stack([taps[band] for band in bands])  # (rows, shifts, 2)
-    by_row = by_row.transpose(1, 2, 0)[:, None] if dim == 0 else by_row.transpose(1, 0, 2)[:, :, None]
-    return by_row.tolist()  # type: ignore[no-any-return]
+            taps[band][(shift - first) % count][phase] += value
+    if dim == 1:
+        return [[[taps[band][shift]] for band in bands] for shift in range(count)]
+    return [[[[taps[band][shift][phase] for band in bands] for phase in (0, 1)]] for shift in range(count)]
 
 
 def _check_shapes(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> None:
