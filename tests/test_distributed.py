@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -57,3 +59,28 @@ def test_two_processes_train_as_one(kind, method, single, tmp_path):
     loaded = PeftModel.from_pretrained(base_model(), tmp_path / "adapter").eval()
     expected_model = PeftModel.from_pretrained(base_model(), single[method] / "adapter").eval()
     torch.testing.assert_close(loaded(batches()[0]).logits, expected_model(batches()[0]).logits, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp2", "zero3"])
+def test_accelerate_knows_every_field_of_the_launch_configs(name):
+    config = load_config_from_file(str(ROOT / "examples" / "distributed" / f"{name}.yaml"))
+    assert config.num_processes == 2
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    prefix = "fsdp_" if name.startswith("fsdp") else "zero"
+    known = {action.dest for action in launch_command_parser()._actions}
+    fields = {**config.fsdp_config, **config.deepspeed_config}
+    assert fields.keys() <= known, fields.keys() - known
+    assert name == "ddp" or any(field.startswith(prefix) for field in fields)
+
+
+def test_the_example_runs_on_two_processes(tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
+    config = ["--config_file", str(ROOT / "examples" / "distributed" / "ddp.yaml")]
+    script = [str(ROOT / "examples" / "finetune.py"), "--use-cpu", "--max-per-class", "15", "--epochs", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*launcher, *config, *script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert "trained by 2 processes" in result.stdout
+    assert (tmp_path / "finetune_output" / "adapter" / "adapter_model.safetensors").exists()
