@@ -167,3 +167,11 @@ class TestModelCard:
         WaRAConfig().save_pretrained(str(tmp_path / "adapter"))
         assert above.read_text() == "# A project of mine\n"
         assert "import wara_peft" in (tmp_path / "adapter" / "README.md").read_text()
+
+    @pytest.mark.parametrize("content", [b"---\nlibrary_name: [peft\n---\n", b"\xff\xfe not text"])
+    def test_what_cannot_be_read_does_not_stop_saving(self, tmp_path, content):
+        (tmp_path / "README.md").write_bytes(content)
+        WaRAConfig().save_pretrained(str(tmp_path / "adapter"))
+        WaRAConfig().save_pretrained(str(tmp_path))
+        assert (tmp_path / "README.md").read_bytes().startswith(content.rstrip())
+        assert b"import wara_peft" in (tmp_path / "adapter" / "README.md").read_bytes()

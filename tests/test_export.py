@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from tests.references import Conv1DModel, Mlp
 from wara_peft import WaRAConfig, save_as_lora, to_lora
@@ -110,6 +111,23 @@ def test_adapter_of_another_name():
     delta = model.base_model.model.up.get_delta_weight("other")
     product = state_dict["base_model.model.up.lora_B.weight"] @ state_dict["base_model.model.up.lora_A.weight"]
     torch.testing.assert_close(product, delta)
+
+
+@pytest.mark.parametrize("rank", [None, 16])
+def test_adapters_of_transformers(rank, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=20
+    )
+    base = BertModel(config).eval()
+    model = copy.deepcopy(base)
+    model.add_adapter(WaRAConfig(target_modules=["query", "dense"], init_weights=False))
+    save_as_lora(tmp_path, model, rank=rank)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    tokens = torch.arange(1, 7).view(1, 6)
+    expected = model.eval()(tokens).last_hidden_state
+    assert not torch.allclose(expected, base(tokens).last_hidden_state, atol=1e-2)
+    torch.testing.assert_close(loaded(tokens).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
 
 
 class TestBadInput:

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
 
-from wara_peft import WaRAConfig
+from wara_peft import WaRAConfig, to_lora
 from wara_peft.layer import WaRALayer
 
 SIZES = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -208,3 +208,15 @@ class TestWeightedAdapters:
             model.add_weighted_adapter(*arguments)
         assert set(model.state_dict()) == before
         assert list(model.peft_config) == ["default", "other"]
+
+    def test_modules_with_the_same_ending_are_left_alone(self):
+        model = get_peft_model(
+            nn.ModuleDict({"up": nn.Linear(8, 8), "block": nn.ModuleDict({"up": nn.Linear(8, 8)})}),
+            WaRAConfig(target_modules=["up"], exclude_modules=["block.up"], init_weights=False),
+        )
+        model.add_adapter("other", WaRAConfig(target_modules=["up"], exclude_modules=["block.up"]))
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "combined")
+        adapted = {name for name, m in model.named_modules() if isinstance(m, WaRALayer)}
+        assert adapted == {"base_model.model.up"}
+        config, _ = to_lora(model, adapter_name="combined")
+        assert config.exclude_modules == r"block\.up"

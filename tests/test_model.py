@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config, LlamaConfig
 
 from tests.references import Chain, Conv1DModel, Mlp
@@ -333,6 +334,24 @@ class TestBadInput:
         get_peft_model(Mlp(12), config)
         assert get_peft_model(Mlp(8), config).peft_config["default"].module_shapes == {"up": ["Linear", 20, 8]}
 
+    def test_a_loaded_config_serves_other_widths_as_its_error_says(self, tmp_path):
+        get_peft_model(Mlp(12), WaRAConfig(target_modules=["up"])).save_pretrained(tmp_path)
+        config = WaRAConfig.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="module_shapes=None"):
+            get_peft_model(Mlp(8), config)
+        config.module_shapes = None
+        assert get_peft_model(Mlp(8), config).peft_config["default"].module_shapes == {"up": ["Linear", 20, 8]}
+
+    def test_targets_named_by_a_state_dict_are_checked_too(self):
+        model = Mixed()
+        before = snapshot(model)
+        keys = ["first.wara_A.level1", "norm.wara_A.level1"]
+        with pytest.raises(TypeError, match=r"norm \(LayerNorm\) is not supported"):
+            inject_adapter_in_model(
+                WaRAConfig(target_modules=["first"]), model, state_dict={key: torch.zeros(1) for key in keys}
+            )
+        assert_unchanged(model, before)
+
     def test_too_many_levels_warn_once(self):
         with pytest.warns(UserWarning) as caught:
             get_peft_model(Chain(width=8, depth=5), WaRAConfig(levels=4, target_modules=r"layers\.\d"))
@@ -506,3 +525,29 @@ def test_compiles_without_graph_breaks():
     x = torch.randn(4, 12)
     expected = model(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_functional_transforms_and_tracing():
+    model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up", "down"], levels=2, init_weights=False)).eval()
+    x = torch.randn(4, 12)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if "wara" in name}
+
+    def loss(values, x):
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    model(x).square().sum().backward()
+    gradients = torch.func.grad(loss)(parameters, x)
+    by_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x[:, None])
+    for name, parameter in model.named_parameters():
+        if "wara" in name:
+            torch.testing.assert_close(gradients[name], parameter.grad)
+            torch.testing.assert_close(by_sample[name].sum(0), parameter.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+def test_a_forward_with_fake_tensors_leaves_nothing_behind():
+    model = get_peft_model(Mlp(width=14), WaRAConfig(target_modules=["up"], wavelet="sym2"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.randn(2, 14))
+    assert type(model(torch.randn(2, 14))) is torch.Tensor

@@ -130,6 +130,22 @@ def test_compiled_training_and_inference_do_not_recompile(method):
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
+class TestAutocastRoundsNothingThatItWouldNotRoundAnyway:
+    def test_a_new_adapter_on_an_embedding_changes_nothing(self):
+        base = llama()
+        model = get_peft_model(copy.deepcopy(base), WaRAConfig(target_modules=["embed_tokens"])).eval()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(model(TOKENS).logits, base.eval()(TOKENS).logits)
+
+    def test_merging_is_as_exact_as_outside(self):
+        inside, outside = build("wara"), build("wara")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside.merge_adapter()
+        outside.merge_adapter()
+        for found, expected in zip(inside.parameters(), outside.parameters(), strict=True):
+            assert torch.equal(found, expected)
+
+
 class TestFrozenFactors:
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_forward_and_generate_are_the_same(self, mode):

@@ -233,3 +233,14 @@ def test_filters_accept_every_orthogonal_name_and_no_other():
 def test_max_useful_level_is_that_of_pywavelets():
     assert [max_useful_level("haar", length) for length in (1, 2, 3, 8)] == [0, 1, 1, 3]
     assert max_useful_level("db4", 100) == pywt.dwt_max_level(100, pywt.Wavelet("db4"))
+
+
+def test_identity_of_every_orthogonal_wavelet():
+    for name in pywt.wavelist(kind="discrete"):
+        if pywt.Wavelet(name).orthogonal:
+            for length in (7, 16):
+                axis = rows_in_every_band(name, length, 2, count=length)
+                identity = torch.eye(length, dtype=torch.float64)
+                back = synthesis(adjoint(identity.repeat(3, 1), axis, 1), axis, 1).view(3, length, length).sum(0)
+                tolerance = 1e-2 if name == "dmey" else 1e-9
+                torch.testing.assert_close(back, identity, atol=tolerance, rtol=0, msg=name)

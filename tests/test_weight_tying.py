@@ -89,6 +89,7 @@ def test_saves_loads_and_exports(fields, tmp_path):
     save_as_lora(tmp_path / "lora", model)
     lora = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(lora), logits(model), atol=1e-5, rtol=1e-5)
+    assert lora.peft_config["default"].ensure_weight_tying
 
 
 @each_config
@@ -143,3 +144,22 @@ def test_without_ensure_weight_tying_a_warning_says_what_may_go_wrong():
         model = get_peft_model(llama(), WaRAConfig(target_modules=["embed_tokens"], init_weights=False))
     with pytest.warns(UserWarning, match="This can lead to complications"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("order", [["default", "plain"], ["plain", "default"]])
+def test_combining_keeps_the_tie(order):
+    model = tied(FIELDS[0])
+    model.add_adapter("plain", WaRAConfig(target_modules=["q_proj"], init_weights=False))
+    model.base_model.set_adapter(["default", "plain"])
+    expected = logits(model)
+    model.add_weighted_adapter(order, [1.0, 1.0], "both")
+    model.set_adapter("both")
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_combining_tied_with_untied_is_refused():
+    model = tied(FIELDS[0])
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
+        model.add_adapter("head", WaRAConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="'lm_head' some of the adapters default, head are tied"):
+        model.add_weighted_adapter(["default", "head"], [1.0, 1.0], "both")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from .config import WaRAConfig
+from .config import WaRAConfig, suffix_matches
 from .layer import WaRALayer
 from .wavelet import subbands
 
@@ -41,7 +41,10 @@ def combine(
         name: _ranks(layer, adapters[:1] if combination_type == "linear" else adapters, in_subbands)
         for name, layer in layers.items()
     }
-    tuner.peft_config[adapter_name] = _config(configs[0], ranks, in_subbands)
+    config = _config(configs[0], ranks, in_subbands)
+    config.ensure_weight_tying = any(other.ensure_weight_tying for other in configs)
+    config.exclude_modules = suffix_matches(ranks, [name for name, _ in tuner.model.named_modules()])
+    tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
     for layer in layers.values():
         fill = _add_up if combination_type == "linear" else _put_side_by_side if in_subbands else _put_undecomposed
@@ -62,7 +65,14 @@ def _check(
         raise ValueError(
             f"combination_type={combination_type!r} is not one of {', '.join(map(repr, COMBINATION_TYPES))}."
         )
-    for name, module in tuner.named_modules():
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, WaRALayer):
+            present = [adapter for adapter in adapters if adapter in module.wara_A]
+            if 0 < sum(adapter in module.tied_to for adapter in present) < len(present):
+                raise ValueError(
+                    f"In module {name!r} some of the adapters {', '.join(present)} are tied to the input embedding's "
+                    "and some are not; they cannot be combined."
+                )
         if isinstance(module, ModulesToSaveWrapper):
             trained = [adapter for adapter in adapters if adapter in module.modules_to_save]
             if len(trained) > 1:
@@ -110,6 +120,7 @@ def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bo
         first,
         target_modules=list(ranks),
         exclude_modules=None,
+        init_weights=True,
         layers_to_transform=None,
         layers_pattern=None,
         modules_to_save=None,

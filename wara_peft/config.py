@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -230,6 +231,21 @@ class WaRAConfig(PeftConfig):
     def __repr__(self) -> str:
         fields = ", ".join(f"{item.name}={getattr(self, item.name)!r}" for item in dataclasses.fields(self))
         return f"{type(self).__name__}(R={self.total_rank}, {fields})"
+
+
+def suffix_matches(targets: Iterable[str], names: Iterable[str]) -> str | None:
+    """Modules that PEFT would also take for these targets, as it compares the ends of names.
+
+    Args:
+        targets: full names of modules.
+        names: names of all modules of the model.
+
+    Returns:
+        A regular expression of those that are not targets themselves, for `exclude_modules`, or None.
+    """
+    targets = set(targets)
+    ends = tuple(f".{target}" for target in targets)
+    return "|".join(re.escape(name) for name in names if name.endswith(ends) and name not in targets) or None
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:

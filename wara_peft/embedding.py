@@ -12,7 +12,8 @@ class Embedding(WaRALayer):
 
     Columns of Â are gathered from the coefficients that they need; the vocabulary axis is never synthesised. As in
     LoRA, A starts at zero and B is drawn from N(0, 1), dropout does not apply, and layers that scale their embeddings
-    scale the adapter's part too.
+    scale the adapter's part too. Unlike in LoRA, the row of a padding token does not stay zero: it shares coefficients
+    with its neighbours on the vocabulary axis.
     """
 
     def reset_wara_parameters(self, adapter_name: str, init_weights: bool = True) -> None:

@@ -15,7 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import WaRAConfig
+from .config import WaRAConfig, suffix_matches
 from .conv import Conv
 from .embedding import Embedding
 from .layer import WaRALayer
@@ -51,12 +51,13 @@ def to_lora(
     if not isinstance(config, WaRAConfig):
         raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
     if rank is not None:
-        return convert_to_lora(model, rank, adapter_name=adapter_name)
+        lora_config, state_dict = convert_to_lora(model, rank, adapter_name=adapter_name)
+        return lora_config, {_with_prefix(key): value for key, value in state_dict.items()}
 
     layers = {
         name.removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+        if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
     }
     _warn_about_convolutions(layers)
     largest = _common_rank(layers.values(), adapter_name)
@@ -70,7 +71,10 @@ def to_lora(
     for name, layer in layers.items():
         for key, value in _lora_tensors(layer, adapter_name, largest).items():
             state_dict[f"{PEFT_PREFIX}{name}.{key}"] = value.contiguous()
-    return _lora_config(config, largest, layers), state_dict
+    lora_config = _lora_config(config, largest, layers)
+    names = [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]
+    lora_config.exclude_modules = suffix_matches(layers, names)
+    return lora_config, state_dict
 
 
 def save_as_lora(
@@ -151,6 +155,7 @@ def _lora_config(config: WaRAConfig, rank: int, layers: dict[str, WaRALayer]) ->
         bias="lora_only" if config.bias == "wara_only" else config.bias,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import WaRAConfig
 from .factors import IN_DIM, OUT_DIM, SharedFactor, SubbandFactor, TransposedFactor
+from .wavelet import autocast_off
 
 KINDS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 """Classes of base layers whose name is their kind; everything else that is adapted is linear."""
@@ -29,6 +30,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         module_name: its full name in the model, by which configs give ranks and errors name it.
         config: that adapter's configuration.
         tied_to: the layer whose weight this layer's weight is tied to, and whose adapter it takes over.
+        kwargs: what PEFT's quantization backends ask for.
 
     Attributes:
         wara_A, wara_B: for each adapter the module whose call gives Â (R, n) or B̂ (m, R).
@@ -61,7 +63,6 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self.kwargs = kwargs
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         # The model has refused layers whose features are unknown.
         features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
@@ -84,19 +85,12 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         """Kernel size of a convolution; empty for other layers."""
         return ()
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        config: WaRAConfig,
-        inference_mode: bool = False,
-        tied_to: WaRALayer | None = None,
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: WaRAConfig, tied_to: WaRALayer | None = None) -> None:
         """Add an adapter, initialised, on the device of the base layer.
 
         Args:
             adapter_name: its name.
             config: its configuration, which gives ranks and alpha by the module's name.
-            inference_mode: whether the adapter is frozen.
             tied_to: take over that layer's adapter, transposed, with its alpha.
         """
         if tied_to is not None:
@@ -120,7 +114,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.reset_wara_parameters(adapter_name, config.init_weights)
         packed = getattr(self.get_base_layer(), "W_q", None)  # HQQ's name for its weight, which PEFT does not look for
         self._move_adapter_to_device_of_base_layer(adapter_name, None if packed is None else packed.device)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters)
 
     def reset_wara_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Draw A_s as LoRA draws A, with fan-in n_j, and set B_s to zero, or draw it too if not `init_weights`.
@@ -190,7 +184,8 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         """
         own = self.factors(adapter)[0].dtype
         factor_a, factor_b = self.lora_factors(adapter, torch.promote_types(dtype or own, torch.float32))
-        return self._orient((factor_b @ factor_a.flatten(1)).to(dtype or own))
+        with autocast_off([factor_a]):
+            return self._orient((factor_b @ factor_a.flatten(1)).to(dtype or own))
 
     def _orient(self, delta: Tensor) -> Tensor:
         """ΔW of shape (m, n · kernel elements) as the base layer keeps its weight."""
@@ -326,10 +321,11 @@ def add_low_rank(result: Tensor, hidden: Tensor, factor_b: Tensor, scaling: floa
         scaling: the adapter's scaling.
     """
     dtype = torch.promote_types(result.dtype, hidden.dtype)
-    product = torch.addmm(
-        result.reshape(-1, result.shape[-1]).to(dtype),
-        hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-        factor_b.to(dtype).T,
-        alpha=scaling,
-    )
+    with autocast_off([result]):  # it has chosen these dtypes, and would round a wider result once more
+        product = torch.addmm(
+            result.reshape(-1, result.shape[-1]).to(dtype),
+            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
+            factor_b.to(dtype).T,
+            alpha=scaling,
+        )
     return product.view(result.shape)

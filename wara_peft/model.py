@@ -56,10 +56,15 @@ class WaRAModel(BaseTuner):
 
     prefix: str = "wara_"
     tuner_layer_cls = WaRALayer
+    # Modules named by a state dict from which an adapter is being injected, in place of the config's targets.
+    _named_by_state_dict: set[str] | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the adapter of that name to all its target modules, and record their shapes in its config."""
+        state_dict = kwargs.get("state_dict")
+        if state_dict is not None:
+            self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
         try:
             _check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -67,6 +72,8 @@ class WaRAModel(BaseTuner):
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
             raise
+        finally:
+            self._named_by_state_dict = None
         keep_unpacked(model)
         config = cast(WaRAConfig, self.peft_config[adapter_name])
         config.module_shapes = {
@@ -101,7 +108,8 @@ class WaRAModel(BaseTuner):
         for name, module in model.named_modules():
             if not name or name.startswith(inside) or self._check_tied_module_exists(peft_config, name):
                 continue
-            if self._check_target_module_exists(peft_config, name):
+            named = self._named_by_state_dict
+            if self._check_target_module_exists(peft_config, name) if named is None else name in named:
                 yield name, module
 
     def _layer_class(self, base_layer: nn.Module) -> type[WaRALayer] | None:
@@ -132,7 +140,7 @@ class WaRAModel(BaseTuner):
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = self._layer_class(base)
-        assert layer_class is not None  # _prepare_model has looked
+        assert layer_class is not None  # _prepare_model has looked at every target
         quantization = get_quantization_kwargs(self.model)
         layer = layer_class(target, adapter_name, current_key, peft_config, tied_to, **quantization)
         if adapter_name not in self.active_adapters:
@@ -174,7 +182,8 @@ class WaRAModel(BaseTuner):
             combination_type: "cat" is exact and adds up the ranks; adapters that share wavelet, levels and form
                 `subband` keep their subbands, others meet as rows of the undecomposed matrix `aa0`. "linear" adds up
                 the factors, Σ ±√(|weight| scaling) A_i and Σ √(|weight| scaling) B_i, as in LoRA, which needs equal
-                layouts, keeps the rank and is not ΔW's sum.
+                layouts, keeps the rank and is not ΔW's sum. Modules that an adapter trains in full (`modules_to_save`)
+                are not part of the combination.
 
         Raises:
             ValueError: an adapter is missing, there already is one of the new name, numbers of adapters and weights
@@ -331,7 +340,8 @@ def _check_adapter_name(adapter_name: str) -> None:
 
 def _check_shapes(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> None:
     """A saved adapter must meet modules of the shapes that it was trained on."""
-    saved = {name: (out, in_) for name, (_, out, in_) in (config._saved_shapes or {}).items()}
+    saved_shapes = config._saved_shapes if config.module_shapes is not None else None
+    saved = {name: (out, in_) for name, (_, out, in_) in (saved_shapes or {}).items()}
     different = [
         f"{name!r} (saved {saved[name]}, here {shape})"
         for name, shape in shapes.items()

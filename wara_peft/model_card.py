@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-
-from huggingface_hub import ModelCard
 
 HEADING = "## Loading this WaRA adapter"
 SECTION = f"""{HEADING}
@@ -30,16 +29,13 @@ def add_loading_section(save_directory: str) -> None:
     """
     path = Path(save_directory) / "README.md"
     above = path.parent.parent / "README.md"
-    if path.exists():
-        card = ModelCard.load(path)
-    elif _is_peft_card(above):
-        path, card = above, ModelCard.load(above)
-    else:
-        card = ModelCard("---\nlibrary_name: peft\n---\n")
-    if HEADING not in card.text:
-        card.text = f"{card.text.rstrip()}\n\n{SECTION}"
-        card.save(path)
+    if not path.exists() and re.search(r"^library_name: *peft$", _text(above), re.MULTILINE):
+        path = above
+    text = _text(path) or "---\nlibrary_name: peft\n---\n"
+    if HEADING not in text:
+        path.write_text(f"{text.rstrip()}\n\n{SECTION}", encoding="utf-8", errors="surrogateescape")
 
 
-def _is_peft_card(path: Path) -> bool:
-    return path.exists() and ModelCard.load(path).data.library_name == "peft"
+def _text(path: Path) -> str:
+    """What the file says, bytes that are no text included, or nothing where there is no file."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""

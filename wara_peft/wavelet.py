@@ -18,7 +18,7 @@ import difflib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import pywt
@@ -39,6 +39,8 @@ class Filters:
 @cache
 def filters(wavelet: str) -> Filters:
     """Synthesis filters of the orthogonal wavelet of that PyWavelets name, as float64 numbers.
+
+    `dmey` counts as orthogonal in PyWavelets, but its filters are approximations: S Sᵀ = I holds to 3e-3 only.
 
     Raises:
         ValueError: the name is unknown, or the wavelet is not orthogonal.
@@ -132,6 +134,17 @@ class Axis:
         return sum(map(len, self.bands))
 
 
+def autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
+    """Context in which operations keep the dtype of their tensors, on the device of the first of these.
+
+    Autocast would change the dtype of some operations, and refuse a mixture for others.
+    """
+    device = next((tensor.device.type for tensor in tensors if tensor is not None), "meta")
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def synthesis(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> Tensor:
     """Transform rows from the wavelet domain to the axis: row i of level j becomes S_{j, bands[j][i]} times itself.
 
@@ -151,10 +164,10 @@ def synthesis(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> Te
     Raises:
         ValueError: a level's rows do not have the shape that the axis gives.
     """
-    _check_shapes(coefficients, axis, dim)
-    with _autocast_off(coefficients):
-        if torch.compiler.is_compiling():
+    with autocast_off(coefficients):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return _synthesise(coefficients, axis, dim)
+        _check_shapes(coefficients, axis, dim)
         return _Synthesis.apply(axis, dim, *coefficients)  # type: ignore[no-any-return]
 
 
@@ -169,7 +182,7 @@ def synthesis_at(coefficients: Sequence[Tensor | None], axis: Axis, positions: T
         (R, N) in the dtype of the coefficients.
     """
     _check_shapes(coefficients, axis, dim=1)
-    with _autocast_off(coefficients):
+    with autocast_off(coefficients):
         parts = [_columns(coefficients, axis, 1, positions)] if axis.rows > len(axis.bands[0]) else []
         if coefficients[0] is not None:
             parts.append(coefficients[0].index_select(1, positions))
@@ -186,7 +199,7 @@ def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
     Returns:
         For each level the rows of that level, or None where it has none, as `synthesis` takes them.
     """
-    with _autocast_off([signal]):
+    with autocast_off([signal]):
         return _decompose(signal, axis, dim, repeat_last=False)
 
 
@@ -196,29 +209,26 @@ def analysis(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
     Arguments and result are those of `adjoint`. The two differ only on odd lengths, where PyWavelets repeats the last
     sample first; there the sum over all bands of `synthesis(analysis(x))` is still x.
     """
-    with _autocast_off([signal]):
+    with autocast_off([signal]):
         return _decompose(signal, axis, dim, repeat_last=True)
 
 
 class _Synthesis(torch.autograd.Function):
     """`synthesis` as one node of the autograd graph, whose backward is `adjoint` and which saves no tensor."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, axis: Axis, dim: int, *coefficients: Tensor | None) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
+    def forward(axis: Axis, dim: int, *coefficients: Tensor | None) -> Tensor:
         return _synthesise(coefficients, axis, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.axis, ctx.dim = inputs[:2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *adjoint(grads[0], ctx.axis, ctx.dim))
-
-
-def _autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
-    """Filters keep the dtype they are given, which autocast would change for some operations and refuse for others."""
-    device = next((tensor.device.type for tensor in tensors if tensor is not None), "meta")
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _synthesise(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> Tensor:
@@ -346,10 +356,17 @@ def _build_taps(
     return torch.tensor(_tap_table(wavelet, bands, first, count, dim), dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=1024)
+_KEPT: dict[tuple[Any, ...], Tensor] = {}
+
+
 def _kept_taps(*arguments: Any) -> Tensor:
-    with torch.inference_mode(False):
-        return _build_taps(*arguments)
+    if arguments not in _KEPT:
+        with torch.inference_mode(False):
+            taps = _build_taps(*arguments)
+        if type(taps) is not Tensor:  # made under a mode that fakes tensors, and of use only there
+            return taps
+        _KEPT[arguments] = taps
+    return _KEPT[arguments]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
