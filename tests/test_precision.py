@@ -205,3 +205,19 @@ class TestFrozenFactors:
         before = frozen_logits()
         next(p for name, p in model.named_parameters() if "wara_B" in name).data.zero_()
         assert changed()
+
+
+def test_adapters_of_different_dtypes_on_one_layer():
+    model = build("wara").eval()
+    model.add_adapter("short", METHODS["wara-shared"](), autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if ".short." in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.base_model.set_adapter(["default", "short"])
+    found = model(TOKENS).logits
+    for name, parameter in model.named_parameters():
+        if ".short." in name:
+            parameter.data = parameter.data.float()
+    expected = model(TOKENS).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)

@@ -8,6 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -179,3 +180,15 @@ def test_weights_packed_before_are_unpacked(kind):
     assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
     # Block scales have been rounded to bfloat16, and with double quantization quantized once more.
     torch.testing.assert_close(after, before, atol=2e-3, rtol=2**-7)
+
+
+def test_backends_that_cannot_merge_say_so_before_anything_changes():
+    _, model = model_of("int8")
+    model.base_model.model.down.quantization_backend = ForwardOnlyQuantizationBackend("gptq")
+    up = model.base_model.model.up
+    before = dequantized(up)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="Cannot merge into module 'down': gptq weights cannot be written"):
+            merge()
+    assert torch.equal(dequantized(up), before)
+    assert not up.merged
