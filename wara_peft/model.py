@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,13 +24,14 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .checks import check_adapter_name, check_targets, first
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
 from .layer import Linear, WaRALayer
 from .quantization import keep_unpacked
-from .wavelet import max_useful_level
+from .restore import undone_on_error
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
@@ -66,7 +66,7 @@ class WaRAModel(BaseTuner):
         if state_dict is not None:
             self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
         try:
-            _check_adapter_name(adapter_name)
+            check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
@@ -95,13 +95,10 @@ class WaRAModel(BaseTuner):
                 shapes[name] = _axis_lengths(base)
         if unsupported:
             raise TypeError(
-                f"Target module {_first(unsupported)} is not supported. WaRA adapts {SUPPORTED}. Name other modules "
+                f"Target module {first(unsupported)} is not supported. WaRA adapts {SUPPORTED}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
-        _check_shapes(peft_config, shapes)
-        _check_ranks(peft_config, shapes)
-        _warn_about_levels(peft_config, shapes)
-        _warn_about_two_outputs(shapes)
+        check_targets(peft_config, shapes)
 
     def _targets(self, peft_config: WaRAConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -241,7 +238,7 @@ class WaRAModel(BaseTuner):
 
         For this the base weights of the target modules are kept, in main memory, until the last one is merged.
         """
-        with self._undone_on_error():
+        with undone_on_error(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
@@ -251,29 +248,10 @@ class WaRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        with self._undone_on_error() if merge else nullcontext():
+        with undone_on_error(self.model) if merge else nullcontext():
             return super()._unload_and_optionally_merge(  # type: ignore[return-value]
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-
-    @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        """Put base weights and adapter layers back as they are now if the block raises."""
-        saved = [_LayerState(module) for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        places = [
-            (parent, name, child)
-            for parent in self.model.modules()
-            for name, child in parent.named_children()
-            if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-        ]
-        try:
-            yield
-        except BaseException:
-            for parent, name, child in places:
-                setattr(parent, name, child)
-            for state in saved:
-                state.restore()
-            raise
 
 
 def _pass_adapter_names(
@@ -296,105 +274,3 @@ def _axis_lengths(base_layer: nn.Module) -> tuple[int, int]:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
     return out_features, in_features // int(getattr(base_layer, "groups", 1))
-
-
-class _LayerState:
-    """What merging changes in one adapter layer, and how to put it back.
-
-    Merging gives a parameter new data, so on the CPU the old data need no copy; elsewhere they are copied to main
-    memory, for a device that holds the model need not hold it twice. Backends of quantized layers also replace
-    parameters, or the whole base layer, and change what bitsandbytes keeps beside the weight; where accelerate has
-    offloaded a weight, its hook holds the data.
-    """
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-        self.merged_adapters = list(layer.merged_adapters)
-        self.inner, self.base_layer = layer.base_layer, layer.get_base_layer()
-        self.parameters = {
-            name: (parameter, parameter.data if parameter.device.type in ("cpu", "meta") else parameter.data.cpu())
-            for name, parameter in self.base_layer.named_parameters(recurse=False)
-        }
-        beside: list[Any] = [parameter for parameter, _ in self.parameters.values()]
-        beside += [getattr(self.base_layer, name) for name in ("state", "_hf_hook") if hasattr(self.base_layer, name)]
-        self.attributes = [(owner, dict(vars(owner))) for owner in beside]
-
-    def restore(self) -> None:
-        self.layer.base_layer = self.inner
-        for name, (parameter, data) in self.parameters.items():
-            parameter.data = data.to(parameter.device)
-            setattr(self.base_layer, name, parameter)
-        for owner, attributes in self.attributes:
-            vars(owner).clear()
-            vars(owner).update(attributes)
-        self.layer.merged_adapters = self.merged_adapters
-
-
-def _check_adapter_name(adapter_name: str) -> None:
-    if re.fullmatch(r"level\d+", adapter_name):
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is also the name of a parameter of WaRA adapters, and saving would write "
-            "an empty file. Choose another name."
-        )
-
-
-def _check_shapes(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> None:
-    """A saved adapter must meet modules of the shapes that it was trained on."""
-    saved_shapes = config._saved_shapes if config.module_shapes is not None else None
-    saved = {name: (out, in_) for name, (_, out, in_) in (saved_shapes or {}).items()}
-    different = [
-        f"{name!r} (saved {saved[name]}, here {shape})"
-        for name, shape in shapes.items()
-        if saved.get(name, shape) != shape
-    ]
-    if different:
-        raise ValueError(
-            f"The saved adapter was made for modules of other (out, in) shapes: {_first(different)}. Load it on the "
-            "base model it was trained on (with its embeddings resized as they were then); to use its config for a "
-            "new adapter, set `module_shapes=None` in it first."
-        )
-    missing = [repr(name) for name in saved if name not in shapes]
-    if missing:
-        warnings.warn(
-            f"The saved adapter also adapts {_first(missing)}, which this model does not have or the config does not "
-            "target; that part of it is ignored."
-        )
-
-
-def _check_ranks(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> None:
-    empty = [repr(name) for name in shapes if not any(config.ranks_of(name).values())]
-    if empty:
-        raise ValueError(
-            f"rank_pattern leaves every subband out in module {_first(empty)}. Give at least one a rank, or leave the "
-            "module out with `exclude_modules`."
-        )
-
-
-def _warn_about_levels(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> None:
-    too_many = []
-    for name, shape in shapes.items():
-        for axis, length in zip(("out", "in"), shape, strict=True):
-            useful = max_useful_level(config.wavelet, length)
-            if config.levels > useful:
-                too_many.append(f"{name!r} ({axis} axis of length {length}: at most {useful})")
-    if too_many:
-        warnings.warn(
-            f"levels={config.levels} is more than is useful for wavelet={config.wavelet!r} in {_first(too_many)}: "
-            "filters wrap around the axis. The transform stays exact, but coarse subbands carry little more."
-        )
-
-
-def _warn_about_two_outputs(shapes: dict[str, tuple[int, int]]) -> None:
-    heads = [repr(name) for name, (out, _) in shapes.items() if out == 2]
-    if heads:
-        warnings.warn(
-            f"Module {_first(heads)} has two outputs. The gradients of two logits cancel, so the approximation band "
-            "of its out axis gets none and half of the adapter does not learn. If it is a classification head, train "
-            "it in full: put it in `modules_to_save`."
-        )
-
-
-def _first(items: list[str], count: int = 3) -> str:
-    """The first few items for a message, and how many more there are."""
-    more = f" and {len(items) - count} more" if len(items) > count else ""
-    return ", ".join(items[:count]) + more
