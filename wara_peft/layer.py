@@ -253,9 +253,15 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             ValueError: `safe_merge` found a value that is not finite; the base weight is untouched.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.wara_A]
-        if names:
+        if not names:
+            return
+        try:
             self._add_to_base_weight(names, sign=1, check_finite=safe_merge)
-            self.merged_adapters.extend(names)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # Python 3.11 on
+                error.add_note(f"This happened while merging into module {self.module_name!r}.")
+            raise
+        self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Subtract the ΔW of all merged adapters from the base weight."""
