@@ -103,8 +103,9 @@ def test_set_requires_grad():
 
 
 @pytest.mark.parametrize("config_class", [WaRAConfig, LoraConfig])
-def test_offloaded_to_disk(config_class, tmp_path):
+def test_offloaded_to_disk(config_class, tmp_path, monkeypatch):
     """Layers that accelerate keeps on the disk compute, load adapters and merge."""
+    monkeypatch.chdir(tmp_path)  # PEFT takes the offload folder's path for a relative one, and writes below this one
     base = llama()
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(base, config_class(target_modules="all-linear"))
