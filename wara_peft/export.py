@@ -60,6 +60,11 @@ def to_lora(
         if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
     }
     _warn_about_convolutions(layers)
+    if any(isinstance(module, WaRALayer) and adapter_name in module.tied_to for module in model.modules()):
+        warnings.warn(
+            "This adapter is shared by the input embedding and layers tied to it. The exported LoRA computes alike, "
+            "but PEFT's LoRA merges it twice into the one tied weight: to merge, merge the WaRA adapter."
+        )
     largest = _common_rank(layers.values(), adapter_name)
     state_dict = {
         _with_prefix(key): value
