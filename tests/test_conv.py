@@ -70,6 +70,7 @@ def test_equals_a_convolution_with_the_delta_of_pywavelets(case, fields):
     torch.testing.assert_close(layer(x), dense(x), atol=1e-10, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA")
 @pytest.mark.parametrize("case", CASES)
 def test_saves_loads_and_exports(case, tmp_path):
     make, shape = CASES[case]
@@ -78,6 +79,8 @@ def test_saves_loads_and_exports(case, tmp_path):
     x = torch.randn(shape)
     model.save_pretrained(tmp_path / "wara")
     save_as_lora(tmp_path / "lora", model)
+    from_directory = to_lora(tmp_path / "wara")[1]
+    assert all(torch.equal(value, from_directory[key]) for key, value in to_lora(model)[1].items())
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "wara").eval()
     assert torch.equal(loaded(x), model(x))
     lora = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
@@ -86,6 +89,7 @@ def test_saves_loads_and_exports(case, tmp_path):
     torch.testing.assert_close(lora(x), model(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA")
 @pytest.mark.parametrize("case", ["conv2d-strided-dilated", "conv2d-circular"])
 def test_export_warns_of_what_pefts_lora_leaves_out(case):
     model = get_peft_model(OneLayer(CASES[case][0]()), WaRAConfig(target_modules=["conv"]))

@@ -106,6 +106,7 @@ def test_the_vocabulary_axis_is_never_synthesised():
     assert 0 < widest < min(coefficients)
 
 
+@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA")
 def test_saves_loads_and_exports(tmp_path):
     base = Bag()
     config = WaRAConfig(target_modules=["embedding", "head"], init_weights=False, r=3)

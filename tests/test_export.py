@@ -6,15 +6,23 @@ import copy
 import json
 import warnings
 
+import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertModel
 
 from tests.references import Conv1DModel, Mlp
-from wara_peft import WaRAConfig, save_as_lora, to_lora
+from wara_peft import WaRAConfig, lora_error, save_as_lora, to_lora
+from wara_peft.export import vllm_max_lora_rank
+from wara_peft.quantization import keep_unpacked
+
+IN_FULL = "ignore:PEFT loads all of this LoRA:UserWarning"
+pytestmark = pytest.mark.filterwarnings(IN_FULL)
 
 # model, input width, config: one row a case
 CASES = {
@@ -87,19 +95,168 @@ def test_files(tmp_path):
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 16, 16)
 
 
-@pytest.mark.parametrize("rank", [4, 0.9])
-def test_a_rank_gives_the_best_approximation(rank):
-    _, model, _ = adapted("unequal ranks")
-    _, state_dict = to_lora(model, rank=rank)
-    for name in ("up", "down"):
-        layer = getattr(model.base_model.model, name)
-        u, s, vh = torch.linalg.svd(layer.get_delta_weight("default").double())
-        energy = (s**2).cumsum(0) / (s**2).sum()
-        kept = rank if isinstance(rank, int) else int((energy < rank).sum()) + 1
-        best = (u[:, :kept] * s[:kept]) @ vh[:kept]
-        prefix = f"base_model.model.{name}.lora_"
-        found = state_dict[f"{prefix}B.weight"].double() @ state_dict[f"{prefix}A.weight"].double()
-        torch.testing.assert_close(found, best, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("case", CASES)
+def test_a_directory_gives_what_the_model_gives(case, tmp_path):
+    _, model, _ = adapted(case)
+    model.save_pretrained(tmp_path)
+    config, state_dict = to_lora(tmp_path)
+    expected_config, expected = to_lora(model)
+    assert state_dict.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(state_dict[key], value), key
+    # PEFT sets these two when it saves; a directory does not know what other modules the model has
+    fields = {**config.to_dict(), "inference_mode": False, "auto_mapping": None, "exclude_modules": None}
+    assert fields == {**expected_config.to_dict(), "auto_mapping": None, "exclude_modules": None}
+
+
+def test_a_directory_holds_several_adapters(tmp_path):
+    _, model, _ = adapted("linear")
+    model.add_adapter("other", WaRAConfig(r=1, target_modules=["up"], init_weights=False))
+    model.save_pretrained(tmp_path)
+    assert to_lora(tmp_path)[0].r == 16
+    assert to_lora(str(tmp_path), adapter_name="other")[0].r == 4
+
+
+class TestTruncation:
+    @pytest.mark.parametrize("rank", [1, 4, 9, 30, 0.5, 0.9, 1.0])
+    @pytest.mark.parametrize("case", ["unequal ranks", "odd sizes", "conv1d", "shared"])
+    def test_is_the_truncated_svd(self, case, rank, tmp_path):
+        _, model, _ = adapted(case)
+        model.save_pretrained(tmp_path)
+        config, state_dict = to_lora(model.double(), rank=rank)
+        errors = lora_error(tmp_path, rank)
+        layers = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "wara_A")}
+        assert errors.modules.keys() == layers.keys()
+        best, norms, kept = {}, {}, {}
+        for name, layer in layers.items():
+            delta = layer.get_delta_weight("default").detach().numpy()
+            delta = delta.T if layer.kind == "Conv1D" else delta
+            values = np.linalg.svd(delta, compute_uv=False)
+            shares = np.cumsum(values**2) / np.sum(values**2)
+            kept[name] = rank if isinstance(rank, int) else int(np.sum(shares < rank - 1e-12)) + 1
+            best[name], norms[name] = np.linalg.norm(values[kept[name] :]), np.linalg.norm(values)
+            prefix = f"base_model.model.{name}.lora_"
+            found = state_dict[f"{prefix}B.weight"].numpy() @ state_dict[f"{prefix}A.weight"].numpy()
+            assert np.linalg.norm(delta - found) == pytest.approx(best[name], abs=1e-6)
+            assert errors.modules[name] == pytest.approx(best[name] / norms[name], abs=1e-6)
+        together = np.linalg.norm(list(best.values())) / np.linalg.norm(list(norms.values()))
+        assert errors.total == pytest.approx(together, abs=1e-6)
+        assert config.r == config.lora_alpha == (rank if isinstance(rank, int) else max(kept.values()))
+
+    def test_dense_update_is_never_built(self, tmp_path):
+        model = get_peft_model(nn.Sequential(nn.Linear(4096, 4096)), WaRAConfig(target_modules=["0"], r=1))
+        model.save_pretrained(tmp_path)
+        with CountLargest() as largest:
+            to_lora(tmp_path, rank=2)
+        assert largest.elements == 4096 * 4
+
+    def test_groups_each_get_their_share(self):
+        model = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4))
+        model = get_peft_model(model, WaRAConfig(target_modules=["0"], init_weights=False)).double()
+        _, state_dict = to_lora(model, rank=8)
+        lora_a, lora_b = (state_dict[f"base_model.model.0.lora_{side}.weight"].flatten(1) for side in "AB")
+        delta = model.base_model.model[0].get_delta_weight("default").flatten(1).detach().numpy()
+        channels = 2 * 9
+        for group in range(4):
+            rows = lora_a[2 * group : 2 * group + 2, group * channels : (group + 1) * channels]
+            found = (lora_b[3 * group : 3 * group + 3] @ rows).numpy()
+            values = np.linalg.svd(delta[3 * group : 3 * group + 3], compute_uv=False)
+            error = np.linalg.norm(delta[3 * group : 3 * group + 3] - found)
+            assert error == pytest.approx(np.linalg.norm(values[2:]), abs=1e-6)
+        with pytest.raises(ValueError, match="rank=6 must be a multiple of the 4 groups of the convolution '0'"):
+            to_lora(model, rank=6)
+
+    def test_of_a_new_adapter_there_is_nothing_to_lose(self):
+        model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up"]))
+        assert lora_error(model, 1) == (0.0, {"up": 0.0})
+        assert to_lora(model, rank=0.9)[0].r == 1
+
+
+class CountLargest(TorchDispatchMode):
+    """Number of elements of the largest floating-point result."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, torch.Tensor) and item.is_floating_point():
+                self.elements = max(self.elements, item.numel())
+        return result
+
+
+class TestDtype:
+    @pytest.mark.parametrize("case", ["linear", "three levels", "odd sizes", "conv1d"])
+    def test_bfloat16_rounds_once(self, case, tmp_path):
+        base, model, x = adapted(case)
+        exact = to_lora(model)[1]
+        for key, value in to_lora(model, dtype=torch.bfloat16)[1].items():
+            assert torch.equal(value, exact[key].bfloat16())
+        save_as_lora(tmp_path, model, dtype=torch.bfloat16)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        expected = model(x)
+        assert (loaded(x) - expected).norm() <= 2e-2 * expected.norm()
+
+    def test_an_adapter_in_bfloat16(self, tmp_path):
+        base, model, x = adapted("linear")
+        base, model, x = base.bfloat16(), model.bfloat16(), x.bfloat16()
+        assert {value.dtype for value in to_lora(model)[1].values()} == {torch.bfloat16}
+        assert {value.dtype for value in to_lora(model, dtype=torch.float32)[1].values()} == {torch.float32}
+        save_as_lora(tmp_path, model)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False).eval()
+        expected = model(x).float()
+        assert (loaded(x).float() - expected).norm() <= 2e-2 * expected.norm()
+
+    @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+    def test_a_quantized_base(self, quant_type, tmp_path):
+        linear = nn.Linear(64, 64)
+        if quant_type == "int8":
+            layer = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
+        else:
+            layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type=quant_type)
+        layer.load_state_dict(linear.state_dict())
+        base = nn.Sequential(layer.to("cpu"))
+        config = WaRAConfig(target_modules=["0"], init_weights=False, wavelet="db2", levels=2, wara_alpha=50)
+        model = get_peft_model(copy.deepcopy(base), config).eval()
+        x = torch.randn(5, 64)
+        save_as_lora(tmp_path, model)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        keep_unpacked(loaded)  # bitsandbytes computes otherwise on weights that it has packed for the CPU
+        assert (model(x) - base(x)).norm() > 0.1 * base(x).norm()
+        torch.testing.assert_close(loaded(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+class TestEngines:
+    @pytest.mark.filterwarnings("default")
+    @pytest.mark.parametrize(
+        ("model", "fields", "named"),
+        [
+            (Mlp(), {"target_modules": ["up"], "modules_to_save": ["head"]}, "'head.weight'"),
+            (Mlp(), {"target_modules": ["up"], "bias": "wara_only"}, "'up.base_layer.bias'"),
+            (nn.Sequential(nn.Embedding(9, 8)), {"target_modules": ["0"]}, r"Embedding layers \('0'\)"),
+            (nn.Sequential(nn.Conv1d(8, 8, 3)), {"target_modules": ["0"]}, r"Conv1d layers \('0'\)"),
+        ],
+    )
+    def test_what_they_do_not_take_is_named(self, model, fields, named, tmp_path):
+        model = get_peft_model(copy.deepcopy(model), WaRAConfig(**fields))
+        with pytest.warns(UserWarning, match=rf"engines that serve LoRA take adapters of linear layers.*{named}"):
+            to_lora(model)
+        model.save_pretrained(tmp_path / "wara")
+        for source in (model, tmp_path / "wara"):
+            with pytest.raises(ValueError, match=rf"{named}.*Merge the adapter instead"):
+                save_as_lora(tmp_path / "lora", source, strict=True)
+        assert not (tmp_path / "lora").exists()
+
+    @pytest.mark.filterwarnings("error")
+    def test_linear_layers_alone_are_fine(self):
+        _, model, _ = adapted("linear")
+        to_lora(model, strict=True)
+
+    @pytest.mark.parametrize(
+        ("rank", "allowed"), [(1, 1), (2, 8), (16, 16), (40, 64), (256, 256), (257, 320), (512, 512), (513, None)]
+    )
+    def test_rank_for_vllm(self, rank, allowed):
+        assert vllm_max_lora_rank(rank) == allowed
 
 
 def test_adapter_of_another_name():
@@ -141,6 +298,37 @@ class TestBadInput:
     def test_adapter_of_another_method(self):
         with pytest.raises(TypeError, match="is of type LORA, not WARA"):
             to_lora(get_peft_model(Mlp(), LoraConfig(target_modules=["up"])))
+
+    @pytest.mark.parametrize(
+        ("rank", "error", "message"),
+        [
+            (0, ValueError, "rank=0 must be at least 1"),
+            (-3, ValueError, "rank=-3 must be at least 1"),
+            (0.0, ValueError, "rank=0.0 is a share of the energy"),
+            (1.5, ValueError, "more than 0 and at most 1"),
+            (float("nan"), ValueError, "rank=nan is a share"),
+            (True, TypeError, "rank=True must be an int or a float"),
+            ("4", TypeError, "rank='4' must be an int or a float"),
+        ],
+    )
+    def test_rank(self, rank, error, message):
+        _, model, _ = adapted("linear")
+        for convert in (to_lora, lora_error):
+            with pytest.raises(error, match=message):
+                convert(model, rank)
+
+    def test_dtype(self):
+        _, model, _ = adapted("linear")
+        for dtype in ("bf16", torch.int8):
+            with pytest.raises(TypeError, match=r"must be a floating-point torch\.dtype"):
+                to_lora(model, dtype=dtype)
+
+    def test_neither_model_nor_path(self, tmp_path):
+        with pytest.raises(TypeError, match="must be a model with WaRA adapters, or the path of a saved one"):
+            to_lora(7)
+        with pytest.raises(FileNotFoundError, match="There is no adapter directory"):
+            save_as_lora(tmp_path / "lora", tmp_path / "nowhere")
+        assert not (tmp_path / "lora").exists()
 
     def test_path_is_a_file(self, tmp_path):
         _, model, _ = adapted("linear")

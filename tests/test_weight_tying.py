@@ -80,6 +80,7 @@ def test_training_reaches_both(fields):
     torch.testing.assert_close(embedding.get_delta_weight("default"), head.get_delta_weight("default"))
 
 
+@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA")
 @each_config
 def test_saves_loads_and_exports(fields, tmp_path):
     model = tied(fields)

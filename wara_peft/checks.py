@@ -36,7 +36,7 @@ def check_adapter_name(adapter_name: str) -> None:
 def _check_shapes(config: WaRAConfig, shapes: dict[str, tuple[int, int]]) -> None:
     """A saved adapter must meet modules of the shapes that it was trained on."""
     saved_shapes = config._saved_shapes if config.module_shapes is not None else None
-    saved = {name: (out, in_) for name, (_, out, in_) in (saved_shapes or {}).items()}
+    saved = {name: (entry[1], entry[2]) for name, entry in (saved_shapes or {}).items()}
     different = [
         f"{name!r} (saved {saved[name]}, here {shape})"
         for name, shape in shapes.items()

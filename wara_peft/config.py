@@ -18,6 +18,8 @@ from .wavelet import filters, subbands
 
 FORMS = ("subband", "shared")
 BIASES = ("none", "all", "wara_only")
+MAX_LEVELS = 64
+"""No axis is long enough for more; a config from elsewhere may ask for any number."""
 LORA_FIELDS = {
     "lora_alpha": "its name here is 'wara_alpha'",
     "lora_dropout": "its name here is 'wara_dropout'",
@@ -63,7 +65,8 @@ class WaRAConfig(PeftConfig):
         trainable_token_indices: token indices to train in the embedding, as in LoraConfig.
         ensure_weight_tying: where the model ties its output layer to its input embedding and one of them is adapted
             or in `modules_to_save`, both share the adapter or the trained module, and stay tied.
-        module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`.
+        module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`. For a
+            convolution `in` is that of one group, and `[kind, out, in, groups]` tells if there are several.
 
     Raises:
         ValueError: a value is out of range, or fields contradict each other.
@@ -147,6 +150,8 @@ class WaRAConfig(PeftConfig):
     def _check_values(self) -> None:
         filters(self.wavelet)
         _check_int("levels", self.levels, minimum=1)
+        if self.levels > MAX_LEVELS:
+            raise ValueError(f"levels={self.levels!r} must be at most {MAX_LEVELS}.")
         if self.form not in FORMS:
             raise ValueError(f"form={self.form!r} is not one of {_listed(FORMS)}.")
         if self.bias not in BIASES:
@@ -219,6 +224,16 @@ class WaRAConfig(PeftConfig):
         ranks = {band.name: rank if band.level else 0 for band in subbands(self.levels)}
         return {**ranks, **(self.subband_ranks or {}), **(pattern if isinstance(pattern, dict) else {})}
 
+    def level_ranks_of(self, module_name: str) -> list[int]:
+        """For each level 0 ... L the number of rows that its parameter of A has in the module of that name."""
+        ranks = self.ranks_of(module_name)
+        if self.form == "shared":
+            return [0, ranks["aa1"]]
+        return [
+            sum(ranks[band.name] for band in subbands(self.levels) if band.level == level)
+            for level in range(self.levels + 1)
+        ]
+
     def alpha_of(self, module_name: str) -> float | None:
         """Numerator of the scaling in the module of that name, or None for that module's R."""
         return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.wara_alpha)
@@ -231,6 +246,11 @@ class WaRAConfig(PeftConfig):
     def __repr__(self) -> str:
         fields = ", ".join(f"{item.name}={getattr(self, item.name)!r}" for item in dataclasses.fields(self))
         return f"{type(self).__name__}(R={self.total_rank}, {fields})"
+
+
+def scaling(alpha: float | None, rank: int, use_rslora: bool) -> float:
+    """Factor of B̂ Â: alpha / R, or alpha / √R with `use_rslora`; an alpha of None means R."""
+    return (rank if alpha is None else alpha) / (math.sqrt(rank) if use_rslora else rank)
 
 
 def suffix_matches(targets: Iterable[str], names: Iterable[str]) -> str | None:

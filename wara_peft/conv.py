@@ -27,17 +27,18 @@ class Conv(WaRALayer):
 
     @property
     def in_length(self) -> int:
-        return self.in_features // self.convolution.groups
+        return self.in_features // self.groups
 
     @property
     def kernel(self) -> tuple[int, ...]:
         return tuple(self.convolution.kernel_size)
 
-    def _orient(self, delta: Tensor) -> Tensor:
-        return delta.view(self.out_features, self.in_length, *self.kernel)
+    @property
+    def groups(self) -> int:
+        return self.convolution.groups
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        groups, ones = self.convolution.groups, [1] * len(self.kernel)
+        groups, ones = self.groups, [1] * len(self.kernel)
         factor_a, factor_b = self.wara_A[adapter](), self.wara_B[adapter]()  # (R, in / groups, *kernel), (out, R)
         x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
         hidden = self.convolution._conv_forward(x, factor_a.repeat(groups, 1, *ones), None)

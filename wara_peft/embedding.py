@@ -27,9 +27,6 @@ class Embedding(WaRALayer):
         for columns in factor_b.parameters():
             nn.init.normal_(columns)
 
-    def _orient(self, delta: Tensor) -> Tensor:
-        return delta.T
-
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         hidden = self.wara_A[adapter](x.flatten()).T  # (tokens, R)
         factor_b = self.wara_B[adapter]()  # (hidden size, R)

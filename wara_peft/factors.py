@@ -166,6 +166,10 @@ class SharedFactor(SubbandFactor):
         return [None, torch.cat((self.level1, self.level1), 1 - self.dim)]
 
 
+FACTORS: dict[str, type[SubbandFactor]] = {"subband": SubbandFactor, "shared": SharedFactor}
+"""The class of factors of each form."""
+
+
 class TransposedFactor(nn.Module):
     """Another layer's factor, transposed: Â of a layer whose weight is tied to that layer's, out of its B̂, or B̂ of Â.
 

@@ -13,8 +13,9 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import WaRAConfig
-from .factors import IN_DIM, OUT_DIM, SharedFactor, SubbandFactor, TransposedFactor
+from .config import WaRAConfig, scaling
+from .factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor, TransposedFactor
+from .update import LowRankUpdate
 from .wavelet import autocast_off
 
 KINDS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
@@ -102,7 +103,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             )
         else:
             ranks = config.ranks_of(self.module_name)
-            factor = SharedFactor if config.form == "shared" else SubbandFactor
+            factor = FACTORS[config.form]
             rows = factor(config.wavelet, config.levels, self.in_length, ranks, IN_DIM, self.kernel)
             self.wara_A[adapter_name] = rows
             self.wara_B[adapter_name] = factor(config.wavelet, config.levels, self.out_features, ranks, OUT_DIM)
@@ -144,9 +145,8 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         """Set the adapter's scaling to scale · alpha / R, or scale · alpha / √R with `use_rslora`."""
         if adapter not in self.wara_A:
             return
-        rank = self.total_rank(adapter)
-        divisor = math.sqrt(rank) if self.use_rslora[adapter] else rank
-        self.scaling[adapter] = scale * self.wara_alpha[adapter] / divisor
+        initial = scaling(self.wara_alpha[adapter], self.total_rank(adapter), self.use_rslora[adapter])
+        self.scaling[adapter] = scale * initial
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters by `scale`."""
@@ -164,15 +164,21 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             else:
                 self.scaling[adapter] /= scale
 
-    def lora_factors(self, adapter_name: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """The adapter as a LoRA: Â of shape (R, n) and scaling · B̂ of shape (m, R), with ΔW = (scaling · B̂) Â.
+    @property
+    def groups(self) -> int:
+        """Number of groups of a convolution, 1 for other layers."""
+        return 1
+
+    def low_rank_update(self, adapter_name: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
+        """ΔW of an adapter as a pair of factors, Â and scaling · B̂: the adapter as a LoRA of rank R.
 
         Args:
             adapter_name: the adapter.
             dtype: dtype to compute in and to return; None means that of the adapter's parameters.
         """
         factor_a, factor_b = self.factors(adapter_name)
-        return factor_a.synthesise(dtype), factor_b.synthesise(dtype) * self.scaling[adapter_name]
+        scaled = factor_b.synthesise(dtype) * self.scaling[adapter_name]
+        return LowRankUpdate(self.kind, factor_a.synthesise(dtype), scaled, self.groups)
 
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
         """Scaled ΔW of an adapter, in the shape and orientation of the base weight.
@@ -183,13 +189,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
                 where those are shorter.
         """
         own = self.factors(adapter)[0].dtype
-        factor_a, factor_b = self.lora_factors(adapter, torch.promote_types(dtype or own, torch.float32))
-        with autocast_off([factor_a]):
-            return self._orient((factor_b @ factor_a.flatten(1)).to(dtype or own))
-
-    def _orient(self, delta: Tensor) -> Tensor:
-        """ΔW of shape (m, n · kernel elements) as the base layer keeps its weight."""
-        raise NotImplementedError
+        return self.low_rank_update(adapter, torch.promote_types(dtype or own, torch.float32)).dense(dtype or own)
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         """The base layer's result plus what an adapter adds to it for the input x."""
@@ -306,9 +306,6 @@ class Linear(WaRALayer):
     The base layer is an `nn.Linear`, one of the quantized layers that PEFT knows, or transformers' `Conv1D`. ΔW is
     never built; the product lands in the result by `torch.addmm`.
     """
-
-    def _orient(self, delta: Tensor) -> Tensor:
-        return delta.T if self.kind == "Conv1D" else delta
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         factor_a, factor_b = self.wara_A[adapter](), self.wara_B[adapter]()  # (R, n), (m, R)

@@ -77,7 +77,7 @@ class WaRAModel(BaseTuner):
         keep_unpacked(model)
         config = cast(WaRAConfig, self.peft_config[adapter_name])
         config.module_shapes = {
-            name: [module.kind, module.out_features, module.in_length]
+            name: [module.kind, module.out_features, module.in_length, *([module.groups] if module.groups > 1 else [])]
             for name, module in model.named_modules()
             if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
         }

@@ -1,0 +1,247 @@
+"""The installed command `wara-peft`: run as a process for what it does, and in this one for what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner, Result
+
+from wara_peft import WaRAConfig, to_lora
+from wara_peft.cli import app
+
+COMMAND = Path(sys.executable).parent / "wara-peft"
+TOKENS = torch.arange(1, 7).view(1, 6)
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    command = [COMMAND, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+
+def say(*arguments: object) -> Result:
+    """The same in this process, which has what takes seconds to import."""
+    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="wara-peft", env={"COLUMNS": "120"})
+
+
+def complaints(result: subprocess.CompletedProcess[str] | Result) -> list[str]:
+    """What the command itself says on stderr; libraries may have their own to say when they are imported."""
+    assert "Traceback" not in result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("wara-peft: ")]
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, **sizes)).eval()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A sharded base model and an adapter on it."""
+    path = tmp_path_factory.mktemp("made")
+    llama().save_pretrained(path / "base", max_shard_size="8KB")
+    config = WaRAConfig(target_modules="all-linear", init_weights=False, wavelet="db2", task_type="CAUSAL_LM", r=3)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path / "base"), config)
+    model.save_pretrained(path / "adapter")
+    return path
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+class TestExport:
+    def test_exact(self, made, tmp_path):
+        result = run("export", made / "adapter", tmp_path / "lora", "--strict")
+        assert result.returncode == 0, result.stderr
+        assert "LoRA of rank 12, 14 modules" in result.stdout
+        assert "vLLM needs: --max-lora-rank 16" in result.stdout
+        wara = PeftModel.from_pretrained(llama(), made / "adapter")
+        lora = PeftModel.from_pretrained(llama(), tmp_path / "lora")
+        assert (logits(wara) - logits(llama())).abs().max() > 0.1
+        torch.testing.assert_close(logits(lora), logits(wara), atol=1e-5, rtol=1e-5)
+        config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(made / "base")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lora"]
+
+    @pytest.mark.parametrize(("option", "value"), [("--rank", 2), ("--energy", 0.7)])
+    def test_truncated(self, made, tmp_path, option, value):
+        result = say("export", made / "adapter", tmp_path / "lora", option, value, "--dtype", "bf16")
+        assert result.exit_code == 0, result.stderr
+        config, expected = to_lora(made / "adapter", value, dtype=torch.bfloat16)
+        assert f"LoRA of rank {config.r}," in result.stdout
+        assert "Relative error of the weight update, in Frobenius norm: 0." in result.stdout
+        with safe_open(tmp_path / "lora" / "adapter_model.safetensors", framework="pt") as file:
+            assert set(file.keys()) == set(expected)
+            for key, value in expected.items():
+                found = file.get_tensor(key)
+                assert (found.dtype, found.shape) == (torch.bfloat16, value.shape)
+
+    def test_strict(self, tmp_path):
+        model = get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        model.save_pretrained(tmp_path / "adapter")
+        result = say("export", tmp_path / "adapter", tmp_path / "lora", "--strict")
+        assert result.exit_code == 1
+        (line,) = complaints(result)
+        assert "'lm_head.weight'" in line
+        result = say("export", tmp_path / "adapter", tmp_path / "lora")
+        assert result.exit_code == 0
+        (line,) = complaints(result)
+        assert line.startswith("wara-peft: warning: PEFT loads all of this LoRA")
+
+
+class TestMerge:
+    def test_equals_merge_and_unload(self, made, tmp_path):
+        result = run("merge", made / "base", made / "adapter", tmp_path / "merged")
+        assert result.returncode == 0, result.stderr
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        expected = PeftModel.from_pretrained(llama(), made / "adapter").merge_and_unload()
+        for name, value in expected.state_dict().items():
+            assert torch.equal(merged.state_dict()[name], value), name
+
+    def test_interrupted(self, made, tmp_path):
+        """A base of many shards, so that the signal meets the merge while it writes."""
+        sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=4000, **sizes))
+        model.save_pretrained(tmp_path / "base", max_shard_size="4MB")
+        model = get_peft_model(model, WaRAConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.save_pretrained(tmp_path / "adapter")
+        arguments = [COMMAND, "merge", "base", "adapter", "merged"]
+        process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not list(tmp_path.glob(".merged.*/model-00002*")):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1, said
+        assert "wara-peft: interrupted; nothing was written." in said
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+class TestInspect:
+    def test_tables(self, made):
+        result = say("inspect", made / "adapter")
+        assert result.exit_code == 0, result.stderr
+        for text in (
+            "model.layers.1.mlp.down_proj",
+            "32 x 48",
+            "3 in each of 4",
+            "14 modules",
+            "as LoRA of rank 12",
+            "aa1",
+        ):
+            assert text in result.stdout
+        assert "level 1" in result.stdout
+
+    def test_json_and_plot(self, made, tmp_path):
+        result = run("inspect", made / "adapter", "--json", "--plot", tmp_path / "energy.png")
+        assert result.returncode == 0, result.stderr
+        report = json.loads(result.stdout)
+        assert report["rank"] == 12
+        assert len(report["modules"]) == 14
+        assert sum(report["energy_shares"].values()) == pytest.approx(1.0)
+        assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
+
+
+class TestUsage:
+    @pytest.mark.parametrize("command", ["export", "merge", "inspect"])
+    def test_help_has_examples(self, command):
+        result = say(command, "--help")
+        assert result.exit_code == 0
+        assert f"wara-peft {command} my-" in result.stdout.split("Examples:")[1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["export", "a"], "Missing argument 'OUT'"),
+            (["frobnicate"], "No such command 'frobnicate'"),
+            (["export", "a", "b", "--rank", "2", "--energy", "0.5"], "give --rank or --energy, not both"),
+            (["export", "a", "b", "--rank", "0"], "Invalid value for '--rank'"),
+            (["export", "a", "b", "--energy", "1.5"], "--energy 1.5 is a share"),
+            (["export", "a", "b", "--dtype", "int8"], "'int8' is not one of fp32"),
+            (["merge", "a", "b", "c", "--device", "abacus"], "abacus"),
+        ],
+    )
+    def test_misuse(self, arguments, said, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        result = say(*arguments)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def limited_file_size() -> None:
+    """As on a full disk, writing fails half way."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+
+class TestFailures:
+    """Each ends with exit status 1, one clear line, and nothing left behind."""
+
+    def fails(self, said: str, *arguments: object) -> None:
+        before = sorted(Path().rglob("*"))
+        result = say(*arguments)
+        assert result.exit_code == 1, result.stderr
+        (line,) = complaints(result)
+        assert said in line
+        assert sorted(Path().rglob("*")) == before
+
+    @pytest.fixture
+    def copied(self, made, tmp_path, monkeypatch) -> Path:
+        monkeypatch.chdir(shutil.copytree(made, tmp_path / "copied"))
+        return Path()
+
+    def test_no_adapter(self, copied):
+        self.fails("There is no adapter directory 'nowhere'", "export", "nowhere", "lora")
+        self.fails("There is no directory 'no/where', and the Hub", "inspect", "no/where")
+
+    @pytest.mark.parametrize("command", [["export", "adapter", "out"], ["merge", "base", "adapter", "out"]])
+    def test_out(self, copied, command):
+        (copied / "out").write_text("mine")
+        self.fails("'out' is a file; name a directory", *command)
+        self.fails("'out' is a file; name a directory", *command, "--overwrite")
+        (copied / "out").unlink()
+        (copied / "out").mkdir()
+        self.fails("'out' exists already", *command)
+        self.fails("Not a directory", *command[:-1], "adapter/adapter_config.json/out")
+        self.fails("must not be replaced", *command[:-1], "adapter", "--overwrite")
+
+    @pytest.mark.parametrize("command", [["export", "adapter", "new/out"], ["merge", "base", "adapter", "new/out"]])
+    def test_a_disk_that_is_full(self, copied, command):
+        result = run(*command, preexec_fn=limited_file_size)
+        assert result.returncode == 1, result.stderr
+        (line,) = complaints(result)
+        assert "File too large" in line
+        assert sorted(path.name for path in Path().iterdir()) == ["adapter", "base"]
+
+    def test_a_broken_adapter(self, copied):
+        weights = copied / "adapter" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        self.fails("is not a complete safetensors file", "export", "adapter", "out")
+        self.fails("is not a complete safetensors file", "merge", "base", "adapter", "out")
+        self.fails("is not a complete safetensors file", "inspect", "adapter")
+
+    def test_a_base_that_does_not_fit(self, copied):
+        config = json.loads((copied / "base" / "config.json").read_text())
+        (copied / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+        self.fails("LlamaForCausalLM has no 'model.layers.1", "merge", "base", "adapter", "out")
+
+    def test_debug_shows_the_traceback(self, tmp_path):
+        result = run("export", tmp_path / "nowhere", "lora", "--debug")
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr
+        assert "FileNotFoundError: There is no adapter directory" in result.stderr

@@ -1,0 +1,329 @@
+"""Merging on disk, shard by shard, against PEFT's `merge_and_unload` of the loaded model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
+)
+
+from wara_peft import WaRAConfig
+from wara_peft.merge import merge_checkpoint
+
+INDEX = "model.safetensors.index.json"
+
+
+def llama(**fields) -> LlamaForCausalLM:
+    fields = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 40, **fields}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **fields))
+
+
+def bert(model_class=BertForSequenceClassification, **fields) -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return model_class(BertConfig(vocab_size=40, **sizes, **fields))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40))
+
+
+def dinov2() -> Dinov2Model:
+    return Dinov2Model(
+        Dinov2Config(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+            use_swiglu_ffn=True,
+        )
+    )
+
+
+def resnet() -> ResNetModel:
+    return ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"))
+
+
+# model, config of the adapter: one row a case
+CASES = {
+    "llama": (llama, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "levels": (llama, {"target_modules": ["q_proj", "down_proj"], "wavelet": "db2", "levels": 3, "use_rslora": True}),
+    "shared": (llama, {"target_modules": ["v_proj"], "form": "shared", "alpha_pattern": {"layers.1": 30}}),
+    "conv1d, tied head": (gpt2, {"target_modules": ["c_attn", "c_proj"], "task_type": "CAUSAL_LM"}),
+    "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding, tied": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]}),
+    "tokens, tied": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 7]}},
+    ),
+    "classifier": (bert, {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "biases": (bert, {"target_modules": ["query", "dense"], "bias": "all", "modules_to_save": ["classifier"]}),
+    "layer in full": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]}),
+    "renamed keys": (dinov2, {"target_modules": ["q_proj", "o_proj"]}),
+    "convolutions": (resnet, {"target_modules": r".*convolution"}),
+}
+
+
+def saved(path: Path, base: PreTrainedModel, shard="4KB", **fields) -> PeftModel:
+    """Save a base in shards, and an adapter on it with random values; the model with the adapter."""
+    torch.manual_seed(0)
+    base.save_pretrained(path / "base", max_shard_size=shard)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(copy.deepcopy(base), WaRAConfig(init_weights=False, **{"wara_alpha": 3, **fields}))
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "wara_" not in name:
+                torch.nn.init.normal_(parameter)
+        model.save_pretrained(path / "adapter")
+    return model
+
+
+def merged(path: Path, **options) -> dict[str, torch.Tensor]:
+    merge_checkpoint(path / "base", path / "adapter", path / "out", **options)
+    return {name: value for file in (path / "out").glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_merge_and_unload(case, tmp_path):
+    make, fields = CASES[case]
+    base = make()
+    model = saved(tmp_path, base, **fields)
+    found = merged(tmp_path)
+    expected = model.merge_and_unload()
+
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "base").iterdir()
+    }
+    loaded = type(base).from_pretrained(tmp_path / "out")
+    states = loaded.state_dict(), expected.state_dict(), base.state_dict()
+    changed = 0
+    for name in states[1]:
+        assert torch.equal(states[0][name], states[1][name]), name
+        changed += not torch.equal(states[1][name], states[2][name])
+    assert changed >= 2
+    index, original = (json.loads((tmp_path / where / INDEX).read_text()) for where in ("out", "base"))
+    assert index["weight_map"] == original["weight_map"]
+    assert (
+        index["metadata"]["total_size"] == original["metadata"]["total_size"] == sum(v.nbytes for v in found.values())
+    )
+
+
+def test_one_file_stays_one_file(tmp_path):
+    saved(tmp_path, llama(), shard="1GB", target_modules=["q_proj"])
+    merged(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+class TestDtype:
+    def test_bfloat16_base_is_rounded_once(self, tmp_path):
+        model = saved(tmp_path, llama().bfloat16(), target_modules=["q_proj"])
+        name = "model.layers.0.self_attn.q_proj"
+        layer = model.base_model.model.get_submodule(name)
+        expected = layer.get_base_layer().weight.double() + layer.get_delta_weight("default", torch.float64)
+        found = merged(tmp_path)[f"{name}.weight"]
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected.bfloat16(), atol=0, rtol=2**-8)
+        assert (found == expected.bfloat16()).float().mean() > 0.99
+
+    def test_another_dtype(self, tmp_path):
+        model = saved(tmp_path, llama(), target_modules=["q_proj"])
+        merged(tmp_path, dtype=torch.bfloat16)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert loaded.dtype == torch.bfloat16
+        expected = model.merge_and_unload().bfloat16().state_dict()
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+
+    def test_what_it_cannot_hold(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"], wara_alpha=1e9)
+        with pytest.raises(ValueError, match=r"q_proj' gives values that are not finite in torch.float16"):
+            merged(tmp_path, dtype=torch.float16)
+        assert not (tmp_path / "out").exists()
+
+
+class TestHeads:
+    def test_a_head_that_the_base_lacks(self, tmp_path):
+        base = bert(BertModel)
+        saved(tmp_path / "x", bert(num_labels=5), target_modules=["query"], task_type="SEQ_CLS")
+        base.save_pretrained(tmp_path / "x" / "base", max_shard_size="4KB")
+        for shard in (tmp_path / "x" / "base").glob("model-*"):
+            assert "classifier.weight" not in load_file(shard) or shard.unlink()
+        merged(tmp_path / "x")
+        loaded = BertForSequenceClassification.from_pretrained(tmp_path / "x" / "out")
+        assert loaded.config.num_labels == 5
+        assert loaded.config.architectures == ["BertForSequenceClassification"]
+        with_base = BertForSequenceClassification.from_pretrained(tmp_path / "x" / "base", num_labels=5)
+        expected = PeftModel.from_pretrained(with_base, tmp_path / "x" / "adapter").merge_and_unload().state_dict()
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+
+    def test_a_head_of_another_size(self, tmp_path):
+        saved(tmp_path, bert(num_labels=5), target_modules=["query"], modules_to_save=["classifier"])
+        shutil.rmtree(tmp_path / "base")
+        bert(num_labels=3).save_pretrained(tmp_path / "base")
+        with pytest.raises(ValueError, match=r"'classifier.*shape \(3.*and \(5.*another head or vocabulary"):
+            merged(tmp_path)
+        assert not (tmp_path / "out").exists()
+
+
+class TestRefusals:
+    """What cannot be merged right is refused before anything is written."""
+
+    def refused(self, path: Path, match: str, error=ValueError, **options) -> None:
+        before = sorted(path.rglob("*"))
+        with pytest.raises(error, match=match):
+            merged(path, **options)
+        assert sorted(path.rglob("*")) == before
+
+    def test_a_weight_that_is_converted_on_loading(self, tmp_path):
+        saved(tmp_path, dinov2(), target_modules=["gate_proj"])
+        self.refused(tmp_path, "0 tensors that Dinov2Model loads as this weight .* may be fused, converted")
+
+    @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+    def test_a_weight_that_is_tied(self, tmp_path, target):
+        saved(tmp_path, llama(tie_word_embeddings=True), target_modules=[target, "q_proj"])
+        self.refused(tmp_path, f"{target}.weight': its weight is tied to .*ensure_weight_tying=True")
+
+    def test_modules_that_the_base_does_not_have(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        shutil.rmtree(tmp_path / "base")
+        gpt2().save_pretrained(tmp_path / "base")
+        self.refused(tmp_path, "does not fit .*GPT2LMHeadModel has no 'model.layers.0.self_attn.q_proj.weight'")
+
+    def test_modules_of_other_shapes(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        llama(hidden_size=64).save_pretrained(tmp_path / "base", max_shard_size="4KB")
+        self.refused(tmp_path, r"q_proj.weight' has the shape \(64, 64\) in .*, and \(32, 32\) in the adapter")
+
+    def test_a_quantized_base(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        config = json.loads((tmp_path / "base" / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+        self.refused(tmp_path, "is quantized. Merge into the model it was made from")
+
+    def test_tokens_outside_of_the_vocabulary(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"], trainable_token_indices=[3, 7])
+        path = tmp_path / "adapter" / "adapter_config.json"
+        for indices in ([3, 99], [3], [3, -1]):
+            path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_token_indices": indices}))
+            self.refused(tmp_path, "trainable_token_indices of the adapter do not fit")
+
+    @pytest.mark.parametrize("name", ["../model-00001-of-00002.safetensors", "/etc/passwd", "..", "x.bin", 3, ""])
+    def test_an_index_that_names_files_elsewhere(self, tmp_path, name):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        index = json.loads((tmp_path / "base" / INDEX).read_text())
+        index["weight_map"]["model.norm.weight"] = name
+        (tmp_path / "base" / INDEX).write_text(json.dumps(index))
+        self.refused(tmp_path, "a safetensors file beside it was expected")
+
+    def test_an_index_that_names_what_is_not_there(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        index = json.loads((tmp_path / "base" / INDEX).read_text())
+        file = index["weight_map"]["model.norm.weight"]
+        index["weight_map"]["more"] = file
+        (tmp_path / "base" / INDEX).write_text(json.dumps(index))
+        self.refused(tmp_path, "says .* has 'more'; it has not")
+        index["weight_map"]["more"] = "other.safetensors"
+        (tmp_path / "base" / INDEX).write_text(json.dumps(index))
+        self.refused(tmp_path, "lacks 'other.safetensors'", FileNotFoundError)
+        (tmp_path / "base" / INDEX).write_text('{"weight_map": []}')
+        self.refused(tmp_path, "has no weight_map")
+
+    def test_a_shard_cut_short(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        shard = sorted((tmp_path / "base").glob("*.safetensors"))[2]
+        shard.write_bytes(shard.read_bytes()[:-10])
+        self.refused(tmp_path, "is not a complete safetensors file")
+
+    def test_pickles(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        for shard in (tmp_path / "base").glob("model*"):
+            shard.unlink()
+        (tmp_path / "base" / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+        self.refused(tmp_path, "'pytorch_model.bin' is a pickle, which may run any code", FileNotFoundError)
+
+    def test_no_base(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        (tmp_path / "base" / "config.json").unlink()
+        self.refused(tmp_path, "There is no file .*config.json", FileNotFoundError)
+        shutil.rmtree(tmp_path / "base")
+        self.refused(tmp_path, "There is no model directory", FileNotFoundError)
+
+    def test_a_config_of_no_known_model(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        (tmp_path / "base" / "config.json").write_text('{"model_type": "unheard-of"}')
+        self.refused(tmp_path, "Cannot use .*config.json")
+
+    def test_an_out_that_is_there(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        (tmp_path / "out").mkdir()
+        self.refused(tmp_path, "exists already")
+        merged(tmp_path, overwrite=True)
+        for name in ("base", "adapter"):
+            with pytest.raises(ValueError, match="must not be replaced"):
+                merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / name, overwrite=True)
+
+
+def test_a_base_of_another_head_keeps_its_other_weights(tmp_path):
+    """An adapter on the encoder alone, merged into a checkpoint that also has a language-modelling head."""
+    base = bert(BertForMaskedLM)
+    saved(tmp_path, base.bert, target_modules=["query"], task_type="FEATURE_EXTRACTION")
+    shutil.rmtree(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    merged(tmp_path)
+    loaded = BertForMaskedLM.from_pretrained(tmp_path / "out").state_dict()
+    changed = [name for name, value in base.state_dict().items() if not torch.equal(loaded[name], value)]
+    assert changed == [f"bert.encoder.layer.{i}.attention.self.query.weight" for i in range(2)]
+
+
+def test_files_of_the_tokenizer_are_copied(tmp_path):
+    saved(tmp_path, llama(), target_modules=["q_proj"])
+    for name in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "chat_template.jinja", "LICENSE"):
+        (tmp_path / "base" / name).write_text(name)
+    for name in ("training_args.bin", "pytorch_model.bin.index.json", "adapter_config.json", "notes.md"):
+        (tmp_path / "base" / name).write_text(name)
+    merged(tmp_path)
+    found = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("model")}
+    assert found == {
+        "LICENSE",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (tmp_path / "out" / "merges.txt").read_text() == "merges.txt"

@@ -1,0 +1,172 @@
+"""A saved adapter by itself: what it says of the adapter in memory, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.references import Mlp
+from wara_peft import WaRAConfig
+from wara_peft.saved import SavedAdapter
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def saved(path: Path, model: nn.Module | None = None, **fields) -> nn.Module:
+    fields = {"target_modules": ["up", "down"], "wavelet": "db2", "wara_alpha": 3, **fields}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "levels=. is more than is useful")
+        adapted = get_peft_model(model or Mlp(), WaRAConfig(init_weights=False, **fields))
+    adapted.save_pretrained(path)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"levels": 2, "use_rslora": True, "alpha_pattern": {"up": 9}},
+        {"form": "shared", "rank_pattern": {"up": 7}},
+        {"subband_ranks": {"aa0": 2, "dd1": 0}, "rank_pattern": {"down": {"aa1": 0}}},
+    ],
+)
+def test_updates_are_those_of_the_model(tmp_path, fields):
+    layers = saved(tmp_path, **fields).base_model.model
+    adapter = SavedAdapter(tmp_path)
+    assert list(adapter.modules) == ["down", "up"]
+    assert not adapter.others
+    for name in adapter.modules:
+        update = adapter.update(name)
+        torch.testing.assert_close(update.dense(), getattr(layers, name).get_delta_weight("default"))
+        assert adapter.weight_shape(name) == tuple(getattr(layers, name).weight.shape)
+
+
+def test_what_else_it_holds(tmp_path):
+    saved(tmp_path, bias="wara_only", modules_to_save=["head"])
+    adapter = SavedAdapter(tmp_path)
+    assert adapter.others == {"up.base_layer.bias": (20,), "head.weight": (3, 12), "head.bias": (3,)}
+    assert torch.equal(adapter.other("head.weight"), load_file(tmp_path / WEIGHTS)["base_model.model.head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("make", "groups"), [(lambda: nn.Conv1d(6, 8, 3), 1), (lambda: nn.Conv2d(6, 8, 3, groups=2), 2)]
+)
+def test_groups_of_a_convolution_are_recorded(tmp_path, make, groups):
+    model = nn.Sequential()
+    model.add_module("conv", make())
+    adapted = saved(tmp_path, model, target_modules=["conv"])
+    adapter = SavedAdapter(tmp_path)
+    assert adapter.modules["conv"].groups == groups
+    delta = adapted.base_model.model.conv.get_delta_weight("default")
+    torch.testing.assert_close(adapter.update("conv").dense(), delta)
+
+
+class Explosive:
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def edit_config(**fields):
+    def edit(path: Path) -> None:
+        config = json.loads((path / CONFIG).read_text())
+        (path / CONFIG).write_text(json.dumps({**config, **fields}))
+
+    return edit
+
+
+def edit_weights(change):
+    def edit(path: Path) -> None:
+        tensors = load_file(path / WEIGHTS)
+        change(tensors)
+        save_file(tensors, path / WEIGHTS)
+
+    return edit
+
+
+def cut_short(path: Path) -> None:
+    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-40])
+
+
+def pickled_beside(path: Path) -> None:
+    (path / WEIGHTS).rename(path / "adapter_model.bin")
+
+
+KEY = "base_model.model.up.wara_A.level1"
+# ruff: noqa: E501  # a table reads best with one line a row
+# what is wrong, how it comes about, what is said
+BROKEN = {
+    "pickle in place of safetensors": (pickled_beside, "is a pickle, which may run any code and is not opened"),
+    "cut short": (cut_short, "is not a complete safetensors file"),
+    "no weights": (lambda path: (path / WEIGHTS).unlink(), "There is no file"),
+    "no config": (lambda path: (path / CONFIG).unlink(), "There is no file"),
+    "config not JSON": (lambda path: (path / CONFIG).write_text("{"), "is not JSON"),
+    "config nested too deep": (lambda path: (path / CONFIG).write_text("[" * 100_000), "is not JSON"),
+    "config a list": (lambda path: (path / CONFIG).write_text("[]"), "is not of a WaRA adapter"),
+    "LoRA": (edit_config(peft_type="LORA"), "its peft_type is 'LORA'"),
+    "unknown wavelet": (edit_config(wavelet="haaar"), "wavelet='haaar' is not a wavelet"),
+    "giant rank": (edit_config(r=10**15), r"but its config asks for \(4000000000000000, 10\)"),
+    "giant rank of a subband": (edit_config(subband_ranks={"aa1": 10**15}), r"asks for \(1000000000000012, 10\)"),
+    "giant levels": (edit_config(levels=10**9), "levels=1000000000 must be at most 64"),
+    "rank of a wrong type": (edit_config(r="4"), "r='4' must be an int"),
+    "pattern of a wrong type": (edit_config(rank_pattern=[4]), "adapter_config.json"),
+    "no shapes": (edit_config(module_shapes=None), "module_shapes .* is empty"),
+    "shapes of a wrong form": (edit_config(module_shapes={"up": ["Linear", 20]}), "was expected"),
+    "shapes of a wrong kind": (edit_config(module_shapes={"up": ["LSTM", 20, 12]}), "was expected"),
+    "shapes not positive": (edit_config(module_shapes={"up": ["Linear", 20, -12]}), "was expected"),
+    "other shapes": (edit_config(module_shapes={"up": ["Linear", 20, 100]}), r"asks for \(16, 50\)"),
+    "module that is not saved": (
+        edit_config(module_shapes={"up": ["Linear", 20, 12], "gone": ["Linear", 4, 4]}),
+        "lacks 'gone.wara_A.level1'",
+    ),
+    "factors that point nowhere": (edit_config(module_shapes={"up": ["Linear", 20, 12]}), "holds 'down.wara_A.level1'"),
+    "key that points nowhere": (edit_weights(lambda t: t.update({"base_model.model.x.weight": t[KEY] * 1})), "'x.weight'"),
+    "key without the prefix": (edit_weights(lambda t: t.update({"x": t[KEY] * 1})), "the key 'x'"),
+    "missing factor": (edit_weights(lambda t: t.pop(KEY)), "lacks 'up.wara_A.level1'"),
+    "wrong shape": (edit_weights(lambda t: t.update({KEY: t[KEY][:-1].clone()})), r"of shape \(15, 6\)"),
+    "integers": (edit_weights(lambda t: t.update({KEY: t[KEY].int()})), "which is not a float"),
+    "NaN": (edit_weights(lambda t: t[KEY].view(-1)[3].fill_(float("nan"))), "'up.wara_A.level1' holds values that are not"),
+    "infinity": (edit_weights(lambda t: t[KEY].view(-1)[3].fill_(float("inf"))), "holds values that are not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_adapters_are_refused(tmp_path, what):
+    saved(tmp_path)
+    edit, message = BROKEN[what]
+    edit(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        adapter = SavedAdapter(tmp_path)
+        for name in adapter.modules:
+            adapter.update(name)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", WEIGHTS])
+def test_nothing_is_unpickled(tmp_path, name):
+    saved(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    bomb = Explosive()
+    bomb.path = str(tmp_path / "exploded")
+    (tmp_path / name).write_bytes(pickle.dumps(bomb))
+    with pytest.raises((ValueError, FileNotFoundError)):
+        SavedAdapter(tmp_path)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads((tmp_path / name).read_bytes())
+    assert (tmp_path / "exploded").exists()  # so it would have
+
+
+def test_no_such_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter directory"):
+        SavedAdapter(tmp_path / "nowhere")
+
+
+def test_modules_come_in_natural_order(tmp_path):
+    saved(tmp_path, nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))), target_modules="all-linear", r=1)
+    assert list(SavedAdapter(tmp_path).modules) == [str(index) for index in range(12)]

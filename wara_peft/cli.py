@@ -1,0 +1,249 @@
+"""The `wara-peft` command: export an adapter to LoRA, merge it into a checkpoint, look into it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from rich.progress import track
+from rich.table import Column, Table
+
+from .atomic import written_at_once
+from .export import lora_error, to_lora, vllm_max_lora_rank, write_lora
+from .inspection import AdapterReport, inspect_adapter
+from .merge import merge_checkpoint
+from .saved import SavedAdapter, Track
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+PROGRAM = "wara-peft"
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+app = typer.Typer(
+    name=PROGRAM,
+    help="Export, merge and inspect WaRA adapters. None of it needs the base model in memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _dtype(value: str) -> torch.dtype:
+    if value not in DTYPES:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(DTYPES)}.")
+    return DTYPES[value]
+
+
+def _device(value: str) -> str:
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
+    return value
+
+
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a saved WaRA adapter, or a Hub name.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write. It appears when it is complete.")]
+Dtype = Annotated[
+    Any, typer.Option("--dtype", parser=_dtype, metavar="|".join(DTYPES), help="Dtype to write; as it is if left out.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="On failure show the whole traceback.")]
+
+
+@app.command(
+    epilog=f"""Examples:\n
+    {PROGRAM} export my-adapter my-lora\n
+    {PROGRAM} export my-adapter my-lora --dtype bf16 --strict\n
+    {PROGRAM} export my-adapter my-lora --rank 8\n
+    {PROGRAM} export my-adapter my-lora --energy 0.99"""
+)
+def export(
+    adapter: Adapter,
+    path: Out,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Best approximation of this rank; exact if left out.")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Smallest rank that keeps this share of every module's energy, as 0.99."),
+    ] = None,
+    dtype: Dtype = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if engines cannot take all of the adapter.")] = False,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter as a LoRA checkpoint, exactly or with a lower rank."""
+    if rank is not None and energy is not None:
+        raise typer.BadParameter("give --rank or --energy, not both.")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise typer.BadParameter(f"--energy {energy} is a share: more than 0, at most 1.")
+    with _failures_in_a_line(debug):
+        source = _local(adapter)
+        kept = energy if rank is None else rank
+        with written_at_once(path, "replace" if overwrite else "refuse", inputs=[source]) as directory:
+            config, state_dict = to_lora(source, kept, dtype=dtype, strict=strict, track=_tracked("Exporting"))
+            write_lora(directory, config, state_dict)
+            lost = 0.0 if kept is None else lora_error(source, kept).total
+        out.print(
+            f"Wrote {path}: LoRA of rank {config.r}, {len(config.target_modules or ())} modules.", soft_wrap=True
+        )
+        if kept is None:
+            out.print("It is exact.")
+        else:
+            out.print(f"Relative error of the weight update, in Frobenius norm: {lost:.3g}")
+        allowed = vllm_max_lora_rank(config.r)
+        if allowed is None:
+            out.print("vLLM serves no LoRA of this rank: export with --rank 512 or less, or merge the adapter.")
+        else:
+            out.print(f"vLLM needs: --max-lora-rank {allowed}")
+
+
+@app.command(
+    epilog=f"""Examples:\n
+    {PROGRAM} merge my-base-model my-adapter my-merged-model\n
+    {PROGRAM} merge my-base-model my-adapter my-merged-model --dtype bf16 --device cuda"""
+)
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the base model, or a Hub name.")],
+    adapter: Adapter,
+    path: Out,
+    dtype: Dtype = None,
+    device: Annotated[str, typer.Option(callback=_device, help="Where to compute the merged weights.")] = "cpu",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into a model's checkpoint, shard by shard; about one shard is in memory at a time."""
+    with _failures_in_a_line(debug):
+        merge_checkpoint(
+            _local(base, weights=True),
+            _local(adapter),
+            path,
+            dtype=dtype,
+            device=device,
+            overwrite=overwrite,
+            track=_tracked("Merging"),
+        )
+        out.print(f"Wrote {path}; load it with from_pretrained.", soft_wrap=True)
+
+
+@app.command(
+    epilog=f"""Examples:\n
+    {PROGRAM} inspect my-adapter\n
+    {PROGRAM} inspect my-adapter --plot energy.png\n
+    {PROGRAM} inspect my-adapter --json"""
+)
+def inspect(
+    adapter: Adapter,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw modules x subbands.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show an adapter's modules, ranks, parameters, and the share of its energy in each subband and level."""
+    with _failures_in_a_line(debug):
+        report = inspect_adapter(SavedAdapter(_local(adapter)), _tracked("Reading"))
+        if plot is not None:
+            report.plot(plot)
+        if as_json:
+            print(json.dumps(report.as_dict(), indent=2))
+        else:
+            _print_report(report)
+
+
+def _print_report(report: AdapterReport) -> None:
+    out.print(f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}")
+    table = Table(Column("module", overflow="fold"), "kind", "out x in", "ranks", "R", "parameters", "as LoRA")
+    for module in report.modules:
+        ranks = set(module.ranks.values())
+        table.add_row(
+            module.name,
+            module.kind,
+            f"{module.out_features} x {module.in_features}",
+            f"{ranks.pop()} in each of {len(module.ranks)}" if len(ranks) == 1 else _pairs(module.ranks),
+            str(module.rank),
+            f"{module.parameters:,}",
+            f"{module.lora_parameters:,}",
+        )
+    out.print(table)
+    parameters = sum(module.parameters for module in report.modules)
+    lora = sum(module.lora_parameters for module in report.modules)
+    out.print(f"{len(report.modules)} modules, {parameters:,} parameters; as LoRA of rank {report.rank}: {lora:,}.")
+    shares = Table("subband", "share of energy")
+    for name, share in (*report.energy_shares().items(), *report.level_shares().items()):
+        shares.add_row(name, f"{share:.1%}")
+    out.print(shares)
+    if report.others:
+        out.print(f"It also holds, in full: {', '.join(report.others)}", soft_wrap=True)
+
+
+def _pairs(values: dict[str, int]) -> str:
+    return " ".join(f"{name}:{value}" for name, value in values.items())
+
+
+def _tracked(description: str) -> Track:
+    """A progress bar, on a terminal."""
+    return partial(track, description=description, console=err, transient=True, disable=not err.is_terminal)
+
+
+def _local(path: Path, weights: bool = False) -> Path:
+    """The directory itself, or what the Hub has under that name, downloaded, without pickles."""
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
+        return path
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=["*/*", "*.bin"]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"There is no directory {str(path)!r}, and the Hub gave nothing of that name: {reason}"
+        ) from error
+
+
+@contextmanager
+def _failures_in_a_line(debug: bool) -> Iterator[None]:
+    """Turn an exception into one line and exit status 1, and the signal to terminate into an exception."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            warnings.simplefilter("always", UserWarning)
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        reason = "interrupted; nothing was written." if isinstance(error, KeyboardInterrupt) else str(error)
+        err.print(f"{PROGRAM}: {' '.join(reason.split()) or type(error).__name__}", markup=False)
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    err.print(f"{PROGRAM}: warning: {' '.join(str(message).split())}", markup=False)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app(prog_name=PROGRAM)

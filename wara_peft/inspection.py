@@ -1,0 +1,162 @@
+"""What a saved adapter holds: shapes, ranks, parameters, and where among the subbands its energy lies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import scaling
+from .factors import SubbandFactor
+from .saved import SavedAdapter, Track, untracked
+from .wavelet import subbands
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One adapted module.
+
+    Attributes:
+        name, kind, out_features, in_features: what is adapted; of a convolution with groups the in channels of one.
+        ranks: rank of each subband.
+        rank: R, the rank of the LoRA that the adapter is.
+        parameters: numbers that are saved and trained for it.
+        lora_parameters: numbers in the LoRA of rank R that it exports to.
+        energy: for each subband ‖scaling · B_s A_s‖², the squared Frobenius norm of its coefficients. They add up to
+            ‖ΔW‖² where 2^L divides both lengths and `aa0` has no rank.
+    """
+
+    name: str
+    kind: str
+    out_features: int
+    in_features: int
+    ranks: dict[str, int]
+    rank: int
+    parameters: int
+    lora_parameters: int
+    energy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """A saved adapter: its settings, its modules, and `others`, the keys of what it holds besides factors."""
+
+    form: str
+    wavelet: str
+    levels: int
+    base_model: str | None
+    modules: list[ModuleReport]
+    others: list[str]
+
+    @property
+    def rank(self) -> int:
+        """The largest R of its modules, the rank of the LoRA that it exports to."""
+        return max(module.rank for module in self.modules)
+
+    @property
+    def subbands(self) -> list[str]:
+        """Names of all subbands that have a rank somewhere, coarsest level first."""
+        used = {name for module in self.modules for name in module.ranks}
+        return [band.name for band in subbands(self.levels) if band.name in used]
+
+    def energy_shares(self) -> dict[str, float]:
+        """Share of the energy of all modules that lies in each subband; zeros if there is none at all."""
+        sums = {name: sum(module.energy.get(name, 0.0) for module in self.modules) for name in self.subbands}
+        return _shares(sums)
+
+    def level_shares(self) -> dict[str, float]:
+        """The same by level: `approximation` (of the coarsest level), `level 1` ... `level L` (details), `level 0`."""
+        sums: dict[str, float] = {}
+        for name, share in self.energy_shares().items():
+            level = "approximation" if name == f"aa{self.levels}" else f"level {name[2:]}"
+            sums[level] = sums.get(level, 0.0) + share
+        return sums
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything here as plain values, for JSON."""
+        return {
+            **dataclasses.asdict(self),
+            "rank": self.rank,
+            "energy_shares": self.energy_shares(),
+            "level_shares": self.level_shares(),
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw a heatmap of modules × subbands, each row the shares of a module's energy, into an image file.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: matplotlib does not know the ending of the file's name.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Drawing needs matplotlib: pip install 'wara-peft[plot]'") from error
+        names = self.subbands
+        rows = [[_shares(module.energy).get(name, 0.0) for name in names] for module in self.modules]
+        figure = Figure(figsize=(3.5 + 0.7 * len(names) + 0.06 * max(len(m.name) for m in self.modules), 0.0))
+        figure.set_figheight(1.8 + min(0.22 * len(rows), 60.0))
+        axes = figure.subplots()
+        image = axes.imshow(rows, aspect="auto", vmin=0.0, cmap="viridis")
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(rows)), [module.name for module in self.modules], fontsize=7)
+        axes.set_xlabel("subband (out axis, in axis, level)")
+        axes.set_title(f"Share of each module's energy\n{self.form}, {self.wavelet}, levels={self.levels}")
+        figure.colorbar(image, ax=axes)
+        figure.savefig(Path(path), bbox_inches="tight", dpi=120)
+
+
+@torch.no_grad()
+def inspect_adapter(adapter: SavedAdapter, track: Track = untracked) -> AdapterReport:
+    """Describe a saved adapter; its base model is not needed.
+
+    Args:
+        adapter: the adapter.
+        track: wraps the loop over module names, to show progress.
+    """
+    config = adapter.config
+    return AdapterReport(
+        form=config.form,
+        wavelet=config.wavelet,
+        levels=config.levels,
+        base_model=config.base_model_name_or_path,
+        modules=[_inspect_module(adapter, name) for name in track(adapter.modules)],
+        others=list(adapter.others),
+    )
+
+
+def _inspect_module(adapter: SavedAdapter, name: str) -> ModuleReport:
+    shape = adapter.modules[name]
+    factor_a, factor_b = adapter.factors(name)
+    scale = scaling(adapter.config.alpha_of(name), factor_a.rank, adapter.config.use_rslora)
+    lora_rank = factor_a.rank * shape.groups
+    return ModuleReport(
+        name=name,
+        kind=shape.kind,
+        out_features=shape.out_features,
+        in_features=shape.in_features,
+        ranks=dict(factor_a.ranks),
+        rank=lora_rank,
+        parameters=sum(rows.numel() for factor in (factor_a, factor_b) for rows in factor.parameters()),
+        lora_parameters=lora_rank * shape.groups * shape.in_features * math.prod(factor_a.kernel)
+        + factor_a.rank * shape.out_features,
+        energy={band: scale**2 * _energy(factor_a, factor_b, band) for band in factor_a.subbands},
+    )
+
+
+def _energy(factor_a: SubbandFactor, factor_b: SubbandFactor, band: str) -> float:
+    """‖B_s A_s‖² = ⟨B_sᵀ B_s, A_s A_sᵀ⟩, from two r × r matrices."""
+    rows: Tensor = factor_a.subband(band).double().flatten(1)
+    columns: Tensor = factor_b.subband(band).double()
+    return float(((columns.T @ columns) * (rows @ rows.T)).sum())
+
+
+def _shares(sums: dict[str, float]) -> dict[str, float]:
+    total = sum(sums.values())
+    return {name: value / total if total > 0 else 0.0 for name, value in sums.items()}

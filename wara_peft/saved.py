@@ -1,0 +1,281 @@
+"""Reading a saved adapter by itself, without its base model, and without trusting it.
+
+An adapter directory holds `adapter_config.json`, whose `module_shapes` give the dimensions, and
+`adapter_model.safetensors`. Names, shapes and ranks are compared from the file's header before anything is allocated,
+values when they are read. Pickles are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checks import first
+from .config import WaRAConfig, scaling
+from .factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor
+from .layer import KINDS
+from .update import LowRankUpdate
+from .wavelet import axis_sizes
+
+PEFT_PREFIX = "base_model.model."
+KIND_NAMES = ("Linear", *(kind.__name__ for kind in KINDS))
+Track = Callable[[Collection[str]], Iterable[str]]
+"""Wraps a loop over names to show its progress, as `rich.progress.track` does."""
+FACTOR_KEY = re.compile(r"(?P<module>.+)\.(?P<side>wara_[AB])\.level(?P<level>\d+)")
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """An adapted module: kind of its base layer, lengths of its out and in axes (in channels of one group), groups."""
+
+    kind: str
+    out_features: int
+    in_features: int
+    groups: int = 1
+
+
+class SavedAdapter:
+    """A WaRA adapter on disk.
+
+    Args:
+        path: the directory that holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Attributes:
+        config: its `WaRAConfig`.
+        modules: the `ModuleShape` of each adapted module by name, in natural order, layer 2 before layer 10.
+        others: shapes of what else it holds (fully trained modules, biases, tokens, embeddings) by key, without PEFT's
+            prefix.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or a file is missing.
+        ValueError: the adapter is not a WaRA adapter, is saved as a pickle, cut short, or contradicts itself.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"There is no adapter directory {str(path)!r}.")
+        self.config = _read_config(self.path / CONFIG_NAME)
+        self.modules = self._read_shapes()
+        self._file = self.path / SAFETENSORS_WEIGHTS_NAME
+        if not self._file.is_file():
+            pickled = self.path / WEIGHTS_NAME
+            remedy = (
+                f"; {str(pickled)!r} is a pickle, which may run any code and is not opened. Load the adapter where "
+                "you trust it, and save it again with `safe_serialization=True`."
+                if pickled.exists()
+                else "."
+            )
+            raise FileNotFoundError(f"There is no file {str(self._file)!r}{remedy}")
+        self._kernels: dict[str, tuple[int, ...]] = {}
+        self.others = self._check_keys(self._shapes_in_file())
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the embedding's adapter may be shared by layers tied to it."""
+        return self.config.ensure_weight_tying and any(shape.kind == "Embedding" for shape in self.modules.values())
+
+    def factors(self, module: str) -> tuple[SubbandFactor, SubbandFactor]:
+        """The modules that hand out Â and B̂ of an adapted module, on the CPU.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        shape, config = self.modules[module], self.config
+        ranks = config.ranks_of(module)
+        new = FACTORS[config.form]
+        with torch.device("meta"):
+            rows = new(config.wavelet, config.levels, shape.in_features, ranks, IN_DIM, self._kernels[module])
+            columns = new(config.wavelet, config.levels, shape.out_features, ranks, OUT_DIM)
+        for side, factor in (("wara_A", rows), ("wara_B", columns)):
+            names = [name for name, _ in factor.named_parameters()]
+            tensors = self._read(f"{module}.{side}.{name}" for name in names)
+            factor.load_state_dict(dict(zip(names, tensors, strict=True)), assign=True)
+        return rows, columns
+
+    def weight_shape(self, module: str) -> tuple[int, ...]:
+        """Shape in which the base model keeps the weight of an adapted module."""
+        shape = self.modules[module]
+        if shape.kind in ("Conv1D", "Embedding"):
+            return shape.in_features, shape.out_features
+        return shape.out_features, shape.in_features, *self._kernels[module]
+
+    def update(
+        self, module: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> LowRankUpdate:
+        """ΔW of an adapted module as a pair of factors, with the scaling inside.
+
+        Args:
+            module: its name.
+            dtype: dtype to compute in; None means that of the file.
+            device: device to compute on.
+        """
+        shape = self.modules[module]
+        factor_a, factor_b = (factor.to(device) for factor in self.factors(module))
+        scale = scaling(self.config.alpha_of(module), factor_a.rank, self.config.use_rslora)
+        with torch.no_grad():
+            return LowRankUpdate(
+                shape.kind, factor_a.synthesise(dtype), factor_b.synthesise(dtype) * scale, shape.groups
+            )
+
+    def other(self, key: str) -> Tensor:
+        """The tensor of one of the keys in `others`."""
+        return next(iter(self._read([key])))
+
+    def _read(self, keys: Iterable[str]) -> list[Tensor]:
+        tensors = []
+        with safe_open(self._file, framework="pt") as file:
+            for key in keys:
+                tensor = file.get_tensor(PEFT_PREFIX + key)
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"{str(self._file)!r} is broken: {key!r} holds values that are not finite. Use an earlier "
+                        "checkpoint."
+                    )
+                tensors.append(tensor)
+        return tensors
+
+    def _read_shapes(self) -> dict[str, ModuleShape]:
+        where = f"module_shapes in {str(self.path / CONFIG_NAME)!r}"
+        if not isinstance(self.config.module_shapes, dict) or not self.config.module_shapes:
+            raise ValueError(
+                f"{where} is empty. Load the adapter on its base model and save it again to have it filled."
+            )
+        shapes = {}
+        for name, entry in sorted(self.config.module_shapes.items(), key=_natural_order):
+            if not (
+                isinstance(entry, list)
+                and len(entry) in (3, 4)
+                and entry[0] in KIND_NAMES
+                and all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in entry[1:])
+            ):
+                raise ValueError(f"{where} has {entry!r} for {name!r}; [kind, out, in] was expected.")
+            shapes[name] = ModuleShape(*entry)
+            if shapes[name].out_features % shapes[name].groups:
+                raise ValueError(f"{where} has {entry!r} for {name!r}, whose groups do not divide its out channels.")
+        return shapes
+
+    def _shapes_in_file(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by key, from the header alone."""
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is not a dict
+                found = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{str(self._file)!r} is not a complete safetensors file: {error}.") from error
+        shapes = {}
+        for key, (shape, dtype) in found.items():
+            if not key.startswith(PEFT_PREFIX):
+                raise ValueError(
+                    f"{str(self._file)!r} has the key {key!r}, which does not start with {PEFT_PREFIX!r}."
+                )
+            if not dtype.startswith(("F", "BF")):
+                raise ValueError(f"{str(self._file)!r} has {key!r} of dtype {dtype}, which is not a float.")
+            shapes[key.removeprefix(PEFT_PREFIX)] = shape
+        return shapes
+
+    def _check_keys(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Compare what is in the file with what the config says; returns what is not a factor."""
+        expected = self._expected_shapes(shapes)
+        missing = [key for key in expected if key not in shapes]
+        if missing:
+            raise ValueError(
+                f"{str(self._file)!r} lacks {first(list(map(repr, missing)))}, which its config asks for."
+            )
+        for key, shape in expected.items():
+            if shapes[key] != shape:
+                raise ValueError(
+                    f"{str(self._file)!r} has {key!r} of shape {shapes[key]}, but its config asks for {shape}."
+                )
+        others = {key: shape for key, shape in shapes.items() if key not in expected}
+        stray = [key for key in others if not self._is_known(key)]
+        if stray:
+            raise ValueError(
+                f"{str(self._file)!r} holds {first(list(map(repr, stray)))}, of which its config says nothing."
+            )
+        return others
+
+    def _expected_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, module in self.modules.items():
+            in_sizes = axis_sizes(module.in_features, self.config.levels)
+            out_sizes = axis_sizes(module.out_features, self.config.levels)
+            ranks = self.config.level_ranks_of(name)
+            lowest = next((level for level, rank in enumerate(ranks) if rank), None)
+            if lowest is None:
+                raise ValueError(f"The config in {str(self.path)!r} gives module {name!r} no rank.")
+            # Only the file knows the kernel of a convolution.
+            dimensions = int(module.kind[4]) if re.fullmatch(r"Conv\dd", module.kind) else 0
+            kernel = shapes.get(f"{name}.wara_A.level{lowest}", ())[2:] if dimensions else ()
+            if len(kernel) != dimensions:
+                raise ValueError(
+                    f"{str(self._file)!r} holds no kernel of {dimensions} dimensions for module {name!r}."
+                )
+            self._kernels[name] = kernel
+            for level, rank in enumerate(ranks):
+                if rank:
+                    expected[f"{name}.wara_A.level{level}"] = (rank, in_sizes[level], *kernel)
+                    expected[f"{name}.wara_B.level{level}"] = (out_sizes[level], rank)
+        return expected
+
+    def _is_known(self, key: str) -> bool:
+        """Whether the config, or PEFT's habit of saving embeddings, explains a key that is not a factor."""
+        if FACTOR_KEY.fullmatch(key):
+            return False
+        module, _, parameter = key.rpartition(".")
+        module = module.removesuffix(".base_layer")
+        # PEFT compares the ends of names, of the module or of one that it is a part of.
+        parents = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+        if any(parent.endswith(tuple(self.config.modules_to_save or ())) for parent in parents):
+            return True
+        if parameter == "bias":
+            return self.config.bias != "none"
+        if parameter == "trainable_tokens_delta":
+            return bool(self.config.trainable_token_indices)
+        return parameter == "weight" and is_embedding(module, self.modules)
+
+
+def untracked(names: Collection[str]) -> Iterable[str]:
+    """A `Track` that shows nothing."""
+    return names
+
+
+def is_embedding(module: str, modules: dict[str, ModuleShape]) -> bool:
+    """Whether PEFT saves the weight of that module along with an adapter, as it does for embeddings."""
+    return module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES or (
+        module in modules and modules[module].kind == "Embedding"
+    )
+
+
+def _natural_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", item[0])]
+
+
+def _read_config(path: Path) -> WaRAConfig:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}.") from error
+    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    if kind != "WARA":
+        raise ValueError(f"{str(path)!r} is not of a WaRA adapter: its peft_type is {kind!r}.")
+    try:
+        config = WaRAConfig.from_peft_type(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+    assert isinstance(config, WaRAConfig)
+    return config
