@@ -300,9 +300,9 @@ def test_dropout_acts_on_the_adapters_input_in_training_only():
     torch.testing.assert_close(layer.eval()(x), base + x @ delta.T, atol=1e-12, rtol=0)
 
 
-def test_forward_never_builds_delta():
+@pytest.mark.parametrize(("m", "n"), [(96, 128), (640, 1024), (63, 65)])
+def test_forward_never_builds_delta(m, n):
     """No operation of a training step makes a tensor as large as ΔW."""
-    m, n = 96, 128
     layer = adapted(nn.Linear(n, m), wavelet="db2", levels=2)
     layer.base_layer.requires_grad_(False)
     base_weight = layer.base_layer.weight.untyped_storage().data_ptr()
@@ -319,7 +319,7 @@ def test_forward_never_builds_delta():
     x = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
     with Recorder():
         layer(x).sum().backward()
-    assert 0 < largest < m * n / 2
+    assert 0 < largest < m * n
 
 
 class TestSavedForBackward:
