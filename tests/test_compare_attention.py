@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from test_examples import EXAMPLES, example, run
 
 SCRIPT = EXAMPLES / "compare_attention.py"
@@ -104,23 +105,23 @@ class TestQuickRun:
 
 class TestParts:
     def test_batches_are_cut_to_their_longest_text(self) -> None:
-        compare = example("compare_attention")
-        texts = tuple(compare.LabelledText("", label) for label in (2, 0, 1))
-        split = compare.as_split([[5, 6], [7, 8, 9, 4], [3]], texts)
+        texts_module = example("attention_texts")
+        texts = tuple(texts_module.LabelledText("", label) for label in (2, 0, 1))
+        split = texts_module.as_split([[5, 6], [7, 8, 9, 4], [3]], texts)
         assert split.tokens == 7
-        batches = list(split.batches(2, compare.torch.tensor([2, 0, 1])))
+        batches = list(split.batches(2, torch.tensor([2, 0, 1])))
         assert batches[0][0].tolist() == [[3, 0], [5, 6]]
         assert batches[0][1].tolist() == [[False, True], [False, False]]
         assert batches[0][2].tolist() == [1, 2]
         assert batches[1][0].tolist() == [[7, 8, 9, 4]]
 
     def test_vocabulary_is_of_training_texts_alone(self) -> None:
-        compare = example("compare_attention")
+        texts_module = example("attention_texts")
         data = {
-            "train": (compare.LabelledText("a b, A c", 0), compare.LabelledText("b d", 1)),
-            "test": (compare.LabelledText("d e B", 0),),
+            "train": (texts_module.LabelledText("a b, A c", 0), texts_module.LabelledText("b d", 1)),
+            "test": (texts_module.LabelledText("d e B", 0),),
         }
-        splits, vocab_size = compare.word_splits(data, 32)
+        splits, vocab_size = texts_module.word_splits(data, 32)
         assert vocab_size == 4  # padding, other words, a, b
         assert splits["train"].inputs.tolist() == [[2, 3, 1, 2, 1], [3, 1, 0, 0, 0]]
         assert splits["test"].inputs.tolist() == [[1, 1, 3]]
@@ -131,6 +132,7 @@ class TestParts:
             (["--seeds", "1"], "--seeds 1 must be at least 2"),
             (["--epochs", "0"], "--epochs 0 must be at least 1"),
             (["--max-length", "8"], "--max-length 8 must be at least 16"),
+            (["--max-length", "513"], "--max-length 513 must be at most 512"),
             (["--max-per-class", "3"], "max_per_class=3: use at least 15"),
             (["--output", "{file}"], "--output {file} cannot be used as a folder"),
         ],
