@@ -1,0 +1,178 @@
+"""A linear layer as the product of two, and how to make one out of a linear layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Solver = Literal["svd", "random"]
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer of rank at most r: y = U (V x) + b, with r (m + n) weights where W has m n.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: r, at most min(m, n).
+        bias: whether there is b.
+        device, dtype: as in `nn.Linear`.
+
+    Attributes:
+        down: `nn.Linear(n, r)` without bias, V.
+        up: `nn.Linear(r, m)`, U and b.
+
+    Raises:
+        ValueError: a rank out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(
+                f"rank={rank} of a linear layer with {in_features} inputs and {out_features} outputs must be between "
+                f"1 and {min(in_features, out_features)}."
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self, weight_variance: float | None = None) -> None:
+        """Draw factors whose product has entries of this variance; None means that of `nn.Linear`, 1/(3n).
+
+        V keeps the variance of its input, U makes up for the rest; the bias is drawn as that of an `nn.Linear(n, m)`.
+        """
+        n = self.in_features
+        variance = 1 / (3 * n) if weight_variance is None else weight_variance
+        bounds = math.sqrt(3 / n), math.sqrt(3 * variance * n / self.rank)
+        for layer, bound in zip((self.down, self.up), bounds, strict=True):
+            nn.init.uniform_(layer.weight, -bound, bound)
+        if self.up.bias is not None:
+            nn.init.uniform_(self.up.bias, -1 / math.sqrt(n), 1 / math.sqrt(n))
+
+    @property
+    def weight(self) -> Tensor:
+        """The product U V, of shape (m, n), for code that looks at a linear layer's weight, as PyTorch's own
+        Transformer layers do in eval mode, and T5."""
+        return self.up.weight @ self.down.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n) to (..., m)."""
+        result: Tensor = self.up(self.down(x))
+        return result
+
+
+def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
+    """The rank as an int: a float is the fraction of the break-even m n / (m + n), rounded down, at least 1.
+
+    At the break-even the two factors have as many weights as the layer.
+
+    Raises:
+        ValueError: an int below 1, a float outside of (0, 1], or neither.
+    """
+    if isinstance(rank, float) and 0 < rank <= 1:
+        return max(1, int(rank * in_features * out_features / (in_features + out_features)))
+    if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
+        return rank
+    raise ValueError(
+        f"rank={rank!r} must be an int of at least 1, or a float in (0, 1]: the fraction of the break-even rank "
+        "m·n/(m+n) of a layer with n inputs and m outputs."
+    )
+
+
+def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(in, out) features."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def check_solver(solver: str) -> None:
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver={solver!r} is unknown; use one of {', '.join(map(repr, get_args(Solver)))}.")
+
+
+@torch.no_grad()
+def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd") -> LowRankLinear:
+    """Return two linear layers for one; the module itself stays as it is.
+
+    "svd" takes the r largest singular values, W ≈ (U_r √Σ_r)(√Σ_r V_rᵀ), which no matrix of rank r comes closer to
+    in the Frobenius norm (Eckart and Young): ‖W − W_r‖²_F = Σ_{i>r} σ_i². "random" draws factors as
+    `LowRankLinear` does, to train from scratch. Both keep the bias. The SVD runs in float64.
+    Source: Cahyawijaya et al., "Greenformers", arXiv 2108.10808.
+
+    Args:
+        module: `nn.Linear`, or transformers' `Conv1D` with its transposed weight.
+        rank: r, or a fraction of the break-even m n / (m + n). Ranks at which nothing is saved are done all the same.
+        solver: "svd" or "random".
+
+    Returns:
+        The factorised layer, with the device, dtype, mode and `requires_grad` of the module.
+
+    Raises:
+        TypeError: not a linear layer.
+        ValueError: a wrong rank or solver, a weight that is quantized, a subclass of tensor, not loaded or not finite,
+            or a subclass of `nn.Linear` that computes something else.
+    """
+    check_solver(solver)
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise TypeError(f"{type(module).__name__} is not an nn.Linear or a Conv1D, and only these can be factorised.")
+    weight = module.weight
+    # A quantized or sharded weight is an integer, or a subclass of Parameter or of Tensor, which reports a float.
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise ValueError(
+            f"its weight is a {type(weight).__name__} of dtype {weight.dtype}, quantized or not a plain parameter. "
+            "Factorise before you quantize, shard or parametrize, or leave the layer out of target_modules."
+        )
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        raise ValueError(
+            f"{type(module).__name__} has a forward of its own, which two linear layers would not reproduce. Leave "
+            "the layer out of target_modules."
+        )
+    in_features, out_features = linear_shape(module)
+    factorized = LowRankLinear(
+        in_features,
+        out_features,
+        resolve_rank(rank, in_features, out_features),
+        bias=module.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    if solver == "svd":
+        _set_svd(factorized, weight.T if isinstance(module, Conv1D) else weight)
+    if module.bias is not None:
+        factorized.up.bias.copy_(module.bias)
+        factorized.up.bias.requires_grad_(module.bias.requires_grad)
+    for factor in (factorized.down, factorized.up):
+        factor.weight.requires_grad_(weight.requires_grad)
+    return factorized.train(module.training)
+
+
+def _set_svd(layer: LowRankLinear, weight: Tensor) -> None:
+    """Set the factors to the truncated SVD of a weight (m, n)."""
+    if weight.is_meta:
+        raise ValueError("its weight is on the meta device, without values. Load the model first, or use 'random'.")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("its weight holds NaN or infinity, which have no SVD. Repair it, or use solver='random'.")
+    # In float32 the errors of six encoder layers, at full rank, add up to more than 1e-5.
+    left, singular_values, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    roots = singular_values[: layer.rank].sqrt()
+    layer.up.weight.copy_(left[:, : layer.rank] * roots)
+    layer.down.weight.copy_(roots[:, None] * right[: layer.rank])
