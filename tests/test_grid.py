@@ -370,6 +370,7 @@ class TestNotMergeable:
         model = self.model()
         for call in (
             lambda: to_lora(model, adapter_name="grid"),
+            lambda: to_lora(model, rank=2, adapter_name="grid"),
             lambda: save_as_lora(tmp_path / "lora", model, adapter_name="grid"),
         ):
             with pytest.raises(ValueError, match=self.MESSAGE):

@@ -41,7 +41,7 @@ def to_lora(
         The LoRA's config and its state dict, with keys as PEFT saves them.
 
     Raises:
-        ValueError: the model has no adapter of that name.
+        ValueError: the model has no adapter of that name, or the adapter has no ΔW (`form="grid"`).
         TypeError: the adapter is not a WaRA adapter.
     """
     configs = getattr(model, "peft_config", {})
@@ -50,6 +50,9 @@ def to_lora(
     config = configs[adapter_name]
     if not isinstance(config, WaRAConfig):
         raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
+    for module in model.modules():
+        if isinstance(module, WaRALayer):
+            module.check_has_delta_weight([adapter_name])
     if rank is not None:
         lora_config, state_dict = convert_to_lora(model, rank, adapter_name=adapter_name)
         return lora_config, {_with_prefix(key): value for key, value in state_dict.items()}
