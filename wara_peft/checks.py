@@ -66,7 +66,7 @@ def check_base_weights(
         if weight.is_meta or tuple(weight.shape) != shapes[name]:
             raise ValueError(
                 f"form='tiny' needs the weight of module {name!r}, which is on the meta device or in parts elsewhere. "
-                "Add the adapter after the weights are loaded and before they are distributed."
+                "Add the adapter after the weights are loaded, and before they are offloaded or distributed."
             )
         if not torch.isfinite(weight).all():
             raise ValueError(

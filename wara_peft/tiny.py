@@ -68,15 +68,21 @@ class Basis(nn.Module):
         return rows
 
     def _apply(self, fn: Any, recurse: bool = True) -> Basis:
-        """Move, but do not round: casts to less than float32 leave the dtype as it is."""
+        """Move and cast, but lose nothing.
 
-        def without_rounding(tensor: Tensor) -> Tensor:
+        A cast to less than float32 leaves the dtype as it is. A move to the meta device, where PEFT sends an adapter
+        whose base weight is offloaded, leaves the values where they are.
+        """
+
+        def without_loss(tensor: Tensor) -> Tensor:
             result: Tensor = fn(tensor)
+            if result.is_meta:
+                return tensor
             if torch.promote_types(result.dtype, torch.float32) == result.dtype:
                 return result
             return tensor.to(result.device)
 
-        super()._apply(without_rounding, recurse)
+        super()._apply(without_loss, recurse)
         return self
 
 
@@ -93,7 +99,7 @@ class Core(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def multiply(self, columns: Tensor) -> Tensor:
+    def forward(self, columns: Tensor) -> Tensor:
         """B̂ of the basis, (m, R), times the block-diagonal matrix of the cores, in the dtype of B̂."""
         cores = [core.to(columns.dtype) for core in self.parameters()]
         if self.diagonal:
@@ -132,7 +138,7 @@ class TinyFactor(SubbandFactor):
 
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
         factor = super().synthesise(dtype or self.dtype)
-        return self.core.multiply(factor) if self.dim == OUT_DIM else factor
+        return self.core(factor) if self.dim == OUT_DIM else factor
 
 
 def tiny_factors(
@@ -194,12 +200,9 @@ def _decompose(weight: Tensor, wavelet: str, levels: int) -> dict[str, np.ndarra
 
 
 def base_weight(base_layer: nn.Module, backend: QuantizationBackend | None) -> Tensor:
-    """Weight (m, n) of a linear layer: dequantized, and fetched from where accelerate has offloaded it."""
+    """Weight (m, n) of a linear layer, dequantized."""
     keep_unpacked(base_layer)
     weight = cast(Tensor, base_layer.weight).data if backend is None else backend.get_base_weight(base_layer)
-    offloaded = getattr(getattr(base_layer, "_hf_hook", None), "weights_map", None)
-    if weight.is_meta and offloaded is not None:
-        weight = offloaded["weight"]
     return weight.T if isinstance(base_layer, Conv1D) else weight
 
 
