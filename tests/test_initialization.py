@@ -1,4 +1,4 @@
-"""First values of A: orthonormal rows, and the directions of the inputs against NumPy's SVD of all of them."""
+"""First values of A: directions of the inputs against NumPy's SVD of all of them, and orthonormal rows."""
 
 from __future__ import annotations
 

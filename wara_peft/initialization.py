@@ -1,27 +1,18 @@
-"""First values of A_s other than LoRA's draw: orthonormal rows, random or taken from the inputs of the layers."""
+"""First values of A_s from data: the directions in which the inputs of a layer are largest, for each subband."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .factors import SubbandFactor
+from .layer import WaRALayer
 from .wavelet import Axis, adjoint
-
-if TYPE_CHECKING:
-    from .layer import WaRALayer
-
-
-def draw_orthonormal(factor: SubbandFactor) -> None:
-    """Draw A_s, of shape (r_s, n_j), with A_s A_sᵀ = I, or as near to it as r_s > n_j allows."""
-    for name in factor.subbands:
-        if not factor.subband(name).is_meta:  # whose values come from a file
-            nn.init.orthogonal_(factor.subband(name).detach())
 
 
 def initialize_from_data(
@@ -65,8 +56,6 @@ def initialize_from_data(
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[WaRALayer]:
-    from .layer import WaRALayer
-
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if getattr(config, "init_weights", None) != "activation":
         state = "is not in the model" if config is None else "has another `init_weights` than 'activation'"

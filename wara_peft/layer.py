@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from .config import WaRAConfig
 from .factors import IN_DIM, OUT_DIM, SharedFactor, SubbandFactor, TransposedFactor
 from .grid import GridFactor, TokenGrid, TokenMixing, grid_subbands
-from .initialization import draw_orthonormal
 from .tiny import base_weight, fill_from_weight, tiny_factors
 from .wavelet import autocast_off
 
@@ -176,7 +175,9 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         for rows in self.wara_A[adapter_name].parameters():
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
         if init_weights == "orthogonal":
-            draw_orthonormal(self.factors(adapter_name)[0])
+            factor_a = self.factors(adapter_name)[0]
+            for name in factor_a.subbands:
+                nn.init.orthogonal_(factor_a.subband(name).detach())
         for columns in self.wara_B[adapter_name].parameters():
             if init_weights:
                 nn.init.zeros_(columns)
@@ -184,7 +185,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
                 nn.init.kaiming_uniform_(columns, a=math.sqrt(5))
         if adapter_name in self.wara_core:
             for core in self.wara_core[adapter_name].parameters():
-                nn.init.zeros_(core) if init_weights else nn.init.normal_(core)
+                (nn.init.zeros_ if init_weights else nn.init.normal_)(core)
 
     def factors(self, adapter_name: str) -> tuple[SubbandFactor, SubbandFactor]:
         """The modules that hand out Â and B̂ of an adapter."""

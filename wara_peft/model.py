@@ -78,13 +78,10 @@ class WaRAModel(BaseTuner):
             self._named_by_state_dict = None
         keep_unpacked(model)
         config = cast(WaRAConfig, self.peft_config[adapter_name])
-        layers = {
-            name: module
+        config.module_shapes = {
+            name: [module.kind, module.out_features, module.in_length]
             for name, module in model.named_modules()
             if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
-        }
-        config.module_shapes = {
-            name: [layer.kind, layer.out_features, layer.in_length] for name, layer in layers.items()
         }
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
