@@ -1,9 +1,9 @@
-"""A short training run for the tests of distributed training, on one or several processes on the CPU.
+"""Short training runs for the tests of distributed training, on one or several processes on the CPU.
 
-python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed_run ddp OUTPUT_DIR --method wara
+python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed_run ddp OUTPUT_DIR
 
-Every process takes its share of the same batches. The first writes the mean losses to OUTPUT_DIR/losses.json, and the
-adapter, gathered from all, to OUTPUT_DIR/adapter.
+Each method has a run. Every process takes its share of the same batches. The first writes the mean losses to
+OUTPUT_DIR/METHOD/losses.json, and the adapter, gathered from all, to OUTPUT_DIR/METHOD/adapter.
 """
 
 from __future__ import annotations
@@ -22,19 +22,26 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig, ViTForImageClassification
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from wara_peft import WaRAConfig
 
 CONFIGS = {
     "wara": lambda: WaRAConfig(target_modules="all-linear", wavelet="db2", wara_alpha=64),
     "lora": lambda: LoraConfig(target_modules="all-linear", r=8, lora_alpha=64),
+    "tiny": lambda: WaRAConfig(form="tiny", target_modules="all-linear", wavelet="db2", wara_alpha=64),
+    "grid": lambda: WaRAConfig(form="grid", grid_pairs="shared", target_modules=["q_proj", "fc1"], wara_alpha=64),
 }
+BLOCKS = (LlamaDecoderLayer, ViTLayer)
 
 
-def base_model() -> nn.Module:
+def base_model(method: str = "wara") -> nn.Module:
     torch.manual_seed(0)
+    if method == "grid":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=40, **sizes))
     config = LlamaConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40
     )
@@ -42,7 +49,7 @@ def base_model() -> nn.Module:
 
 
 def build(method: str) -> PeftModel:
-    base = base_model()
+    base = base_model(method)
     torch.manual_seed(1)
     return get_peft_model(base, CONFIGS[method]())
 
@@ -51,17 +58,26 @@ def batches() -> torch.Tensor:
     return torch.randint(0, 40, (6, 8, 10), generator=torch.Generator().manual_seed(0))
 
 
+def inputs_of(method: str, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A batch of tokens as it is, or each of its rows as an image, of the class that its first token is."""
+    if method == "grid":
+        numbers = torch.arange(64)
+        pixels = torch.sin(batch.float() @ torch.outer(torch.arange(1, 11), numbers).float())
+        return {"pixel_values": pixels.view(-1, 1, 8, 8), "labels": batch[:, 0]}
+    return {"input_ids": batch, "labels": batch}
+
+
 def distributed(model: PeftModel, kind: str) -> nn.Module:
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind == "fsdp1":
-        policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+        policy = partial(transformer_auto_wrap_policy, transformer_layer_cls=set(BLOCKS))
         device = torch.device("cpu")
         return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=device)
     if kind == "fsdp2":
         mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
         for module in model.modules():
-            if isinstance(module, LlamaDecoderLayer):
+            if isinstance(module, BLOCKS):
                 fully_shard(module, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     return model
@@ -80,18 +96,13 @@ def whole_state(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model.module if kind == "ddp" else model, options=options)
 
 
-def main(kind: str, method: str, output_dir: Path) -> None:
-    torch.set_num_threads(1)
-    rank, processes = 0, 1
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-        rank, processes = dist.get_rank(), dist.get_world_size()
+def train(kind: str, method: str, output_dir: Path, rank: int, processes: int) -> None:
     model = distributed(build(method), kind)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for batch in batches():
         share = batch.chunk(processes)[rank]
-        loss = model(input_ids=share, labels=share).loss
+        loss = model(**inputs_of(method, share)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -109,6 +120,17 @@ def main(kind: str, method: str, output_dir: Path) -> None:
         whole.save_pretrained(output_dir / "adapter")
     if processes > 1:
         dist.barrier()
+
+
+def main(kind: str, output_dir: Path) -> None:
+    torch.set_num_threads(1)
+    rank, processes = 0, 1
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        rank, processes = dist.get_rank(), dist.get_world_size()
+    for method in CONFIGS:
+        train(kind, method, output_dir / method, rank, processes)
+    if processes > 1:
         dist.destroy_process_group()
 
 
@@ -116,6 +138,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=["single", "ddp", "fsdp1", "fsdp2"])
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--method", choices=list(CONFIGS), default="wara")
     options = parser.parse_args()
-    main(options.kind, options.method, options.output_dir)
+    main(options.kind, options.output_dir)

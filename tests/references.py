@@ -6,6 +6,7 @@ import numpy as np
 import pywt
 import torch
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.pytorch_utils import Conv1D
 
 WAVELETS = ("haar", "db2", "db4", "sym4", "coif1")
@@ -41,6 +42,16 @@ def inverse_transform(coefficients: dict[str, np.ndarray], wavelet: str, shape: 
         current = pywt.idwtn({"aa": current, **bands}, wavelet, mode="periodization")
         current = current[: rows[level - 1], : columns[level - 1]]
     return current + coefficients.get("aa0", 0.0)
+
+
+def transform(matrix: np.ndarray, wavelet: str, levels: int) -> dict[str, np.ndarray]:
+    """The subbands of a matrix as pywt.dwtn makes them, named aa{L}, ad{j}, da{j}, dd{j}."""
+    found: dict[str, np.ndarray] = {}
+    for level in range(1, levels + 1):
+        bands = pywt.dwtn(matrix, wavelet, mode="periodization")
+        matrix = bands.pop("aa")
+        found |= {f"{band}{level}": value for band, value in bands.items()}
+    return found | {f"aa{levels}": matrix}
 
 
 def dense_coefficients(layer: nn.Module, adapter: str = "default") -> dict[str, np.ndarray]:
@@ -87,3 +98,11 @@ class Conv1DModel(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(x)
+
+
+def tiny_vit(image_size: int = 14, **fields) -> ViTForImageClassification:
+    """Two layers of width 16; with the default image 7 x 7 patches and a CLS token."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(image_size=image_size, patch_size=2, num_channels=1, num_labels=3, **sizes, **fields)
+    return ViTForImageClassification(config).eval()

@@ -16,6 +16,11 @@ SCRIPTS = {
     "import_time": ["--processes", "1"],
     "export_time": ["--smoke", "--rounds", "2"],
     "merge_memory": ["--smoke"],
+    **{
+        name: ["--smoke", "--rounds", "2"]
+        for name in ("step_time", "layer_cost", "decode", "injection_time", "transform_time", "grid_step")
+    },
+    "memory": ["--smoke"],
 }
 
 

@@ -39,10 +39,30 @@ def test_defaults_have_as_many_parameters_as_lora_of_rank_8():
             {"aa1": 8, "ad1": 2, "da1": 2, "dd1": 2, "aa0": 0},
         ),
         ({"form": "shared", "rank_pattern": {r"layer\.\d+\.q": 3}}, "layer.11.q", {"aa1": 3, "dd1": 3}),
+        (
+            {"form": "grid", "levels": 2, "subband_ranks": {"dd2": 1}, "rank_pattern": {"a": {"aa2": 5}}},
+            "a",
+            {"aa2": 5, "ad1": 4, "da1": 4, "dd1": 4, "ad2": 4, "da2": 4, "dd2": 1},
+        ),
+        ({"form": "tiny", "subband_ranks": {"aa0": 2}}, "a", {"aa1": 4, "ad1": 4, "da1": 4, "dd1": 4, "aa0": 2}),
     ],
 )
 def test_precedence_of_ranks(fields, module, expected):
     assert WaRAConfig(**fields).ranks_of(module) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 16),
+        ({"form": "shared"}, 8),
+        ({"form": "grid", "levels": 2}, 28),
+        ({"form": "grid", "grid_pairs": "shared", "levels": 2}, 4),
+        ({"form": "tiny", "levels": 2}, 28),
+    ],
+)
+def test_total_ranks(fields, expected):
+    assert WaRAConfig(**fields).total_rank == expected
 
 
 def test_alpha_pattern():
@@ -80,6 +100,20 @@ def test_every_field_survives_json(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"form": "grid", "grid_pairs": "shared", "grid_size": (3, 5), "num_prefix_tokens": 2},
+        {"form": "tiny", "core": "diagonal", "save_basis": False, "base_weight_hashes": {"q": "0a"}},
+        {"init_weights": "activation"},
+    ],
+)
+def test_fields_of_one_form_survive_json(fields, tmp_path):
+    config = WaRAConfig(**fields)
+    config.save_pretrained(str(tmp_path))
+    assert WaRAConfig.from_pretrained(str(tmp_path)) == config
+
+
+@pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
         ({"wavelet": "har"}, ValueError, "wavelet='har' is not a wavelet.*'haar'"),
@@ -106,7 +140,41 @@ def test_every_field_survives_json(tmp_path):
         ({"wara_alpha": float("nan")}, ValueError, "wara_alpha=nan must be finite"),
         ({"wara_dropout": 1.0}, ValueError, "wara_dropout=1.0 must be a probability"),
         ({"bias": "wara"}, ValueError, "bias='wara' is not one of 'none', 'all', 'wara_only'"),
-        ({"init_weights": "pissa"}, ValueError, "init_weights='pissa'"),
+        ({"init_weights": "pissa"}, ValueError, "init_weights='pissa'.*'orthogonal', 'activation'"),
+        (
+            {"form": "grid", "init_weights": "orthogonal"},
+            ValueError,
+            "init_weights='orthogonal' is for form='subband'",
+        ),
+        (
+            {"grid_size": (4, 4)},
+            ValueError,
+            r"grid_size=\(4, 4\) has no meaning with form='subband', only with 'grid'",
+        ),
+        ({"form": "tiny", "grid_pairs": "shared"}, ValueError, "grid_pairs='shared' has no meaning with form='tiny'"),
+        ({"form": "grid", "save_basis": False}, ValueError, "save_basis=False has no meaning with form='grid'"),
+        ({"form": "grid", "grid_pairs": "one"}, ValueError, "grid_pairs='one' is not one of 'separate', 'shared'"),
+        ({"form": "grid", "grid_size": 7}, ValueError, r"grid_size=7 must be \(rows, columns\)"),
+        ({"form": "grid", "grid_size": (7, 0)}, ValueError, "grid_size=0 must be at least 1"),
+        ({"form": "grid", "num_prefix_tokens": -1}, ValueError, "num_prefix_tokens=-1 must be at least 0"),
+        (
+            {"form": "grid", "subband_ranks": {"aa0": 1}},
+            ValueError,
+            "'aa0'; with levels=1 and form='grid' there are aa1",
+        ),
+        (
+            {"form": "grid", "grid_pairs": "shared", "subband_ranks": {"aa1": 1}},
+            ValueError,
+            "leave subband_ranks None",
+        ),
+        (
+            {"form": "grid", "grid_pairs": "shared", "rank_pattern": {"q": {"aa1": 1}}},
+            ValueError,
+            "must be an int with grid_pairs='shared'",
+        ),
+        ({"form": "grid", "task_type": "CAUSAL_LM"}, ValueError, "task_type='CAUSAL_LM'.*leak the future"),
+        ({"form": "tiny", "core": "sparse"}, ValueError, "core='sparse' is not one of 'full', 'diagonal'"),
+        ({"form": "tiny", "save_basis": 1.5}, ValueError, "save_basis=1.5 must be True or False"),
         ({"lora_alpha": 16}, TypeError, "unexpected keyword argument 'lora_alpha'; its name here is 'wara_alpha'"),
         ({"lora_dropout": 0.1}, TypeError, "'lora_dropout'; its name here is 'wara_dropout'"),
         ({"init_lora_weights": True}, TypeError, "'init_lora_weights'; its name here is 'init_weights'"),

@@ -15,50 +15,49 @@ from accelerate.commands.launch import launch_command_parser
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from tests.distributed_run import base_model, batches
+from tests.distributed_run import CONFIGS, base_model, batches, inputs_of
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("wara", "lora")
 
 pytestmark = pytest.mark.slow
 
 
-def run(kind: str, method: str, directory: Path) -> None:
+def run(kind: str, directory: Path) -> Path:
     command = [sys.executable, "-m"]
     if kind != "single":
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.distributed_run", kind, str(directory), "--method", method]
+    command += ["tests.distributed_run", kind, str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+    return directory
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory) -> dict[str, Path]:
-    directories = {method: tmp_path_factory.mktemp(method) for method in METHODS}
-    for method, directory in directories.items():
-        run("single", method, directory)
-    return directories
+def single(tmp_path_factory) -> Path:
+    return run("single", tmp_path_factory.mktemp("single"))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
-def test_two_processes_train_as_one(kind, method, single, tmp_path):
-    run(kind, method, tmp_path)
+@pytest.fixture(scope="module", params=["ddp", "fsdp1", "fsdp2"])
+def several(request, tmp_path_factory) -> Path:
+    return run(request.param, tmp_path_factory.mktemp(request.param))
 
-    losses, expected = (json.loads((path / "losses.json").read_text()) for path in (tmp_path, single[method]))
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_two_processes_train_as_one(method, several, single):
+    several, single = several / method, single / method
+    losses, expected = (json.loads((path / "losses.json").read_text()) for path in (several, single))
     assert losses == pytest.approx(expected, abs=2e-5)
     assert len(set(expected)) > 3
-    found, reference = (
-        load_file(path / "adapter" / "adapter_model.safetensors") for path in (tmp_path, single[method])
-    )
+    found, reference = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (several, single))
     assert found.keys() == reference.keys()
     for name, value in reference.items():
         torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3, msg=name)
 
-    loaded = PeftModel.from_pretrained(base_model(), tmp_path / "adapter").eval()
-    expected_model = PeftModel.from_pretrained(base_model(), single[method] / "adapter").eval()
-    torch.testing.assert_close(loaded(batches()[0]).logits, expected_model(batches()[0]).logits, atol=1e-4, rtol=1e-3)
+    loaded = PeftModel.from_pretrained(base_model(method), several / "adapter").eval()
+    expected_model = PeftModel.from_pretrained(base_model(method), single / "adapter").eval()
+    inputs = inputs_of(method, batches()[0])
+    torch.testing.assert_close(loaded(**inputs).logits, expected_model(**inputs).logits, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp2", "zero3"])

@@ -236,3 +236,71 @@ def test_qwara_trains_and_merges_in_four_bits(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert re.search(r"test accuracy: 0\.\d+ with the adapter, 0\.\d+ merged into 4-bit weights", result.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def vit_digits(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("vit_digits")
+
+
+class TestVitDigits:
+    SCRIPT = EXAMPLES / "vit_digits.py"
+
+    def test_table_picture_and_cache(self, vit_digits: Path) -> None:
+        result = run(self.SCRIPT, "--smoke", directory=vit_digits)
+        assert result.returncode == 0, result.stderr
+        folder = vit_digits / "vit_digits_output"
+        table = (folder / "table.txt").read_text()
+        assert table in result.stdout
+        # Four blocks of four (64, 64) and two (64, 128).
+        sizes = 4 * (4 * (64 + 64) + 2 * (64 + 128))
+        expected = {"head": 0, "LoRA": 8 * sizes, "subband": 8 * sizes, "grid": 8 * sizes, "tiny": 4 * 6 * 4 * 8**2}
+        for name, count in expected.items():
+            line = next(line for line in table.splitlines() if name in line)
+            assert line.split()[-2] == f"{count:,}"
+        assert "full fine-tuning" in table
+        assert (folder / "grid_responses.png").read_bytes().startswith(b"\x89PNG")
+
+        again = run(self.SCRIPT, "--smoke", directory=vit_digits)
+        assert again.returncode == 0, again.stderr
+        assert "Pretrained model found" in again.stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--image-size", "9"], "--image-size 9 must be even"),
+            (["--epochs", "0"], "--epochs is too small"),
+            (["--wavelet", "bior2.2"], "bior2.2"),
+            (["--model", "missing"], "--model and --dataset go together"),
+            (["--model", "missing", "--dataset", "missing"], "missing"),
+        ],
+    )
+    def test_bad_input_is_told_before_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    ) -> None:
+        vit_digits = example("vit_digits")
+        monkeypatch.setattr(vit_digits, "train", lambda *_: pytest.fail("training started"))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["vit_digits.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            vit_digits.main()
+        assert message in stopped.value.code
+        assert "\n" not in stopped.value.code
+
+    def test_images_of_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With `--model` and `--dataset`: here a processor and pictures in local folders."""
+        from PIL import Image
+        from transformers import ViTImageProcessor
+
+        for label in ("cats", "dogs"):
+            (tmp_path / "images" / label).mkdir(parents=True)
+            for number in range(10):
+                Image.new("RGB", (20, 12), (25 * number, 0, 0)).save(tmp_path / "images" / label / f"{number}.png")
+        ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+        vit_digits = example("vit_digits")
+        arguments = ["--model", tmp_path / "model", "--dataset", tmp_path / "images", "--label-column", "label"]
+        monkeypatch.setattr("sys.argv", ["vit_digits.py", *map(str, arguments), "--output-dir", str(tmp_path / "out")])
+        images = vit_digits.named_images(vit_digits.parse_arguments())
+        assert [len(labels) for _, labels in images.splits.values()] == [10, 5, 5]
+        assert images.splits["train"][0].shape == (10, 3, 8, 8)
+        assert images.names == ["0", "1"]

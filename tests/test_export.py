@@ -34,6 +34,8 @@ CASES = {
     "odd sizes": (lambda: Mlp(width=7, hidden=13), 7, {"target_modules": ["up", "down"], "levels": 2}),
     "undecomposed": (Mlp, 12, {"target_modules": r"up|down", "subband_ranks": {"aa0": 3}}),
     "conv1d": (Conv1DModel, 9, {"target_modules": ["proj"], "wavelet": "db2"}),
+    "tiny": (Mlp, 12, {"target_modules": ["up", "down"], "form": "tiny", "wavelet": "db2", "wara_alpha": 60}),
+    "tiny, diagonal": (Mlp, 12, {"target_modules": ["up"], "form": "tiny", "core": "diagonal", "r": 2}),
     "with a head": (Mlp, 12, {"target_modules": ["up"], "modules_to_save": ["head"]}),
     "with biases": (Mlp, 12, {"target_modules": ["up", "down"], "bias": "wara_only"}),
 }

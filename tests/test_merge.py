@@ -87,6 +87,7 @@ CASES = {
     "biases": (bert, {"target_modules": ["query", "dense"], "bias": "all", "modules_to_save": ["classifier"]}),
     "layer in full": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]}),
     "renamed keys": (dinov2, {"target_modules": ["q_proj", "o_proj"]}),
+    "tiny": (llama, {"target_modules": ["q_proj", "up_proj"], "form": "tiny", "wavelet": "db2"}),
     "convolutions": (resnet, {"target_modules": r".*convolution"}),
 }
 
@@ -226,6 +227,10 @@ class TestRefusals:
         saved(tmp_path, llama(), target_modules=["q_proj"])
         llama(hidden_size=64).save_pretrained(tmp_path / "base", max_shard_size="4KB")
         self.refused(tmp_path, r"q_proj.weight' has the shape \(64, 64\) in .*, and \(32, 32\) in the adapter")
+
+    def test_an_adapter_that_mixes_tokens(self, tmp_path):
+        saved(tmp_path, dinov2(), target_modules=["q_proj"], form="grid")
+        self.refused(tmp_path, "form='grid', and in module .*q_proj' it mixes tokens")
 
     def test_a_quantized_base(self, tmp_path):
         saved(tmp_path, llama(), target_modules=["q_proj"])

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config, LlamaConfig
 
-from tests.references import Chain, Conv1DModel, Mlp
+from tests.references import Chain, Conv1DModel, Mlp, tiny_vit
 from wara_peft import WaRAConfig, WaRAModel
 from wara_peft.layer import Linear, WaRALayer
 
@@ -47,6 +47,7 @@ def tiny_bert() -> nn.Module:
 
 
 TOKENS = torch.arange(1, 13).view(2, 6)
+IMAGES = torch.randn(2, 1, 14, 14, generator=torch.Generator().manual_seed(0))
 
 # model, target modules, further fields: one row a case
 CASES = {
@@ -61,12 +62,30 @@ CASES = {
         "all-linear",
         {"rank_pattern": {"query": 2, "key": {"dd1": 0}}, "alpha_pattern": {"value": 3}, "task_type": "SEQ_CLS"},
     ),
+    "llama-tiny": (tiny_llama, "all-linear", {"form": "tiny"}),
+    "gpt2-tiny-diagonal": (
+        tiny_gpt2,
+        ["c_attn", "c_fc"],
+        {"form": "tiny", "core": "diagonal", "wavelet": "db2", "levels": 2, "save_basis": False},
+    ),
+    "vit-tiny": (tiny_vit, ["q_proj", "fc1"], {"form": "tiny", "subband_ranks": {"aa0": 2, "dd1": 1}}),
+    "vit-grid": (
+        tiny_vit,
+        ["q_proj", "fc1"],
+        {"form": "grid", "wavelet": "db2", "subband_ranks": {"aa1": 6}, "rank_pattern": {"fc1": {"dd1": 0}}},
+    ),
+    "vit-grid-shared": (tiny_vit, ["v_proj", "fc2"], {"form": "grid", "grid_pairs": "shared", "levels": 2}),
 }
+MERGEABLE = [case for case in CASES if "grid" not in case]
+
+
+def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {"pixel_values": IMAGES} if model.config.model_type == "vit" else {"input_ids": TOKENS}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=TOKENS).logits
+        return model(**inputs_of(model)).logits
 
 
 def build(case: str, **fields) -> tuple[nn.Module, PeftModel]:
@@ -91,7 +110,7 @@ class TestWorkflows:
 
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
         for _ in range(2):
-            model(input_ids=TOKENS).logits.square().mean().backward()
+            model(**inputs_of(model)).logits.square().mean().backward()
             optimizer.step()
         assert not torch.allclose(logits(model), logits(base))
         with model.disable_adapter():
@@ -108,7 +127,7 @@ class TestWorkflows:
         assert torch.equal(logits(low_memory), logits(model))
         assert loaded.peft_config["default"].module_shapes == model.peft_config["default"].module_shapes
 
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("case", MERGEABLE)
     def test_merge_and_unload_then_save_as_a_plain_model(self, case, tmp_path):
         base, model = build(case, init_weights=False)
         expected = logits(model)
@@ -126,7 +145,7 @@ class TestWorkflows:
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(logits(model.unload()), logits(model))
 
-    @pytest.mark.parametrize("case", ["llama-subband", "gpt2-shared"])
+    @pytest.mark.parametrize("case", ["llama-subband", "gpt2-shared", "llama-tiny", "vit-grid", "vit-grid-shared"])
     def test_adapters_of_transformers(self, case, tmp_path):
         make, targets, more = CASES[case]
         base, model = build(case, init_weights=False)
@@ -177,6 +196,29 @@ class TestKeysOnDisk:
 
 
 class TestSeveralAdapters:
+    @pytest.mark.parametrize("case", ["llama-tiny", "gpt2-tiny-diagonal", "vit-tiny", "vit-grid", "vit-grid-shared"])
+    def test_other_forms_switch_and_are_saved_beside_another(self, case, tmp_path):
+        base, model = build(case, init_weights=False)
+        first = logits(model)
+        model.add_adapter("other", WaRAConfig(target_modules=CASES[case][1], init_weights=False))
+        assert torch.equal(logits(model), first)
+        model.set_adapter("other")
+        second = logits(model)
+        assert not torch.allclose(second, first)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), logits(base))
+        model.set_adapter("default")
+        assert torch.equal(logits(model), first)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        loaded.load_adapter(tmp_path / "other", adapter_name="renamed")
+        assert torch.equal(logits(loaded), first)
+        loaded.set_adapter("renamed")
+        assert torch.equal(logits(loaded), second)
+        loaded.delete_adapter("default")
+        assert torch.equal(logits(loaded), second)
+        assert not any("default" in name for name in loaded.state_dict())
+
     def model(self) -> PeftModel:
         torch.manual_seed(0)
         model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up", "down"], init_weights=False))
@@ -313,7 +355,7 @@ class TestBadInput:
         assert_unchanged(model, before)
         assert list(model.peft_config) == ["default"]
 
-    @pytest.mark.parametrize("name", ["level0", "level1", "level12"])
+    @pytest.mark.parametrize("name", ["level0", "level1", "level12", "weight", "aa1", "dd12", "A_level1"])
     def test_names_of_parameters_are_refused(self, name):
         model = Mixed()
         before = snapshot(model)

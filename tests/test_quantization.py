@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import bitsandbytes as bnb
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -12,6 +13,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from tests.references import transform
 from wara_peft import WaRAConfig, save_as_lora
 from wara_peft.quantization import keep_unpacked
 
@@ -165,6 +167,76 @@ class TestEveryKind:
         assert torch.equal(model(x), expected)
         merged = model.merge_and_unload(safe_merge=True)
         assert merged(x).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestOtherForms:
+    """`form="tiny"` with the basis of the dequantized weight, and `form="grid"`, which leaves the weight alone."""
+
+    def model_of(self, base: nn.Module, **fields) -> PeftModel:
+        torch.manual_seed(0)
+        config = WaRAConfig(target_modules=["up", "down"], init_weights=False, wara_alpha=32, **fields)
+        return get_peft_model(copy.deepcopy(base), config)
+
+    def train(self, model: PeftModel, x: torch.Tensor) -> None:
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(2):
+            model.train()(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+
+    @pytest.mark.parametrize("save_basis", [True, False])
+    def test_tiny(self, kind, save_basis, tmp_path):
+        base = Mlp(kind)
+        with torch.no_grad():
+            base.eval()(torch.randn(2, WIDTH))  # repacks 4-bit weights on some CPUs, which the basis must not see
+        model = self.model_of(base, form="tiny", save_basis=save_basis)
+        up = model.base_model.model.up
+        before = dequantized(up)
+        singular = np.linalg.svd(transform(before.double().numpy(), "haar", 1)["dd1"])[1][:4]
+        factor_a, factor_b = (factor.subband("dd1").double().numpy() for factor in up.factors("default"))
+        np.testing.assert_allclose(np.diag(factor_a @ factor_a.T), singular, rtol=1e-5)
+        np.testing.assert_allclose(np.diag(factor_b.T @ factor_b), singular, rtol=1e-5)
+
+        x = torch.randn(5, WIDTH)
+        self.train(model, x)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        torch.testing.assert_close(loaded(x), model(x), atol=0 if save_basis else 1e-5, rtol=0)
+        target = before + up.get_delta_weight("default").detach()
+        model.merge_adapter(safe_merge=True)
+        assert ((dequantized(up) - target).abs() <= step_of(target, kind)).all()
+
+    @pytest.mark.parametrize("pairs", ["separate", "shared"])
+    def test_grid(self, kind, pairs, tmp_path):
+        base, x = Mlp(kind), torch.randn(2, 17, WIDTH)
+        model = self.model_of(base, form="grid", grid_pairs=pairs, num_prefix_tokens=1)
+        self.train(model, x)
+        up = model.base_model.model.up
+        plain = nn.Linear(WIDTH, HIDDEN)
+        plain.load_state_dict({"weight": dequantized(up), "bias": base.up.bias.data})
+        config = copy.copy(model.peft_config["default"])
+        dense = get_peft_model(nn.ModuleDict({"up": plain}), config).base_model.model["up"].eval()
+        dense.load_state_dict({k: v for k, v in up.state_dict().items() if "wara" in k}, strict=False)
+        found, expected = up(x) - up.base_layer(x), dense(x) - dense.base_layer(x)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        torch.testing.assert_close(loaded(x), model(x), atol=0, rtol=0)
+        before = dequantized(up)
+        with pytest.raises(ValueError, match=r"form='grid'.*cannot be merged"):
+            model.merge_and_unload()
+        assert torch.equal(dequantized(up), before)
+
+
+def test_tiny_needs_weights_that_can_be_read(monkeypatch):
+    backend = ForwardOnlyQuantizationBackend("gptq")
+    monkeypatch.setattr("wara_peft.model.resolve_quantization_backend", lambda *args, **kwargs: backend)
+    base = Mlp("int8")
+    with pytest.raises(ValueError, match=r"needs the weight of module 'up'.*gptq.*Use form='subband'"):
+        get_peft_model(base, WaRAConfig(form="tiny", target_modules=["up"]))
+    assert isinstance(base.up, bnb.nn.Linear8bitLt)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double", "fp4", "fp4-double"])

@@ -12,9 +12,11 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import ViTConfig, ViTModel
 
 from tests.references import Mlp
 from wara_peft import WaRAConfig
+from wara_peft.inspection import inspect_adapter
 from wara_peft.saved import SavedAdapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -170,3 +172,49 @@ def test_no_such_directory(tmp_path):
 def test_modules_come_in_natural_order(tmp_path):
     saved(tmp_path, nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))), target_modules="all-linear", r=1)
     assert list(SavedAdapter(tmp_path).modules) == [str(index) for index in range(12)]
+
+
+TINY = {"form": "tiny", "r": 3, "target_modules": ["up", "down"]}
+
+
+@pytest.mark.parametrize("core", ["full", "diagonal"])
+def test_tiny(tmp_path, core):
+    layers = saved(tmp_path, core=core, **TINY).base_model.model
+    adapter = SavedAdapter(tmp_path)
+    for name in adapter.modules:
+        layer = getattr(layers, name)
+        torch.testing.assert_close(adapter.update(name).dense(), layer.get_delta_weight("default"))
+        assert adapter.parameters(name) == sum(p.numel() for n, p in layer.named_parameters() if "wara_core" in n)
+        # ‖Σ_s S B_s A_s S‖² = Σ_s ‖B_s A_s‖² at these even sizes
+        energy = sum((b @ a).square().sum() for a, b in adapter.coefficients(name).values())
+        torch.testing.assert_close(energy, layer.get_delta_weight("default").square().sum())
+    edit_weights(lambda tensors: tensors.pop("base_model.model.up.wara_core.aa1"))(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 'up\.wara_core\.aa1'"):
+        SavedAdapter(tmp_path)
+
+
+def test_tiny_without_its_basis(tmp_path):
+    saved(tmp_path, save_basis=False, **TINY)
+    with pytest.raises(ValueError, match="saved without its basis"):
+        SavedAdapter(tmp_path)
+
+
+@pytest.mark.parametrize("grid_pairs", ["separate", "shared"])
+def test_grid_has_no_update_but_a_description(tmp_path, grid_pairs):
+    config = ViTConfig(
+        image_size=16, patch_size=4, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = saved(tmp_path, ViTModel(config), form="grid", grid_pairs=grid_pairs, target_modules=["fc1"])
+    adapter = SavedAdapter(tmp_path)
+    (name,) = adapter.modules
+    with pytest.raises(ValueError, match=r"form='grid', and in module .*fc1.* it mixes tokens"):
+        adapter.update(name)
+    layer = model.base_model.model.get_submodule(name)
+    assert adapter.parameters(name) == sum(p.numel() for n, p in layer.named_parameters() if "wara_" in n)
+    assert adapter.rank(name) == layer.total_rank("default")
+    (report,) = inspect_adapter(adapter).modules
+    assert report.lora_parameters is None
+    assert list(report.energy) == ["aa1", "ad1", "da1", "dd1"]
+    rows, columns = (getattr(layer, f"wara_{side}")["default"].weight for side in "AB")
+    product = columns[:, :4] @ rows[:4] * layer.scaling["default"]
+    assert report.energy["aa1"] == pytest.approx(float(product.detach().square().sum()), rel=1e-5)

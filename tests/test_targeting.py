@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_set_requires_grad():
     assert trainable() == set()
 
 
-@pytest.mark.parametrize("config_class", [WaRAConfig, LoraConfig])
+@pytest.mark.parametrize("config_class", [WaRAConfig, partial(WaRAConfig, form="tiny"), LoraConfig])
 def test_offloaded_to_disk(config_class, tmp_path, monkeypatch):
     """Layers that accelerate keeps on the disk compute, load adapters and merge."""
     monkeypatch.chdir(tmp_path)  # PEFT takes the offload folder's path for a relative one, and writes below this one
@@ -110,7 +111,7 @@ def test_offloaded_to_disk(config_class, tmp_path, monkeypatch):
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(base, config_class(target_modules="all-linear"))
     for name, parameter in model.named_parameters():
-        if "wara_B" in name or "lora_B" in name:
+        if "wara_B" in name or "wara_core" in name or "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     expected = logits(model)
     model.save_pretrained(tmp_path / "adapter")

@@ -11,13 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from tests.references import tiny_vit
 from tests.training_run import base_model, data, logits
 from wara_peft import WaRAConfig
 
@@ -127,6 +134,58 @@ def test_sft_trainer(language_model, tmp_path, packing):
     tokens = torch.tensor([[1, 4, 5, 7, 8]])
     assert loaded.peft_config["default"].peft_type == "WARA"
     torch.testing.assert_close(loaded(tokens).logits, trainer.model.eval()(tokens).logits, atol=0, rtol=0)
+
+
+FORMS = {
+    "subband": {"form": "subband"},
+    "grid": {"form": "grid"},
+    "grid, shared pair": {"form": "grid", "grid_pairs": "shared", "levels": 2},
+    "tiny": {"form": "tiny"},
+    "tiny, basis not saved": {"form": "tiny", "core": "diagonal", "save_basis": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_trainer_on_images_resumes_with_the_losses_of_an_uninterrupted_run(form, tmp_path):
+    """Classes are dark, grey and bright images."""
+    labels = torch.arange(48) % 3
+    noise = torch.randn(48, 1, 14, 14, generator=torch.Generator().manual_seed(0))
+    pixels = 10 * (labels.view(-1, 1, 1, 1) - 1) + noise
+    images = [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
+
+    def run(directory: Path, resume: bool = False) -> Trainer:
+        torch.manual_seed(0)
+        base = tiny_vit()
+        fields = {"target_modules": ["q_proj", "fc1", "fc2"], "wara_dropout": 0.1, **FORMS[form]}
+        model = get_peft_model(base, WaRAConfig(modules_to_save=["classifier"], **fields))
+        arguments = TrainingArguments(
+            output_dir=str(directory),
+            per_device_train_batch_size=12,
+            max_steps=12,
+            learning_rate=2e-2,
+            logging_steps=1,
+            save_steps=6,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=images)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6") if resume else None)
+        return trainer
+
+    def losses(trainer: Trainer) -> list[float]:
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = run(tmp_path / "whole")
+    assert sum(losses(whole)[-3:]) < sum(losses(whole)[:3])
+    resumed = run(tmp_path / "resumed", resume=True)
+    assert losses(resumed) == losses(whole)
+    x = torch.stack([image["pixel_values"] for image in images])
+    whole.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(loaded(x).logits, whole.model.eval()(x).logits)
+        assert torch.equal(loaded(x).logits, resumed.model.eval()(x).logits)
 
 
 @pytest.mark.parametrize("config_class", [WaRAConfig, LoraConfig])

@@ -7,9 +7,18 @@ registration.peft_type()  # `WaRAConfig` names `PeftType.WARA`, so the member co
 from .config import WaRAConfig  # noqa: E402
 from .export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .factors import frozen_factors  # noqa: E402
+from .initialization import initialize_from_data  # noqa: E402
 from .model import WaRAModel  # noqa: E402
 
 registration.register(WaRAConfig, WaRAModel)
 
-__all__ = ["WaRAConfig", "WaRAModel", "frozen_factors", "lora_error", "save_as_lora", "to_lora"]
+__all__ = [
+    "WaRAConfig",
+    "WaRAModel",
+    "frozen_factors",
+    "initialize_from_data",
+    "lora_error",
+    "save_as_lora",
+    "to_lora",
+]
 __version__ = "0.1.0"

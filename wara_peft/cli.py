@@ -170,7 +170,7 @@ def inspect(
 
 def _print_report(report: AdapterReport) -> None:
     out.print(f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}")
-    table = Table(Column("module", overflow="fold"), "kind", "out x in", "ranks", "R", "parameters", "as LoRA")
+    table = Table(Column("module", overflow="fold"), "kind", "out x in", "ranks", "R", "trained", "as LoRA")
     for module in report.modules:
         ranks = set(module.ranks.values())
         table.add_row(
@@ -180,12 +180,13 @@ def _print_report(report: AdapterReport) -> None:
             f"{ranks.pop()} in each of {len(module.ranks)}" if len(ranks) == 1 else _pairs(module.ranks),
             str(module.rank),
             f"{module.parameters:,}",
-            f"{module.lora_parameters:,}",
+            "none" if module.lora_parameters is None else f"{module.lora_parameters:,}",
         )
     out.print(table)
     parameters = sum(module.parameters for module in report.modules)
-    lora = sum(module.lora_parameters for module in report.modules)
-    out.print(f"{len(report.modules)} modules, {parameters:,} parameters; as LoRA of rank {report.rank}: {lora:,}.")
+    lora = sum(module.lora_parameters or 0 for module in report.modules)
+    as_lora = f"as LoRA of rank {report.rank}: {lora:,}" if lora else "it mixes tokens, and is no LoRA"
+    out.print(f"{len(report.modules)} modules, {parameters:,} trained parameters; {as_lora}.")
     shares = Table("subband", "share of energy")
     for name, share in (*report.energy_shares().items(), *report.level_shares().items()):
         shares.add_row(name, f"{share:.1%}")

@@ -65,6 +65,17 @@ def _check(
         raise ValueError(
             f"combination_type={combination_type!r} is not one of {', '.join(map(repr, COMBINATION_TYPES))}."
         )
+    forms = {adapter: cast(WaRAConfig, tuner.peft_config[adapter]).form for adapter in adapters}
+    grids = [adapter for adapter, form in forms.items() if form == "grid"]
+    if grids:
+        raise ValueError(
+            f"Adapters {', '.join(grids)} have form='grid', and mix tokens; they cannot be combined. Several of them "
+            "can be active at once: `model.base_model.set_adapter([...])`."
+        )
+    if combination_type == "linear" and "tiny" in forms.values():
+        raise ValueError(
+            "combination_type='linear' adds up factors, and those of form='tiny' are fixed. Use 'cat', which is exact."
+        )
     for name, module in tuner.model.named_modules():
         if isinstance(module, WaRALayer):
             present = [adapter for adapter in adapters if adapter in module.wara_A]
@@ -135,6 +146,9 @@ def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bo
         alpha_pattern={},
         use_rslora=False,
         module_shapes=None,
+        core="full",
+        save_basis=True,
+        base_weight_hashes=None,
     )
 
 

@@ -13,10 +13,23 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 from peft.utils.other import get_pattern_key
 
+from .grid import TokenGrid, grid_subbands
 from .model_card import add_loading_section
-from .wavelet import filters, subbands
+from .wavelet import Subband, filters, subbands
 
-FORMS = ("subband", "shared")
+FORMS = ("subband", "shared", "grid", "tiny")
+GRID_PAIRS = ("separate", "shared")
+CORES = ("full", "diagonal")
+INITIALISATIONS = ("orthogonal", "activation")
+# Fields that belong to one form alone, with that form.
+FORM_OF_FIELD = {
+    "grid_pairs": "grid",
+    "grid_size": "grid",
+    "num_prefix_tokens": "grid",
+    "core": "tiny",
+    "save_basis": "tiny",
+    "base_weight_hashes": "tiny",
+}
 BIASES = ("none", "all", "wara_only")
 MAX_LEVELS = 64
 """No axis is long enough for more; a config from elsewhere may ask for any number."""
@@ -35,7 +48,9 @@ class WaRAConfig(PeftConfig):
 
     ΔW = scaling · Σ_s S_out,s B_s A_s S_in,sᵀ over the subbands s of an L-level 2-D wavelet decomposition. It is a
     LoRA update of rank R = Σ_s r_s, which with one rank r for all is (3L + 1) r, and 2r for `form="shared"`; scaling
-    = wara_alpha / R.
+    = wara_alpha / R. With `form="grid"` it is the output that changes, by scaling · Σ_s B_s P_s(A_s x), P_s being the
+    parts of a wavelet transform over the grid of image patches; with `form="tiny"` B_s A_s is B_s R_s A_s, of which
+    only the core R_s trains.
 
     Args:
         r: rank of every subband's factor pair. The default of 4 has, at one level, R = 16 and as many parameters as a
@@ -46,15 +61,29 @@ class WaRAConfig(PeftConfig):
         use_rslora: scaling = wara_alpha / √R in place of wara_alpha / R.
         wavelet: name of an orthogonal PyWavelets wavelet.
         levels: number of decomposition levels L.
-        form: "subband" (a pair for each subband) or "shared" (one level, one pair for `aa1` and `dd1`).
+        form: "subband" (a pair for each subband), "shared" (one level, one pair for `aa1` and `dd1`), "grid" (a pair
+            for each subband of the patch tokens of a vision model) or "tiny" (`subband` with A_s and B_s fixed from an
+            SVD of the base weight's subbands, and a trained core between them).
         subband_ranks: ranks by subband name, such as `{"aa1": 8, "dd1": 0}`, in place of `r`; 0 leaves a subband
-            out. `aa0` is the undecomposed matrix, and has rank 0 unless named: `{"aa0": 8}` adds plain LoRA's pair.
+            out. `aa0` is the undecomposed matrix, and has rank 0 unless named: `{"aa0": 8}` adds plain LoRA's pair
+            (not with "grid", whose subbands are of tokens).
         rank_pattern: by module name or regular expression, an int in place of `r` or a dict like `subband_ranks`.
             Precedence: dict in `rank_pattern`, `subband_ranks`, int in `rank_pattern`, `r`.
         alpha_pattern: by module name or regular expression, a number in place of `wara_alpha`.
         wara_dropout: dropout probability on the adapter's input.
         init_weights: True draws A as LoRA draws it, with the subband's fan-in, and sets B to zero, so that a new
-            adapter changes nothing; False draws both (for tests).
+            adapter changes nothing; False draws both (for tests). For `form="subband"` on linear layers also
+            "orthogonal": rows of each A_s are orthonormal; or "activation": as True until
+            `wara_peft.initialize_from_data` gives A_s the directions in which the inputs are largest.
+        grid_pairs: with `form="grid"`, "separate" (a pair for each subband) or "shared" (one pair, and a trained gain
+            for each subband and rank component; R is r).
+        grid_size: with `form="grid"`, rows and columns of patches; None reads them off the model's config, and takes
+            other numbers of patches for squares.
+        num_prefix_tokens: with `form="grid"`, tokens before the patches; None counts the model's class, distillation
+            and register tokens.
+        core: with `form="tiny"`, R_s of shape (r, r) ("full") or its diagonal alone ("diagonal").
+        save_basis: with `form="tiny"`, whether the fixed A_s and B_s are saved with the adapter; if not, they are made
+            again from the base model's weights, which must be the same ones.
         target_modules: names of modules to adapt, a regular expression, or "all-linear"; None picks PEFT's defaults
             for the architecture.
         exclude_modules: names or a regular expression of modules not to adapt.
@@ -67,6 +96,7 @@ class WaRAConfig(PeftConfig):
             or in `modules_to_save`, both share the adapter or the trained module, and stay tied.
         module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`. For a
             convolution `in` is that of one group, and `[kind, out, in, groups]` tells if there are several.
+        base_weight_hashes: written by the library where `save_basis` is False, `{module: SHA-256 of its weight}`.
 
     Raises:
         ValueError: a value is out of range, or fields contradict each other.
@@ -78,8 +108,12 @@ class WaRAConfig(PeftConfig):
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(R) in place of alpha / R."})
     wavelet: str = field(default="haar", metadata={"help": "Name of an orthogonal PyWavelets wavelet."})
     levels: int = field(default=1, metadata={"help": "Number of wavelet decomposition levels."})
-    form: Literal["subband", "shared"] = field(
-        default="subband", metadata={"help": "'subband': a pair for each subband; 'shared': one for aa1 and dd1."}
+    form: Literal["subband", "shared", "grid", "tiny"] = field(
+        default="subband",
+        metadata={
+            "help": "'subband': a pair for each subband; 'shared': one for aa1 and dd1; 'grid': a pair for each "
+            "subband of the patch tokens; 'tiny': fixed pairs and a trained core."
+        },
     )
     subband_ranks: dict[str, int] | None = field(
         default=None, metadata={"help": "Ranks by subband in place of r, such as {'aa1': 8, 'dd1': 0}."}
@@ -91,9 +125,26 @@ class WaRAConfig(PeftConfig):
         default_factory=dict, metadata={"help": "Alphas by module name or regex, in place of wara_alpha."}
     )
     wara_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
-    init_weights: bool = field(
-        default=True, metadata={"help": "True: a new adapter changes nothing; False: random A and B."}
+    init_weights: bool | Literal["orthogonal", "activation"] = field(
+        default=True,
+        metadata={
+            "help": "True: a new adapter changes nothing; False: random A and B; 'orthogonal': orthonormal rows of "
+            "A; 'activation': A from data, by initialize_from_data."
+        },
     )
+    grid_pairs: Literal["separate", "shared"] = field(
+        default="separate", metadata={"help": "form='grid': a pair for each subband, or one with gains."}
+    )
+    grid_size: tuple[int, int] | None = field(
+        default=None, metadata={"help": "form='grid': rows and columns of patches; None infers them."}
+    )
+    num_prefix_tokens: int | None = field(
+        default=None, metadata={"help": "form='grid': tokens before the patches; None infers them."}
+    )
+    core: Literal["full", "diagonal"] = field(
+        default="full", metadata={"help": "form='tiny': the trained core, a matrix or its diagonal."}
+    )
+    save_basis: bool = field(default=True, metadata={"help": "form='tiny': save the fixed factors with the adapter."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
     )
@@ -121,6 +172,9 @@ class WaRAConfig(PeftConfig):
     module_shapes: dict[str, list[Any]] | None = field(
         default=None, metadata={"help": "Written by the library: {module: [kind, out, in]}."}
     )
+    base_weight_hashes: dict[str, str] | None = field(
+        default=None, metadata={"help": "Written by the library where save_basis=False: {module: SHA-256}."}
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WaRAConfig:
         for name, remedy in LORA_FIELDS.items():
@@ -143,7 +197,12 @@ class WaRAConfig(PeftConfig):
         self.target_modules_to_tie: set[str] | None = None
         # Shapes that came with the config belong to a saved adapter, and the model must have them.
         self._saved_shapes = self.module_shapes
+        # Filled by the model for form="grid": what is known of the tokens of each module.
+        self.token_grids: dict[str, TokenGrid] = {}
+        if isinstance(self.grid_size, list):  # as JSON keeps it
+            self.grid_size = tuple(self.grid_size)
         self._check_values()
+        self._check_form()
         self._check_ranks()
         self._check_targets()
 
@@ -156,8 +215,10 @@ class WaRAConfig(PeftConfig):
             raise ValueError(f"form={self.form!r} is not one of {_listed(FORMS)}.")
         if self.bias not in BIASES:
             raise ValueError(f"bias={self.bias!r} is not one of {_listed(BIASES)}.")
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"init_weights={self.init_weights!r} must be True or False.")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALISATIONS:
+            raise ValueError(
+                f"init_weights={self.init_weights!r} must be True, False or one of {_listed(INITIALISATIONS)}."
+            )
         if isinstance(self.wara_dropout, bool) or not 0.0 <= self.wara_dropout < 1.0:
             raise ValueError(f"wara_dropout={self.wara_dropout!r} must be a probability, at least 0 and less than 1.")
         if self.wara_alpha is not None:
@@ -167,6 +228,36 @@ class WaRAConfig(PeftConfig):
             _check_pattern(where, pattern)
             _check_number(where, alpha)
 
+    def _check_form(self) -> None:
+        for name, form in FORM_OF_FIELD.items():
+            default = type(self).__dataclass_fields__[name].default
+            if self.form != form and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no meaning with form={self.form!r}, only with {form!r}."
+                )
+        if self.form != "subband" and not isinstance(self.init_weights, bool):
+            raise ValueError(
+                f"init_weights={self.init_weights!r} is for form='subband'; form={self.form!r} takes True or False."
+            )
+        if self.grid_pairs not in GRID_PAIRS:
+            raise ValueError(f"grid_pairs={self.grid_pairs!r} is not one of {_listed(GRID_PAIRS)}.")
+        if self.core not in CORES:
+            raise ValueError(f"core={self.core!r} is not one of {_listed(CORES)}.")
+        if not isinstance(self.save_basis, bool):
+            raise ValueError(f"save_basis={self.save_basis!r} must be True or False.")
+        if self.num_prefix_tokens is not None:
+            _check_int("num_prefix_tokens", self.num_prefix_tokens, minimum=0)
+        if self.grid_size is not None:
+            if not isinstance(self.grid_size, tuple) or len(self.grid_size) != 2:
+                raise ValueError(f"grid_size={self.grid_size!r} must be (rows, columns) of patches.")
+            for side in self.grid_size:
+                _check_int("grid_size", side, minimum=1)
+        if self.form == "grid" and self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+            raise ValueError(
+                f"form='grid' is for vision models, not for task_type={self.task_type!r}: a wavelet over time would "
+                "leak the future. Use form='subband'."
+            )
+
     def _check_ranks(self) -> None:
         _check_int("r", self.r, minimum=1)
         if self.form == "shared":
@@ -174,14 +265,19 @@ class WaRAConfig(PeftConfig):
                 raise ValueError(f"form='shared' has one level, not levels={self.levels}; form='subband' has any.")
             if self.subband_ranks is not None:
                 raise ValueError("form='shared' has one pair for aa1 and dd1: set `r`, and leave subband_ranks None.")
+        if self.shared_grid_pair and self.subband_ranks is not None:
+            raise ValueError(
+                "grid_pairs='shared' has one pair for all subbands: set `r`, and leave subband_ranks None."
+            )
         self._check_subband_ranks("subband_ranks", self.subband_ranks or {})
         for pattern, rank in self.rank_pattern.items():
             where = f"rank_pattern[{pattern!r}]"
             _check_pattern(where, pattern)
             if not isinstance(rank, dict):
                 _check_int(where, rank, minimum=1)
-            elif self.form == "shared":
-                raise ValueError(f"{where}={rank!r} must be an int with form='shared', which has a single pair.")
+            elif self.form == "shared" or self.shared_grid_pair:
+                single = "grid_pairs='shared'" if self.shared_grid_pair else "form='shared'"
+                raise ValueError(f"{where}={rank!r} must be an int with {single}, which has a single pair.")
             else:
                 self._check_subband_ranks(where, rank)
         if self.total_rank == 0 and not self.rank_pattern:
@@ -193,11 +289,13 @@ class WaRAConfig(PeftConfig):
     def _check_subband_ranks(self, where: str, ranks: Any) -> None:
         if not isinstance(ranks, dict):
             raise TypeError(f"{where}={ranks!r} must be a dict from subband names to ranks.")
-        names = [band.name for band in subbands(self.levels)]
+        names = [band.name for band in self._subbands()]
         for name, rank in ranks.items():
             if name not in names:
+                grid = " and form='grid'" if self.form == "grid" else ""
                 raise ValueError(
-                    f"{where} names the subband {name!r}; with levels={self.levels} there are {', '.join(names)}."
+                    f"{where} names the subband {name!r}; with levels={self.levels}{grid} there are "
+                    f"{', '.join(names)}."
                 )
             _check_int(f"{where}[{name!r}]", rank, minimum=0)
 
@@ -213,15 +311,34 @@ class WaRAConfig(PeftConfig):
     @property
     def total_rank(self) -> int:
         """R of a module that no pattern names: the rank of the LoRA that such a module's adapter is."""
-        return sum(self.ranks_of("").values())
+        ranks = self.ranks_of("")
+        return next(iter(ranks.values())) if self.shared_grid_pair else sum(ranks.values())
+
+    @property
+    def shared_grid_pair(self) -> bool:
+        """Whether one pair serves all subbands of a grid."""
+        return self.form == "grid" and self.grid_pairs == "shared"
+
+    @property
+    def is_of_saved_adapter(self) -> bool:
+        """Whether the config came with a saved adapter, whose tensors follow."""
+        return self._saved_shapes is not None and self.module_shapes is not None
+
+    @property
+    def needs_base_weights(self) -> bool:
+        """Whether the adapter's basis has to be made from the weights that it adapts."""
+        return self.form == "tiny" and not (self.save_basis and self.is_of_saved_adapter)
+
+    def _subbands(self) -> tuple[Subband, ...]:
+        return grid_subbands(self.levels) if self.form == "grid" else subbands(self.levels)
 
     def ranks_of(self, module_name: str) -> dict[str, int]:
-        """Rank of each subband in the module of that name, in the order of `wavelet.subbands`."""
+        """Rank of each subband in the module of that name, in the order of `subbands`, or `grid_subbands`."""
         pattern = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name))
         rank = pattern if isinstance(pattern, int) else self.r
         if self.form == "shared":
             return {"aa1": rank, "dd1": rank}
-        ranks = {band.name: rank if band.level else 0 for band in subbands(self.levels)}
+        ranks = {band.name: rank if band.level else 0 for band in self._subbands()}
         return {**ranks, **(self.subband_ranks or {}), **(pattern if isinstance(pattern, dict) else {})}
 
     def level_ranks_of(self, module_name: str) -> list[int]:

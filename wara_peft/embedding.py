@@ -16,7 +16,7 @@ class Embedding(WaRALayer):
     with its neighbours on the vocabulary axis.
     """
 
-    def reset_wara_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+    def reset_wara_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
         """Set A_s to zero, or draw it too if not `init_weights`, and draw B_s from N(0, 1)."""
         factor_a, factor_b = self.factors(adapter_name)
         for rows in factor_a.parameters():

@@ -62,8 +62,8 @@ def to_lora(
         The LoRA's config and its state dict, with keys as PEFT saves them.
 
     Raises:
-        ValueError: the model has no adapter of that name, `rank` is out of range, or under `strict` there is something
-            that engines do not take; for a path, see `SavedAdapter`.
+        ValueError: the model has no adapter of that name, `rank` is out of range, it has no ΔW (`form="grid"`),
+            or under `strict` there is something that engines do not take; for a path, see `SavedAdapter`.
         TypeError: the adapter is not a WaRA adapter, or `rank` or `dtype` is of the wrong type.
     """
     if rank is not None:
@@ -192,6 +192,9 @@ def _from_model(model: nn.Module, adapter_name: str, dtype: torch.dtype | None) 
     config = configs[adapter_name]
     if not isinstance(config, WaRAConfig):
         raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
+    for module in model.modules():
+        if isinstance(module, WaRALayer):
+            module.check_has_delta_weight([adapter_name])
     adapted = {
         name.removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
@@ -210,7 +213,7 @@ def _from_model(model: nn.Module, adapter_name: str, dtype: torch.dtype | None) 
             for key, value in get_peft_model_state_dict(
                 model, adapter_name=adapter_name, save_embedding_layers=False
             ).items()
-            if ".wara_A." not in key and ".wara_B." not in key
+            if ".wara_" not in key
         },
         dtypes=own,
         exclude_modules=suffix_matches(layers, names),

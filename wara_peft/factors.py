@@ -100,11 +100,16 @@ class SubbandFactor(nn.Module):
         level = int(name[2:])
         before = [band.name for band in self._bands_of[level]]
         start = sum(self.ranks.get(other, 0) for other in before[: before.index(name)])
-        return self.get_parameter(f"level{level}").narrow(1 - self.dim, start, self.ranks[name])
+        return self._rows(level).narrow(1 - self.dim, start, self.ranks[name])
+
+    def _rows(self, level: int) -> Tensor:
+        """All rows of a level that has ranks."""
+        rows: Tensor = getattr(self, f"level{level}")
+        return rows
 
     def coefficients(self) -> list[Tensor | None]:
         """For each level the rows that `synthesis` takes, or None."""
-        return [getattr(self, f"level{level}") if bands else None for level, bands in enumerate(self.axis.bands)]
+        return [self._rows(level) if bands else None for level, bands in enumerate(self.axis.bands)]
 
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
         """The factor, computed in `dtype`; None means the parameters' dtype."""

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import scaling
-from .factors import SubbandFactor
 from .saved import SavedAdapter, Track, untracked
 from .wavelet import subbands
 
@@ -26,8 +24,8 @@ class ModuleReport:
         name, kind, out_features, in_features: what is adapted; of a convolution with groups the in channels of one.
         ranks: rank of each subband.
         rank: R, the rank of the LoRA that the adapter is.
-        parameters: numbers that are saved and trained for it.
-        lora_parameters: numbers in the LoRA of rank R that it exports to.
+        parameters: numbers that are trained for it.
+        lora_parameters: numbers in the LoRA of rank R that it exports to; None for `form="grid"`, which is none.
         energy: for each subband ‖scaling · B_s A_s‖², the squared Frobenius norm of its coefficients. They add up to
             ‖ΔW‖² where 2^L divides both lengths and `aa0` has no rank.
     """
@@ -39,7 +37,7 @@ class ModuleReport:
     ranks: dict[str, int]
     rank: int
     parameters: int
-    lora_parameters: int
+    lora_parameters: int | None
     energy: dict[str, float]
 
 
@@ -132,28 +130,27 @@ def inspect_adapter(adapter: SavedAdapter, track: Track = untracked) -> AdapterR
 
 
 def _inspect_module(adapter: SavedAdapter, name: str) -> ModuleReport:
-    shape = adapter.modules[name]
-    factor_a, factor_b = adapter.factors(name)
-    scale = scaling(adapter.config.alpha_of(name), factor_a.rank, adapter.config.use_rslora)
-    lora_rank = factor_a.rank * shape.groups
+    shape, coefficients = adapter.modules[name], adapter.coefficients(name)
+    kernel = math.prod(next(iter(coefficients.values()))[0].shape[2:])
+    rank = adapter.rank(name)
     return ModuleReport(
         name=name,
         kind=shape.kind,
         out_features=shape.out_features,
         in_features=shape.in_features,
-        ranks=dict(factor_a.ranks),
-        rank=lora_rank,
-        parameters=sum(rows.numel() for factor in (factor_a, factor_b) for rows in factor.parameters()),
-        lora_parameters=lora_rank * shape.groups * shape.in_features * math.prod(factor_a.kernel)
-        + factor_a.rank * shape.out_features,
-        energy={band: scale**2 * _energy(factor_a, factor_b, band) for band in factor_a.subbands},
+        ranks={band: len(rows) for band, (rows, _) in coefficients.items()},
+        rank=rank * shape.groups,
+        parameters=adapter.parameters(name),
+        lora_parameters=None
+        if adapter.config.form == "grid"
+        else rank * (shape.groups**2 * shape.in_features * kernel + shape.out_features),
+        energy={band: _energy(*pair) for band, pair in coefficients.items()},
     )
 
 
-def _energy(factor_a: SubbandFactor, factor_b: SubbandFactor, band: str) -> float:
+def _energy(rows: Tensor, columns: Tensor) -> float:
     """‖B_s A_s‖² = ⟨B_sᵀ B_s, A_s A_sᵀ⟩, from two r × r matrices."""
-    rows: Tensor = factor_a.subband(band).double().flatten(1)
-    columns: Tensor = factor_b.subband(band).double()
+    rows, columns = rows.double().flatten(1), columns.double()
     return float(((columns.T @ columns) * (rows @ rows.T)).sum())
 
 

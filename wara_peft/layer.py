@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import WaRAConfig, scaling
 from .factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor, TransposedFactor
+from .grid import GridFactor, TokenGrid, TokenMixing, grid_subbands
+from .tiny import base_weight, fill_from_weight, tiny_factors
 from .update import LowRankUpdate
 from .wavelet import autocast_off
 
@@ -35,11 +38,21 @@ class WaRALayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         wara_A, wara_B: for each adapter the module whose call gives Â (R, n) or B̂ (m, R).
+        wara_gain: for adapters of `form="grid"` with a shared pair, the gains (3L + 1, r) of its subbands.
+        wara_core, wara_basis: for adapters of `form="tiny"` what trains and what does not.
+        token_mixing: for adapters of `form="grid"` what happens to tokens between A and B.
         wara_alpha, scaling: for each adapter the numerator of its scaling, and the scaling in use.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("wara_A", "wara_B")
-    other_param_names: tuple[str, ...] = ("wara_alpha", "scaling", "use_rslora", "wara_dropout", "tied_to")
+    adapter_layer_names: tuple[str, ...] = ("wara_A", "wara_B", "wara_gain", "wara_core", "wara_basis")
+    other_param_names: tuple[str, ...] = (
+        "wara_alpha",
+        "scaling",
+        "use_rslora",
+        "wara_dropout",
+        "tied_to",
+        "token_mixing",
+    )
 
     def __init__(
         self,
@@ -55,11 +68,15 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.module_name = module_name
         self.wara_A = nn.ModuleDict({})
         self.wara_B = nn.ModuleDict({})
+        self.wara_gain = nn.ParameterDict({})
+        self.wara_core = nn.ModuleDict({})
+        self.wara_basis = nn.ModuleDict({})
         self.wara_dropout = nn.ModuleDict({})
         self.wara_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.tied_to: dict[str, WaRALayer] = {}
+        self.token_mixing: dict[str, TokenMixing] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -101,6 +118,10 @@ class WaRALayer(nn.Module, BaseTunerLayer):
                 TransposedFactor(factor_b),
                 TransposedFactor(factor_a),
             )
+        elif config.form == "grid":
+            self._create_grid(adapter_name, config)
+        elif config.form == "tiny":
+            self._create_tiny(adapter_name, config)
         else:
             ranks = config.ranks_of(self.module_name)
             factor = FACTORS[config.form]
@@ -117,18 +138,55 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name, None if packed is None else packed.device)
         self.set_adapter(self.active_adapters)
 
-    def reset_wara_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draw A_s as LoRA draws A, with fan-in n_j, and set B_s to zero, or draw it too if not `init_weights`.
+    def _create_grid(self, adapter_name: str, config: WaRAConfig) -> None:
+        ranks, shared = config.ranks_of(self.module_name), config.shared_grid_pair
+        self.wara_A[adapter_name] = GridFactor(self.in_features, ranks, IN_DIM, shared)
+        self.wara_B[adapter_name] = GridFactor(self.out_features, ranks, OUT_DIM, shared)
+        if shared:
+            self.wara_gain[adapter_name] = nn.Parameter(torch.ones(len(ranks), next(iter(ranks.values()))))
+        # A layer made outside of a model has only what the config says.
+        grid = TokenGrid(config.grid_size, config.num_prefix_tokens, fixed=config.grid_size is not None)
+        grid = config.token_grids.get(self.module_name, grid)
+        channels = tuple(band for band in grid_subbands(config.levels) for _ in range(ranks[band.name]))
+        self.token_mixing[adapter_name] = TokenMixing(self.module_name, grid, config.wavelet, channels)
 
-        Then ‖row of Â‖² is about 1/3, as in LoRA, and ΔW = 0.
+    def _create_tiny(self, adapter_name: str, config: WaRAConfig) -> None:
+        shape, ranks = (self.out_features, self.in_features), config.ranks_of(self.module_name)
+        basis, core, rows, columns = tiny_factors(
+            self.module_name, config.wavelet, config.levels, shape, ranks, config.core == "diagonal", config.save_basis
+        )
+        if config.needs_base_weights:
+            fill_from_weight(rows, columns, base_weight(self.get_base_layer(), self.quantization_backend))
+        self.wara_basis[adapter_name], self.wara_core[adapter_name] = basis, core
+        self.wara_A[adapter_name], self.wara_B[adapter_name] = rows, columns
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT moves an adapter, which makes a new parameter of a gain: that trains only if the old one did."""
+        trains = adapter_name in self.wara_gain and self.wara_gain[adapter_name].requires_grad
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name in self.wara_gain:
+            self.wara_gain[adapter_name].requires_grad_(trains)
+
+    def reset_wara_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
+        """Draw A_s as LoRA draws A, with fan-in n_j, and set B_s to zero, or draw it too if `init_weights` is False.
+
+        Then ‖row of Â‖² is about 1/3, as in LoRA, and ΔW = 0. With "orthogonal" rows of A_s are orthonormal. In place
+        of A and B, `form="tiny"` has a core, which is zero, or drawn.
         """
         for rows in self.wara_A[adapter_name].parameters():
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
+        if init_weights == "orthogonal":
+            factor_a = self.factors(adapter_name)[0]
+            for name in factor_a.subbands:
+                nn.init.orthogonal_(factor_a.subband(name).detach())
         for columns in self.wara_B[adapter_name].parameters():
             if init_weights:
                 nn.init.zeros_(columns)
             else:
                 nn.init.kaiming_uniform_(columns, a=math.sqrt(5))
+        if adapter_name in self.wara_core:
+            for core in self.wara_core[adapter_name].parameters():
+                (nn.init.zeros_ if init_weights else nn.init.normal_)(core)
 
     def factors(self, adapter_name: str) -> tuple[SubbandFactor, SubbandFactor]:
         """The modules that hand out Â and B̂ of an adapter."""
@@ -169,13 +227,31 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         """Number of groups of a convolution, 1 for other layers."""
         return 1
 
+    def check_has_delta_weight(self, adapter_names: Iterable[str]) -> None:
+        """Refuse adapters whose change of the output no weight can make.
+
+        Raises:
+            ValueError: one of the adapters has `form="grid"` here.
+        """
+        for adapter_name in adapter_names:
+            if adapter_name in self.token_mixing:
+                raise ValueError(
+                    f"Adapter {adapter_name!r} has form='grid', and in module {self.module_name!r} it mixes tokens, "
+                    "which no weight of a layer can do: it has no ΔW, and cannot be merged or converted to LoRA. "
+                    "Serve it unmerged."
+                )
+
     def low_rank_update(self, adapter_name: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
         """ΔW of an adapter as a pair of factors, Â and scaling · B̂: the adapter as a LoRA of rank R.
 
         Args:
             adapter_name: the adapter.
             dtype: dtype to compute in and to return; None means that of the adapter's parameters.
+
+        Raises:
+            ValueError: the adapter has no ΔW.
         """
+        self.check_has_delta_weight([adapter_name])
         factor_a, factor_b = self.factors(adapter_name)
         scaled = factor_b.synthesise(dtype) * self.scaling[adapter_name]
         return LowRankUpdate(self.kind, factor_a.synthesise(dtype), scaled, self.groups)
@@ -188,6 +264,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             dtype: dtype to compute in and to return; None means that of the adapter's parameters, computed in float32
                 where those are shorter.
         """
+        self.check_has_delta_weight([adapter])
         own = self.factors(adapter)[0].dtype
         return self.low_rank_update(adapter, torch.promote_types(dtype or own, torch.float32)).dense(dtype or own)
 
@@ -255,6 +332,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.wara_A]
         if not names:
             return
+        self.check_has_delta_weight(names)
         try:
             self._add_to_base_weight(names, sign=1, check_finite=safe_merge)
         except Exception as error:
@@ -290,8 +368,8 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.set_base_weight(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: every adapter is a LoRA of rank R; `wara_peft.to_lora` converts it without error."""
-        return True
+        """Whether the adapter is a LoRA of rank R, which `wara_peft.to_lora` converts without error: all but grids."""
+        return adapter_name not in self.token_mixing
 
     def __repr__(self) -> str:
         return "wara." + super().__repr__()
@@ -303,6 +381,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
 class Linear(WaRALayer):
     """WaRA beside a linear layer: result = base(x) + scaling · (x Âᵀ) B̂ᵀ, for x of shape (..., n).
 
+    With `form="grid"` the hidden channels x Âᵀ of all tokens pass through the wavelet before they meet B̂.
     The base layer is an `nn.Linear`, one of the quantized layers that PEFT knows, or transformers' `Conv1D`. ΔW is
     never built; the product lands in the result by `torch.addmm`.
     """
@@ -311,6 +390,8 @@ class Linear(WaRALayer):
         factor_a, factor_b = self.wara_A[adapter](), self.wara_B[adapter]()  # (R, n), (m, R)
         x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
         hidden = F.linear(x, factor_a)  # (..., R)
+        if adapter in self.token_mixing:
+            hidden = self.token_mixing[adapter](hidden, self.wara_gain.get(adapter))
         return add_low_rank(result, hidden, factor_b, self.scaling[adapter])
 
 

@@ -21,10 +21,10 @@ from peft.utils import (
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .checks import check_adapter_name, check_targets, first
+from .checks import check_adapter_name, check_base_weights, check_grids, check_targets, first
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
@@ -32,6 +32,8 @@ from .embedding import Embedding
 from .layer import Linear, WaRALayer
 from .quantization import keep_unpacked
 from .restore import undone_on_error
+from .tiny import base_weight
+from .vision import token_grid
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
@@ -85,20 +87,42 @@ class WaRAModel(BaseTuner):
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
         _maybe_include_all_linear_layers(peft_config, model)
-        shapes: dict[str, tuple[int, int]] = {}
+        bases: dict[str, nn.Module] = {}
         unsupported = []
+        only_linear = peft_config.form in ("grid", "tiny") or not isinstance(peft_config.init_weights, bool)
         for name, module in self._targets(peft_config, model):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if self._layer_class(base) is None:
+            layer_class = self._layer_class(base)
+            if layer_class is None or (only_linear and layer_class is not Linear):
                 unsupported.append(f"{name} ({type(base).__name__})")
-            else:
-                shapes[name] = _axis_lengths(base)
+            bases[name] = base
         if unsupported:
+            supported = SUPPORTED
+            if only_linear:
+                choice = f"form={peft_config.form!r} and init_weights={peft_config.init_weights!r}"
+                supported = f"linear layers (also quantized, and transformers' `Conv1D`) with {choice}"
             raise TypeError(
-                f"Target module {first(unsupported)} is not supported. WaRA adapts {SUPPORTED}. Name other modules "
+                f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
+        shapes = {name: _axis_lengths(base) for name, base in bases.items()}
         check_targets(peft_config, shapes)
+        if peft_config.form == "grid":
+            peft_config.token_grids = {name: token_grid(model, name, peft_config) for name in bases}
+            check_grids(peft_config)
+        if peft_config.needs_base_weights:
+            weights = ((name, self._base_weight(name, base)) for name, base in bases.items())
+            check_base_weights(peft_config, weights, shapes)
+
+    def _base_weight(self, name: str, base_layer: nn.Module) -> Tensor:
+        backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
+        try:
+            return base_weight(base_layer, backend)
+        except TypeError as error:  # of backends that cannot dequantize
+            raise ValueError(
+                f"form='tiny' needs the weight of module {name!r}: {error} Use form='subband', or a base model that "
+                "is quantized otherwise."
+            ) from error
 
     def _targets(self, peft_config: WaRAConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -148,6 +172,14 @@ class WaRAModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in another's place; adapter layers have moved to their base layer's device already."""
         setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT casts an adapter, which makes new parameters of gains: they train only if the old ones did."""
+        gains = [module.wara_gain for module in self.modules() if isinstance(module, WaRALayer)]
+        before = [(gain, gain[adapter_name].requires_grad) for gain in gains if adapter_name in gain]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for gain, trains in before:
+            gain[adapter_name].requires_grad_(trains)
 
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Target the input embedding, and leave the layers tied to it to its adapter."""
@@ -233,11 +265,18 @@ class WaRAModel(BaseTuner):
                     "adapter unmerged, or merge it into the unquantized model."
                 )
 
+    def _check_has_delta_weights(self, adapter_names: list[str] | None) -> None:
+        """Refuse to merge what cannot be merged before the first weight is touched."""
+        for module in self.model.modules():
+            if isinstance(module, WaRALayer):
+                module.check_has_delta_weight(module.active_adapters if adapter_names is None else adapter_names)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.
 
         For this the base weights of the target modules are kept, in main memory, until the last one is merged.
         """
+        self._check_has_delta_weights(adapter_names)
         with undone_on_error(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -248,6 +287,8 @@ class WaRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        if merge:
+            self._check_has_delta_weights(adapter_names)
         with undone_on_error(self.model) if merge else nullcontext():
             return super()._unload_and_optionally_merge(  # type: ignore[return-value]
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names

@@ -8,6 +8,7 @@ values when they are read. Pickles are never opened.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -20,12 +21,13 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import first
 from .config import WaRAConfig, scaling
 from .factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor
 from .layer import KINDS
+from .tiny import TinyFactor, tiny_factors
 from .update import LowRankUpdate
 from .wavelet import axis_sizes
 
@@ -33,7 +35,7 @@ PEFT_PREFIX = "base_model.model."
 KIND_NAMES = ("Linear", *(kind.__name__ for kind in KINDS))
 Track = Callable[[Collection[str]], Iterable[str]]
 """Wraps a loop over names to show its progress, as `rich.progress.track` does."""
-FACTOR_KEY = re.compile(r"(?P<module>.+)\.(?P<side>wara_[AB])\.level(?P<level>\d+)")
+ADAPTER_KEY = re.compile(r"(?P<module>.+)\.wara_[^.]+(\.[^.]+)?")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class SavedAdapter:
 
     Raises:
         FileNotFoundError: there is no such directory, or a file is missing.
-        ValueError: the adapter is not a WaRA adapter, is saved as a pickle, cut short, or contradicts itself.
+        ValueError: the adapter is not a WaRA adapter, is saved as a pickle or without its basis, cut short, or
+            contradicts itself.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,6 +72,11 @@ class SavedAdapter:
             raise FileNotFoundError(f"There is no adapter directory {str(path)!r}.")
         self.config = _read_config(self.path / CONFIG_NAME)
         self.modules = self._read_shapes()
+        if self.config.form == "tiny" and not self.config.save_basis:
+            raise ValueError(
+                f"The adapter in {str(self.path)!r} was saved without its basis (save_basis=False), which only its "
+                "base model can give again: load it on that, and use the model."
+            )
         self._file = self.path / SAFETENSORS_WEIGHTS_NAME
         if not self._file.is_file():
             pickled = self.path / WEIGHTS_NAME
@@ -80,7 +88,9 @@ class SavedAdapter:
             )
             raise FileNotFoundError(f"There is no file {str(self._file)!r}{remedy}")
         self._kernels: dict[str, tuple[int, ...]] = {}
-        self.others = self._check_keys(self._shapes_in_file())
+        shapes = self._shapes_in_file()
+        self._expected = {name: self._expected_shapes(name, shapes) for name in self.modules}
+        self.others = self._check_keys(shapes)
 
     @cached_property
     def tied(self) -> bool:
@@ -91,19 +101,72 @@ class SavedAdapter:
         """The modules that hand out Â and B̂ of an adapted module, on the CPU.
 
         Raises:
-            ValueError: a value is not finite.
+            ValueError: a value is not finite, or the adapter has no ΔW (`form="grid"`).
         """
         shape, config = self.modules[module], self.config
+        if config.form == "grid":
+            raise ValueError(
+                f"The adapter in {str(self.path)!r} has form='grid', and in module {module!r} it mixes tokens, which "
+                "no weight of a layer can do: it has no ΔW, and cannot be merged or converted to LoRA. Serve it "
+                "unmerged."
+            )
         ranks = config.ranks_of(module)
-        new = FACTORS[config.form]
-        with torch.device("meta"):
-            rows = new(config.wavelet, config.levels, shape.in_features, ranks, IN_DIM, self._kernels[module])
-            columns = new(config.wavelet, config.levels, shape.out_features, ranks, OUT_DIM)
-        for side, factor in (("wara_A", rows), ("wara_B", columns)):
-            names = [name for name, _ in factor.named_parameters()]
-            tensors = self._read(f"{module}.{side}.{name}" for name in names)
-            factor.load_state_dict(dict(zip(names, tensors, strict=True)), assign=True)
+        rows: SubbandFactor
+        columns: SubbandFactor
+        parts: dict[str, nn.Module]
+        if config.form == "tiny":
+            sizes, diagonal = (shape.out_features, shape.in_features), config.core == "diagonal"
+            basis, core, rows, columns = tiny_factors(
+                module, config.wavelet, config.levels, sizes, ranks, diagonal, config.save_basis
+            )
+            parts = {"wara_basis": basis, "wara_core": core}
+        else:
+            new = FACTORS[config.form]
+            with torch.device("meta"):
+                rows = new(config.wavelet, config.levels, shape.in_features, ranks, IN_DIM, self._kernels[module])
+                columns = new(config.wavelet, config.levels, shape.out_features, ranks, OUT_DIM)
+            parts = {"wara_A": rows, "wara_B": columns}
+        for prefix, part in parts.items():
+            names = list(part.state_dict())
+            tensors = self._read(f"{module}.{prefix}.{name}" for name in names)
+            part.load_state_dict(dict(zip(names, tensors, strict=True)), assign=True)
         return rows, columns
+
+    @torch.no_grad()
+    def coefficients(self, module: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """A_s, (r_s, n_j, *kernel), and scaling · B_s, (m_j, r_s), of each subband of an adapted module.
+
+        For `form="tiny"` the core is part of B_s; for a shared pair of `form="grid"` a subband's gain is.
+        """
+        scale = self.scaling(module)
+        if self.config.form != "grid":
+            factor_a, factor_b = self.factors(module)
+            found = {name: (factor_a.subband(name), factor_b.subband(name) * scale) for name in factor_a.subbands}
+            if isinstance(factor_b, TinyFactor):
+                cores = factor_b.core.named_parameters()
+                matrices = {name: core.diag() if factor_b.core.diagonal else core for name, core in cores}
+                found = {name: (rows, columns @ matrices[name]) for name, (rows, columns) in found.items()}
+            return found
+        all_rows, all_columns = self._read([f"{module}.wara_A.weight", f"{module}.wara_B.weight"])
+        ranks = {name: rank for name, rank in self.config.ranks_of(module).items() if rank}
+        if self.config.shared_grid_pair:
+            (gains,) = self._read([f"{module}.wara_gain"])
+            return {name: (all_rows, all_columns * gain * scale) for name, gain in zip(ranks, gains, strict=True)}
+        pairs = zip(all_rows.split(list(ranks.values())), all_columns.split(list(ranks.values()), 1), strict=True)
+        return {name: (rows, columns * scale) for name, (rows, columns) in zip(ranks, pairs, strict=True)}
+
+    def rank(self, module: str) -> int:
+        """R of an adapted module: the rank of its adapter between x and the result."""
+        ranks = self.config.ranks_of(module)
+        return next(iter(ranks.values())) if self.config.shared_grid_pair else sum(ranks.values())
+
+    def scaling(self, module: str) -> float:
+        """Factor of B̂ Â in an adapted module."""
+        return scaling(self.config.alpha_of(module), self.rank(module), self.config.use_rslora)
+
+    def parameters(self, module: str) -> int:
+        """Number of parameters that the adapter trains for an adapted module."""
+        return sum(math.prod(shape) for key, shape in self._expected[module].items() if ".wara_basis." not in key)
 
     def weight_shape(self, module: str) -> tuple[int, ...]:
         """Shape in which the base model keeps the weight of an adapted module."""
@@ -120,15 +183,13 @@ class SavedAdapter:
         Args:
             module: its name.
             dtype: dtype to compute in; None means that of the file.
-            device: device to compute on.
+            device: device of the result.
         """
         shape = self.modules[module]
-        factor_a, factor_b = (factor.to(device) for factor in self.factors(module))
-        scale = scaling(self.config.alpha_of(module), factor_a.rank, self.config.use_rslora)
+        factors = self.factors(module)
         with torch.no_grad():
-            return LowRankUpdate(
-                shape.kind, factor_a.synthesise(dtype), factor_b.synthesise(dtype) * scale, shape.groups
-            )
+            factor_a, factor_b = (factor.synthesise(dtype).to(device) for factor in factors)
+            return LowRankUpdate(shape.kind, factor_a, factor_b * self.scaling(module), shape.groups)
 
     def other(self, key: str) -> Tensor:
         """The tensor of one of the keys in `others`."""
@@ -188,7 +249,7 @@ class SavedAdapter:
 
     def _check_keys(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Compare what is in the file with what the config says; returns what is not a factor."""
-        expected = self._expected_shapes(shapes)
+        expected = {key: shape for of_module in self._expected.values() for key, shape in of_module.items()}
         missing = [key for key in expected if key not in shapes]
         if missing:
             raise ValueError(
@@ -207,32 +268,46 @@ class SavedAdapter:
             )
         return others
 
-    def _expected_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def _expected_shapes(self, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """What the config says of one module's adapter, by key."""
+        module, config = self.modules[name], self.config
+        ranks = {band: rank for band, rank in config.ranks_of(name).items() if rank}
+        if not ranks:
+            raise ValueError(f"The config in {str(self.path)!r} gives module {name!r} no rank.")
+        if config.form == "grid":
+            total = self.rank(name)
+            gain = {f"{name}.wara_gain": (len(ranks), total)} if config.shared_grid_pair else {}
+            pair = {
+                f"{name}.wara_A.weight": (total, module.in_features),
+                f"{name}.wara_B.weight": (module.out_features, total),
+            }
+            return {**pair, **gain}
+        by_level = {level: rank for level, rank in enumerate(config.level_ranks_of(name)) if rank}
+        kernel = self._kernels[name] = self._kernel(name, shapes.get(f"{name}.wara_A.level{min(by_level)}", ()))
+        in_sizes = axis_sizes(module.in_features, config.levels)
+        out_sizes = axis_sizes(module.out_features, config.levels)
+        side_a, side_b = ("wara_basis.A_", "wara_basis.B_") if config.form == "tiny" else ("wara_A.", "wara_B.")
         expected: dict[str, tuple[int, ...]] = {}
-        for name, module in self.modules.items():
-            in_sizes = axis_sizes(module.in_features, self.config.levels)
-            out_sizes = axis_sizes(module.out_features, self.config.levels)
-            ranks = self.config.level_ranks_of(name)
-            lowest = next((level for level, rank in enumerate(ranks) if rank), None)
-            if lowest is None:
-                raise ValueError(f"The config in {str(self.path)!r} gives module {name!r} no rank.")
-            # Only the file knows the kernel of a convolution.
-            dimensions = int(module.kind[4]) if re.fullmatch(r"Conv\dd", module.kind) else 0
-            kernel = shapes.get(f"{name}.wara_A.level{lowest}", ())[2:] if dimensions else ()
-            if len(kernel) != dimensions:
-                raise ValueError(
-                    f"{str(self._file)!r} holds no kernel of {dimensions} dimensions for module {name!r}."
-                )
-            self._kernels[name] = kernel
-            for level, rank in enumerate(ranks):
-                if rank:
-                    expected[f"{name}.wara_A.level{level}"] = (rank, in_sizes[level], *kernel)
-                    expected[f"{name}.wara_B.level{level}"] = (out_sizes[level], rank)
+        for level, rank in by_level.items():
+            expected[f"{name}.{side_a}level{level}"] = (rank, in_sizes[level], *kernel)
+            expected[f"{name}.{side_b}level{level}"] = (out_sizes[level], rank)
+        if config.form == "tiny":
+            for band, rank in ranks.items():
+                expected[f"{name}.wara_core.{band}"] = (rank,) if config.core == "diagonal" else (rank, rank)
         return expected
+
+    def _kernel(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Kernel size of a convolution, of which only the file knows; empty for other layers."""
+        kind = self.modules[name].kind
+        dimensions = int(kind[4]) if re.fullmatch(r"Conv\dd", kind) else 0
+        kernel = shape[2:] if dimensions else ()
+        if len(kernel) != dimensions:
+            raise ValueError(f"{str(self._file)!r} holds no {dimensions}-d kernel for module {name!r}.")
+        return kernel
 
     def _is_known(self, key: str) -> bool:
         """Whether the config, or PEFT's habit of saving embeddings, explains a key that is not a factor."""
-        if FACTOR_KEY.fullmatch(key):
+        if ADAPTER_KEY.fullmatch(key):
             return False
         module, _, parameter = key.rpartition(".")
         module = module.removesuffix(".base_layer")

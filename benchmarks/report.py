@@ -1,0 +1,204 @@
+"""Turn the results of all benchmarks into the table of the main README, the fits of `benchmarks/README.md`, and plots.
+
+    python benchmarks/report.py
+
+Reads benchmarks/results/*.json, writes both tables between their markers and PNG files into benchmarks/results/.
+`--check` writes nothing, and fails if a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+Row = tuple[str, float, float | None]
+"""What was measured, its ratio, and the ratio that it should be at most (or, if negative, at least)."""
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def target_rows() -> list[tuple[str, float, str, bool]]:
+    """Each measurement that has a target: what, value, target, met."""
+    steps, layer, memory, decode = load("step_time"), load("layer_cost"), load("memory"), load("decode")
+    encoder, decoder = (steps["models"][kind] for kind in ("encoder", "decoder"))
+    rows: list[tuple[str, float, float]] = []
+    name = "training step, encoder of MiniLM's shape, WaRA r=4 {} / LoRA r=8 (as many parameters)"
+    rows.append((name.format("Haar, 1 level"), encoder["methods"]["WaRA haar L1"]["ratio"], 0.97))
+    rows.append((name.format("db4, 1 level"), encoder["methods"]["WaRA db4 L1"]["ratio"], 1.00))
+    name = "the same, WaRA r=4 {} (R = 40) / LoRA r=40"
+    rows.append((name.format("Haar, 3 levels"), encoder["to_lora_r40"]["WaRA haar L3"], 1.03))
+    rows.append((name.format("db4, 3 levels"), encoder["to_lora_r40"]["WaRA db4 L3"], 1.10))
+    name = "training step, Llama-shaped decoder, WaRA r=4 Haar, 1 level / LoRA r=8"
+    rows.append((name, decoder["methods"]["WaRA haar L1"]["ratio"], 0.96))
+    for variant in ("WaRA haar L1", "WaRA db4 L1"):
+        found = [row for row in layer["by_width"] if row["variant"] == variant]
+        worst = max(found, key=lambda row: row["ratio"])
+        where = f"worst of {len(found)}: width {worst['width']}, {worst['tokens']} tokens"
+        rows.append((f"an adapter's own cost, {variant} / LoRA r=16 of the same R ({where})", worst["ratio"], 1.00))
+    saved = [row for row in memory["saved_for_backward"] if row["variant"] in ("WaRA haar L1", "WaRA db4 L3")]
+    worst = max(saved, key=lambda row: row["to_lora_of_same_rank"])
+    rows.append(("bytes saved for backward / LoRA of the same R (worst)", worst["to_lora_of_same_rank"], 1.01))
+    tokens = decode["one_token"]
+    rows.append(("decoding a token inside `frozen_factors` / LoRA r=16", tokens["WaRA haar L1"]["ratio"], 1.02))
+    name = "the same outside of it (reported, no target)"
+    rows.append((name, tokens["WaRA haar L1, not frozen"]["ratio"], math.inf))
+    injection = load("injection_time")
+    name = f"injection into {injection['modules']} modules / LoRA r=8"
+    rows.append((name, injection["injection"]["WaRA haar L1"]["ratio"], 1.20))
+    name = '`form="grid"`, training step on ViT-B\'s shapes / LoRA r=16'
+    rows.append((name, load("grid_step")["methods"]["WaRA grid"]["ratio"], 1.15))
+    table = [
+        (what, value, "" if limit == math.inf else f"≤ {limit:.2f}", value <= limit) for what, value, limit in rows
+    ]
+    for peer in ("WaveFT", "FourierFT"):
+        value = encoder["to_wara_haar_L1"][peer]
+        table.append((f"training step, encoder, {peer} / WaRA Haar, 1 level", value, "≥ 1.70", value >= 1.7))
+    seconds = load("import_time")["import_wara_peft_seconds"]
+    table.append(("seconds of `import wara_peft` after `import peft`", seconds, "≤ 0.10", seconds <= 0.1))
+    faster = load("export_time")["times_faster_than_peft"]["to_lora"]
+    table.append(("`peft.convert_to_lora` / exact export, time", faster, "≥ 100", faster >= 100))
+    return table
+
+
+def readme_table() -> str:
+    lines = ["| measured | ratio | target | met |", "|---|---|---|---|"]
+    for what, value, target, met in target_rows():
+        lines.append(f"| {what} | {value:,.0f} | {target} | {verdict(target, met)} |" if value > 100 else
+                     f"| {what} | {value:.2f} | {target} | {verdict(target, met)} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def verdict(target: str, met: bool) -> str:
+    return "" if not target else "yes" if met else "**no**"
+
+
+def methods_table() -> str:
+    """All methods on both models."""
+    models = load("step_time")["models"]
+    lines = [
+        "| method | trained, encoder | step, encoder | trained, decoder | step, decoder |",
+        "|---|---|---|---|---|",
+    ]
+    for name in models["encoder"]["methods"]:
+        cells = []
+        for kind in ("encoder", "decoder"):
+            row = models[kind]["methods"][name]
+            cells += [
+                f"{row['parameters']:,}",
+                f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f}–{row['quartiles'][1]:.2f})",
+            ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def slope(rows: list[dict[str, Any]], x: str) -> float:
+    """Exponent b of seconds ≈ a xᵇ, by least squares on logarithms."""
+    points = np.log([[row[x], row["median_seconds"]] for row in rows])
+    return float(np.polyfit(points[:, 0], points[:, 1], 1)[0])
+
+
+def growth_table() -> str:
+    """How an adapter's own cost grows, from `layer_cost.json`."""
+    cost = load("layer_cost")
+    lines = ["| over | WaRA (Haar) | LoRA of the same R |", "|---|---|---|"]
+
+    def both(rows: list[dict[str, Any]], wara: str, lora: str, x: str) -> str:
+        by_variant = [[row for row in rows if row["variant"] == name] for name in (wara, lora)]
+        return " | ".join(f"time ∝ {x}^{slope(found, x):.2f}" for found in by_variant)
+
+    at_512 = [row for row in cost["by_width"] if row["tokens"] == min(r["tokens"] for r in cost["by_width"])]
+    lines.append(f"| width, 512 tokens | {both(at_512, 'WaRA haar L1', 'LoRA r=16', 'width')} |")
+    lines.append(f"| tokens, width 2048 | {both(cost['by_tokens'], 'WaRA haar', 'LoRA', 'tokens')} |")
+    lines.append(f"| R, width 2048, 512 tokens | {both(cost['by_rank'], 'WaRA haar', 'LoRA', 'R')} |")
+    for wavelet in ("haar", "db4"):
+        found = [row for row in cost["by_levels"] if row["variant"] == f"WaRA {wavelet}"]
+        ratios = ", ".join(f"L={row['levels']}: {row['ratio']:.2f}" for row in found)
+        lines.append(f"| levels, {wavelet}, each beside LoRA of its R | ratio {ratios} | 1 |")
+    ratios = ", ".join(f"{row['variant']}: {row['ratio']:.2f}" for row in cost["by_wavelet"])
+    lines.append(f"| wavelet, one level, R = 16 | ratio {ratios} | 1 |")
+    return "\n".join(lines)
+
+
+def plots() -> dict[str, Figure]:
+    cost, memory, steps = load("layer_cost"), load("memory"), load("step_time")["models"]
+    figures = {}
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    for variant in ("LoRA r=16", "WaRA haar L1", "WaRA db4 L1"):
+        for tokens, style in zip(sorted({row["tokens"] for row in cost["by_width"]}), "-:", strict=False):
+            found = [r for r in cost["by_width"] if r["variant"] == variant and r["tokens"] == tokens]
+            axes.loglog([r["width"] for r in found], [r["median_seconds"] for r in found], f"o{style}",
+                        label=f"{variant}, {tokens} tokens")  # fmt: skip
+    axes.set(xlabel="width", ylabel="seconds", title="An adapter's own cost of a training step")
+    axes.legend(fontsize=7)
+    figures["cost_by_width"] = figure
+
+    figure = Figure(figsize=(9, 4))
+    left, right = figure.subplots(1, 2)
+    for wavelet in ("haar", "db4"):
+        found = [r for r in cost["by_levels"] if r["variant"] == f"WaRA {wavelet}"]
+        left.plot([r["levels"] for r in found], [r["ratio"] for r in found], "o-", label=wavelet)
+    left.set(xlabel="levels (R = 4 (3 L + 1))", ylabel="ratio to LoRA of the same R", title="Cost against levels")
+    left.axhline(1, color="grey", linewidth=0.8)
+    left.legend()
+    for variant in ("LoRA", "WaRA haar"):
+        found = [r for r in cost["by_rank"] if r["variant"] == variant]
+        right.loglog([r["R"] for r in found], [r["median_seconds"] for r in found], "o-", label=variant)
+    right.set(xlabel="R", ylabel="seconds", title="Cost against R")
+    right.legend()
+    figures["cost_by_levels_and_rank"] = figure
+
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    tokens = max(row["tokens"] for row in memory["saved_for_backward"])
+    for variant in dict.fromkeys(row["variant"] for row in memory["saved_for_backward"]):
+        found = [r for r in memory["saved_for_backward"] if r["variant"] == variant and r["tokens"] == tokens]
+        axes.loglog([r["width"] for r in found], [r["bytes"] / 2**20 for r in found], "o-", label=variant)
+    axes.set(xlabel="width", ylabel="MiB", title=f"Saved for backward by one layer, {tokens} tokens")
+    axes.legend(fontsize=7)
+    figures["memory"] = figure
+
+    figure = Figure(figsize=(7, 5))
+    axes = figure.subplots()
+    methods = sorted(steps["encoder"]["methods"].items(), key=lambda item: item[1]["ratio"], reverse=True)
+    axes.barh([name for name, _ in methods], [row["ratio"] for _, row in methods])
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set(xlabel="training step, as a ratio to LoRA r=8", title="Encoder of MiniLM's shape")
+    figures["step_time"] = figure
+    return figures
+
+
+def replaced(path: Path, table: str) -> str:
+    """The file's text with the table between its markers."""
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not up to date")
+    options = parser.parse_args()
+    tables = {HERE.parent / "README.md": readme_table(), HERE / "README.md": f"{methods_table()}\n\n{growth_table()}"}
+    texts = {path: replaced(path, table) for path, table in tables.items()}
+    if options.check:
+        stale = [str(path) for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+        sys.exit(f"Run benchmarks/report.py: not up to date: {', '.join(stale)}" if stale else 0)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    for name, figure in plots().items():
+        figure.savefig(RESULTS / f"{name}.png", bbox_inches="tight", dpi=110)
+    print(readme_table())

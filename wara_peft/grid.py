@@ -1,0 +1,223 @@
+"""The wavelet over the grid of patch tokens: subbands of the tokens, each with a low-rank pair of its own.
+
+Tokens are `prefix` tokens, then H x W patches, row by row. With P_s = synthesis ∘ analysis restricted to the subband s
+of the 2-D transform over the grid,
+
+    result = base(x) + scaling · Σ_s B_s P_s(A_s x),        Σ_s P_s = I at every size,
+
+P_s acts on tokens and A_s, B_s on features, so x is projected to R channels first and only these are moved through
+the wavelet. P_s of the subband (p q j) is separable, P^H_{j,p} ⊗ P^W_{j,q}: two small matrices for each channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pywt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .factors import IN_DIM
+from .wavelet import Subband, autocast_off, axis_sizes
+
+
+@cache
+def grid_subbands(levels: int) -> tuple[Subband, ...]:
+    """Subbands of a grid in the order of their blocks: aa{L}, then ad{j}, da{j}, dd{j} for j = 1 ... L."""
+    details = [Subband(rows, columns, level) for level in range(1, levels + 1) for rows, columns in ("ad", "da", "dd")]
+    return (Subband("a", "a", levels), *details)
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """What is known of a layer's tokens before it sees any.
+
+    Args:
+        size: rows and columns of patches at the image size that the model is made for, or None.
+        prefix: number of tokens before the patches, or None.
+        fixed: no other size is right, because the user has named this one.
+    """
+
+    size: tuple[int, int] | None = None
+    prefix: int | None = None
+    fixed: bool = False
+
+    def split(self, tokens: int) -> tuple[int, int, int] | None:
+        """Prefix tokens, rows and columns of a sequence of that many tokens, or None if it fits no grid.
+
+        The known size goes first; images of other sizes have square grids. Where the prefix is not known it is what a
+        fixed size leaves, or else none or one.
+        """
+        if self.fixed and self.size is not None and self.prefix is None:
+            prefixes: tuple[int, ...] = (tokens - math.prod(self.size),)
+        else:
+            prefixes = (0, 1) if self.prefix is None else (self.prefix,)
+        for prefix in prefixes:
+            if prefix >= 0 and self.size is not None and tokens - prefix == math.prod(self.size):
+                return prefix, *self.size
+        for prefix in prefixes:
+            side = math.isqrt(max(tokens - prefix, 0))
+            if not self.fixed and side and side * side == tokens - prefix:
+                return prefix, side, side
+        return None
+
+
+class GridFactor(nn.Module):
+    """One side of the pairs: `weight` of shape (R, n) for A with `dim=1`, of shape (m, R) for B with `dim=0`.
+
+    Args:
+        length: n or m.
+        ranks: rank of each subband by name, in the order of `grid_subbands`; those of rank 0 may be left out.
+        dim: 1 for A, 0 for B.
+        shared: one pair serves all subbands, whose ranks are then equal, and R is the rank of one.
+    """
+
+    def __init__(self, length: int, ranks: Mapping[str, int], dim: int, shared: bool = False) -> None:
+        super().__init__()
+        self.dim = dim
+        self.ranks = {name: rank for name, rank in ranks.items() if rank}
+        self.rank = next(iter(self.ranks.values())) if shared else sum(self.ranks.values())
+        self.weight = nn.Parameter(torch.empty((self.rank, length) if dim == IN_DIM else (length, self.rank)))
+
+    @property
+    def subbands(self) -> tuple[str, ...]:
+        """Names of the subbands that have a rank, in the order of their blocks."""
+        return tuple(self.ranks)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    def extra_repr(self) -> str:
+        return f"R={self.rank}, " + ", ".join(f"{name}={rank}" for name, rank in self.ranks.items())
+
+
+@dataclass(frozen=True)
+class TokenMixing:
+    """Σ_s of P_s on the channels of each subband: what happens between A and B.
+
+    Args:
+        module_name: the layer, for errors.
+        grid: what is known of its tokens.
+        wavelet: name of an orthogonal wavelet.
+        channels: the subband of each channel, in the order of `grid_subbands`.
+    """
+
+    module_name: str
+    grid: TokenGrid
+    wavelet: str
+    channels: tuple[Subband, ...]
+
+    def __call__(self, hidden: Tensor, gain: Tensor | None = None) -> Tensor:
+        """Move channels through the wavelet.
+
+        Args:
+            hidden: (batch, tokens, R), A x.
+            gain: (3L + 1, r), where all subbands share the R = r channels: what each contributes of each.
+
+        Returns:
+            (batch, tokens, R) in the dtype of `hidden`, computed in float32 or better. Prefix tokens keep the
+            channels of the coarsest subband and lose the others.
+
+        Raises:
+            ValueError: `hidden` is not of three dimensions, or the tokens fit no grid.
+        """
+        prefix, rows, columns = self._split(hidden)
+        with autocast_off([hidden]):
+            wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            if gain is not None:
+                wide = wide.repeat(1, 1, len(gain))
+            coarsest = sum(band.out_band == band.in_band == "a" for band in self.channels)
+            before = F.pad(wide[:, :prefix, :coarsest], (0, wide.shape[2] - coarsest))
+            mixed = torch.cat((before, self._mix(wide[:, prefix:], rows, columns)), 1)
+            if gain is not None:
+                mixed = (mixed.unflatten(2, gain.shape) * gain.to(mixed.dtype)).sum(2)
+            return mixed.to(hidden.dtype)
+
+    def _split(self, hidden: Tensor) -> tuple[int, int, int]:
+        if hidden.ndim != 3:
+            raise ValueError(
+                f"form='grid' in module {self.module_name!r} needs inputs of shape (batch, tokens, features), not of "
+                f"{hidden.ndim} dimensions. Leave the module out with `exclude_modules`; a head goes into "
+                "`modules_to_save`."
+            )
+        tokens = hidden.shape[1]
+        split = self.grid.split(tokens)
+        if split is None:
+            size = "a square" if self.grid.size is None else "{} x {}".format(*self.grid.size)
+            known = size if self.grid.fixed or self.grid.size is None else f"{size} or a square"
+            before = "0 or 1" if self.grid.prefix is None else self.grid.prefix
+            raise ValueError(
+                f"The {tokens} tokens in module {self.module_name!r} fit no grid: expected {known} of patches after "
+                f"{before} prefix tokens. Set `grid_size=(rows, columns)` and `num_prefix_tokens` in the config, or "
+                "leave the module out with `exclude_modules`."
+            )
+        return split
+
+    def _mix(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        batch, _, channels = patches.shape
+        of_rows = tuple((band.level, band.out_band) for band in self.channels)
+        of_columns = tuple((band.level, band.in_band) for band in self.channels)
+        along_rows = _projections(patches, self.wavelet, rows, of_rows)  # (R, H, H)
+        along_columns = _projections(patches, self.wavelet, columns, of_columns)  # (R, W, W)
+        signal = patches.permute(2, 0, 1).reshape(channels, batch * rows, columns)
+        signal = torch.bmm(signal, along_columns.mT).view(channels, batch, rows, columns)
+        signal = signal.transpose(2, 3).reshape(channels, batch * columns, rows)
+        signal = torch.bmm(signal, along_rows.mT).view(channels, batch, columns, rows)
+        return signal.permute(1, 3, 2, 0).reshape(batch, rows * columns, channels)
+
+
+_KEPT: dict[tuple[Any, ...], Tensor] = {}
+
+
+def _projections(like: Tensor, wavelet: str, length: int, channels: tuple[tuple[int, str], ...]) -> Tensor:
+    """P_{j,band} of an axis for each channel, (R, length, length), of the level and band of each.
+
+    They depend on nothing that trains or is saved, so they are no buffers, which a cast would round.
+    """
+    # A traced graph holds them as constants, and must not leave them here.
+    if torch.compiler.is_compiling():
+        return _build_projections(wavelet, length, channels, like.dtype, like.device)
+    key = (wavelet, length, channels, like.dtype, like.device)
+    if key not in _KEPT:
+        with torch.inference_mode(False):
+            result = _build_projections(*key)
+        if type(result) is not Tensor:  # made under a mode that fakes tensors, and of use only there
+            return result
+        _KEPT[key] = result
+    return _KEPT[key]
+
+
+def _build_projections(
+    wavelet: str, length: int, channels: tuple[tuple[int, str], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    different = tuple(dict.fromkeys(channels))
+    table = torch.tensor(_projection_table(wavelet, length, different), dtype=dtype, device=device)
+    return table[[different.index(channel) for channel in channels]]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _projection_table(wavelet: str, length: int, bands: tuple[tuple[int, str], ...]) -> list[Any]:
+    """P_{j,band} of each level and band, by PyWavelets and in float64, whatever mode torch is in."""
+    table = []
+    sizes = axis_sizes(length, max(level for level, _ in bands))
+    for level, band in bands:
+        signal = np.eye(length)
+        for step in range(level):
+            approximation, detail = pywt.dwt(signal, wavelet, mode="periodization", axis=0)
+            signal = detail if band == "d" and step == level - 1 else approximation
+        parts = (None, signal) if band == "d" else (signal, None)
+        for finer in reversed(sizes[:level]):
+            signal = pywt.idwt(*parts, wavelet, mode="periodization", axis=0)[:finer]
+            parts = (signal, None)
+        table.append(signal.tolist())
+    return table

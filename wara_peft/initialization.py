@@ -1,0 +1,150 @@
+"""First values of A_s from data: the directions in which the inputs of a layer are largest, for each subband."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .factors import SubbandFactor
+from .layer import WaRALayer
+from .wavelet import Axis, adjoint
+
+
+def initialize_from_data(
+    model: nn.Module, dataloader: Iterable[Any], adapter_name: str = "default", show_progress_bar: bool = True
+) -> None:
+    """Give A_s the directions of a subband in which the inputs are largest, for `init_weights="activation"`.
+
+    With inputs X of shape (N, n) over all batches, the rows of A_s are the top right-singular vectors of X S_in,s, of
+    shape (N, n_j): among all orthonormal A_s those that keep most of ‖A_s S_in,sᵀ Xᵀ‖. B_s is zero and stays it. Call
+    it once, before training, in one process or with the same batches in each.
+
+    Only XᵀX, of shape (n, n), is kept of the inputs of a layer. Positions that a batch's `attention_mask` leaves out
+    do not count.
+
+    Args:
+        model: a model with a new adapter of `init_weights="activation"`.
+        dataloader: a few batches: mappings, passed on as keyword arguments, sequences, as positional ones, or tensors.
+        adapter_name: the adapter.
+        show_progress_bar: whether to show how many batches are done.
+
+    Raises:
+        ValueError: there is no such adapter, it is not of that kind or has been trained, no batch reached one of its
+            layers, or the inputs of one are not finite. Nothing is changed then.
+    """
+    layers = _layers(model, adapter_name)
+    grams: dict[WaRALayer, Tensor] = {}
+    with _evaluating(model), _collecting(layers, grams) as masks, torch.no_grad():
+        device = next(model.parameters()).device
+        for batch in tqdm(dataloader, desc="Inputs of WaRA layers", disable=not show_progress_bar):
+            args, kwargs = _arguments(batch, device)
+            masks[:] = [kwargs["attention_mask"]] if isinstance(kwargs.get("attention_mask"), Tensor) else []
+            model(*args, **kwargs)
+    _check_inputs(layers, grams)
+    found = {layer: _top_directions(layer.factors(adapter_name)[0], grams.pop(layer)) for layer in layers}
+    with torch.no_grad():
+        for layer, directions in found.items():
+            factor = layer.factors(adapter_name)[0]
+            for name, rows in directions.items():
+                # An axis shorter than the rank has fewer directions; the rows beyond them stay as they were drawn.
+                factor.subband(name).narrow(0, 0, len(rows)).copy_(rows)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> list[WaRALayer]:
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if getattr(config, "init_weights", None) != "activation":
+        state = "is not in the model" if config is None else "has another `init_weights` than 'activation'"
+        raise ValueError(
+            f"Adapter {adapter_name!r} {state}. Add it with WaRAConfig(init_weights='activation', ...) to initialise "
+            "it from data."
+        )
+    layers = [module for module in model.modules() if isinstance(module, WaRALayer) and adapter_name in module.wara_A]
+    for layer in layers:
+        if any(columns.any() for columns in layer.wara_B[adapter_name].parameters()):
+            raise ValueError(
+                f"Adapter {adapter_name!r} is not new: its B is not zero in module {layer.module_name!r}, and other "
+                "rows of A would make what it has learned wrong. Initialise it before training."
+            )
+    return layers
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, which leaves dropout out; each module goes back to its own mode."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _collecting(layers: list[WaRALayer], grams: dict[WaRALayer, Tensor]) -> Iterator[list[Tensor]]:
+    """While it lasts, add XᵀX of what each layer sees to `grams`; yields where to put the mask of a batch."""
+    masks: list[Tensor] = []
+
+    def add(layer: WaRALayer, args: tuple[Any, ...]) -> None:
+        inputs: Tensor = args[0]
+        for mask in masks:
+            if mask.shape == inputs.shape[:-1]:
+                inputs = inputs[mask.bool()]
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        grams[layer] = grams.get(layer, 0) + rows.T @ rows
+
+    handles = [layer.register_forward_pre_hook(add) for layer in layers]
+    try:
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return (), {name: moved(value) for name, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(map(moved, batch)), {}
+    return (moved(batch),), {}
+
+
+def _check_inputs(layers: list[WaRALayer], grams: dict[WaRALayer, Tensor]) -> None:
+    for layer in layers:
+        if layer not in grams:
+            raise ValueError(
+                f"No batch reached module {layer.module_name!r}, so its A cannot be initialised from data. Pass a "
+                "dataloader with batches that use it, or leave the module out with `exclude_modules`."
+            )
+        if not grams[layer].isfinite().all():
+            raise ValueError(
+                f"The inputs of module {layer.module_name!r} are not finite, so its A cannot be initialised from "
+                "them. Look for broken batches or weights."
+            )
+
+
+def _top_directions(factor: SubbandFactor, gram: Tensor) -> dict[str, Tensor]:
+    """For each subband the eigenvectors of S_inᵀ XᵀX S_in with the largest eigenvalues, (at most r_s, n_j)."""
+    largest_first: dict[tuple[int, str], Tensor] = {}
+    for name in factor.subbands:
+        key = level, band = int(name[2:]), name[1]
+        if key not in largest_first:
+            half = _into_band(gram, factor.axis.wavelet, level, band)  # XᵀX S_in, (n, n_j)
+            whole = _into_band(half.T, factor.axis.wavelet, level, band)  # (n_j, n_j)
+            largest_first[key] = torch.linalg.eigh(whole).eigenvectors.flip(1).T
+    return {name: largest_first[int(name[2:]), name[1]][:rank] for name, rank in factor.ranks.items()}
+
+
+def _into_band(rows: Tensor, wavelet: str, level: int, band: str) -> Tensor:
+    """S_{level,band}ᵀ of each row."""
+    axis = Axis(wavelet, rows.shape[1], ("",) * level + (band * len(rows),))
+    return cast(Tensor, adjoint(rows, axis, dim=1)[level])
