@@ -9,6 +9,7 @@ and outside of it, where every forward computes them anew.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import harness
 import models
@@ -37,13 +38,15 @@ if __name__ == "__main__":
         "WaRA db4 L1": WaRAConfig(r=4, wavelet="db4"),
     }
     calls: dict[str, Callable[[], None]] = {}
+    scopes = ExitStack()
     for name, config in variants.items():
         config.target_modules = set(shape.targets)
         model = models.adapted(shape, config).to(options.device).eval()
         if name.startswith("WaRA"):
             calls[f"{name}, not frozen"] = one_token(model, token)
             model = models.adapted(shape, config).to(options.device).eval()
-            frozen_factors(model).__enter__()  # for the rest of the process
+            scopes.enter_context(frozen_factors(model))
         calls[name] = one_token(model, token)
     seconds = harness.interleaved(calls, options.rounds, warmup=5, device=options.device)
+    scopes.close()
     harness.save(options, {"one_token": harness.summary(seconds, "LoRA r=16")})

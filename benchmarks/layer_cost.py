@@ -89,7 +89,7 @@ def rows(seconds: dict[str, list[float]], baseline: str, **settings: object) -> 
 
 
 if __name__ == "__main__":
-    options = harness.parser(__doc__, "layer_cost").parse_args()
+    options = harness.parser(__doc__, "layer_cost", rounds=61).parse_args()
     widths, tokens = ((32, 64), (4,)) if options.smoke else (WIDTHS, TOKENS)
     sweep_width, sweep_tokens = (64, 4) if options.smoke else (SWEEP_WIDTH, SWEEP_TOKENS)
     by_width = []

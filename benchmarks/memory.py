@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py
 
-Bytes of the distinct storages that one layer's forward saves for backward, the input and the adapter's parameters
-included and the frozen base weight left out, for LoRA, WaRA, and WaRA by the dense inverse transform.
+Bytes of the distinct storages that one layer's forward keeps for backward, for LoRA, WaRA, and WaRA by the dense inverse
+transform. The input counts, and so do LoRA's parameters, which it keeps, as WaRA keeps Â and B̂; the frozen base weight
+does not.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ def saved_bytes(layer: nn.Module, base_weight: torch.Tensor, tokens: int, width:
     x = torch.randn(tokens, width, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = layer(x)
-    for tensor in (x, *(p for p in layer.parameters() if p.requires_grad)):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     del result
     return sum(storages.values())
 

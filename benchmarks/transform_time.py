@@ -76,4 +76,5 @@ if __name__ == "__main__":
                         },
                     }
                 )
+    wavelet._in_one_step, equivalent.LONGEST_MATRIX = in_one_step, longest
     harness.save(options, {"transforms": results})
