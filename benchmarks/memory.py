@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py
 
-Bytes of the distinct storages that one layer's forward keeps for backward, for LoRA, WaRA, and WaRA by the dense inverse
-transform. The input counts, and so do LoRA's parameters, which it keeps, as WaRA keeps Â and B̂; the frozen base weight
-does not.
+Bytes of the distinct storages that the forward of a layer keeps for backward, for LoRA, WaRA, and WaRA by the dense
+inverse transform. The input counts, and so do the parameters of LoRA, which it keeps, as WaRA keeps Â and B̂; the
+frozen base weight does not.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Turn the results of all benchmarks into the table of the main README, the fits of `benchmarks/README.md`, and plots.
+"""Turn all results into the tables of the main README and of `benchmarks/README.md`, with its fits, and into plots.
 
     python benchmarks/report.py
 
-Reads benchmarks/results/*.json, writes both tables between their markers and PNG files into benchmarks/results/.
+Reads benchmarks/results/*.json, writes tables between their markers, and PNG files into benchmarks/results/.
 `--check` writes nothing, and fails if a table is not what the results say.
 """
 
@@ -20,9 +20,6 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-Row = tuple[str, float, float | None]
-"""What was measured, its ratio, and the ratio that it should be at most (or, if negative, at least)."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -181,19 +178,50 @@ def plots() -> dict[str, Figure]:
     return figures
 
 
-def replaced(path: Path, table: str) -> str:
-    """The file's text with the table between its markers."""
+def comparison_table() -> str:
+    """What `examples/compare_attention.py` found."""
+    found = load("compare_attention")
+    lines = [
+        "| setting | model | parameters of the attention | trained | accuracy, 95% interval | training | tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        accuracy = f"{row['accuracy_mean']:.3f} ± {row['accuracy_interval']:.3f}"
+        lines.append(
+            f"| {row['setting']} | {row['model']} | {row['attention_parameters']:,} | {row['trained_parameters']:,} "
+            f"| {accuracy} | {row['training_seconds']:.1f} s | {row['tokens_per_second']:,.0f} |"
+        )
+    lengths = [step["length"] for step in found["step_times"]]
+    lines += [
+        "",
+        f"| step / full attention, length | {' | '.join(map(str, lengths))} |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
+    for name in ("low-rank", "Linformer"):
+        ratios = [f"{step['ratio'][name]:.2f}" for step in found["step_times"]]
+        lines.append(f"| {name} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def replaced(path: Path, tables: dict[str, str]) -> str:
+    """The file's text with each table between the markers of its name."""
     text = path.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not up to date")
     options = parser.parse_args()
-    tables = {HERE.parent / "README.md": readme_table(), HERE / "README.md": f"{methods_table()}\n\n{growth_table()}"}
-    texts = {path: replaced(path, table) for path, table in tables.items()}
+    tables = {
+        HERE.parent / "README.md": {"benchmarks": readme_table(), "comparison": comparison_table()},
+        HERE / "README.md": {"benchmarks": f"{methods_table()}\n\n{growth_table()}"},
+    }
+    texts = {path: replaced(path, of_file) for path, of_file in tables.items()}
     if options.check:
         stale = [str(path) for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
         sys.exit(f"Run benchmarks/report.py: not up to date: {', '.join(stale)}" if stale else 0)

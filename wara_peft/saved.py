@@ -35,7 +35,6 @@ PEFT_PREFIX = "base_model.model."
 KIND_NAMES = ("Linear", *(kind.__name__ for kind in KINDS))
 Track = Callable[[Collection[str]], Iterable[str]]
 """Wraps a loop over names to show its progress, as `rich.progress.track` does."""
-ADAPTER_KEY = re.compile(r"(?P<module>.+)\.wara_[^.]+(\.[^.]+)?")
 
 
 @dataclass(frozen=True)
@@ -307,7 +306,7 @@ class SavedAdapter:
 
     def _is_known(self, key: str) -> bool:
         """Whether the config, or PEFT's habit of saving embeddings, explains a key that is not a factor."""
-        if ADAPTER_KEY.fullmatch(key):
+        if ".wara_" in key:
             return False
         module, _, parameter = key.rpartition(".")
         module = module.removesuffix(".base_layer")
@@ -319,19 +318,13 @@ class SavedAdapter:
             return self.config.bias != "none"
         if parameter == "trainable_tokens_delta":
             return bool(self.config.trainable_token_indices)
-        return parameter == "weight" and is_embedding(module, self.modules)
+        of_embedding = module in self.modules and self.modules[module].kind == "Embedding"
+        return parameter == "weight" and (of_embedding or module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
 
 
 def untracked(names: Collection[str]) -> Iterable[str]:
     """A `Track` that shows nothing."""
     return names
-
-
-def is_embedding(module: str, modules: dict[str, ModuleShape]) -> bool:
-    """Whether PEFT saves the weight of that module along with an adapter, as it does for embeddings."""
-    return module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES or (
-        module in modules and modules[module].kind == "Embedding"
-    )
 
 
 def _natural_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
