@@ -38,6 +38,7 @@ def run(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:levels=. is more than is useful")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_wara_bench_smoke(name, run, tmp_path, capsys):
     output = tmp_path / "new" / "result.json"

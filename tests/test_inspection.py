@@ -87,6 +87,7 @@ def test_plot_shows_modules_by_subbands(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="Format 'abc' is not supported"):
         report.plot(tmp_path / "plot.abc")
+    assert not [path.name for path in tmp_path.iterdir() if "abc" in path.name]
 
 
 def test_progress_goes_over_all_modules(tmp_path):

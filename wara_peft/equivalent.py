@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .constants import made_once
+
 if TYPE_CHECKING:
     from .wavelet import Axis, Filters
 
@@ -145,17 +147,13 @@ def _equivalent(filters: Filters, band: str, level: int) -> np.ndarray:
     return result
 
 
-# Both are constants of a wavelet, made once, and never in inference mode, whose tensors autograd does not take.
-
-
-@cache
+@made_once
 def _tensor(filters: Filters, bands: str, level: int, dtype: torch.dtype) -> Tensor:
     """The equivalent filter of each row's band: (R, 1, K_j)."""
-    with torch.inference_mode(False):
-        return torch.tensor(np.stack([_equivalent(filters, band, level) for band in bands])[:, None], dtype=dtype)
+    return torch.tensor(np.stack([_equivalent(filters, band, level) for band in bands])[:, None], dtype=dtype)
 
 
-@cache
+@made_once
 def _matrix(filters: Filters, band: str, level: int, length: int, dtype: torch.dtype) -> Tensor:
     """S_{j,band}ᵀ: (d_j, d)."""
     taps = _equivalent(filters, band, level)
@@ -163,5 +161,4 @@ def _matrix(filters: Filters, band: str, level: int, length: int, dtype: torch.d
     matrix = np.zeros((length >> level, length))
     for row in range(len(matrix)):
         np.add.at(matrix[row], ((row << level) + np.arange(len(taps)) - offset) % length, taps)
-    with torch.inference_mode(False):
-        return torch.tensor(matrix, dtype=dtype)
+    return torch.tensor(matrix, dtype=dtype)

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .constants import made_once
 from .factors import IN_DIM
 from .wavelet import Subband, autocast_off, axis_sizes
 
@@ -176,25 +177,11 @@ class TokenMixing:
         return signal.permute(1, 3, 2, 0).reshape(batch, rows * columns, channels)
 
 
-_KEPT: dict[tuple[Any, ...], Tensor] = {}
-
-
 def _projections(like: Tensor, wavelet: str, length: int, channels: tuple[tuple[int, str], ...]) -> Tensor:
-    """P_{j,band} of an axis for each channel, (R, length, length), of the level and band of each.
-
-    They depend on nothing that trains or is saved, so they are no buffers, which a cast would round.
-    """
+    """P_{j,band} of an axis for each channel, (R, length, length), of the level and band of each."""
     # A traced graph holds them as constants, and must not leave them here.
-    if torch.compiler.is_compiling():
-        return _build_projections(wavelet, length, channels, like.dtype, like.device)
-    key = (wavelet, length, channels, like.dtype, like.device)
-    if key not in _KEPT:
-        with torch.inference_mode(False):
-            result = _build_projections(*key)
-        if type(result) is not Tensor:  # made under a mode that fakes tensors, and of use only there
-            return result
-        _KEPT[key] = result
-    return _KEPT[key]
+    build = _build_projections if torch.compiler.is_compiling() else _kept_projections
+    return build(wavelet, length, channels, like.dtype, like.device)
 
 
 def _build_projections(
@@ -203,6 +190,9 @@ def _build_projections(
     different = tuple(dict.fromkeys(channels))
     table = torch.tensor(_projection_table(wavelet, length, different), dtype=dtype, device=device)
     return table[[different.index(channel) for channel in channels]]
+
+
+_kept_projections = made_once(_build_projections)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ class AdapterReport:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw a heatmap of modules × subbands, each row the shares of a module's energy, into an image file.
 
+        The file appears, or takes the place of an old one, when it is complete.
+
         Raises:
             ImportError: matplotlib is not installed.
             ValueError: matplotlib does not know the ending of the file's name.
@@ -107,7 +110,13 @@ class AdapterReport:
         axes.set_xlabel("subband (out axis, in axis, level)")
         axes.set_title(f"Share of each module's energy\n{self.form}, {self.wavelet}, levels={self.levels}")
         figure.colorbar(image, ax=axes)
-        figure.savefig(Path(path), bbox_inches="tight", dpi=120)
+        target = Path(path)
+        temporary = target.with_name(f".{uuid.uuid4().hex[:8]}.{target.name}")
+        try:
+            figure.savefig(temporary, bbox_inches="tight", dpi=120)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -178,6 +178,8 @@ class _Plan:
 
     def __init__(self, checkpoint: _Checkpoint, saved: SavedAdapter) -> None:
         self.checkpoint, self.saved = checkpoint, saved
+        for name in saved.modules:
+            saved.check_has_delta_weight(name)
         others = {_parameter_of(key): key for key in saved.others if not PEFT_INTERNAL.search(key)}
         modules = {f"{name}.weight": name for name in saved.modules}
         changes = [_Change(name, modules.get(name), others.get(name, "")) for name in {**modules, **others}]

@@ -96,19 +96,27 @@ class SavedAdapter:
         """Whether the embedding's adapter may be shared by layers tied to it."""
         return self.config.ensure_weight_tying and any(shape.kind == "Embedding" for shape in self.modules.values())
 
+    def check_has_delta_weight(self, module: str) -> None:
+        """Refuse an adapter whose change of the output no weight can make.
+
+        Raises:
+            ValueError: it has `form="grid"`.
+        """
+        if self.config.form == "grid":
+            raise ValueError(
+                f"The adapter in {str(self.path)!r} has form='grid', and in module {module!r} it mixes tokens, which "
+                "no weight of a layer can do: it has no ΔW, and cannot be merged or converted to LoRA. Serve it "
+                "unmerged."
+            )
+
     def factors(self, module: str) -> tuple[SubbandFactor, SubbandFactor]:
         """The modules that hand out Â and B̂ of an adapted module, on the CPU.
 
         Raises:
             ValueError: a value is not finite, or the adapter has no ΔW (`form="grid"`).
         """
+        self.check_has_delta_weight(module)
         shape, config = self.modules[module], self.config
-        if config.form == "grid":
-            raise ValueError(
-                f"The adapter in {str(self.path)!r} has form='grid', and in module {module!r} it mixes tokens, which "
-                "no weight of a layer can do: it has no ΔW, and cannot be merged or converted to LoRA. Serve it "
-                "unmerged."
-            )
         ranks = config.ranks_of(module)
         rows: SubbandFactor
         columns: SubbandFactor

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import equivalent
+from .constants import is_transformed, made_once
 
 BANDS = ("a", "d")
 
@@ -167,7 +168,7 @@ def synthesis(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> Te
         ValueError: a level's rows do not have the shape that the axis gives.
     """
     with autocast_off(coefficients):
-        if _is_transformed():
+        if is_transformed():
             return _synthesise(coefficients, axis, dim)
         _check_shapes(coefficients, axis, dim)
         return _Synthesis.apply(axis, dim, *coefficients)  # type: ignore[no-any-return]
@@ -238,19 +239,10 @@ class _Synthesis(torch.autograd.Function):
         return (None, None, *adjoint(grads[0], ctx.axis, ctx.dim))
 
 
-def _is_transformed() -> bool:
-    """Whether operations are being recorded, by torch.compile or a tracer, or transformed, by torch.func."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 def _in_one_step(rows: Tensor, axis: Axis, dim: int) -> bool:
     """Whether convolutions with equivalent filters serve: on CPUs, where they are faster."""
     plain = rows.device.type == "cpu" and rows.ndim == 2 and type(rows) in (Tensor, torch.nn.Parameter)
-    return plain and not _is_transformed() and equivalent.covers(axis, filters(axis.wavelet), dim)
+    return plain and not is_transformed() and equivalent.covers(axis, filters(axis.wavelet), dim)
 
 
 def _synthesise(coefficients: Sequence[Tensor | None], axis: Axis, dim: int) -> Tensor:
@@ -378,17 +370,7 @@ def _build_taps(
     return torch.tensor(_tap_table(wavelet, bands, first, count, dim), dtype=dtype, device=device)
 
 
-_KEPT: dict[tuple[Any, ...], Tensor] = {}
-
-
-def _kept_taps(*arguments: Any) -> Tensor:
-    if arguments not in _KEPT:
-        with torch.inference_mode(False):
-            taps = _build_taps(*arguments)
-        if type(taps) is not Tensor:  # made under a mode that fakes tensors, and of use only there
-            return taps
-        _KEPT[arguments] = taps
-    return _KEPT[arguments]
+_kept_taps = made_once(_build_taps)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
