@@ -35,7 +35,8 @@ def transform(length: int, name: str, levels: int, dim: int) -> Callable[[], Non
 
 if __name__ == "__main__":
     options = harness.parser(__doc__, "transform_time", rounds=51).parse_args()
-    in_one_step, longest = wavelet._in_one_step, equivalent.LONGEST_MATRIX
+    in_one_step = wavelet._in_one_step
+    longest, shortest = equivalent.LONGEST_MATRIX, equivalent.SHORTEST_COLUMN
     results = []
     for length in (64,) if options.smoke else (384, 768, 1536, 2048, 4096):
         for name, levels in (("haar", 1), ("haar", 3), ("db4", 1), ("db4", 3)):
@@ -53,17 +54,16 @@ if __name__ == "__main__":
 
                     def call(run: Callable[[], None] = run, fast: bool = fast, limit: int = limit) -> None:
                         wavelet._in_one_step = in_one_step if fast else lambda *_: False
-                        equivalent.LONGEST_MATRIX = limit
+                        equivalent.LONGEST_MATRIX, equivalent.SHORTEST_COLUMN = limit, 0
                         run()
 
                     calls[way] = call
                 seconds = harness.interleaved(calls, options.rounds, warmup=5)
-                fast = name != "haar" or dim == 1
-                chosen = (
-                    ("product" if name == "haar" else "matrix" if length <= longest else "convolution")
-                    if fast
-                    else "polyphase"
-                )
+                equivalent.LONGEST_MATRIX, equivalent.SHORTEST_COLUMN = longest, shortest
+                chosen = "polyphase"
+                axis = wavelet.Axis(name, length, ("",) * levels + ("a",))
+                if equivalent.covers(axis, wavelet.filters(name), dim):
+                    chosen = "product" if name == "haar" else "matrix" if length <= longest else "convolution"
                 results.append(
                     {
                         "length": length,
@@ -76,5 +76,5 @@ if __name__ == "__main__":
                         },
                     }
                 )
-    wavelet._in_one_step, equivalent.LONGEST_MATRIX = in_one_step, longest
+    wavelet._in_one_step = in_one_step
     harness.save(options, {"transforms": results})

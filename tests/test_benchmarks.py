@@ -18,7 +18,17 @@ SCRIPTS = {
     "merge_memory": ["--smoke"],
     "memory": ["--smoke"],
     **dict.fromkeys(
-        ("decode", "export_time", "grid_step", "injection_time", "layer_cost", "step_time", "transform_time"), SMOKE
+        (
+            "decode",
+            "export_time",
+            "grid_step",
+            "injection_time",
+            "joint_projections",
+            "layer_cost",
+            "step_time",
+            "transform_time",
+        ),
+        SMOKE,
     ),
 }
 

@@ -24,6 +24,7 @@ def axis_and_rows(name: str, length: int, levels: int, dim: int) -> tuple[Axis, 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     monkeypatch.setattr(equivalent, "LONGEST_MATRIX", WAYS[request.param])
+    monkeypatch.setattr(equivalent, "SHORTEST_COLUMN", 0)
 
 
 @pytest.mark.usefixtures("way")

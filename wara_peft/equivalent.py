@@ -31,16 +31,24 @@ if TYPE_CHECKING:
 
 LONGEST_MATRIX = 512
 """Length of axis up to which the matrices are kept; each band of level j takes d · d / 2^j numbers."""
+SHORTEST_COLUMN = 1024
+"""Length from which on convolutions of columns, `dim=0`, are faster than the polyphase steps."""
+
+
+def covers(axis: Axis, filters: Filters, dim: int) -> bool:
+    """Whether these transforms serve an axis, and are faster than the polyphase steps.
+
+    With `dim=0` they are not for Haar's product, whose columns lie as the polyphase steps want them, nor for
+    convolutions of medium length.
+    """
+    if dim == 0 and (len(filters.lo) == 2 or LONGEST_MATRIX < axis.length < SHORTEST_COLUMN):
+        return False
+    return _fits(axis, filters)
 
 
 @cache
-def covers(axis: Axis, filters: Filters, dim: int) -> bool:
-    """Whether these transforms serve an axis: 2^L divides its length, and no equivalent filter is longer than it.
-
-    Columns of Haar's, `dim=0`, are left to the polyphase steps, where they lie as its product wants them.
-    """
-    if len(filters.lo) == 2 and dim == 0:
-        return False
+def _fits(axis: Axis, filters: Filters) -> bool:
+    """Whether 2^L divides the length, and no equivalent filter is longer than it."""
     return axis.length % 2**axis.levels == 0 and len(_equivalent(filters, "a", axis.levels)) <= axis.length
 
 
