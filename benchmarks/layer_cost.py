@@ -128,10 +128,14 @@ if __name__ == "__main__":
                 f"WaRA {wavelet}": WaRAConfig(r=4, levels=levels, wavelet=wavelet),
             }
             by_levels += rows(costs(variants, sweep_tokens, sweep_width, options), "LoRA", levels=levels, R=rank)[1:]
+    ranks = [4 * r for r in (1, 2, 4, 8, 16, 32)]
+    variants = {f"LoRA {rank}": LoraConfig(r=rank, lora_alpha=rank) for rank in ranks}
+    variants |= {f"WaRA {rank}": WaRAConfig(r=rank // 4) for rank in ranks}
+    seconds = costs(variants, sweep_tokens, sweep_width, options)
     by_rank = []
-    for r in (1, 2, 4, 8, 16, 32):
-        variants = {"LoRA": LoraConfig(r=4 * r, lora_alpha=4 * r), "WaRA haar": WaRAConfig(r=r)}
-        by_rank += rows(costs(variants, sweep_tokens, sweep_width, options), "LoRA", R=4 * r)
+    for rank in ranks:
+        pair = {"LoRA": seconds[f"LoRA {rank}"], "WaRA haar": seconds[f"WaRA {rank}"]}
+        by_rank += rows(pair, "LoRA", R=rank)
     by_wavelet = []
     variants = {"LoRA": LoraConfig(r=16, lora_alpha=16), **{w: WaRAConfig(r=4, wavelet=w) for w in WAVELETS}}
     by_wavelet += rows(costs(variants, sweep_tokens, sweep_width, options), "LoRA")[1:]

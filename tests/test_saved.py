@@ -111,7 +111,7 @@ BROKEN = {
     "no config": (lambda path: (path / CONFIG).unlink(), "There is no file"),
     "config not JSON": (lambda path: (path / CONFIG).write_text("{"), "is not JSON"),
     "config nested too deep": (lambda path: (path / CONFIG).write_text("[" * 100_000), "is not JSON"),
-    "config a list": (lambda path: (path / CONFIG).write_text("[]"), "is not of a WaRA adapter"),
+    "config a list": (lambda path: (path / CONFIG).write_text("[]"), "is not a JSON object"),
     "LoRA": (edit_config(peft_type="LORA"), "its peft_type is 'LORA'"),
     "unknown wavelet": (edit_config(wavelet="haaar"), "wavelet='haaar' is not a wavelet"),
     "giant rank": (edit_config(r=10**15), r"but its config asks for \(4000000000000000, 10\)"),

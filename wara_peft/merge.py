@@ -6,28 +6,22 @@ import copy
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
 from .atomic import written_at_once
+from .checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
 from .checks import first
 from .saved import SavedAdapter, Track, untracked
 
-COPIED_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
-"""Endings of the files of a model's configuration, tokenizer and processor."""
-LICENSE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -70,76 +64,17 @@ def merge_checkpoint(
         ValueError: the adapter does not fit the base, a target's weight is converted or fused on loading, tied to
             another, quantized or not in the checkpoint, or a merged weight is not finite. Nothing is written then.
     """
-    checkpoint, saved = _Checkpoint(Path(base)), SavedAdapter(adapter)
+    checkpoint, saved = Checkpoint(Path(base)), SavedAdapter(adapter)
     plan = _Plan(checkpoint, saved)
     with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base, adapter)) as directory:
-        writer = _ShardWriter(directory)
+        writer = ShardWriter(directory)
         for key in track(checkpoint.file_of):
             writer.add(checkpoint.file_of[key], key, plan.merged(key, device, dtype))
         for key, tensor in plan.new_tensors(dtype).items():
             writer.add(writer.file, key, tensor)
         writer.finish()
-        _copy_beside(checkpoint.base, directory)
+        copy_beside(checkpoint.base, directory)
         _write_config(checkpoint.base, directory, plan, dtype)
-
-
-class _Checkpoint:
-    """The safetensors of a model's directory: which file holds which key, and their shapes."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        if not base.is_dir():
-            raise FileNotFoundError(f"There is no model directory {str(base)!r}.")
-        self.file_of: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, listed in self._files().items():
-            with self._open(name) as file:
-                for key in file.keys():  # noqa: SIM118  # it is not a dict
-                    self.file_of[key] = name
-                    self.shapes[key] = tuple(file.get_slice(key).get_shape())
-            if not listed <= self.shapes.keys():
-                missing = first([repr(key) for key in sorted(listed - self.shapes.keys())])
-                raise ValueError(f"{str(base / SAFE_WEIGHTS_INDEX_NAME)!r} says {name!r} has {missing}; it has not.")
-
-    def _files(self) -> dict[str, set[str]]:
-        """File names, each with the keys that an index lists for it."""
-        index = self.base / SAFE_WEIGHTS_INDEX_NAME
-        if (self.base / SAFE_WEIGHTS_NAME).is_file():
-            return {SAFE_WEIGHTS_NAME: set()}
-        if not index.is_file():
-            pickled = sorted(path.name for path in self.base.glob("*.bin"))
-            remedy = (
-                f" {pickled[0]!r} is a pickle, which may run any code and is not opened; load the model where you "
-                "trust it, and save it with `save_pretrained`, which writes safetensors."
-                if pickled
-                else ""
-            )
-            raise FileNotFoundError(
-                f"{str(self.base)!r} has neither {SAFE_WEIGHTS_NAME!r} nor {SAFE_WEIGHTS_INDEX_NAME!r}.{remedy}"
-            )
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{str(index)!r} has no weight_map.")
-        files: dict[str, set[str]] = {}
-        for key, name in weight_map.items():
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"{str(index)!r} names the file {name!r}; a safetensors file beside it was expected.")
-            files.setdefault(name, set()).add(key)
-        missing = [repr(name) for name in files if not (self.base / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{str(self.base)!r} lacks {first(missing)}, which its index names.")
-        return files
-
-    def _open(self, name: str) -> Any:
-        try:
-            return safe_open(self.base / name, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{str(self.base / name)!r} is not a complete safetensors file: {error}.") from error
-
-    def read(self, key: str) -> Tensor:
-        with self._open(self.file_of[key]) as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor
 
 
 @dataclass(frozen=True)
@@ -176,7 +111,7 @@ class _Plan:
         added: what happens to parameters that the checkpoint lacks.
     """
 
-    def __init__(self, checkpoint: _Checkpoint, saved: SavedAdapter) -> None:
+    def __init__(self, checkpoint: Checkpoint, saved: SavedAdapter) -> None:
         self.checkpoint, self.saved = checkpoint, saved
         for name in saved.modules:
             saved.check_has_delta_weight(name)
@@ -310,37 +245,6 @@ class _Plan:
         return {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
 
 
-class _ShardWriter:
-    """Writes tensors that come file by file, each file when the next one begins."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.file = ""
-        self.tensors: dict[str, Tensor] = {}
-        self.weight_map: dict[str, str] = {}
-        self.total_size = 0
-
-    def add(self, file: str, key: str, tensor: Tensor) -> None:
-        if file != self.file:
-            self._write()
-            self.file = file
-        self.tensors[key] = tensor.contiguous()
-        self.weight_map[key] = file
-        self.total_size += tensor.nbytes
-
-    def finish(self) -> None:
-        """Write the last file, and an index if there are several."""
-        self._write()
-        if set(self.weight_map.values()) != {SAFE_WEIGHTS_NAME}:
-            index = {"metadata": {"total_size": self.total_size}, "weight_map": self.weight_map}
-            (self.directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _write(self) -> None:
-        if self.tensors:
-            save_file(self.tensors, self.directory / self.file, metadata={"format": "pt"})
-            self.tensors = {}
-
-
 def empty_model(base: Path, saved: SavedAdapter, parameters: dict[str, str]) -> PreTrainedModel:
     """The model that an adapter was trained on, built from the base's config on the meta device.
 
@@ -413,28 +317,9 @@ def _parameter_of(key: str) -> str:
     return key.replace(".base_layer.", ".").replace(f".token_adapter.{TOKENS}", ".weight")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{str(path)!r} is not a JSON object.")
-    return fields
-
-
-def _copy_beside(base: Path, directory: Path) -> None:
-    """Copy configuration, tokenizer, processor and license."""
-    for path in base.iterdir():
-        wanted = path.suffix in COPIED_ENDINGS or path.name.startswith(LICENSE_NAMES)
-        of_weights = path.name.endswith(".index.json") or path.name.startswith("adapter_")
-        if path.is_file() and wanted and not of_weights:
-            shutil.copyfile(path, directory / path.name)
-
-
 def _write_config(base: Path, directory: Path, plan: _Plan, dtype: torch.dtype | None) -> None:
     """Change in the copied config what the merge has changed."""
-    config = _read_json(base / CONFIG_NAME)
+    config = read_json(base / CONFIG_NAME)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")

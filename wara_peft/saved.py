@@ -7,7 +7,6 @@ values when they are read. Pickles are never opened.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .checkpoint import read_json
 from .checks import first
 from .config import WaRAConfig, scaling
 from .factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor
@@ -342,13 +342,9 @@ def _natural_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
 def _read_config(path: Path) -> WaRAConfig:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not JSON: {error}.") from error
-    kind = fields.get("peft_type") if isinstance(fields, dict) else None
-    if kind != "WARA":
-        raise ValueError(f"{str(path)!r} is not of a WaRA adapter: its peft_type is {kind!r}.")
+    fields = read_json(path)
+    if fields.get("peft_type") != "WARA":
+        raise ValueError(f"{str(path)!r} is not of a WaRA adapter: its peft_type is {fields.get('peft_type')!r}.")
     try:
         config = WaRAConfig.from_peft_type(**fields)
     except (ValueError, TypeError, AttributeError) as error:
