@@ -32,16 +32,18 @@ if TYPE_CHECKING:
 LONGEST_MATRIX = 512
 """Length of axis up to which the matrices are kept; each band of level j takes d · d / 2^j numbers."""
 SHORTEST_COLUMN = 1024
-"""Length from which on convolutions of columns, `dim=0`, are faster than the polyphase steps."""
+"""Length from which on convolutions are faster than the polyphase steps where columns are transformed."""
 
 
-def covers(axis: Axis, filters: Filters, dim: int) -> bool:
+def covers(axis: Axis, filters: Filters, by_rows: bool) -> bool:
     """Whether these transforms serve an axis, and are faster than the polyphase steps.
 
-    With `dim=0` they are not for Haar's product, whose columns lie as the polyphase steps want them, nor for
-    convolutions of medium length.
+    Args:
+        axis, filters: the transform.
+        by_rows: whether numbers that are neighbours on the axis are so in memory. Where they are not, Haar's product
+            and convolutions of medium length are slower than the polyphase steps.
     """
-    if dim == 0 and (len(filters.lo) == 2 or LONGEST_MATRIX < axis.length < SHORTEST_COLUMN):
+    if not by_rows and (len(filters.lo) == 2 or LONGEST_MATRIX < axis.length < SHORTEST_COLUMN):
         return False
     return _fits(axis, filters)
 
