@@ -128,6 +128,19 @@ def growth_table() -> str:
     return "\n".join(lines)
 
 
+def own_cost_table() -> str:
+    """An adapter's own cost, by width and tokens."""
+    cells = {(row["variant"], row["tokens"], row["width"]): row["ratio"] for row in load("layer_cost")["by_width"]}
+    variants, tokens, widths = (list(dict.fromkeys(key[i] for key in cells)) for i in range(3))
+    lines = [f"| an adapter's own cost / LoRA r=16, width | {' | '.join(map(str, widths))} |"]
+    lines.append("|---" * (len(widths) + 1) + "|")
+    for variant in variants[1:]:
+        for count in tokens:
+            ratios = [f"{cells[variant, count, width]:.2f}" for width in widths]
+            lines.append(f"| {variant}, {count} tokens | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
 def plots() -> dict[str, Figure]:
     cost, memory, steps = load("layer_cost"), load("memory"), load("step_time")["models"]
     figures = {}
@@ -219,7 +232,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     tables = {
         HERE.parent / "README.md": {"benchmarks": readme_table(), "comparison": comparison_table()},
-        HERE / "README.md": {"benchmarks": f"{methods_table()}\n\n{growth_table()}"},
+        HERE / "README.md": {"benchmarks": f"{methods_table()}\n\n{own_cost_table()}\n\n{growth_table()}"},
     }
     texts = {path: replaced(path, of_file) for path, of_file in tables.items()}
     if options.check:
