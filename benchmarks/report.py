@@ -72,8 +72,8 @@ def target_rows() -> list[tuple[str, float, str, bool]]:
 def readme_table() -> str:
     lines = ["| measured | ratio | target | met |", "|---|---|---|---|"]
     for what, value, target, met in target_rows():
-        lines.append(f"| {what} | {value:,.0f} | {target} | {verdict(target, met)} |" if value > 100 else
-                     f"| {what} | {value:.2f} | {target} | {verdict(target, met)} |")  # fmt: skip
+        shown = f"{value:,.0f}" if value > 100 else f"{value:.3f}"
+        lines.append(f"| {what} | {shown} | {target} | {verdict(target, met)} |")
     return "\n".join(lines)
 
 
