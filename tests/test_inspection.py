@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.references import Mlp, dense_coefficients
 from wara_peft import WaRAConfig, to_lora
+from wara_peft.disk.adapter import SavedAdapter
 from wara_peft.inspection import inspect_adapter
-from wara_peft.saved import SavedAdapter
 
 CASES = {
     "haar": {"wara_alpha": 5},

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from .atomic import written_at_once
+from .disk.adapter import SavedAdapter, Track
+from .disk.directory import written_at_once
+from .disk.merge import merge_checkpoint
 from .export import lora_error, to_lora, vllm_max_lora_rank, write_lora
 from .inspection import AdapterReport, inspect_adapter
-from .merge import merge_checkpoint
-from .saved import SavedAdapter, Track
 
 DTYPES = {
     "fp32": torch.float32,

@@ -17,13 +17,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .atomic import written_at_once
 from .checks import first
 from .config import WaRAConfig, suffix_matches
 from .conv import Conv
+from .disk.adapter import PEFT_PREFIX, SavedAdapter, Track, untracked
+from .disk.directory import written_at_once
 from .layer import WaRALayer
-from .saved import PEFT_PREFIX, SavedAdapter, Track, untracked
-from .update import Decomposition, LowRankUpdate, rank_for_energy, truncation_energy
+from .low_rank_update import Decomposition, LowRankUpdate, rank_for_energy, truncation_energy
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for `--max-lora-rank`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .saved import SavedAdapter, Track, untracked
+from .disk.adapter import SavedAdapter, Track, untracked
 from .wavelet import subbands
 
 

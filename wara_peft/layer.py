@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from .config import WaRAConfig, scaling
 from .factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor, TransposedFactor
 from .grid import GridFactor, TokenGrid, TokenMixing, grid_subbands
+from .low_rank_update import LowRankUpdate
 from .tiny import base_weight, fill_from_weight, tiny_factors
-from .update import LowRankUpdate
 from .wavelet import autocast_off
 
 KINDS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)

@@ -16,8 +16,8 @@ from transformers import ViTConfig, ViTModel
 
 from tests.references import Mlp
 from wara_peft import WaRAConfig
+from wara_peft.disk.adapter import SavedAdapter
 from wara_peft.inspection import inspect_adapter
-from wara_peft.saved import SavedAdapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wara_peft.update import LowRankUpdate, decompose, rank_for_energy, truncation_energy
+from wara_peft.low_rank_update import LowRankUpdate, decompose, rank_for_energy, truncation_energy
 
 # out, in, rank: wide, tall, and ranks larger than the matrix
 SHAPES = [(20, 12, 5), (7, 30, 4), (6, 5, 9), (1, 8, 3)]

@@ -17,10 +17,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME
 
-from .atomic import written_at_once
+from ..checks import first
+from .adapter import SavedAdapter, Track, untracked
 from .checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
-from .checks import first
-from .saved import SavedAdapter, Track, untracked
+from .directory import written_at_once
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from wara_peft import WaRAConfig
-from wara_peft.merge import merge_checkpoint
+from wara_peft.disk.merge import merge_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

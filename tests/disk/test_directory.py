@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from wara_peft.atomic import written_at_once
+from wara_peft.disk.directory import written_at_once
 
 
 def write(path, text="new", **options):

@@ -22,14 +22,14 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..checks import first
+from ..config import WaRAConfig, scaling
+from ..factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor
+from ..layer import KINDS
+from ..low_rank_update import LowRankUpdate
+from ..tiny import TinyFactor, tiny_factors
+from ..wavelet import axis_sizes
 from .checkpoint import read_json
-from .checks import first
-from .config import WaRAConfig, scaling
-from .factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor
-from .layer import KINDS
-from .tiny import TinyFactor, tiny_factors
-from .update import LowRankUpdate
-from .wavelet import axis_sizes
 
 PEFT_PREFIX = "base_model.model."
 KIND_NAMES = ("Linear", *(kind.__name__ for kind in KINDS))
