@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wara_peft import equivalent, wavelet
-from wara_peft.factors import SubbandFactor
+from wara_peft.forms import SubbandFactor
 
 RANK = 4
 IN_ONE_STEP, LONGEST_MATRIX = wavelet._in_one_step, equivalent.LONGEST_MATRIX

@@ -6,7 +6,7 @@ registration.peft_type()  # `WaRAConfig` names `PeftType.WARA`, so the member co
 
 from .config import WaRAConfig  # noqa: E402
 from .export import lora_error, save_as_lora, to_lora  # noqa: E402
-from .factors import frozen_factors  # noqa: E402
+from .forms import frozen_factors  # noqa: E402
 from .initialization import initialize_from_data  # noqa: E402
 from .model import WaRAModel  # noqa: E402
 

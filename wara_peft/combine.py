@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 
 from .config import WaRAConfig, suffix_matches
+from .forms import SUBBAND
 from .layer import WaRALayer
 from .wavelet import subbands
-
-if TYPE_CHECKING:
-    from .model import WaRAModel
 
 COMBINATION_TYPES = ("cat", "linear")
 
 
 def combine(
-    tuner: WaRAModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> None:
     """Add the combination to the tuner; arguments and errors are those of `WaRAModel.add_weighted_adapter`."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
@@ -35,7 +34,8 @@ def combine(
         _check_equal_layouts(layers, adapters)
     configs = [cast(WaRAConfig, tuner.peft_config[adapter]) for adapter in adapters]
     in_subbands = combination_type == "linear" or (
-        len({(config.wavelet, config.levels, config.form) for config in configs}) == 1 and configs[0].form == "subband"
+        len({(config.wavelet, config.levels, config.form) for config in configs}) == 1
+        and configs[0].form_object.keeps_subbands
     )
     ranks = {
         name: _ranks(layer, adapters[:1] if combination_type == "linear" else adapters, in_subbands)
@@ -52,7 +52,7 @@ def combine(
 
 
 def _check(
-    tuner: WaRAModel, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
 ) -> None:
     for adapter in adapters:
         if adapter not in tuner.peft_config:
@@ -65,17 +65,10 @@ def _check(
         raise ValueError(
             f"combination_type={combination_type!r} is not one of {', '.join(map(repr, COMBINATION_TYPES))}."
         )
-    forms = {adapter: cast(WaRAConfig, tuner.peft_config[adapter]).form for adapter in adapters}
-    grids = [adapter for adapter, form in forms.items() if form == "grid"]
-    if grids:
-        raise ValueError(
-            f"Adapters {', '.join(grids)} have form='grid', and mix tokens; they cannot be combined. Several of them "
-            "can be active at once: `model.base_model.set_adapter([...])`."
-        )
-    if combination_type == "linear" and "tiny" in forms.values():
-        raise ValueError(
-            "combination_type='linear' adds up factors, and those of form='tiny' are fixed. Use 'cat', which is exact."
-        )
+    for adapter in adapters:
+        reason = cast(WaRAConfig, tuner.peft_config[adapter]).form_object.not_combined.get(combination_type)
+        if reason is not None:
+            raise ValueError(f"Adapter {adapter!r} cannot be combined by {combination_type!r}: {reason}")
     for name, module in tuner.model.named_modules():
         if isinstance(module, WaRALayer):
             present = [adapter for adapter in adapters if adapter in module.wara_A]
@@ -121,12 +114,12 @@ def _ranks(layer: WaRALayer, adapters: list[str], in_subbands: bool) -> dict[str
 
 def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bool) -> WaRAConfig:
     """Config of the combination, whose scaling is 1: the factors hold weights and scalings."""
-    shared = in_subbands and first.form == "shared"
+    single_pair = in_subbands and first.form_object.single_pair(first)
     levels = first.levels if in_subbands else 1
     pattern: dict[str, Any] = {}
     for name, of_module in ranks.items():
         every = {band.name: 0 for band in subbands(levels)} | of_module
-        pattern[f"^{re.escape(name)}"] = of_module["aa1"] if shared else every
+        pattern[f"^{re.escape(name)}"] = next(iter(of_module.values())) if single_pair else every
     return replace(
         first,
         target_modules=list(ranks),
@@ -139,7 +132,7 @@ def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bo
         bias="none",
         wavelet=first.wavelet if in_subbands else "haar",
         levels=levels,
-        form=first.form if in_subbands else "subband",
+        form=cast(Any, first.form if in_subbands else SUBBAND.name),
         subband_ranks=None,
         rank_pattern=pattern,
         wara_alpha=None,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kinds import ModuleShape
 from .layer import WaRALayer
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -26,20 +27,14 @@ class Conv(WaRALayer):
         return cast(nn.Conv2d, self.get_base_layer())  # or one of its siblings, which have the same attributes
 
     @property
-    def in_length(self) -> int:
-        return self.in_features // self.groups
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        return tuple(self.convolution.kernel_size)
-
-    @property
-    def groups(self) -> int:
-        return self.convolution.groups
+    def shape(self) -> ModuleShape:
+        conv = self.convolution
+        in_channels = self.in_features // conv.groups
+        return ModuleShape(self.kind, self.out_features, in_channels, conv.groups, tuple(conv.kernel_size))
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        groups, ones = self.groups, [1] * len(self.kernel)
-        factor_a, factor_b = self.wara_A[adapter](), self.wara_B[adapter]()  # (R, in / groups, *kernel), (out, R)
+        groups, ones = self.convolution.groups, [1] * self.kind.kernel_dimensions
+        factor_a, factor_b = (factor() for factor in self.factors(adapter))  # (R, in / groups, *kernel), (out, R)
         x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
         hidden = self.convolution._conv_forward(x, factor_a.repeat(groups, 1, *ones), None)
         product = CONVOLUTIONS[len(ones)](hidden, factor_b.view(*factor_b.shape, *ones), groups=groups)

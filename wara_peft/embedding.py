@@ -28,9 +28,10 @@ class Embedding(WaRALayer):
             nn.init.normal_(columns)
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        hidden = self.wara_A[adapter](x.flatten()).T  # (tokens, R)
-        factor_b = self.wara_B[adapter]()  # (hidden size, R)
+        factor_a, factor_b = self.factors(adapter)
+        hidden = factor_a(x.flatten()).T  # (tokens, R)
+        columns = factor_b()  # B̂, (hidden size, R)
         embed_scale = self._get_embed_scale()  # type: ignore[no-untyped-call]
         if embed_scale is not None:
-            factor_b = factor_b * embed_scale.to(factor_b.dtype)
-        return add_low_rank(result, hidden, factor_b, self.scaling[adapter])
+            columns = columns * embed_scale.to(columns.dtype)
+        return add_low_rank(result, hidden, columns, self.scaling[adapter])

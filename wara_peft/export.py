@@ -17,13 +17,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checks import first
 from .config import WaRAConfig, suffix_matches
 from .conv import Conv
 from .disk.adapter import PEFT_PREFIX, SavedAdapter, Track, untracked
 from .disk.directory import written_at_once
+from .kinds import KINDS
 from .layer import WaRALayer
 from .low_rank_update import Decomposition, LowRankUpdate, rank_for_energy, truncation_energy
+from .messages import first
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for `--max-lora-rank`."""
@@ -243,8 +244,8 @@ def _tell_what_engines_refuse(adapter: _Adapter, strict: bool) -> None:
     refused = []
     kinds: dict[str, list[str]] = {}
     for name, update in adapter.updates.items():
-        if update.kernel or update.kind == "Embedding":
-            kinds.setdefault(update.kind, []).append(repr(name))
+        if not update.kind.is_linear:
+            kinds.setdefault(update.kind.name, []).append(repr(name))
     for kind, names in kinds.items():
         refused.append(f"adapters of {kind} layers ({first(names)})")
     others = [repr(key.removeprefix(PEFT_PREFIX)) for key in adapter.others]
@@ -311,9 +312,8 @@ def _lora_tensors(update: LowRankUpdate, pairs: Iterable[tuple[Tensor, Tensor]],
         padded_a.append(F.pad(rows, (*(0 for _ in update.kernel for _ in range(2)), *around)))
         padded_b.append(F.pad(factor_b, (0, missing)))
     lora_a, lora_b = torch.cat(padded_a), torch.cat(padded_b)
-    if update.kind == "Embedding":
-        return {"lora_embedding_A": lora_a, "lora_embedding_B": lora_b}
-    return {"lora_A.weight": lora_a, "lora_B.weight": lora_b.view(*lora_b.shape, *(1 for _ in update.kernel))}
+    name_a, name_b = update.kind.lora_names
+    return {name_a: lora_a, name_b: lora_b.view(*lora_b.shape, *(1 for _ in update.kernel))}
 
 
 def _lora_config(adapter: _Adapter, rank: int) -> LoraConfig:
@@ -323,7 +323,7 @@ def _lora_config(adapter: _Adapter, rank: int) -> LoraConfig:
         lora_alpha=rank,
         target_modules=list(adapter.updates),
         exclude_modules=adapter.exclude_modules,
-        fan_in_fan_out=all(update.kind == "Conv1D" for update in adapter.updates.values()),
+        fan_in_fan_out=all(update.kind is KINDS["Conv1D"] for update in adapter.updates.values()),
         bias="lora_only" if config.bias == "wara_only" else config.bias,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,

@@ -144,14 +144,14 @@ def _inspect_module(adapter: SavedAdapter, name: str) -> ModuleReport:
     rank = adapter.rank(name)
     return ModuleReport(
         name=name,
-        kind=shape.kind,
+        kind=shape.kind.name,
         out_features=shape.out_features,
         in_features=shape.in_features,
         ranks={band: len(rows) for band, (rows, _) in coefficients.items()},
         rank=rank * shape.groups,
         parameters=adapter.parameters(name),
         lora_parameters=None
-        if adapter.config.form == "grid"
+        if not adapter.config.form_object.has_delta_weight
         else rank * (shape.groups**2 * shape.in_features * kernel + shape.out_features),
         energy={band: _energy(*pair) for band, pair in coefficients.items()},
     )

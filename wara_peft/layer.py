@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,17 +11,37 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import WaRAConfig, scaling
-from .factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor, TransposedFactor
-from .grid import GridFactor, TokenGrid, TokenMixing, grid_subbands
+from .forms import Form, Parts, SubbandFactor, TiedFactor
+from .kinds import Kind, ModuleShape, kind_of
 from .low_rank_update import LowRankUpdate
-from .tiny import base_weight, fill_from_weight, tiny_factors
+from .quantization import base_weight
 from .wavelet import autocast_off
 
-KINDS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
-"""Classes of base layers whose name is their kind; everything else that is adapted is linear."""
+TENSOR_PARTS = ("wara_A", "wara_B", "wara_gain", "wara_core", "wara_basis")
+PARTS = (*TENSOR_PARTS, "token_mixing")
+"""Names of the containers that hold adapters' parts by the adapter's name."""
+
+
+class _PartsOfLayer(Mapping[str, Any]):
+    """The parts of one adapter, looked up where the layer has them now, which a replica of it has elsewhere."""
+
+    def __init__(self, layer: WaRALayer, adapter_name: str) -> None:
+        self.layer = layer
+        self.adapter_name = adapter_name
+
+    def __getitem__(self, name: str) -> Any:
+        container = getattr(self.layer, name)
+        if self.adapter_name not in container:
+            raise KeyError(name)
+        return container[self.adapter_name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in PARTS if self.adapter_name in getattr(self.layer, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 class WaRALayer(nn.Module, BaseTunerLayer):
@@ -34,18 +53,19 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         module_name: its full name in the model, by which configs give ranks and errors name it.
         config: that adapter's configuration.
         tied_to: the layer whose weight this layer's weight is tied to, and whose adapter it takes over.
+        context: what the adapter's form has found out about the model around the layer.
         kwargs: what PEFT's quantization backends ask for.
 
     Attributes:
-        wara_A, wara_B: for each adapter the module whose call gives Â (R, n) or B̂ (m, R).
-        wara_gain: for adapters of `form="grid"` with a shared pair, the gains (3L + 1, r) of its subbands.
-        wara_core, wara_basis: for adapters of `form="tiny"` what trains and what does not.
-        token_mixing: for adapters of `form="grid"` what happens to tokens between A and B.
+        forms: for each adapter its form.
+        wara_A, wara_B: for each adapter one side of its pairs; `factors` gives what hands out Â (R, n) and B̂ (m, R).
+        wara_gain, wara_core, wara_basis, token_mixing: further parts that some forms have.
         wara_alpha, scaling: for each adapter the numerator of its scaling, and the scaling in use.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("wara_A", "wara_B", "wara_gain", "wara_core", "wara_basis")
+    adapter_layer_names: tuple[str, ...] = TENSOR_PARTS
     other_param_names: tuple[str, ...] = (
+        "forms",
         "wara_alpha",
         "scaling",
         "use_rslora",
@@ -61,11 +81,13 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         module_name: str,
         config: WaRAConfig,
         tied_to: WaRALayer | None = None,
+        context: Any = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.module_name = module_name
+        self.forms: dict[str, Form] = {}
         self.wara_A = nn.ModuleDict({})
         self.wara_B = nn.ModuleDict({})
         self.wara_gain = nn.ParameterDict({})
@@ -76,7 +98,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.tied_to: dict[str, WaRALayer] = {}
-        self.token_mixing: dict[str, TokenMixing] = {}
+        self.token_mixing: dict[str, Any] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -85,80 +107,82 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         # The model has refused layers whose features are unknown.
         features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
         self.in_features, self.out_features = features
-        self.update_layer(adapter_name, config, tied_to=tied_to)
+        self.update_layer(adapter_name, config, module_name, tied_to, context)
 
     @property
-    def kind(self) -> str:
-        """What the base layer is, as recorded in `WaRAConfig.module_shapes`: the name of a supported class."""
-        base_layer = self.get_base_layer()
-        return next((cls.__name__ for cls in KINDS if isinstance(base_layer, cls)), "Linear")
+    def kind(self) -> Kind:
+        """What the base layer is."""
+        return kind_of(self.get_base_layer())
 
     @property
-    def in_length(self) -> int:
-        """Length of the axis of Â that is transformed."""
-        return self.in_features
+    def shape(self) -> ModuleShape:
+        """What is adapted: kind, lengths of the axes that are transformed, and of a convolution groups and kernel."""
+        return ModuleShape(self.kind, self.out_features, self.in_features)
 
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """Kernel size of a convolution; empty for other layers."""
-        return ()
-
-    def update_layer(self, adapter_name: str, config: WaRAConfig, tied_to: WaRALayer | None = None) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: WaRAConfig,
+        module_name: str | None = None,
+        tied_to: WaRALayer | None = None,
+        context: Any = None,
+    ) -> None:
         """Add an adapter, initialised, on the device of the base layer.
 
         Args:
             adapter_name: its name.
             config: its configuration, which gives ranks and alpha by the module's name.
-            tied_to: take over that layer's adapter, transposed, with its alpha.
+            module_name: the layer's full name in the model into which the adapter is injected, if not that of before.
+            tied_to: take over that layer's adapter, with its alpha.
+            context: what the form has found out about the model around the layer.
         """
+        module_name = self.module_name = self.module_name if module_name is None else module_name
+        self.forms[adapter_name] = config.form_object
         if tied_to is not None:
-            self.tied_to[adapter_name] = tied_to
-            factor_a, factor_b = tied_to.factors(adapter_name)
-            self.wara_A[adapter_name], self.wara_B[adapter_name] = (
-                TransposedFactor(factor_b),
-                TransposedFactor(factor_a),
-            )
-        elif config.form == "grid":
-            self._create_grid(adapter_name, config)
-        elif config.form == "tiny":
-            self._create_tiny(adapter_name, config)
+            self._tie(adapter_name, tied_to)
         else:
-            ranks = config.ranks_of(self.module_name)
-            factor = FACTORS[config.form]
-            rows = factor(config.wavelet, config.levels, self.in_length, ranks, IN_DIM, self.kernel)
-            self.wara_A[adapter_name] = rows
-            self.wara_B[adapter_name] = factor(config.wavelet, config.levels, self.out_features, ranks, OUT_DIM)
+            ranks = config.ranks_of(module_name)
+            parts = config.form_object.create(config, module_name, self.shape, ranks, context)
+            for name, part in parts.items():
+                getattr(self, name)[adapter_name] = part
+            if not config.form_object.may_be_loaded(parts):
+                self._fill_from_weight(adapter_name)
         self.wara_dropout[adapter_name] = nn.Dropout(config.wara_dropout) if config.wara_dropout else nn.Identity()
-        alpha = config.alpha_of(self.module_name if tied_to is None else tied_to.module_name)
+        alpha = config.alpha_of(module_name if tied_to is None else tied_to.module_name)
         self.wara_alpha[adapter_name] = self.total_rank(adapter_name) if alpha is None else alpha
         self.use_rslora[adapter_name] = config.use_rslora
         self.set_scale(adapter_name, 1.0)
-        self.reset_wara_parameters(adapter_name, config.init_weights)
+        if tied_to is None:
+            self.reset_wara_parameters(adapter_name, config.init_weights)
         packed = getattr(self.get_base_layer(), "W_q", None)  # HQQ's name for its weight, which PEFT does not look for
         self._move_adapter_to_device_of_base_layer(adapter_name, None if packed is None else packed.device)
         self.set_adapter(self.active_adapters)
 
-    def _create_grid(self, adapter_name: str, config: WaRAConfig) -> None:
-        ranks, shared = config.ranks_of(self.module_name), config.shared_grid_pair
-        self.wara_A[adapter_name] = GridFactor(self.in_features, ranks, IN_DIM, shared)
-        self.wara_B[adapter_name] = GridFactor(self.out_features, ranks, OUT_DIM, shared)
-        if shared:
-            self.wara_gain[adapter_name] = nn.Parameter(torch.ones(len(ranks), next(iter(ranks.values()))))
-        # A layer made outside of a model has only what the config says.
-        grid = TokenGrid(config.grid_size, config.num_prefix_tokens, fixed=config.grid_size is not None)
-        grid = config.token_grids.get(self.module_name, grid)
-        channels = tuple(band for band in grid_subbands(config.levels) for _ in range(ranks[band.name]))
-        self.token_mixing[adapter_name] = TokenMixing(self.module_name, grid, config.wavelet, channels)
+    def _tie(self, adapter_name: str, tied_to: WaRALayer) -> None:
+        """Take over another layer's adapter; between layers that keep a weight and its transpose, A and B swap."""
+        self.tied_to[adapter_name] = tied_to
+        factor_a, factor_b = tied_to.factors(adapter_name)
+        transposed = self.kind.keeps_in_first != tied_to.kind.keeps_in_first
+        sources = (factor_b, factor_a) if transposed else (factor_a, factor_b)
+        self.wara_A[adapter_name], self.wara_B[adapter_name] = (TiedFactor(source, transposed) for source in sources)
 
-    def _create_tiny(self, adapter_name: str, config: WaRAConfig) -> None:
-        shape, ranks = (self.out_features, self.in_features), config.ranks_of(self.module_name)
-        basis, core, rows, columns = tiny_factors(
-            self.module_name, config.wavelet, config.levels, shape, ranks, config.core == "diagonal", config.save_basis
-        )
-        if config.needs_base_weights:
-            fill_from_weight(rows, columns, base_weight(self.get_base_layer(), self.quantization_backend))
-        self.wara_basis[adapter_name], self.wara_core[adapter_name] = basis, core
-        self.wara_A[adapter_name], self.wara_B[adapter_name] = rows, columns
+    def tie_again(self, tied_to: WaRALayer) -> None:
+        """Use that layer's adapters wherever this layer's are tied, as in a replica of the model."""
+        self.tied_to = dict(self.tied_to)  # a replica shares the dict with the layer that it is made from
+        for adapter_name in self.tied_to:
+            self._tie(adapter_name, tied_to)
+
+    def parts(self, adapter_name: str) -> Parts:
+        """The parts of an adapter, by the name of the container that holds them."""
+        return _PartsOfLayer(self, adapter_name)
+
+    def _fill_from_weight(self, adapter_name: str) -> None:
+        """Make the values of parts that come from the base layer's weight."""
+        form, parts = self.forms[adapter_name], self.parts(adapter_name)
+        if form.needs_weight(parts):
+            form.fill(
+                parts, self.module_name, self.shape, base_weight(self.get_base_layer(), self.quantization_backend)
+            )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT moves an adapter, which makes a new parameter of a gain: that trains only if the old one did."""
@@ -168,36 +192,21 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             self.wara_gain[adapter_name].requires_grad_(trains)
 
     def reset_wara_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Draw A_s as LoRA draws A, with fan-in n_j, and set B_s to zero, or draw it too if `init_weights` is False.
-
-        Then ‖row of Â‖² is about 1/3, as in LoRA, and ΔW = 0. With "orthogonal" rows of A_s are orthonormal. In place
-        of A and B, `form="tiny"` has a core, which is zero, or drawn.
-        """
-        for rows in self.wara_A[adapter_name].parameters():
-            nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
-        if init_weights == "orthogonal":
-            factor_a = self.factors(adapter_name)[0]
-            for name in factor_a.subbands:
-                nn.init.orthogonal_(factor_a.subband(name).detach())
-        for columns in self.wara_B[adapter_name].parameters():
-            if init_weights:
-                nn.init.zeros_(columns)
-            else:
-                nn.init.kaiming_uniform_(columns, a=math.sqrt(5))
-        if adapter_name in self.wara_core:
-            for core in self.wara_core[adapter_name].parameters():
-                (nn.init.zeros_ if init_weights else nn.init.normal_)(core)
+        """Give an adapter its first values, as its form does for `WaRAConfig.init_weights`: ΔW = 0 if that is True."""
+        self.forms[adapter_name].initialise(self.parts(adapter_name), init_weights)
 
     def factors(self, adapter_name: str) -> tuple[SubbandFactor, SubbandFactor]:
         """The modules that hand out Â and B̂ of an adapter."""
-        return (
-            cast(SubbandFactor, self.wara_A[adapter_name]),
-            cast(SubbandFactor, self.wara_B[adapter_name]),
-        )
+        if adapter_name in self.tied_to:
+            return self.wara_A[adapter_name], self.wara_B[adapter_name]  # type: ignore[return-value]
+        form, parts = self.forms[adapter_name], self.parts(adapter_name)
+        if form.needs_weight(parts):  # the config was a saved adapter's, whose file has not been loaded
+            self._fill_from_weight(adapter_name)
+        return form.factors(parts)
 
     def total_rank(self, adapter_name: str) -> int:
         """R = Σ_s r_s, the rank of the LoRA that this adapter is."""
-        return self.factors(adapter_name)[0].rank
+        return cast(SubbandFactor, self.wara_A[adapter_name]).rank
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's scaling to scale · alpha / R, or scale · alpha / √R with `use_rslora`."""
@@ -222,23 +231,18 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             else:
                 self.scaling[adapter] /= scale
 
-    @property
-    def groups(self) -> int:
-        """Number of groups of a convolution, 1 for other layers."""
-        return 1
-
     def check_has_delta_weight(self, adapter_names: Iterable[str]) -> None:
         """Refuse adapters whose change of the output no weight can make.
 
         Raises:
-            ValueError: one of the adapters has `form="grid"` here.
+            ValueError: one of the adapters has a form without ΔW here.
         """
         for adapter_name in adapter_names:
-            if adapter_name in self.token_mixing:
+            if adapter_name in self.forms and not self.forms[adapter_name].has_delta_weight:
                 raise ValueError(
-                    f"Adapter {adapter_name!r} has form='grid', and in module {self.module_name!r} it mixes tokens, "
-                    "which no weight of a layer can do: it has no ΔW, and cannot be merged or converted to LoRA. "
-                    "Serve it unmerged."
+                    f"Adapter {adapter_name!r} has form={self.forms[adapter_name].name!r}, and in module "
+                    f"{self.module_name!r} it mixes tokens, which no weight of a layer can do: it has no ΔW, and "
+                    "cannot be merged or converted to LoRA. Serve it unmerged."
                 )
 
     def low_rank_update(self, adapter_name: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
@@ -254,7 +258,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.check_has_delta_weight([adapter_name])
         factor_a, factor_b = self.factors(adapter_name)
         scaled = factor_b.synthesise(dtype) * self.scaling[adapter_name]
-        return LowRankUpdate(self.kind, factor_a.synthesise(dtype), scaled, self.groups)
+        return LowRankUpdate(self.kind, factor_a.synthesise(dtype), scaled, self.shape.groups)
 
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
         """Scaled ΔW of an adapter, in the shape and orientation of the base weight.
@@ -368,8 +372,8 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.set_base_weight(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is a LoRA of rank R, which `wara_peft.to_lora` converts without error: all but grids."""
-        return adapter_name not in self.token_mixing
+        """Whether the adapter is a LoRA of rank R, which `wara_peft.to_lora` converts without error: all with a ΔW."""
+        return self.forms[adapter_name].has_delta_weight
 
     def __repr__(self) -> str:
         return "wara." + super().__repr__()
@@ -381,17 +385,15 @@ class WaRALayer(nn.Module, BaseTunerLayer):
 class Linear(WaRALayer):
     """WaRA beside a linear layer: result = base(x) + scaling · (x Âᵀ) B̂ᵀ, for x of shape (..., n).
 
-    With `form="grid"` the hidden channels x Âᵀ of all tokens pass through the wavelet before they meet B̂.
-    The base layer is an `nn.Linear`, one of the quantized layers that PEFT knows, or transformers' `Conv1D`. ΔW is
-    never built; the product lands in the result by `torch.addmm`.
+    Some forms change the hidden channels x Âᵀ before they meet B̂. The base layer is an `nn.Linear`, one of the
+    quantized layers that PEFT knows, or transformers' `Conv1D`. ΔW is never built; the product lands in the result by
+    `torch.addmm`.
     """
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        factor_a, factor_b = self.wara_A[adapter](), self.wara_B[adapter]()  # (R, n), (m, R)
+        factor_a, factor_b = (factor() for factor in self.factors(adapter))  # (R, n), (m, R)
         x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
-        hidden = F.linear(x, factor_a)  # (..., R)
-        if adapter in self.token_mixing:
-            hidden = self.token_mixing[adapter](hidden, self.wara_gain.get(adapter))
+        hidden = self.forms[adapter].between(F.linear(x, factor_a), self.parts(adapter))  # (..., R)
         return add_low_rank(result, hidden, factor_b, self.scaling[adapter])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .kinds import Kind
 from .wavelet import autocast_off
 
 
@@ -16,13 +17,13 @@ class LowRankUpdate:
     """ΔW = B̂ Â of one module, with the scaling inside B̂.
 
     Args:
-        kind: class name of the base layer, as in `WaRAConfig.module_shapes`.
+        kind: what the base layer is.
         factor_a: Â, (R, n), or (R, n, *kernel) for a convolution, with n the in channels of one group.
         factor_b: scaling · B̂, (m, R).
         groups: number of groups of a convolution. Every group has the same Â and its own rows of B̂.
     """
 
-    kind: str
+    kind: Kind
     factor_a: Tensor
     factor_b: Tensor
     groups: int = 1
@@ -44,7 +45,7 @@ class LowRankUpdate:
         """
         with autocast_off([self.factor_a]):
             product = (self.factor_b @ self.factor_a.flatten(1)).to(dtype or self.factor_b.dtype)  # (m, n · kernel)
-        if self.kind in ("Conv1D", "Embedding"):
+        if self.kind.keeps_in_first:
             return product.T
         return product.view(len(product), *self.factor_a.shape[1:])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -22,23 +24,31 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .checks import check_adapter_name, check_base_weights, check_grids, check_targets, first
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
+from .forms import Target
+from .kinds import LINEAR, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
-from .quantization import keep_unpacked
-from .restore import undone_on_error
-from .tiny import base_weight
-from .vision import token_grid
+from .messages import first
+from .quantization import base_weight, keep_unpacked
+from .rollback import undone_on_error
+from .targets import check_adapter_name, check_base_weights_of_saved, check_ranks, check_shapes_of_saved
+from .wavelet import axis_sizes
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
     " and `transformers.pytorch_utils.Conv1D`"
 )
+
+
+class _NotLoaded(NamedTuple):
+    """The config with which an adapter was made, and the parameters that trained before."""
+
+    config: WaRAConfig
+    trained: list[nn.Parameter]
 
 
 class WaRAModel(BaseTuner):
@@ -52,14 +62,21 @@ class WaRAModel(BaseTuner):
 
     Raises:
         TypeError: a target module is of a kind that WaRA does not adapt.
-        ValueError: the adapter's name is reserved, no module matches, a module is left without any rank, or a saved
-            adapter was made for modules of other shapes. All of this is found before the first module is replaced.
+        ValueError: the adapter's name is reserved, no module matches, or a module is left without any rank. All of
+            this is found before the first module is replaced. A saved adapter that was made for modules of other
+            shapes is refused when its file is loaded, and then removed again.
+
+    Attributes:
+        peft_config: the tuner's own copy of each adapter's config, on which it writes what it finds out; the object
+            that was passed in stays as it was.
     """
 
     prefix: str = "wara_"
     tuner_layer_cls = WaRALayer
     # Modules named by a state dict from which an adapter is being injected, in place of the config's targets.
     _named_by_state_dict: set[str] | None = None
+    # Adapters whose config came with a saved one, until its tensors come.
+    _not_loaded: Mapping[str, _NotLoaded] = {}
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -67,8 +84,11 @@ class WaRAModel(BaseTuner):
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
             self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+        given = cast(WaRAConfig, self.peft_config[adapter_name])
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             check_adapter_name(adapter_name)
+            self.peft_config[adapter_name] = copy.deepcopy(given)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
@@ -79,17 +99,78 @@ class WaRAModel(BaseTuner):
         keep_unpacked(model)
         config = cast(WaRAConfig, self.peft_config[adapter_name])
         config.module_shapes = {
-            name: [module.kind, module.out_features, module.in_length, *([module.groups] if module.groups > 1 else [])]
+            name: module.shape.as_list()
             for name, module in model.named_modules()
             if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
         }
+        if given.module_shapes is not None:
+            self._config_came_from_file(adapter_name, _NotLoaded(given, trained))
+        if any(isinstance(module, WaRALayer) and module.tied_to for module in model.modules()):
+            self._keep_ties_in_replicas(model)
+
+    def _config_came_from_file(self, adapter_name: str, given: _NotLoaded) -> None:
+        """Have a saved adapter's shapes checked once its tensors are loaded; its config alone may be for any model."""
+        self._not_loaded = {**self._not_loaded, adapter_name: given}
+        if given.config.inference_mode:  # as in loading, which transformers does without `load_state_dict`
+            try:
+                self._check_against_saved(adapter_name)
+            except ValueError as error:
+                warnings.warn(f"{error} A new adapter is made with its config, which does not train (inference_mode).")
+
+    def _check_against_saved(self, adapter_name: str) -> None:
+        saved, found = self._not_loaded[adapter_name].config, cast(WaRAConfig, self.peft_config[adapter_name])
+        check_shapes_of_saved(saved.module_shapes or {}, found.module_shapes or {})
+        check_base_weights_of_saved(saved.base_weight_hashes or {}, found.base_weight_hashes or {})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
+        for adapter_name in [name for name in self._not_loaded if name in self.peft_config]:
+            tensors = {key: value for key, value in state_dict.items() if f".{adapter_name}." in key}
+            if any(f".{self.prefix}" in key for key in tensors) and self._may_be_the_saved(
+                adapter_name, tensors, prefix
+            ):
+                try:
+                    self._check_against_saved(adapter_name)
+                except ValueError:
+                    self._remove(adapter_name)
+                    raise
+                self._not_loaded = {name: given for name, given in self._not_loaded.items() if name != adapter_name}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _may_be_the_saved(self, adapter_name: str, tensors: dict[str, Tensor], prefix: str) -> bool:
+        """Whether tensors may be those of the saved adapter that the config came with, and not this one's own."""
+        own = self.state_dict(prefix=prefix)
+        if any(key in own and own[key].shape != tensor.shape for key, tensor in tensors.items()):
+            return True
+        saved, found = self._not_loaded[adapter_name].config, cast(WaRAConfig, self.peft_config[adapter_name])
+        shapes = found.module_shapes or {}
+        pairs = [(entry, shapes[name]) for name, entry in (saved.module_shapes or {}).items() if name in shapes]
+        return all(
+            axis_sizes(there, 1)[1] == axis_sizes(here, 1)[1]
+            for entry, shape in pairs
+            for there, here in zip(entry[1:3], shape[1:3], strict=True)
+        )
+
+    def _remove(self, adapter_name: str) -> None:
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+        else:
+            self.unload()
+            for parameter in self._not_loaded[adapter_name].trained:
+                parameter.requires_grad_(True)
+
+    def _keep_ties_in_replicas(self, model: nn.Module) -> None:
+        """Have replicas of the model, as `nn.DataParallel` makes them, tie their layers to their own embedding."""
+        if _tie_replica not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(_tie_replica)
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
         _maybe_include_all_linear_layers(peft_config, model)
+        form = peft_config.form_object
         bases: dict[str, nn.Module] = {}
         unsupported = []
-        only_linear = peft_config.form in ("grid", "tiny") or not isinstance(peft_config.init_weights, bool)
+        only_linear = form.linear_only or not isinstance(peft_config.init_weights, bool)
         for name, module in self._targets(peft_config, model):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             layer_class = self._layer_class(base)
@@ -105,23 +186,21 @@ class WaRAModel(BaseTuner):
                 f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
-        shapes = {name: _axis_lengths(base) for name, base in bases.items()}
-        check_targets(peft_config, shapes)
-        if peft_config.form == "grid":
-            peft_config.token_grids = {name: token_grid(model, name, peft_config) for name in bases}
-            check_grids(peft_config)
-        if peft_config.needs_base_weights:
-            weights = ((name, self._base_weight(name, base)) for name, base in bases.items())
-            check_base_weights(peft_config, weights, shapes)
+        check_ranks(peft_config, bases)
+        targets = {
+            name: Target(_shape(base), partial(self._base_weight, peft_config, name, base))
+            for name, base in bases.items()
+        }
+        form.check_targets(peft_config, model, targets)
 
-    def _base_weight(self, name: str, base_layer: nn.Module) -> Tensor:
+    def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
         try:
             return base_weight(base_layer, backend)
         except TypeError as error:  # of backends that cannot dequantize
             raise ValueError(
-                f"form='tiny' needs the weight of module {name!r}: {error} Use form='subband', or a base model that "
-                "is quantized otherwise."
+                f"form={peft_config.form!r} needs the weight of module {name!r}: {error} Use form='subband', or a "
+                "base model that is quantized otherwise."
             ) from error
 
     def _targets(self, peft_config: WaRAConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -134,12 +213,13 @@ class WaRAModel(BaseTuner):
                 yield name, module
 
     def _layer_class(self, base_layer: nn.Module) -> type[WaRALayer] | None:
-        if isinstance(base_layer, (nn.Linear, Conv1D)):
-            return Linear
-        if isinstance(base_layer, nn.Embedding):
-            return Embedding
-        if isinstance(base_layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        kind = kind_of(base_layer)
+        if kind.kernel_dimensions:
             return Conv
+        if not kind.is_linear:
+            return Embedding
+        if isinstance(base_layer, nn.Linear) or kind is not LINEAR:
+            return Linear
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
@@ -156,14 +236,15 @@ class WaRAModel(BaseTuner):
         tied_to = None
         if self._check_tied_module_exists(peft_config, current_key):
             tied_to = cast(WaRALayer, self.model.get_input_embeddings())
+        context = peft_config.form_object.context(peft_config, self.model, current_key)
         if isinstance(target, WaRALayer):
-            target.update_layer(adapter_name, peft_config, tied_to=tied_to)
+            target.update_layer(adapter_name, peft_config, current_key, tied_to, context)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = self._layer_class(base)
         assert layer_class is not None  # _prepare_model has looked at every target
         quantization = get_quantization_kwargs(self.model)
-        layer = layer_class(target, adapter_name, current_key, peft_config, tied_to, **quantization)
+        layer = layer_class(target, adapter_name, current_key, peft_config, tied_to, context, **quantization)
         if adapter_name not in self.active_adapters:
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
@@ -189,7 +270,8 @@ class WaRAModel(BaseTuner):
         if isinstance(peft_config.target_modules, str):
             peft_config.target_modules = rf"(?:{peft_config.target_modules})|{re.escape(embedding)}"
         else:
-            peft_config.target_modules = {embedding, *_without(peft_config.target_modules, tied_weight_keys)}
+            # Names of tied layers stay, by which PEFT knows on loading that there is something to tie.
+            peft_config.target_modules = {embedding, *peft_config.target_modules}
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Train the input embedding in full, and let the layers tied to it use its copy."""
@@ -265,18 +347,44 @@ class WaRAModel(BaseTuner):
                     "adapter unmerged, or merge it into the unquantized model."
                 )
 
-    def _check_has_delta_weights(self, adapter_names: list[str] | None) -> None:
-        """Refuse to merge what cannot be merged before the first weight is touched."""
-        for module in self.model.modules():
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched."""
+        layers: dict[str, WaRALayer] = {}
+        for name, module in self.model.named_modules():
             if isinstance(module, WaRALayer):
-                module.check_has_delta_weight(module.active_adapters if adapter_names is None else adapter_names)
+                merged = module.active_adapters if adapter_names is None else adapter_names
+                module.check_has_delta_weight(merged)
+                if any(adapter in module.wara_A for adapter in merged):
+                    layers[name] = module
+        users: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+        for name, layer in layers.items():
+            weight = getattr(layer.get_base_layer(), "weight", None)
+            merged = layer.active_adapters if adapter_names is None else adapter_names
+            others = [
+                repr(other)
+                for other in users.get(id(weight), [])
+                if other != name
+                and not other.endswith(".original_module")  # whose place a trained copy has taken
+                and not (other in layers and _share_adapters(layer, layers[other], merged))
+            ]
+            if others:
+                raise ValueError(
+                    f"Cannot merge into module {name!r}: its weight is tied to {first(others)}, which would change "
+                    "too, though the adapter is not used there. Give that module a weight of its own first "
+                    "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
+                    "`tie_word_embeddings=False` in the model's config), or train the adapter with "
+                    "`ensure_weight_tying=True`."
+                )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.
 
         For this the base weights of the target modules are kept, in main memory, until the last one is merged.
         """
-        self._check_has_delta_weights(adapter_names)
+        self._check_mergeable(adapter_names)
         with undone_on_error(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -288,7 +396,7 @@ class WaRAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_has_delta_weights(adapter_names)
+            self._check_mergeable(adapter_names)
         with undone_on_error(self.model) if merge else nullcontext():
             return super()._unload_and_optionally_merge(  # type: ignore[return-value]
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -311,7 +419,25 @@ def _without(names: Iterable[str], keys: list[str]) -> list[str]:
     return [name for name in names if not any(key == name or key.endswith(f".{name}") for key in keys)]
 
 
-def _axis_lengths(base_layer: nn.Module) -> tuple[int, int]:
+def _shape(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
-    return out_features, in_features // int(getattr(base_layer, "groups", 1))
+    groups = int(getattr(base_layer, "groups", 1))
+    return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups)
+
+
+def _share_adapters(layer: WaRALayer, other: WaRALayer, adapter_names: list[str]) -> bool:
+    """Whether the adapters of two layers are one and the same."""
+    return all(
+        layer.tied_to.get(adapter, layer) is other.tied_to.get(adapter, other)
+        for adapter in adapter_names
+        if adapter in layer.wara_A or adapter in other.wara_A
+    )
+
+
+def _tie_replica(model: Any, args: tuple[Any, ...]) -> None:
+    if getattr(model, "_is_replica", False):
+        embedding = model.get_input_embeddings()
+        for module in model.modules():
+            if isinstance(module, WaRALayer) and module.tied_to:
+                module.tie_again(embedding)

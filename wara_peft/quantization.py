@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from .kinds import kind_of
+
+
+def base_weight(base_layer: nn.Module, backend: QuantizationBackend | None) -> Tensor:
+    """Weight (m, n) of a linear layer, dequantized."""
+    keep_unpacked(base_layer)
+    weight = cast(Tensor, base_layer.weight).data if backend is None else backend.get_base_weight(base_layer)
+    return weight.T if kind_of(base_layer).keeps_in_first else weight
 
 
 def keep_unpacked(model: nn.Module) -> None:

@@ -7,11 +7,10 @@ values when they are read. Pickles are never opened.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,31 +19,18 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checks import first
 from ..config import WaRAConfig, scaling
-from ..factors import FACTORS, IN_DIM, OUT_DIM, SubbandFactor
-from ..layer import KINDS
+from ..forms import Form, Parts, SubbandFactor
+from ..kinds import KINDS, ModuleShape
 from ..low_rank_update import LowRankUpdate
-from ..tiny import TinyFactor, tiny_factors
-from ..wavelet import axis_sizes
+from ..messages import first
 from .checkpoint import read_json
 
 PEFT_PREFIX = "base_model.model."
-KIND_NAMES = ("Linear", *(kind.__name__ for kind in KINDS))
 Track = Callable[[Collection[str]], Iterable[str]]
 """Wraps a loop over names to show its progress, as `rich.progress.track` does."""
-
-
-@dataclass(frozen=True)
-class ModuleShape:
-    """An adapted module: kind of its base layer, lengths of its out and in axes (in channels of one group), groups."""
-
-    kind: str
-    out_features: int
-    in_features: int
-    groups: int = 1
 
 
 class SavedAdapter:
@@ -71,7 +57,7 @@ class SavedAdapter:
             raise FileNotFoundError(f"There is no adapter directory {str(path)!r}.")
         self.config = _read_config(self.path / CONFIG_NAME)
         self.modules = self._read_shapes()
-        if self.config.form == "tiny" and not self.config.save_basis:
+        if not self.config.save_basis:
             raise ValueError(
                 f"The adapter in {str(self.path)!r} was saved without its basis (save_basis=False), which only its "
                 "base model can give again: load it on that, and use the model."
@@ -86,28 +72,46 @@ class SavedAdapter:
                 else "."
             )
             raise FileNotFoundError(f"There is no file {str(self._file)!r}{remedy}")
-        self._kernels: dict[str, tuple[int, ...]] = {}
         shapes = self._shapes_in_file()
-        self._expected = {name: self._expected_shapes(name, shapes) for name in self.modules}
+        self.modules = {name: self._with_kernel(name, shapes) for name in self.modules}
+        self._expected = {name: self._expected_shapes(name) for name in self.modules}
         self.others = self._check_keys(shapes)
+
+    @property
+    def _form(self) -> Form:
+        return self.config.form_object
 
     @cached_property
     def tied(self) -> bool:
         """Whether the embedding's adapter may be shared by layers tied to it."""
-        return self.config.ensure_weight_tying and any(shape.kind == "Embedding" for shape in self.modules.values())
+        return self.config.ensure_weight_tying and any(
+            shape.kind is KINDS["Embedding"] for shape in self.modules.values()
+        )
 
     def check_has_delta_weight(self, module: str) -> None:
         """Refuse an adapter whose change of the output no weight can make.
 
         Raises:
-            ValueError: it has `form="grid"`.
+            ValueError: it has a form without ΔW.
         """
-        if self.config.form == "grid":
+        if not self._form.has_delta_weight:
             raise ValueError(
-                f"The adapter in {str(self.path)!r} has form='grid', and in module {module!r} it mixes tokens, which "
-                "no weight of a layer can do: it has no ΔW, and cannot be merged or converted to LoRA. Serve it "
-                "unmerged."
+                f"The adapter in {str(self.path)!r} has form={self.config.form!r}, and in module {module!r} it mixes "
+                "tokens, which no weight of a layer can do: it has no ΔW, and cannot be merged or converted to LoRA. "
+                "Serve it unmerged."
             )
+
+    def _empty_parts(self, module: str) -> Parts:
+        """An adapted module's parts, on the meta device."""
+        with torch.device("meta"):
+            return self._form.create(self.config, module, self.modules[module], self.config.ranks_of(module))
+
+    def _parts(self, module: str) -> Parts:
+        """An adapted module's parts with their values, on the CPU."""
+        parts = self._empty_parts(module)
+        keys = list(self._form.saved(parts))
+        tensors = self._read(f"{module}.{key}" for key in keys)
+        return self._form.with_values(parts, dict(zip(keys, tensors, strict=True)))
 
     def factors(self, module: str) -> tuple[SubbandFactor, SubbandFactor]:
         """The modules that hand out Â and B̂ of an adapted module, on the CPU.
@@ -116,56 +120,18 @@ class SavedAdapter:
             ValueError: a value is not finite, or the adapter has no ΔW (`form="grid"`).
         """
         self.check_has_delta_weight(module)
-        shape, config = self.modules[module], self.config
-        ranks = config.ranks_of(module)
-        rows: SubbandFactor
-        columns: SubbandFactor
-        parts: dict[str, nn.Module]
-        if config.form == "tiny":
-            sizes, diagonal = (shape.out_features, shape.in_features), config.core == "diagonal"
-            basis, core, rows, columns = tiny_factors(
-                module, config.wavelet, config.levels, sizes, ranks, diagonal, config.save_basis
-            )
-            parts = {"wara_basis": basis, "wara_core": core}
-        else:
-            new = FACTORS[config.form]
-            with torch.device("meta"):
-                rows = new(config.wavelet, config.levels, shape.in_features, ranks, IN_DIM, self._kernels[module])
-                columns = new(config.wavelet, config.levels, shape.out_features, ranks, OUT_DIM)
-            parts = {"wara_A": rows, "wara_B": columns}
-        for prefix, part in parts.items():
-            names = list(part.state_dict())
-            tensors = self._read(f"{module}.{prefix}.{name}" for name in names)
-            part.load_state_dict(dict(zip(names, tensors, strict=True)), assign=True)
-        return rows, columns
+        return self._form.factors(self._parts(module))
 
     @torch.no_grad()
     def coefficients(self, module: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """A_s, (r_s, n_j, *kernel), and scaling · B_s, (m_j, r_s), of each subband of an adapted module.
-
-        For `form="tiny"` the core is part of B_s; for a shared pair of `form="grid"` a subband's gain is.
-        """
+        """A_s, (r_s, n_j, *kernel), and scaling · B_s, (m_j, r_s), of each subband of an adapted module."""
         scale = self.scaling(module)
-        if self.config.form != "grid":
-            factor_a, factor_b = self.factors(module)
-            found = {name: (factor_a.subband(name), factor_b.subband(name) * scale) for name in factor_a.subbands}
-            if isinstance(factor_b, TinyFactor):
-                cores = factor_b.core.named_parameters()
-                matrices = {name: core.diag() if factor_b.core.diagonal else core for name, core in cores}
-                found = {name: (rows, columns @ matrices[name]) for name, (rows, columns) in found.items()}
-            return found
-        all_rows, all_columns = self._read([f"{module}.wara_A.weight", f"{module}.wara_B.weight"])
-        ranks = {name: rank for name, rank in self.config.ranks_of(module).items() if rank}
-        if self.config.shared_grid_pair:
-            (gains,) = self._read([f"{module}.wara_gain"])
-            return {name: (all_rows, all_columns * gain * scale) for name, gain in zip(ranks, gains, strict=True)}
-        pairs = zip(all_rows.split(list(ranks.values())), all_columns.split(list(ranks.values()), 1), strict=True)
-        return {name: (rows, columns * scale) for name, (rows, columns) in zip(ranks, pairs, strict=True)}
+        pairs = self._form.coefficients(self._parts(module))
+        return {name: (rows, columns * scale) for name, (rows, columns) in pairs.items()}
 
     def rank(self, module: str) -> int:
         """R of an adapted module: the rank of its adapter between x and the result."""
-        ranks = self.config.ranks_of(module)
-        return next(iter(ranks.values())) if self.config.shared_grid_pair else sum(ranks.values())
+        return self._form.total_rank(self.config, self.config.ranks_of(module))
 
     def scaling(self, module: str) -> float:
         """Factor of B̂ Â in an adapted module."""
@@ -173,14 +139,11 @@ class SavedAdapter:
 
     def parameters(self, module: str) -> int:
         """Number of parameters that the adapter trains for an adapted module."""
-        return sum(math.prod(shape) for key, shape in self._expected[module].items() if ".wara_basis." not in key)
+        return self._form.trained_parameters(self._empty_parts(module))
 
     def weight_shape(self, module: str) -> tuple[int, ...]:
         """Shape in which the base model keeps the weight of an adapted module."""
-        shape = self.modules[module]
-        if shape.kind in ("Conv1D", "Embedding"):
-            return shape.in_features, shape.out_features
-        return shape.out_features, shape.in_features, *self._kernels[module]
+        return self.modules[module].weight_shape
 
     def update(
         self, module: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
@@ -217,22 +180,19 @@ class SavedAdapter:
 
     def _read_shapes(self) -> dict[str, ModuleShape]:
         where = f"module_shapes in {str(self.path / CONFIG_NAME)!r}"
-        if not isinstance(self.config.module_shapes, dict) or not self.config.module_shapes:
+        if not self.config.module_shapes:
             raise ValueError(
                 f"{where} is empty. Load the adapter on its base model and save it again to have it filled."
             )
         shapes = {}
-        for name, entry in sorted(self.config.module_shapes.items(), key=_natural_order):
-            if not (
-                isinstance(entry, list)
-                and len(entry) in (3, 4)
-                and entry[0] in KIND_NAMES
-                and all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in entry[1:])
-            ):
-                raise ValueError(f"{where} has {entry!r} for {name!r}; [kind, out, in] was expected.")
-            shapes[name] = ModuleShape(*entry)
+        for name, (kind, *sizes) in sorted(self.config.module_shapes.items(), key=_natural_order):
+            if kind not in KINDS:
+                raise ValueError(f"{where} names the kind {kind!r} for {name!r}; it is one of {', '.join(KINDS)}.")
+            shapes[name] = ModuleShape(KINDS[kind], *sizes)
             if shapes[name].out_features % shapes[name].groups:
-                raise ValueError(f"{where} has {entry!r} for {name!r}, whose groups do not divide its out channels.")
+                raise ValueError(
+                    f"{where} has {[kind, *sizes]!r} for {name!r}, whose groups do not divide its out channels."
+                )
         return shapes
 
     def _shapes_in_file(self) -> dict[str, tuple[int, ...]]:
@@ -275,42 +235,25 @@ class SavedAdapter:
             )
         return others
 
-    def _expected_shapes(self, name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """What the config says of one module's adapter, by key."""
-        module, config = self.modules[name], self.config
-        ranks = {band: rank for band, rank in config.ranks_of(name).items() if rank}
-        if not ranks:
+    def _with_kernel(self, name: str, shapes: dict[str, tuple[int, ...]]) -> ModuleShape:
+        """The shape of a module with the kernel size of a convolution, which only the file knows."""
+        module = self.modules[name]
+        if not any(self.config.ranks_of(name).values()):
             raise ValueError(f"The config in {str(self.path)!r} gives module {name!r} no rank.")
-        if config.form == "grid":
-            total = self.rank(name)
-            gain = {f"{name}.wara_gain": (len(ranks), total)} if config.shared_grid_pair else {}
-            pair = {
-                f"{name}.wara_A.weight": (total, module.in_features),
-                f"{name}.wara_B.weight": (module.out_features, total),
-            }
-            return {**pair, **gain}
-        by_level = {level: rank for level, rank in enumerate(config.level_ranks_of(name)) if rank}
-        kernel = self._kernels[name] = self._kernel(name, shapes.get(f"{name}.wara_A.level{min(by_level)}", ()))
-        in_sizes = axis_sizes(module.in_features, config.levels)
-        out_sizes = axis_sizes(module.out_features, config.levels)
-        side_a, side_b = ("wara_basis.A_", "wara_basis.B_") if config.form == "tiny" else ("wara_A.", "wara_B.")
-        expected: dict[str, tuple[int, ...]] = {}
-        for level, rank in by_level.items():
-            expected[f"{name}.{side_a}level{level}"] = (rank, in_sizes[level], *kernel)
-            expected[f"{name}.{side_b}level{level}"] = (out_sizes[level], rank)
-        if config.form == "tiny":
-            for band, rank in ranks.items():
-                expected[f"{name}.wara_core.{band}"] = (rank,) if config.core == "diagonal" else (rank, rank)
-        return expected
+        if not module.kind.kernel_dimensions:
+            return module
+        key = next(key for key in self._form.saved(self._empty_parts(name)) if key.startswith("wara_A."))
+        kernel = shapes.get(f"{name}.{key}", ())[2:]
+        if len(kernel) != module.kind.kernel_dimensions:
+            raise ValueError(
+                f"{str(self._file)!r} holds no {module.kind.kernel_dimensions}-d kernel for module {name!r}."
+            )
+        return replace(module, kernel=kernel)
 
-    def _kernel(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Kernel size of a convolution, of which only the file knows; empty for other layers."""
-        kind = self.modules[name].kind
-        dimensions = int(kind[4]) if re.fullmatch(r"Conv\dd", kind) else 0
-        kernel = shape[2:] if dimensions else ()
-        if len(kernel) != dimensions:
-            raise ValueError(f"{str(self._file)!r} holds no {dimensions}-d kernel for module {name!r}.")
-        return kernel
+    def _expected_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """What the config says of one module's adapter, by key."""
+        tensors = self._form.saved(self._empty_parts(name))
+        return {f"{name}.{key}": tuple(tensor.shape) for key, tensor in tensors.items()}
 
     def _is_known(self, key: str) -> bool:
         """Whether the config, or PEFT's habit of saving embeddings, explains a key that is not a factor."""
@@ -326,7 +269,7 @@ class SavedAdapter:
             return self.config.bias != "none"
         if parameter == "trainable_tokens_delta":
             return bool(self.config.trainable_token_indices)
-        of_embedding = module in self.modules and self.modules[module].kind == "Embedding"
+        of_embedding = module in self.modules and self.modules[module].kind is KINDS["Embedding"]
         return parameter == "weight" and (of_embedding or module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
 
 

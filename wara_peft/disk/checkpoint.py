@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..checks import first
+from ..messages import first
 
 COPIED_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 """Endings of the files of a model's configuration, tokenizer and processor."""

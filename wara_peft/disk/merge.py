@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME
 
-from ..checks import first
+from ..messages import first
 from .adapter import SavedAdapter, Track, untracked
 from .checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
 from .directory import written_at_once

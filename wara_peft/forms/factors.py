@@ -10,6 +10,7 @@ dd. A level's rows are one parameter, named `level0` ... `levelL`; a level witho
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .wavelet import Axis, Subband, subbands, synthesis, synthesis_at
+from ..wavelet import Axis, Subband, subbands, synthesis, synthesis_at
 
 IN_DIM = 1
 """Dimension along which Â, of shape (R, n), is transformed."""
@@ -56,8 +57,8 @@ class SubbandFactor(nn.Module):
         self._bands_of = [[band for band in subbands(levels) if band.level == level] for level in range(levels + 1)]
         self.ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
         self.axis = Axis(wavelet, length, tuple(self._letters(bands) for bands in self._bands_of))
-        # Synthesised factor inside `frozen_factors`: None outside of it, empty until its first use.
-        self._frozen: list[Tensor] | None = None
+        self._scopes = 0  # of `frozen_factors` that are open, in any thread
+        self._kept: _Kept | None = None
         self._create_parameters()
 
     def _letters(self, bands: list[Subband]) -> str:
@@ -126,68 +127,74 @@ class SubbandFactor(nn.Module):
         Raises:
             RuntimeError: inside `frozen_factors` while gradients are enabled.
         """
-        if self._frozen is not None and torch.is_grad_enabled():
+        kept = self._kept  # read once: another thread may enter or leave a scope meanwhile
+        if kept is not None and torch.is_grad_enabled():
             raise RuntimeError(
                 "Inside wara_peft.frozen_factors the factors are constants, and this forward asks for gradients. "
                 "Run it under torch.no_grad() or torch.inference_mode(), or leave the scope to train."
             )
         if positions is not None:
             return synthesis_at(self.coefficients(), self.axis, positions)
-        if self._frozen is None:
+        if kept is None:
             return self.synthesise()
-        if not self._frozen:
-            self._frozen.append(self.synthesise())
-        return self._frozen[0]
+        if kept.factor is None:
+            kept.factor = self.synthesise()
+        return kept.factor
 
     def _apply(self, fn: Any, recurse: bool = True) -> SubbandFactor:
         """Moves and casts drop what `frozen_factors` holds, so that it follows the parameters."""
-        if self._frozen is not None:
-            self._frozen.clear()
         super()._apply(fn, recurse)
+        with _scopes_change:
+            if self._kept is not None:
+                self._kept = _Kept()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles made inside `frozen_factors` are not part of that scope."""
-        return {**self.__dict__, "_frozen": None}
+        return {**self.__dict__, "_scopes": 0, "_kept": None}
+
+    def _replicate_for_data_parallel(self) -> SubbandFactor:
+        """Nor are replicas on other devices, which would get the factor of the first."""
+        replica: SubbandFactor = super()._replicate_for_data_parallel()
+        replica._kept = None
+        return replica
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}={rank}" for name, rank in self.ranks.items())
         return f"length={self.axis.length}, wavelet={self.axis.wavelet!r}, R={self.rank}, {ranks}"
 
 
-class SharedFactor(SubbandFactor):
-    """One side of the pair that `aa1` and `dd1` share: a single parameter `level1` of r rows, and R = 2r.
+class _Kept:
+    """The synthesised factor inside `frozen_factors`, None until its first use there."""
 
-    ΔW / scaling = S_out,a B A S_in,aᵀ + S_out,d B A S_in,dᵀ; the subbands `ad1` and `da1` are zero.
-    """
-
-    def _create_parameters(self) -> None:
-        self.level1 = self._empty(len(self.axis.bands[1]) // 2, self.axis.sizes[1])
-
-    def subband(self, name: str) -> Tensor:
-        return super().subband("aa1") if name == "dd1" else super().subband(name)
-
-    def coefficients(self) -> list[Tensor | None]:
-        return [None, torch.cat((self.level1, self.level1), 1 - self.dim)]
+    factor: Tensor | None = None
 
 
-FACTORS: dict[str, type[SubbandFactor]] = {"subband": SubbandFactor, "shared": SharedFactor}
-"""The class of factors of each form."""
+_scopes_change = threading.Lock()
 
 
-class TransposedFactor(nn.Module):
-    """Another layer's factor, transposed: Â of a layer whose weight is tied to that layer's, out of its B̂, or B̂ of Â.
+class TiedFactor(nn.Module):
+    """Another layer's factor, for a layer whose weight is tied to that layer's.
 
     It has no parameters of its own, so both layers train, save and load the same numbers.
+
+    Args:
+        source: the other layer's factor: Â for Â and B̂ for B̂, or, if `transposed`, B̂ for Â and Â for B̂.
+        transposed: whether this layer keeps the weight as the other's transpose, as a linear layer an embedding's.
     """
 
-    def __init__(self, source: SubbandFactor) -> None:
+    def __init__(self, source: SubbandFactor, transposed: bool) -> None:
         super().__init__()
         self._source = [source]  # in a list, so that it is not registered as a part of this module
+        self.transposed = transposed
 
     @property
     def source(self) -> SubbandFactor:
         return self._source[0]
+
+    @source.setter
+    def source(self, source: SubbandFactor) -> None:
+        self._source = [source]
 
     @property
     def rank(self) -> int:
@@ -195,26 +202,27 @@ class TransposedFactor(nn.Module):
 
     @property
     def subbands(self) -> tuple[str, ...]:
-        return tuple(_swapped(name) for name in self.source.subbands)
+        return tuple(self._in_source(name) for name in self.source.subbands)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.source.dtype
 
     def subband(self, name: str) -> Tensor:
-        return self.source.subband(_swapped(name)).T
+        return self._turned(self.source.subband(self._in_source(name)))
 
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
-        return self.source.synthesise(dtype).T
+        return self._turned(self.source.synthesise(dtype))
 
-    def forward(self) -> Tensor:
-        result: Tensor = self.source()
-        return result.T
+    def forward(self, positions: Tensor | None = None) -> Tensor:
+        return self._turned(self.source(positions))
 
+    def _turned(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self.transposed else tensor
 
-def _swapped(name: str) -> str:
-    """The subband of the transposed matrix: ad1 of a matrix is da1 of its transpose."""
-    return name[1] + name[0] + name[2:]
+    def _in_source(self, name: str) -> str:
+        """The source's name of a subband: ad1 of a matrix is da1 of its transpose."""
+        return name[1] + name[0] + name[2:] if self.transposed else name
 
 
 @contextmanager
@@ -223,8 +231,8 @@ def frozen_factors(model: nn.Module) -> Iterator[None]:
 
     For serving unmerged adapters: outside of it factors are synthesised anew in every forward, so that no change of a
     weight goes unseen. Inside, changes of the adapters' values go unseen, forwards that ask for gradients are refused
-    with a RuntimeError, and switching, moving or casting adapters works. Scopes nest; leaving one, also by an
-    exception, leaves nothing behind.
+    with a RuntimeError, and switching, moving or casting adapters works. Scopes nest, also those of several threads
+    over one model, in any order; leaving the last one, also by an exception, leaves nothing behind.
 
     Args:
         model: any module; adapters that it has on entry take part.
@@ -233,11 +241,15 @@ def frozen_factors(model: nn.Module) -> Iterator[None]:
         >>> with torch.inference_mode(), wara_peft.frozen_factors(model):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
-    entered = [module for module in model.modules() if isinstance(module, SubbandFactor) and module._frozen is None]
-    for factor in entered:
-        factor._frozen = []
+    factors = [module for module in model.modules() if isinstance(module, SubbandFactor)]
+    with _scopes_change:
+        for factor in factors:
+            factor._scopes += 1
+            factor._kept = factor._kept or _Kept()
     try:
         yield
     finally:
-        for factor in entered:
-            factor._frozen = None
+        with _scopes_change:
+            for factor in factors:
+                factor._scopes -= 1
+                factor._kept = factor._kept if factor._scopes else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .config import WaRAConfig
-from .grid import TokenGrid
+from .base import Settings
 
 PREFIX_PARAMETERS = (
     "cls_token",
@@ -24,7 +25,41 @@ SHUFFLING = ("vit_mae",)
 """Types of models whose encoder sees patches in random order."""
 
 
-def token_grid(model: nn.Module, module_name: str, config: WaRAConfig) -> TokenGrid:
+@dataclass(frozen=True)
+class TokenGrid:
+    """What is known of a layer's tokens before it sees any.
+
+    Args:
+        size: rows and columns of patches at the image size that the model is made for, or None.
+        prefix: number of tokens before the patches, or None.
+        fixed: no other size is right, because the user has named this one.
+    """
+
+    size: tuple[int, int] | None = None
+    prefix: int | None = None
+    fixed: bool = False
+
+    def split(self, tokens: int) -> tuple[int, int, int] | None:
+        """Prefix tokens, rows and columns of a sequence of that many tokens, or None if it fits no grid.
+
+        The known size goes first; images of other sizes have square grids. Where the prefix is not known it is what a
+        fixed size leaves, or else none or one.
+        """
+        if self.fixed and self.size is not None and self.prefix is None:
+            prefixes: tuple[int, ...] = (tokens - math.prod(self.size),)
+        else:
+            prefixes = (0, 1) if self.prefix is None else (self.prefix,)
+        for prefix in prefixes:
+            if prefix >= 0 and self.size is not None and tokens - prefix == math.prod(self.size):
+                return prefix, *self.size
+        for prefix in prefixes:
+            side = math.isqrt(max(tokens - prefix, 0))
+            if not self.fixed and side and side * side == tokens - prefix:
+                return prefix, side, side
+        return None
+
+
+def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGrid:
     """What is known of the tokens of one module.
 
     The size comes from `grid_size`, or from `image_size` and `patch_size` of the nearest transformers config around

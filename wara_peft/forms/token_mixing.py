@@ -11,8 +11,6 @@ the wavelet. P_s of the subband (p q j) is separable, P^H_{j,p} ⊗ P^W_{j,q}: t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,11 +19,11 @@ import numpy as np
 import pywt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .constants import made_once
-from .factors import IN_DIM
-from .wavelet import Subband, autocast_off, axis_sizes
+from ..constants import made_once
+from ..wavelet import Subband, autocast_off, axis_sizes
+from .token_grid import TokenGrid
 
 
 @cache
@@ -33,73 +31,6 @@ def grid_subbands(levels: int) -> tuple[Subband, ...]:
     """Subbands of a grid in the order of their blocks: aa{L}, then ad{j}, da{j}, dd{j} for j = 1 ... L."""
     details = [Subband(rows, columns, level) for level in range(1, levels + 1) for rows, columns in ("ad", "da", "dd")]
     return (Subband("a", "a", levels), *details)
-
-
-@dataclass(frozen=True)
-class TokenGrid:
-    """What is known of a layer's tokens before it sees any.
-
-    Args:
-        size: rows and columns of patches at the image size that the model is made for, or None.
-        prefix: number of tokens before the patches, or None.
-        fixed: no other size is right, because the user has named this one.
-    """
-
-    size: tuple[int, int] | None = None
-    prefix: int | None = None
-    fixed: bool = False
-
-    def split(self, tokens: int) -> tuple[int, int, int] | None:
-        """Prefix tokens, rows and columns of a sequence of that many tokens, or None if it fits no grid.
-
-        The known size goes first; images of other sizes have square grids. Where the prefix is not known it is what a
-        fixed size leaves, or else none or one.
-        """
-        if self.fixed and self.size is not None and self.prefix is None:
-            prefixes: tuple[int, ...] = (tokens - math.prod(self.size),)
-        else:
-            prefixes = (0, 1) if self.prefix is None else (self.prefix,)
-        for prefix in prefixes:
-            if prefix >= 0 and self.size is not None and tokens - prefix == math.prod(self.size):
-                return prefix, *self.size
-        for prefix in prefixes:
-            side = math.isqrt(max(tokens - prefix, 0))
-            if not self.fixed and side and side * side == tokens - prefix:
-                return prefix, side, side
-        return None
-
-
-class GridFactor(nn.Module):
-    """One side of the pairs: `weight` of shape (R, n) for A with `dim=1`, of shape (m, R) for B with `dim=0`.
-
-    Args:
-        length: n or m.
-        ranks: rank of each subband by name, in the order of `grid_subbands`; those of rank 0 may be left out.
-        dim: 1 for A, 0 for B.
-        shared: one pair serves all subbands, whose ranks are then equal, and R is the rank of one.
-    """
-
-    def __init__(self, length: int, ranks: Mapping[str, int], dim: int, shared: bool = False) -> None:
-        super().__init__()
-        self.dim = dim
-        self.ranks = {name: rank for name, rank in ranks.items() if rank}
-        self.rank = next(iter(self.ranks.values())) if shared else sum(self.ranks.values())
-        self.weight = nn.Parameter(torch.empty((self.rank, length) if dim == IN_DIM else (length, self.rank)))
-
-    @property
-    def subbands(self) -> tuple[str, ...]:
-        """Names of the subbands that have a rank, in the order of their blocks."""
-        return tuple(self.ranks)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    def forward(self) -> Tensor:
-        return self.weight
-
-    def extra_repr(self) -> str:
-        return f"R={self.rank}, " + ", ".join(f"{name}={rank}" for name, rank in self.ranks.items())
 
 
 @dataclass(frozen=True)

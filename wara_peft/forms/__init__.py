@@ -1,0 +1,14 @@
+"""Each form of WaRA is one class: how its parts are made, what they compute, what is saved, how adapters combine."""
+
+from .base import Form, Parts, Settings, Target
+from .factors import SubbandFactor, TiedFactor, frozen_factors
+from .grid import GridForm
+from .shared import SharedForm
+from .subband import SubbandForm
+from .tiny import TinyForm
+
+SUBBAND = SubbandForm()
+FORMS: dict[str, Form] = {form.name: form for form in (SUBBAND, SharedForm(), GridForm(), TinyForm())}
+"""Every form by the name that `WaRAConfig.form` gives."""
+
+__all__ = ["FORMS", "SUBBAND", "Form", "Parts", "Settings", "SubbandFactor", "Target", "TiedFactor", "frozen_factors"]

@@ -1,0 +1,38 @@
+"""`form="subband"`: a pair of factors for each subband of ΔW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..kinds import ModuleShape
+from .base import Form, Parts, Settings
+from .factors import IN_DIM, OUT_DIM, SubbandFactor
+
+
+class SubbandForm(Form):
+    """ΔW / scaling = Σ_s S_out,s B_s A_s S_in,sᵀ, with a pair of its own for each subband s."""
+
+    name = "subband"
+    initialisations: tuple[str, ...] = ("orthogonal", "activation")
+    keeps_subbands = True
+    factor: type[SubbandFactor] = SubbandFactor
+
+    def create(
+        self, settings: Settings, module_name: str, shape: ModuleShape, ranks: Mapping[str, int], context: Any = None
+    ) -> Parts:
+        out, in_ = shape.lengths
+        return {
+            "wara_A": self.factor(settings.wavelet, settings.levels, in_, ranks, IN_DIM, shape.kernel),
+            "wara_B": self.factor(settings.wavelet, settings.levels, out, ranks, OUT_DIM),
+        }
+
+    def initialise(self, parts: Parts, init_weights: bool | str) -> None:
+        """As every form, or, with "orthogonal", orthonormal rows of each A_s."""
+        super().initialise(parts, init_weights)
+        if init_weights == "orthogonal":
+            factor_a = parts["wara_A"]
+            for name in factor_a.subbands:
+                nn.init.orthogonal_(factor_a.subband(name).detach())

@@ -1,0 +1,308 @@
+"""Tiny-WaRA: factors fixed from the base weight's own subbands, and a small trained core between them.
+
+With the truncated SVD C_s ≈ U_s Σ_s V_sᵀ of each subband C_s of the base weight W,
+
+    A_s = √Σ_s V_sᵀ,   B_s = U_s √Σ_s,        ΔW / scaling = Σ_s S_out,s (B_s R_s A_s) S_in,sᵀ,
+
+and only R_s trains, of shape (r_s, r_s) or diagonal, zero at the start. Â is that of the basis; B̂ is the basis' own
+times the block-diagonal matrix of the cores, so that everything which serves `form="subband"` serves this form too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import pywt
+import torch
+from torch import Tensor, nn
+
+from ..kinds import ModuleShape
+from ..messages import first
+from ..wavelet import autocast_off, axis_sizes, subbands
+from .base import Form, Parts, Settings, Target
+from .factors import IN_DIM, OUT_DIM, SubbandFactor
+
+
+class Basis(nn.Module):
+    """The fixed A_s and B_s of a layer: buffers, so that nothing makes them trainable, of float32 or better.
+
+    Args:
+        levels: number of decomposition levels L.
+        shape: (m, n).
+        ranks: rank of each subband by name; those of rank 0 may be left out.
+        saved: whether they are part of the state dict.
+
+    Shapes:
+        Buffers `A_level{j}`: (R_j, n_j), and `B_level{j}`: (m_j, R_j), as `SubbandFactor` keeps its parameters.
+    """
+
+    def __init__(self, levels: int, shape: tuple[int, int], ranks: Mapping[str, int], saved: bool) -> None:
+        super().__init__()
+        # Not a number until values come, from the base weight or from a file; `filled` once that is certain.
+        self.filled = False
+        self.may_be_loaded = False
+        self.saved = saved
+        for level in range(levels + 1):
+            rank = sum(rank for name, rank in ranks.items() if int(name[2:]) == level)
+            out, in_ = (axis_sizes(length, level)[-1] for length in shape)
+            if rank:
+                self.register_buffer(f"A_level{level}", torch.full((rank, in_), torch.nan), persistent=saved)
+                self.register_buffer(f"B_level{level}", torch.full((out, rank), torch.nan), persistent=saved)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether they have come. Once they have, this does not look at them again."""
+        if self.filled or torch.compiler.is_compiling():
+            return True
+        self.filled = not any(buffer.isnan().any() for buffer in self.buffers())
+        return self.filled
+
+    def rows(self, dim: int, level: int) -> Tensor:
+        """All rows of A's level with `dim=1`, all columns of B's with `dim=0`."""
+        rows: Tensor = getattr(self, f"{'A' if dim == IN_DIM else 'B'}_level{level}")
+        return rows
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Basis:
+        """Move and cast, but lose nothing.
+
+        A cast to less than float32 leaves the dtype as it is. A move to the meta device, where PEFT sends an adapter
+        whose base weight is offloaded, leaves the values where they are.
+        """
+
+        def without_loss(tensor: Tensor) -> Tensor:
+            result: Tensor = fn(tensor)
+            if result.is_meta:
+                return tensor
+            if torch.promote_types(result.dtype, torch.float32) == result.dtype:
+                return result
+            return tensor.to(result.device)
+
+        super()._apply(without_loss, recurse)
+        return self
+
+
+class Core(nn.Module):
+    """The trained R_s of a layer: one parameter a subband, named by it, of shape (r_s, r_s), or (r_s,) if diagonal."""
+
+    def __init__(self, ranks: Mapping[str, int], diagonal: bool) -> None:
+        super().__init__()
+        self.diagonal = diagonal
+        self.subbands = tuple(ranks)
+        for name, rank in ranks.items():
+            self.register_parameter(name, nn.Parameter(torch.empty((rank,) if diagonal else (rank, rank))))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._cores()[0].dtype
+
+    def _cores(self) -> list[Tensor]:
+        """One of each subband; a replica for another device has them as attributes, and no parameters."""
+        return [getattr(self, name) for name in self.subbands]
+
+    def forward(self, columns: Tensor) -> Tensor:
+        """B̂ of the basis, (m, R), times the block-diagonal matrix of the cores, in the dtype of B̂."""
+        cores = [core.to(columns.dtype) for core in self._cores()]
+        if self.diagonal:
+            return columns * torch.cat(cores)
+        with autocast_off([columns]):
+            product: Tensor = columns @ torch.block_diag(*cores)
+        return product
+
+
+class TinyFactor(SubbandFactor):
+    """One side of a basis with its core, which hands out Â or B̂ in the core's dtype and has no parameters itself."""
+
+    def __init__(
+        self, wavelet: str, levels: int, length: int, ranks: Mapping[str, int], dim: int, basis: Basis, core: Core
+    ) -> None:
+        super().__init__(wavelet, levels, length, ranks, dim)
+        self._made_of = (basis, core)  # in a tuple, so that they are not registered as parts of this module too
+
+    def _create_parameters(self) -> None:
+        """The basis has them."""
+
+    def made_of(self, basis: Basis, core: Core) -> TinyFactor:
+        """This factor, made of these, which in a replica of the layer for another device are not those of before."""
+        if self.basis is not basis or self.core is not core:
+            self._made_of = (basis, core)
+        return self
+
+    @property
+    def basis(self) -> Basis:
+        return self._made_of[0]
+
+    @property
+    def core(self) -> Core:
+        return self._made_of[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.core.dtype
+
+    def _rows(self, level: int) -> Tensor:
+        return self.basis.rows(self.dim, level)
+
+    def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
+        factor = super().synthesise(dtype or self.dtype)
+        return self.core(factor) if self.dim == OUT_DIM else factor
+
+
+class TinyForm(Form):
+    """ΔW / scaling = Σ_s S_out,s (B_s R_s A_s) S_in,sᵀ, of which only R_s trains."""
+
+    name = "tiny"
+    own_fields = ("core", "save_basis", "base_weight_hashes")
+    linear_only = True
+    not_combined: ClassVar[Mapping[str, str]] = {
+        "linear": "those factors of form='tiny' are fixed. Use 'cat', which is exact."
+    }
+
+    def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
+        """Check ranks and the weights that a basis is made from, and record their hashes if the basis is not saved."""
+        self._check_ranks(settings, targets)
+        hashes = {}
+        for name, target in targets.items():
+            if _comes_with_the_adapter(settings, name, target.shape):
+                continue
+            weight = target.weight()
+            _check_weight(name, weight, target.shape)
+            if not settings.save_basis:
+                hashes[name] = weight_hash(weight)
+        settings.base_weight_hashes = hashes or None
+        super().check_targets(settings, model, targets)
+
+    def _check_ranks(self, settings: Settings, targets: Mapping[str, Target]) -> None:
+        too_large = []
+        for name, target in targets.items():
+            ranks = settings.ranks_of(name)
+            for band in self.subbands(settings):
+                largest = min(band.shape(*target.shape.lengths))
+                if ranks[band.name] > largest:
+                    too_large.append(f"{name!r} ({band.name}: {ranks[band.name]}, at most {largest})")
+        if too_large:
+            raise ValueError(
+                f"form='tiny' takes as many singular vectors as the rank, and there are fewer in {first(too_large)}. "
+                "Give a smaller rank by `r`, `subband_ranks` or `rank_pattern`, or leave the module out with "
+                "`exclude_modules`."
+            )
+
+    def create(
+        self, settings: Settings, module_name: str, shape: ModuleShape, ranks: Mapping[str, int], context: Any = None
+    ) -> Parts:
+        in_order = {band.name: ranks[band.name] for band in subbands(settings.levels) if ranks.get(band.name, 0)}
+        out, in_ = shape.lengths
+        core = Core(in_order, settings.core == "diagonal")
+        basis = Basis(settings.levels, shape.lengths, in_order, settings.save_basis)
+        basis.may_be_loaded = _comes_with_the_adapter(settings, module_name, shape)
+        return {
+            "wara_A": TinyFactor(settings.wavelet, settings.levels, in_, ranks, IN_DIM, basis, core),
+            "wara_B": TinyFactor(settings.wavelet, settings.levels, out, ranks, OUT_DIM, basis, core),
+            "wara_basis": basis,
+            "wara_core": core,
+        }
+
+    def initialise(self, parts: Parts, init_weights: bool | str) -> None:
+        """Set the cores to zero, or draw them if `init_weights` is False."""
+        for core in parts["wara_core"].parameters():
+            (nn.init.zeros_ if init_weights else nn.init.normal_)(core)
+
+    def may_be_loaded(self, parts: Parts) -> bool:
+        return parts["wara_basis"].may_be_loaded  # type: ignore[no-any-return]
+
+    def needs_weight(self, parts: Parts) -> bool:
+        return not parts["wara_basis"].has_values
+
+    def fill(self, parts: Parts, module_name: str, shape: ModuleShape, weight: Tensor) -> None:
+        _check_weight(module_name, weight, shape)
+        fill_from_weight(*self.factors(parts), weight)
+
+    def factors(self, parts: Parts) -> tuple[TinyFactor, TinyFactor]:
+        made_of = parts["wara_basis"], parts["wara_core"]
+        return parts["wara_A"].made_of(*made_of), parts["wara_B"].made_of(*made_of)
+
+    @torch.no_grad()
+    def coefficients(self, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
+        """A_s and B_s R_s."""
+        matrices = {
+            name: core.diag() if core.ndim == 1 else core for name, core in parts["wara_core"].named_parameters()
+        }
+        return {
+            name: (rows, columns @ matrices[name]) for name, (rows, columns) in super().coefficients(parts).items()
+        }
+
+
+def _comes_with_the_adapter(settings: Settings, module_name: str, shape: ModuleShape) -> bool:
+    """Whether the config is that of a saved adapter whose file brings this module's basis, if it is loaded."""
+    return settings.save_basis and (settings.module_shapes or {}).get(module_name) == shape.as_list()
+
+
+def _check_weight(name: str, weight: Tensor, shape: ModuleShape) -> None:
+    if weight.is_meta or tuple(weight.shape) != shape.lengths:
+        raise ValueError(
+            f"form='tiny' needs the weight of module {name!r}, which is on the meta device or in parts elsewhere. Add "
+            "the adapter after the weights are loaded, and before they are offloaded or distributed."
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"The weight of module {name!r} has values that are not finite, and no singular value decomposition for "
+            "form='tiny'. Load the base model again, or leave the module out with `exclude_modules`."
+        )
+
+
+@torch.no_grad()
+def fill_from_weight(factor_a: TinyFactor, factor_b: TinyFactor, weight: Tensor) -> None:
+    """Set a basis to √Σ Vᵀ and U √Σ of the truncated SVD, in float64, of PyWavelets' subbands of a weight.
+
+    A basis that is saved comes from a randomised SVD where its rank is far below the size; one that has to be made
+    again from the same weight, and come out the same, from a full one.
+
+    Args:
+        factor_a, factor_b: the factors of the basis.
+        weight: (m, n), of any floating dtype. The largest entry of each column of U is made positive, so that the
+            same weight gives the same basis again.
+    """
+    basis = factor_a.basis
+    basis.filled = True
+    basis.to(torch.promote_types(weight.dtype, torch.float32))
+    bands = _decompose(weight, factor_a.axis.wavelet, factor_a.axis.levels)
+    device = weight.device if weight.is_cuda else torch.device("cpu")
+    for name, rank in factor_a.ranks.items():
+        u, s, v = _largest(torch.from_numpy(bands[name]).to(device), rank, exact=not basis.saved)
+        root = s.sqrt()
+        sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # (1, rank)
+        factor_b.subband(name).copy_(u * sign * root)
+        factor_a.subband(name).copy_((v * sign * root).T)
+
+
+def _largest(matrix: Tensor, rank: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values, and their vectors: (m, rank), (rank,), (n, rank)."""
+    sampled = 2 * rank + 8
+    if exact or 8 * sampled > min(matrix.shape):
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        v = vt.T
+    else:
+        with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(matrix, q=sampled, niter=6)
+    return u[:, :rank], s[:rank], v[:, :rank]
+
+
+def _decompose(weight: Tensor, wavelet: str, levels: int) -> dict[str, np.ndarray]:
+    """PyWavelets' subbands of a matrix by name, with `aa0`, the matrix itself."""
+    approximation = weight.to("cpu", torch.float64).numpy()
+    bands = {"aa0": approximation}
+    for level in range(1, levels + 1):
+        found = pywt.dwtn(approximation, wavelet, mode="periodization")
+        approximation = found["aa"]
+        bands |= {f"{band}{level}": value for band, value in found.items()}
+    return bands
+
+
+def weight_hash(weight: Tensor) -> str:
+    """SHA-256 of a weight's dtype, shape and values."""
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    digest.update(weight.detach().to("cpu").contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
