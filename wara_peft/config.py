@@ -5,34 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
+import regex
 from peft.config import PeftConfig
 from peft.utils import PeftType
-from peft.utils.other import get_pattern_key
 
-from .grid import TokenGrid, grid_subbands
+from .field_types import check_types
+from .forms import FORMS, Form
 from .model_card import add_loading_section
-from .wavelet import Subband, filters, subbands
+from .wavelet import filters
 
-FORMS = ("subband", "shared", "grid", "tiny")
-GRID_PAIRS = ("separate", "shared")
-CORES = ("full", "diagonal")
-INITIALISATIONS = ("orthogonal", "activation")
-# Fields that belong to one form alone, with that form.
-FORM_OF_FIELD = {
-    "grid_pairs": "grid",
-    "grid_size": "grid",
-    "num_prefix_tokens": "grid",
-    "core": "tiny",
-    "save_basis": "tiny",
-    "base_weight_hashes": "tiny",
-}
-BIASES = ("none", "all", "wara_only")
 MAX_LEVELS = 64
 """No axis is long enough for more; a config from elsewhere may ask for any number."""
+MAX_RANK = 2**16
+"""Likewise for the rank of a subband."""
+PATTERN_SECONDS = 1.0
+"""How long matching one pattern against one name may take."""
 LORA_FIELDS = {
     "lora_alpha": "its name here is 'wara_alpha'",
     "lora_dropout": "its name here is 'wara_dropout'",
@@ -184,6 +176,7 @@ class WaRAConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        check_types(self)
         super().__post_init__()
         self.peft_type = PeftType.WARA  # type: ignore[attr-defined]
         if isinstance(self.target_modules, list):
@@ -195,89 +188,54 @@ class WaRAConfig(PeftConfig):
         # Filled by the model, as PEFT expects it, where `ensure_weight_tying` finds tied modules.
         self.modules_to_tie: set[str] | None = None
         self.target_modules_to_tie: set[str] | None = None
-        # Shapes that came with the config belong to a saved adapter, and the model must have them.
-        self._saved_shapes = self.module_shapes
-        # Filled by the model for form="grid": what is known of the tokens of each module.
-        self.token_grids: dict[str, TokenGrid] = {}
         if isinstance(self.grid_size, list):  # as JSON keeps it
             self.grid_size = tuple(self.grid_size)
         self._check_values()
         self._check_form()
         self._check_ranks()
         self._check_targets()
+        self._check_shapes()
 
     def _check_values(self) -> None:
         filters(self.wavelet)
-        _check_int("levels", self.levels, minimum=1)
-        if self.levels > MAX_LEVELS:
-            raise ValueError(f"levels={self.levels!r} must be at most {MAX_LEVELS}.")
-        if self.form not in FORMS:
-            raise ValueError(f"form={self.form!r} is not one of {_listed(FORMS)}.")
-        if self.bias not in BIASES:
-            raise ValueError(f"bias={self.bias!r} is not one of {_listed(BIASES)}.")
-        if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALISATIONS:
-            raise ValueError(
-                f"init_weights={self.init_weights!r} must be True, False or one of {_listed(INITIALISATIONS)}."
-            )
-        if isinstance(self.wara_dropout, bool) or not 0.0 <= self.wara_dropout < 1.0:
+        _check_range("levels", self.levels, 1, MAX_LEVELS)
+        if not 0.0 <= self.wara_dropout < 1.0:
             raise ValueError(f"wara_dropout={self.wara_dropout!r} must be a probability, at least 0 and less than 1.")
-        if self.wara_alpha is not None:
-            _check_number("wara_alpha", self.wara_alpha)
+        _check_finite("wara_alpha", self.wara_alpha or 0.0)
         for pattern, alpha in self.alpha_pattern.items():
             where = f"alpha_pattern[{pattern!r}]"
             _check_pattern(where, pattern)
-            _check_number(where, alpha)
+            _check_finite(where, alpha)
 
     def _check_form(self) -> None:
-        for name, form in FORM_OF_FIELD.items():
-            default = type(self).__dataclass_fields__[name].default
-            if self.form != form and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no meaning with form={self.form!r}, only with {form!r}."
-                )
-        if self.form != "subband" and not isinstance(self.init_weights, bool):
+        for other in FORMS.values():
+            for name in other.own_fields if other is not self.form_object else ():
+                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} has no meaning with form={self.form!r}, only with "
+                        f"{other.name!r}."
+                    )
+        if not isinstance(self.init_weights, bool) and self.init_weights not in self.form_object.initialisations:
+            able = [repr(form.name) for form in FORMS.values() if self.init_weights in form.initialisations]
             raise ValueError(
-                f"init_weights={self.init_weights!r} is for form='subband'; form={self.form!r} takes True or False."
+                f"init_weights={self.init_weights!r} is for form={' or '.join(able)}; form={self.form!r} takes True "
+                "or False."
             )
-        if self.grid_pairs not in GRID_PAIRS:
-            raise ValueError(f"grid_pairs={self.grid_pairs!r} is not one of {_listed(GRID_PAIRS)}.")
-        if self.core not in CORES:
-            raise ValueError(f"core={self.core!r} is not one of {_listed(CORES)}.")
-        if not isinstance(self.save_basis, bool):
-            raise ValueError(f"save_basis={self.save_basis!r} must be True or False.")
-        if self.num_prefix_tokens is not None:
-            _check_int("num_prefix_tokens", self.num_prefix_tokens, minimum=0)
-        if self.grid_size is not None:
-            if not isinstance(self.grid_size, tuple) or len(self.grid_size) != 2:
-                raise ValueError(f"grid_size={self.grid_size!r} must be (rows, columns) of patches.")
-            for side in self.grid_size:
-                _check_int("grid_size", side, minimum=1)
-        if self.form == "grid" and self.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-            raise ValueError(
-                f"form='grid' is for vision models, not for task_type={self.task_type!r}: a wavelet over time would "
-                "leak the future. Use form='subband'."
-            )
+        self.form_object.check(self)
 
     def _check_ranks(self) -> None:
-        _check_int("r", self.r, minimum=1)
-        if self.form == "shared":
-            if self.levels != 1:
-                raise ValueError(f"form='shared' has one level, not levels={self.levels}; form='subband' has any.")
-            if self.subband_ranks is not None:
-                raise ValueError("form='shared' has one pair for aa1 and dd1: set `r`, and leave subband_ranks None.")
-        if self.shared_grid_pair and self.subband_ranks is not None:
-            raise ValueError(
-                "grid_pairs='shared' has one pair for all subbands: set `r`, and leave subband_ranks None."
-            )
+        _check_range("r", self.r, 1, MAX_RANK)
+        single_pair = self.form_object.single_pair(self)
+        if single_pair and self.subband_ranks is not None:
+            raise ValueError(f"{single_pair} has one pair for its subbands: set `r`, and leave subband_ranks None.")
         self._check_subband_ranks("subband_ranks", self.subband_ranks or {})
         for pattern, rank in self.rank_pattern.items():
             where = f"rank_pattern[{pattern!r}]"
             _check_pattern(where, pattern)
-            if not isinstance(rank, dict):
-                _check_int(where, rank, minimum=1)
-            elif self.form == "shared" or self.shared_grid_pair:
-                single = "grid_pairs='shared'" if self.shared_grid_pair else "form='shared'"
-                raise ValueError(f"{where}={rank!r} must be an int with {single}, which has a single pair.")
+            if isinstance(rank, int):
+                _check_range(where, rank, 1, MAX_RANK)
+            elif single_pair:
+                raise ValueError(f"{where}={rank!r} must be an int with {single_pair}, which has a single pair.")
             else:
                 self._check_subband_ranks(where, rank)
         if self.total_rank == 0 and not self.rank_pattern:
@@ -286,18 +244,15 @@ class WaRAConfig(PeftConfig):
                 "Give at least one subband a rank."
             )
 
-    def _check_subband_ranks(self, where: str, ranks: Any) -> None:
-        if not isinstance(ranks, dict):
-            raise TypeError(f"{where}={ranks!r} must be a dict from subband names to ranks.")
-        names = [band.name for band in self._subbands()]
+    def _check_subband_ranks(self, where: str, ranks: dict[str, int]) -> None:
+        names = [band.name for band in self.form_object.subbands(self)]
         for name, rank in ranks.items():
             if name not in names:
-                grid = " and form='grid'" if self.form == "grid" else ""
                 raise ValueError(
-                    f"{where} names the subband {name!r}; with levels={self.levels}{grid} there are "
+                    f"{where} names the subband {name!r}; with form={self.form!r} and levels={self.levels} there are "
                     f"{', '.join(names)}."
                 )
-            _check_int(f"{where}[{name!r}]", rank, minimum=0)
+            _check_range(f"{where}[{name!r}]", rank, 0, MAX_RANK)
 
     def _check_targets(self) -> None:
         by_regex = isinstance(self.target_modules, str)
@@ -308,57 +263,46 @@ class WaRAConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
+    def _check_shapes(self) -> None:
+        for name, entry in (self.module_shapes or {}).items():
+            kind, *sizes = entry or [None]
+            whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes)
+            if not isinstance(kind, str) or len(sizes) not in (2, 3) or not whole:
+                raise ValueError(f"module_shapes has {entry!r} for {name!r}; [kind, out, in] was expected.")
+
+    @property
+    def form_object(self) -> Form:
+        """What the form's name stands for."""
+        return FORMS[self.form]
+
     @property
     def total_rank(self) -> int:
         """R of a module that no pattern names: the rank of the LoRA that such a module's adapter is."""
-        ranks = self.ranks_of("")
-        return next(iter(ranks.values())) if self.shared_grid_pair else sum(ranks.values())
-
-    @property
-    def shared_grid_pair(self) -> bool:
-        """Whether one pair serves all subbands of a grid."""
-        return self.form == "grid" and self.grid_pairs == "shared"
-
-    @property
-    def is_of_saved_adapter(self) -> bool:
-        """Whether the config came with a saved adapter, whose tensors follow."""
-        return self._saved_shapes is not None and self.module_shapes is not None
-
-    @property
-    def needs_base_weights(self) -> bool:
-        """Whether the adapter's basis has to be made from the weights that it adapts."""
-        return self.form == "tiny" and not (self.save_basis and self.is_of_saved_adapter)
-
-    def _subbands(self) -> tuple[Subband, ...]:
-        return grid_subbands(self.levels) if self.form == "grid" else subbands(self.levels)
+        return self.form_object.total_rank(self, self.ranks_of(""))
 
     def ranks_of(self, module_name: str) -> dict[str, int]:
-        """Rank of each subband in the module of that name, in the order of `subbands`, or `grid_subbands`."""
-        pattern = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name))
-        rank = pattern if isinstance(pattern, int) else self.r
-        if self.form == "shared":
-            return {"aa1": rank, "dd1": rank}
-        ranks = {band.name: rank if band.level else 0 for band in self._subbands()}
-        return {**ranks, **(self.subband_ranks or {}), **(pattern if isinstance(pattern, dict) else {})}
+        """Rank of each subband in the module of that name, in the order of the form's subbands.
 
-    def level_ranks_of(self, module_name: str) -> list[int]:
-        """For each level 0 ... L the number of rows that its parameter of A has in the module of that name."""
-        ranks = self.ranks_of(module_name)
-        if self.form == "shared":
-            return [0, ranks["aa1"]]
-        return [
-            sum(ranks[band.name] for band in subbands(self.levels) if band.level == level)
-            for level in range(self.levels + 1)
-        ]
+        Raises:
+            ValueError: a pattern takes too long to match.
+        """
+        pattern = _value_for(module_name, "rank_pattern", self.rank_pattern, self.r)
+        by_subband = pattern if isinstance(pattern, dict) else {}
+        rank = self.r if isinstance(pattern, dict) else pattern
+        return self.form_object.ranks(self, rank, {**(self.subband_ranks or {}), **by_subband})
 
     def alpha_of(self, module_name: str) -> float | None:
-        """Numerator of the scaling in the module of that name, or None for that module's R."""
-        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.wara_alpha)
+        """Numerator of the scaling in the module of that name, or None for that module's R.
+
+        Raises:
+            ValueError: a pattern takes too long to match.
+        """
+        return _value_for(module_name, "alpha_pattern", self.alpha_pattern, self.wara_alpha)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and tell in the model card that loading needs `import wara_peft`."""
         super().save_pretrained(save_directory, **kwargs)
-        add_loading_section(save_directory)
+        add_loading_section(save_directory, self.task_type)
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{item.name}={getattr(self, item.name)!r}" for item in dataclasses.fields(self))
@@ -385,26 +329,54 @@ def suffix_matches(targets: Iterable[str], names: Iterable[str]) -> str | None:
     return "|".join(re.escape(name) for name in names if name.endswith(ends) and name not in targets) or None
 
 
-def _check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an int, at least {minimum}.")
+_Value = TypeVar("_Value")
+
+
+def _value_for(module_name: str, field_name: str, patterns: Mapping[str, _Value], default: _Value) -> _Value:
+    """The value of the first pattern that PEFT's `get_pattern_key` would find for a module, in bounded time."""
+    for pattern, value in patterns.items():
+        try:
+            if _compiled(rf"(.*\.)?({pattern})$").match(module_name, timeout=PATTERN_SECONDS):
+                return value
+        except TimeoutError:
+            raise ValueError(
+                f"{field_name}[{pattern!r}] takes more than {PATTERN_SECONDS} s to match against module "
+                f"{module_name!r}. Write it without repetitions inside of repetitions."
+            ) from None
+    return default
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    return regex.compile(pattern)
+
+
+def _check_range(name: str, value: int, minimum: int, maximum: int) -> None:
     if value < minimum:
-        raise ValueError(f"{name}={value!r} must be at least {minimum}.")
+        raise ValueError(f"{name}={_shown(value)} must be at least {minimum}.")
+    if value > maximum:
+        raise ValueError(f"{name}={_shown(value)} must be at most {maximum}.")
 
 
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a number.")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be finite.")
+def _check_finite(name: str, value: float) -> None:
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int beyond the floats
+        finite = False
+    if not finite:
+        raise ValueError(f"{name}={_shown(value)} must be finite, as a float is.")
+
+
+def _shown(value: float) -> str:
+    """A number for a message; Python does not print the longest of ints."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1}…"
+    return repr(value)
 
 
 def _check_pattern(where: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+        _compiled(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{where} is not a valid regular expression: {error}.") from error
-
-
-def _listed(values: tuple[str, ...]) -> str:
-    return ", ".join(map(repr, values))

@@ -1,39 +1,74 @@
-"""The section of a saved adapter's model card that says how to load it."""
+"""The section of a saved adapter's model card that says how to load it, and the card's tag."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
-HEADING = "## Loading this WaRA adapter"
-SECTION = f"""{HEADING}
+from huggingface_hub import metadata_load, metadata_save
 
-WaRA comes with the package `wara-peft`. Import it before loading, or PEFT stops with `KeyError: 'WARA'`:
+HEADING = "## Loading this WaRA adapter"
+TAG = "wara"
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+"""PEFT's class that loads an adapter of each task type together with its base model; `AutoPeftModel` takes none."""
+
+
+def section(task_type: str | None) -> str:
+    """The section, with the class that loads an adapter of that task type."""
+    auto_class = AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel")
+    return f"""{HEADING}
+
+WaRA comes with the package `wara-peft`: `pip install .` in a copy of its repository. Import it before loading, or PEFT
+stops with `KeyError: 'WARA'`:
 
 ```python
-# pip install wara-peft
 import wara_peft
-from peft import AutoPeftModel
+from peft import {auto_class}
 
-model = AutoPeftModel.from_pretrained("path or name of this adapter")
+model = {auto_class}.from_pretrained("path or name of this adapter")
 ```
 """
 
 
-def add_loading_section(save_directory: str) -> None:
-    """Add the section, once, to the model card of the adapter in that directory.
+def add_loading_section(save_directory: str, task_type: str | None) -> None:
+    """Add the section and the tag, once, to the model card of the adapter in that directory.
 
     PEFT writes the card of a `PeftModel` before its configuration, so it is there already: in the directory itself, or
     above it, since adapters not called "default" are saved in folders below one card for all. Where there is neither
-    (transformers' own `save_pretrained`), a short card is made.
+    (transformers' own `save_pretrained`), a short card is made. A README that is no card of PEFT's is left alone.
     """
     path = Path(save_directory) / "README.md"
     above = path.parent.parent / "README.md"
-    if not path.exists() and re.search(r"^library_name: *peft$", _text(above), re.MULTILINE):
+    if not path.exists() and _is_card(above):
         path = above
+    if path.exists() and not _is_card(path):
+        return
     text = _text(path) or "---\nlibrary_name: peft\n---\n"
     if HEADING not in text:
-        path.write_text(f"{text.rstrip()}\n\n{SECTION}", encoding="utf-8", errors="surrogateescape")
+        path.write_text(f"{text.rstrip()}\n\n{section(task_type)}", encoding="utf-8", errors="surrogateescape")
+        _add_tag(path)
+
+
+def _add_tag(path: Path) -> None:
+    try:
+        metadata = metadata_load(path) or {}
+        tags = metadata.get("tags") or []
+        if isinstance(tags, list) and TAG not in tags:
+            metadata_save(path, metadata | {"tags": [*tags, TAG]})
+    except Exception as error:  # of any YAML that somebody has written there
+        warnings.warn(f"The metadata of {str(path)!r} cannot be read, and get no tag {TAG!r}: {error}")
+
+
+def _is_card(path: Path) -> bool:
+    return re.search(r"^library_name: *peft$", _text(path), re.MULTILINE) is not None
 
 
 def _text(path: Path) -> str:
