@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
-from peft import PeftConfig
+import torch
+from huggingface_hub import metadata_load
+from peft import PeftConfig, get_peft_model
+from peft.utils.other import get_pattern_key
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from wara_peft import WaRAConfig
 
@@ -117,29 +122,57 @@ def test_fields_of_one_form_survive_json(fields, tmp_path):
     ("fields", "error", "message"),
     [
         ({"wavelet": "har"}, ValueError, "wavelet='har' is not a wavelet.*'haar'"),
-        ({"wavelet": None}, ValueError, "wavelet=None is not a wavelet"),
+        ({"wavelet": None}, TypeError, "wavelet=None must be a string"),
+        ({"wavelet": ["haar"]}, TypeError, r"wavelet=\['haar'\] must be a string"),
         ({"wavelet": "bior2.2"}, ValueError, "wavelet='bior2.2' is not orthogonal"),
         ({"levels": 0}, ValueError, "levels=0 must be at least 1"),
         ({"levels": 1.5}, TypeError, "levels=1.5 must be an int"),
         ({"r": 0}, ValueError, "r=0 must be at least 1"),
         ({"r": -3}, ValueError, "r=-3 must be at least 1"),
         ({"r": True}, TypeError, "r=True must be an int"),
-        ({"form": "subbands"}, ValueError, "form='subbands' is not one of 'subband', 'shared'"),
+        ({"form": "subbands"}, ValueError, "form='subbands' must be one of 'subband', 'shared'"),
         ({"form": "shared", "levels": 2}, ValueError, "form='shared' has one level, not levels=2"),
         ({"form": "shared", "subband_ranks": {"aa1": 2}}, ValueError, "leave subband_ranks None"),
         ({"form": "shared", "rank_pattern": {"q": {"aa1": 2}}}, ValueError, "must be an int with form='shared'"),
         ({"subband_ranks": {"aa2": 2}}, ValueError, "subband_ranks names the subband 'aa2'.*levels=1.*aa1"),
         ({"subband_ranks": {"aa1": -1}}, ValueError, r"subband_ranks\['aa1'\]=-1 must be at least 0"),
-        ({"subband_ranks": 4}, TypeError, "subband_ranks=4 must be a dict"),
+        ({"subband_ranks": 4}, TypeError, "subband_ranks=4 must be a dict from strings to ints or None"),
         ({"subband_ranks": dict.fromkeys(["aa1", "ad1", "da1", "dd1"], 0)}, ValueError, "leaves every subband out"),
         ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\]=0 must be at least 1"),
         ({"rank_pattern": {"q": {"xx1": 1}}}, ValueError, r"rank_pattern\['q'\] names the subband 'xx1'"),
         ({"rank_pattern": {"(": 2}}, ValueError, r"rank_pattern\['\('\] is not a valid regular expression"),
         ({"alpha_pattern": {"(": 2}}, ValueError, r"alpha_pattern\['\('\] is not a valid regular expression"),
-        ({"alpha_pattern": {"q": "2"}}, TypeError, r"alpha_pattern\['q'\]='2' must be a number"),
+        (
+            {"alpha_pattern": {"q": "2"}},
+            TypeError,
+            r"alpha_pattern=\{'q': '2'\} must be a dict from strings to numbers",
+        ),
+        ({"alpha_pattern": {1: 2}}, TypeError, r"alpha_pattern=\{1: 2\} must be a dict from strings to numbers"),
+        ({"rank_pattern": ["q"]}, TypeError, r"rank_pattern=\['q'\] must be a dict from strings to ints or a dict"),
+        ({"use_rslora": "false"}, TypeError, "use_rslora='false' must be True or False"),
+        ({"use_rslora": 0.5}, TypeError, "use_rslora=0.5 must be True or False"),
+        ({"use_rslora": [1]}, TypeError, r"use_rslora=\[1\] must be True or False"),
+        ({"inference_mode": "no"}, TypeError, "inference_mode='no' must be True or False"),
+        ({"ensure_weight_tying": 1}, TypeError, "ensure_weight_tying=1 must be True or False"),
+        ({"target_modules": 3}, TypeError, "target_modules=3 must be a list of strings or a string or None"),
+        ({"modules_to_save": [1]}, TypeError, r"modules_to_save=\[1\] must be a list of strings or None"),
+        ({"trainable_token_indices": {"q": "a"}}, TypeError, "trainable_token_indices=.* must be a list of ints or a"),
+        ({"layers_to_transform": 0.5}, TypeError, "layers_to_transform=0.5 must be a list of ints or an int or None"),
+        ({"wara_alpha": 10**400}, ValueError, r"wara_alpha=2\*\*1328… must be finite"),
+        ({"alpha_pattern": {"q": float("inf")}}, ValueError, r"alpha_pattern\['q'\]=inf must be finite"),
+        ({"r": 10**15}, ValueError, "r=1000000000000000 must be at most 65536"),
+        ({"r": 10**5000}, ValueError, r"r=2\*\*16609… must be at most 65536"),
+        ({"subband_ranks": {"aa1": 10**9}}, ValueError, r"subband_ranks\['aa1'\]=1000000000 must be at most"),
+        ({"rank_pattern": {"q": 10**9}}, ValueError, r"rank_pattern\['q'\]=1000000000 must be at most"),
+        ({"module_shapes": {"q": ["Linear", 4]}}, ValueError, r"module_shapes has \['Linear', 4\] for 'q'"),
+        ({"module_shapes": {"q": []}}, ValueError, r"module_shapes has \[\] for 'q'"),
+        ({"module_shapes": {"q": [3, 4, 5]}}, ValueError, r"module_shapes has \[3, 4, 5\] for 'q'"),
+        ({"module_shapes": {"q": ["Linear", 4, True]}}, ValueError, "module_shapes has"),
+        ({"module_shapes": ["q"]}, TypeError, r"module_shapes=\['q'\] must be a dict"),
         ({"wara_alpha": float("nan")}, ValueError, "wara_alpha=nan must be finite"),
+        ({"wara_dropout": None}, TypeError, "wara_dropout=None must be a number"),
         ({"wara_dropout": 1.0}, ValueError, "wara_dropout=1.0 must be a probability"),
-        ({"bias": "wara"}, ValueError, "bias='wara' is not one of 'none', 'all', 'wara_only'"),
+        ({"bias": "wara"}, ValueError, "bias='wara' must be one of 'none', 'all', 'wara_only'"),
         ({"init_weights": "pissa"}, ValueError, "init_weights='pissa'.*'orthogonal', 'activation'"),
         (
             {"form": "grid", "init_weights": "orthogonal"},
@@ -153,14 +186,14 @@ def test_fields_of_one_form_survive_json(fields, tmp_path):
         ),
         ({"form": "tiny", "grid_pairs": "shared"}, ValueError, "grid_pairs='shared' has no meaning with form='tiny'"),
         ({"form": "grid", "save_basis": False}, ValueError, "save_basis=False has no meaning with form='grid'"),
-        ({"form": "grid", "grid_pairs": "one"}, ValueError, "grid_pairs='one' is not one of 'separate', 'shared'"),
-        ({"form": "grid", "grid_size": 7}, ValueError, r"grid_size=7 must be \(rows, columns\)"),
-        ({"form": "grid", "grid_size": (7, 0)}, ValueError, "grid_size=0 must be at least 1"),
+        ({"form": "grid", "grid_pairs": "one"}, ValueError, "grid_pairs='one' must be one of 'separate', 'shared'"),
+        ({"form": "grid", "grid_size": 7}, TypeError, r"grid_size=7 must be \(an int, an int\) or None"),
+        ({"form": "grid", "grid_size": (7, 0)}, ValueError, r"grid_size=\(7, 0\) must be .* at least 1"),
         ({"form": "grid", "num_prefix_tokens": -1}, ValueError, "num_prefix_tokens=-1 must be at least 0"),
         (
             {"form": "grid", "subband_ranks": {"aa0": 1}},
             ValueError,
-            "'aa0'; with levels=1 and form='grid' there are aa1",
+            "'aa0'; with form='grid' and levels=1 there are aa1",
         ),
         (
             {"form": "grid", "grid_pairs": "shared", "subband_ranks": {"aa1": 1}},
@@ -173,8 +206,8 @@ def test_fields_of_one_form_survive_json(fields, tmp_path):
             "must be an int with grid_pairs='shared'",
         ),
         ({"form": "grid", "task_type": "CAUSAL_LM"}, ValueError, "task_type='CAUSAL_LM'.*leak the future"),
-        ({"form": "tiny", "core": "sparse"}, ValueError, "core='sparse' is not one of 'full', 'diagonal'"),
-        ({"form": "tiny", "save_basis": 1.5}, ValueError, "save_basis=1.5 must be True or False"),
+        ({"form": "tiny", "core": "sparse"}, ValueError, "core='sparse' must be one of 'full', 'diagonal'"),
+        ({"form": "tiny", "save_basis": 1.5}, TypeError, "save_basis=1.5 must be True or False"),
         ({"lora_alpha": 16}, TypeError, "unexpected keyword argument 'lora_alpha'; its name here is 'wara_alpha'"),
         ({"lora_dropout": 0.1}, TypeError, "'lora_dropout'; its name here is 'wara_dropout'"),
         ({"init_lora_weights": True}, TypeError, "'init_lora_weights'; its name here is 'init_weights'"),
@@ -208,6 +241,25 @@ def test_unknown_values_of_a_saved_config_are_errors(tmp_path):
         PeftConfig.from_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_would_match_for_ever_is_refused_in_seconds(field):
+    pattern = "(a|aa)+b?c"
+    config = WaRAConfig(**{field: {pattern: 2}})
+    look_up = config.ranks_of if field == "rank_pattern" else config.alpha_of
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"{field}\['\(a\|aa\)\+b\?c'\] takes more than .* against module 'a+'"):
+        look_up("a" * 60)
+    assert time.monotonic() - start < 10
+    assert look_up("layer.aac") in (2, {"aa1": 2, "ad1": 2, "da1": 2, "dd1": 2, "aa0": 0})
+
+
+@pytest.mark.parametrize("name", ["q", "layer.q", "aq", "layers.3.q", "x", "layers.30.q.x"])
+def test_patterns_match_as_in_peft(name):
+    patterns = {"q": 1, r"layers\.\d\.q": 2, "^layers.30": 3, "x": 4}
+    config = WaRAConfig(alpha_pattern=patterns, wara_alpha=9)
+    assert config.alpha_of(name) == patterns.get(get_pattern_key(list(patterns), name), 9)
+
+
 def test_copies_are_equal():
     config = WaRAConfig(rank_pattern={"q": 2})
     assert copy.deepcopy(config) == config == copy.copy(config)
@@ -216,11 +268,12 @@ def test_copies_are_equal():
 class TestModelCard:
     def test_section_is_added_once_to_the_card_at_hand(self, tmp_path):
         card = tmp_path / "README.md"
-        card.write_text("---\nlibrary_name: peft\n---\n\n# My model\n")
+        card.write_text("---\nlibrary_name: peft\ntags:\n- mine\n---\n\n# My model\n")
         for _ in range(2):
             WaRAConfig().save_pretrained(str(tmp_path))
         assert "# My model" in card.read_text()
         assert card.read_text().count("import wara_peft\n") == 1
+        assert metadata_load(card) == {"library_name": "peft", "tags": ["mine", "wara"]}
 
     def test_named_adapters_use_the_card_above(self, tmp_path):
         card = tmp_path / "README.md"
@@ -229,17 +282,43 @@ class TestModelCard:
         assert "import wara_peft" in card.read_text()
         assert not (tmp_path / "other" / "README.md").exists()
 
-    def test_a_strangers_readme_above_is_left_alone(self, tmp_path):
-        above = tmp_path / "README.md"
-        above.write_text("# A project of mine\n")
-        WaRAConfig().save_pretrained(str(tmp_path / "adapter"))
-        assert above.read_text() == "# A project of mine\n"
-        assert "import wara_peft" in (tmp_path / "adapter" / "README.md").read_text()
-
-    @pytest.mark.parametrize("content", [b"---\nlibrary_name: [peft\n---\n", b"\xff\xfe not text"])
-    def test_what_cannot_be_read_does_not_stop_saving(self, tmp_path, content):
-        (tmp_path / "README.md").write_bytes(content)
-        WaRAConfig().save_pretrained(str(tmp_path / "adapter"))
+    def test_a_strangers_readme_is_left_alone(self, tmp_path):
+        readme = tmp_path / "README.md"
+        readme.write_text("# A project of mine\n")
         WaRAConfig().save_pretrained(str(tmp_path))
-        assert (tmp_path / "README.md").read_bytes().startswith(content.rstrip())
-        assert b"import wara_peft" in (tmp_path / "adapter" / "README.md").read_bytes()
+        WaRAConfig().save_pretrained(str(tmp_path / "adapter"))
+        assert readme.read_text() == "# A project of mine\n"
+        assert "import wara_peft" in (tmp_path / "adapter" / "README.md").read_text()
+        assert metadata_load(tmp_path / "adapter" / "README.md") == {"library_name": "peft", "tags": ["wara"]}
+
+    def test_what_is_no_text_does_not_stop_saving(self, tmp_path):
+        (tmp_path / "README.md").write_bytes(b"\xff\xfe not text")
+        WaRAConfig().save_pretrained(str(tmp_path))
+        assert (tmp_path / "README.md").read_bytes() == b"\xff\xfe not text"
+
+    def test_metadata_that_cannot_be_read_get_no_tag(self, tmp_path):
+        card = tmp_path / "README.md"
+        card.write_bytes(b"---\nlibrary_name: peft\ntags: [broken\n---\n\xff")
+        with pytest.warns(UserWarning, match="get no tag 'wara'"):
+            WaRAConfig().save_pretrained(str(tmp_path))
+        assert card.read_bytes().startswith(b"---\nlibrary_name: peft\ntags: [broken\n---\n\xff")
+        assert b"import wara_peft" in card.read_bytes()
+
+    @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION", None])
+    def test_the_snippet_loads_the_adapter(self, task_type, tmp_path):
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        classes = {"CAUSAL_LM": LlamaForCausalLM, "SEQ_CLS": LlamaForSequenceClassification}
+        base = classes.get(task_type, LlamaModel)(LlamaConfig(vocab_size=40, pad_token_id=0, **sizes))
+        base.save_pretrained(tmp_path / "base")
+        base = type(base).from_pretrained(tmp_path / "base")
+        config = WaRAConfig(target_modules=["q_proj"], init_weights=False, task_type=task_type)
+        model = get_peft_model(base, config).eval()
+        model.save_pretrained(tmp_path / "adapter")
+        card = (tmp_path / "adapter" / "README.md").read_text()
+        assert "wara" in metadata_load(tmp_path / "adapter" / "README.md")["tags"]
+        snippet = card.split("```python\n", 2)[-1].split("```")[0]
+        names = {}
+        exec(snippet.replace("path or name of this adapter", str(tmp_path / "adapter")), names)
+        tokens = torch.arange(1, 7)[None]
+        with torch.no_grad():
+            assert torch.equal(names["model"].eval()(tokens)[0], model(tokens)[0])

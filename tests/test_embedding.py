@@ -121,6 +121,7 @@ def test_saves_loads_and_exports(tmp_path):
     assert isinstance(loaded.peft_config["default"], LoraConfig)
 
 
+@pytest.mark.filterwarnings("ignore:The saved adapter was made")
 def test_a_resized_vocabulary_is_refused_on_load(tmp_path):
     get_peft_model(Bag(), WaRAConfig(target_modules=["embedding"])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'embedding' \(saved \(6, 13\), here \(6, 15\)\).*resized"):

@@ -80,7 +80,7 @@ def test_it_is_exact_and_uniform(case):
         factor_a, factor_b = state_dict[f"{name}.lora_A.weight"], state_dict[f"{name}.lora_B.weight"]
         assert (factor_a.shape, factor_b.shape) == ((largest, layer.in_features), (layer.out_features, largest))
         delta = layer.double().get_delta_weight("default")
-        delta = delta.T if layer.kind == "Conv1D" else delta
+        delta = delta.T if layer.kind.keeps_in_first else delta
         torch.testing.assert_close(factor_b.double() @ factor_a.double(), delta, atol=1e-6, rtol=1e-6)
     assert all(value.is_contiguous() for value in state_dict.values())
     assert not any("wara" in key for key in state_dict)
@@ -132,7 +132,7 @@ class TestTruncation:
         best, norms, kept = {}, {}, {}
         for name, layer in layers.items():
             delta = layer.get_delta_weight("default").detach().numpy()
-            delta = delta.T if layer.kind == "Conv1D" else delta
+            delta = delta.T if layer.kind.keeps_in_first else delta
             values = np.linalg.svd(delta, compute_uv=False)
             shares = np.cumsum(values**2) / np.sum(values**2)
             kept[name] = rank if isinstance(rank, int) else int(np.sum(shares < rank - 1e-12)) + 1

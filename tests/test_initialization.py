@@ -9,9 +9,11 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.references import Mlp, synthesis_matrix
 from wara_peft import WaRAConfig, initialize_from_data
+from wara_peft.initialization import _Moments
 from wara_peft.layer import Linear
 
 
@@ -180,3 +182,73 @@ def test_for_linear_layers_alone(init_weights):
     with pytest.raises(TypeError, match=rf"conv \(Conv1d\) is not supported.*init_weights='{init_weights}'"):
         get_peft_model(model, WaRAConfig(init_weights=init_weights, target_modules=["up", "conv"]))
     assert type(model["up"]) is nn.Linear
+
+
+@pytest.mark.parametrize("decoder_mask", [False, True])
+def test_the_encoders_mask_is_not_put_on_decoder_tokens_of_equal_length(decoder_mask):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    torch.manual_seed(0)
+    base = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes))
+    config = WaRAConfig(init_weights="activation", target_modules=["q", "k", "v"], r=2)
+    model = get_peft_model(base, config)
+    ids = torch.randint(1, 40, (3, 6))
+    mask = (torch.arange(6) < torch.tensor([[6], [4], [2]])).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.flip(1)}
+    if decoder_mask:
+        batch["decoder_attention_mask"] = mask.flip(0)
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, Linear):
+            module.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
+    initialize_from_data(model, [batch], show_progress_bar=False)
+
+    for name, inputs in seen.items():
+        encoded = "encoder." in name or ("EncDecAttention" in name and not name.endswith(".q"))
+        counted = mask if encoded else mask.flip(0) if decoder_mask else torch.ones_like(mask)
+        x = inputs[counted.bool()].double().numpy()
+        factor_a = model.base_model.model.get_submodule(name).factors("default")[0]
+        for band in factor_a.subbands:
+            expected = np.linalg.svd(x @ synthesis_matrix("haar", 16, 1, band[1]))[2][:2]
+            found = factor_a.subband(band).detach().numpy()
+            np.testing.assert_allclose(np.abs((found * expected).sum(1)), 1, atol=1e-3, err_msg=name)
+
+
+class Shares(nn.Module):
+    """Layers of which some see one tensor: always, in the first batch alone, or in every call but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.calls == 0
+        self.calls += 1
+        result = self.a(x) + self.b(x) + self.c(x if first else x * 0.5)
+        if self.calls != 2:
+            result = result + self.d(x if first else x + 0)
+        return self.a(result) + self.b(result)
+
+
+def test_layers_that_share_an_input_share_its_moment_for_as_long_as_they_do():
+    torch.manual_seed(0)
+    model = get_peft_model(Shares(), WaRAConfig(init_weights="activation", target_modules=["a", "b", "c", "d"]))
+    layers = [getattr(model.base_model.model, name) for name in "abcd"]
+    expected = {layer: torch.zeros(6, 6, dtype=torch.float64) for layer in layers}
+    moments = _Moments(model)
+    for layer in layers:
+        layer.register_forward_pre_hook(moments.add)
+
+        def reference(layer: nn.Module, args: tuple[torch.Tensor]) -> None:
+            x = args[0].double()
+            expected[layer] += x.T @ x
+
+        layer.register_forward_pre_hook(reference)
+    for _ in range(3):
+        moments.start_batch({})
+        with torch.no_grad():
+            model(torch.randn(5, 6))
+    found = moments.of_layers()
+    for layer in layers:
+        torch.testing.assert_close(found[layer].double(), expected[layer], atol=1e-4, rtol=1e-4)
+    assert found[layers[0]] is found[layers[1]]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from wara_peft.kinds import KINDS
 from wara_peft.low_rank_update import LowRankUpdate, decompose, rank_for_energy, truncation_energy
 
 # out, in, rank: wide, tall, and ranks larger than the matrix
@@ -66,14 +67,14 @@ def test_zero_has_rank_one_and_no_error():
 )
 def test_dense_has_the_orientation_of_the_layer(kind, kernel, expected):
     factor_a, factor_b = torch.randn(2, 4, *kernel), torch.randn(6, 2)
-    dense = LowRankUpdate(kind, factor_a, factor_b).dense()
+    dense = LowRankUpdate(KINDS[kind], factor_a, factor_b).dense()
     product = torch.einsum("mr,rn...->mn...", factor_b, factor_a)
     torch.testing.assert_close(dense, product.T if kind in ("Conv1D", "Embedding") else product)
     assert dense.shape == expected
 
 
 def test_groups_are_decomposed_each_by_itself():
-    update = LowRankUpdate("Conv1d", torch.randn(5, 4, 3), torch.randn(6, 5), groups=2)
+    update = LowRankUpdate(KINDS["Conv1d"], torch.randn(5, 4, 3), torch.randn(6, 5), groups=2)
     dense = update.dense().double().flatten(1).numpy()
     for part, rows in zip(update.decomposition(), (dense[:3], dense[3:]), strict=True):
         np.testing.assert_allclose(part.values[:3], np.linalg.svd(rows, compute_uv=False), atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 
@@ -324,14 +325,6 @@ BAD_INJECTIONS = {
         ValueError,
         "leaves every subband out in module 'second'",
     ),
-    "an adapter for other shapes": (
-        {
-            "target_modules": ["first", "second"],
-            "module_shapes": {"first": ["Linear", 6, 6], "second": ["Linear", 6, 8]},
-        },
-        ValueError,
-        r"'second' \(saved \(6, 8\), here \(6, 6\)\).*module_shapes=None",
-    ),
 }
 
 
@@ -376,13 +369,76 @@ class TestBadInput:
         get_peft_model(Mlp(12), config)
         assert get_peft_model(Mlp(8), config).peft_config["default"].module_shapes == {"up": ["Linear", 20, 8]}
 
-    def test_a_loaded_config_serves_other_widths_as_its_error_says(self, tmp_path):
+    def test_the_callers_config_stays_as_it_was(self):
+        config = WaRAConfig(target_modules="all-linear")
+        before = copy.deepcopy(config)
+        model = get_peft_model(Mlp(12), config)
+        assert config == dataclasses.replace(before, base_model_name_or_path=config.base_model_name_or_path)
+        assert vars(config).keys() == vars(before).keys()
+        assert model.peft_config["default"].module_shapes == {
+            "up": ["Linear", 20, 12],
+            "down": ["Linear", 12, 20],
+            "head": ["Linear", 3, 12],
+        }
+        changed = dataclasses.replace(model.peft_config["default"], r=2)
+        assert get_peft_model(Mlp(8), changed).peft_config["default"].module_shapes["up"] == ["Linear", 20, 8]
+
+    @pytest.mark.parametrize("width", [8, 11])  # 11 has coefficients of the same shapes as 12
+    @pytest.mark.parametrize("form", ["subband", "tiny"])
+    def test_a_loaded_config_serves_other_models(self, width, form, tmp_path):
+        config = WaRAConfig(target_modules=["up"], form=form, r=2)
+        get_peft_model(Mlp(12), config).save_pretrained(tmp_path / "first")
+        loaded = WaRAConfig.from_pretrained(tmp_path / "first")
+        loaded.inference_mode = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = get_peft_model(Mlp(width), loaded)
+        assert model.peft_config["default"].module_shapes == {"up": ["Linear", 20, width]}
+        assert model(torch.randn(2, width)).isfinite().all()
+        model.save_pretrained(tmp_path / "second")
+        again = PeftModel.from_pretrained(Mlp(width), tmp_path / "second")
+        assert again.peft_config["default"].module_shapes == {"up": ["Linear", 20, width]}
+        if width == 8:  # its own checkpoints load, as when training resumes
+            model.load_adapter(tmp_path / "second", "default", is_trainable=True)
+
+    @pytest.mark.filterwarnings("ignore:The saved adapter was made")
+    @pytest.mark.parametrize("width", [8, 11])
+    @pytest.mark.parametrize("is_trainable", [False, True])
+    def test_a_saved_adapter_of_another_model_is_refused_and_taken_out_again(self, width, is_trainable, tmp_path):
         get_peft_model(Mlp(12), WaRAConfig(target_modules=["up"])).save_pretrained(tmp_path)
-        config = WaRAConfig.from_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="module_shapes=None"):
-            get_peft_model(Mlp(8), config)
-        config.module_shapes = None
-        assert get_peft_model(Mlp(8), config).peft_config["default"].module_shapes == {"up": ["Linear", 20, 8]}
+        message = rf"other \(out, in\) shapes: 'up' \(saved \(20, 12\), here \(20, {width}\)\)"
+        base = Mlp(width)
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(base, tmp_path, is_trainable=is_trainable)
+        assert type(base.up) is nn.Linear
+        model = get_peft_model(Mlp(width), WaRAConfig(target_modules=["down"]))
+        with pytest.raises(ValueError, match=message):
+            model.load_adapter(tmp_path, "other", is_trainable=is_trainable)
+        assert list(model.peft_config) == ["default"]
+        assert model(torch.randn(2, width)).isfinite().all()
+
+    def test_transformers_loading_warns_of_another_model(self, tmp_path):
+        model = tiny_llama()
+        model.add_adapter(WaRAConfig(target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        name, (kind, out, in_) = next(iter(config["module_shapes"].items()))
+        config["module_shapes"][name] = [kind, out, in_ - 1]
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.warns(UserWarning, match=r"made for modules of other \(out, in\) shapes"):
+            tiny_llama().load_adapter(str(tmp_path))
+
+    def test_a_second_injection_from_an_outer_root_reads_patterns_by_the_outer_names(self):
+        inner = Mlp()
+        get_peft_model(inner, WaRAConfig(target_modules=["up"]))
+        outer = nn.ModuleDict({"encoder": inner})
+        config = WaRAConfig(
+            target_modules=["encoder.up"], rank_pattern={"^encoder.up": 7}, alpha_pattern={"^encoder.up": 14}
+        )
+        inject_adapter_in_model(config, outer, "other")
+        assert inner.up.total_rank("other") == 28
+        assert inner.up.scaling["other"] == 0.5
+        assert inner.up.total_rank("default") == 16
 
     def test_targets_named_by_a_state_dict_are_checked_too(self):
         model = Mixed()
@@ -459,6 +515,7 @@ class TestBadFiles:
         assert plain.state_dict().keys() == weights.keys()
         assert all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
 
+    @pytest.mark.filterwarnings("ignore:The saved adapter was made")
     def test_a_base_of_another_shape(self, tmp_path):
         self.saved(tmp_path)
         other = Mlp(width=10)

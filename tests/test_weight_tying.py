@@ -8,7 +8,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from wara_peft import WaRAConfig, save_as_lora
 
@@ -141,11 +150,68 @@ def test_a_module_trained_in_full_stays_tied_as_in_lora(tmp_path):
     assert torch.equal(logits(loaded), logits(models[0]))
 
 
-def test_without_ensure_weight_tying_a_warning_says_what_may_go_wrong():
-    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
-        model = get_peft_model(llama(), WaRAConfig(target_modules=["embed_tokens"], init_weights=False))
-    with pytest.warns(UserWarning, match="This can lead to complications"):
-        model.merge_adapter()
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_merging_into_a_weight_that_another_layer_uses_unadapted_is_refused(target):
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True|tie_word_embeddings"):
+        model = get_peft_model(llama(), WaRAConfig(target_modules=[target, "q_proj"], init_weights=False)).eval()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        other = {"embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[target]
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match=rf"Cannot merge into module '.*{target}': .* tied to '{other}'"):
+                merge()
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        # The remedy of the message makes the two equal.
+        expected = logits(model)
+        module = model.base_model.model.get_submodule(other)
+        module.weight = nn.Parameter(module.weight.detach().clone())
+        torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tie_that_peft_does_not_see_is_refused_too():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).eval()
+    fields = {"target_modules": ["word_embeddings"], "init_weights": False, "ensure_weight_tying": True}
+    model = get_peft_model(base, WaRAConfig(**fields))
+    with pytest.raises(ValueError, match=r"'bert.embeddings.word_embeddings': .*'cls.predictions.decoder'"):
+        model.merge_and_unload()
+
+
+def encoder_decoder(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "T5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+        return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)).eval()
+    layers = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SMALL.items()}
+    config = BartConfig(vocab_size=40, d_model=16, scale_embedding=True, max_position_embeddings=64, **layers)
+    return BartForConditionalGeneration(config).eval()
+
+
+SMALL = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.parametrize("kind", ["T5", "BART"])
+def test_embeddings_tied_to_an_embedding(kind, tmp_path):
+    fields = {"ensure_weight_tying": True, "init_weights": False, "target_modules": ["embed_tokens"]}
+    model = get_peft_model(encoder_decoder(kind), WaRAConfig(**fields)).eval()
+
+    def outputs(of: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of(input_ids=TOKENS, labels=TOKENS).logits
+
+    embedding = model.get_input_embeddings()
+    delta = embedding.get_delta_weight("default")
+    dense = encoder_decoder(kind)
+    assert not torch.allclose(outputs(model), outputs(dense), atol=1e-3)
+    dense.get_input_embeddings().weight.data += delta  # of which all the others are ties
+    torch.testing.assert_close(outputs(model), outputs(dense), atol=1e-4, rtol=1e-4)
+
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(encoder_decoder(kind), tmp_path).eval()
+    assert torch.equal(outputs(loaded), outputs(model))
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert embedding.wara_A["default"].level1.grad.any()
+    torch.testing.assert_close(outputs(model.merge_and_unload()), outputs(dense), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("order", [["default", "plain"], ["plain", "default"]])

@@ -15,7 +15,8 @@ from torch import nn
 
 from tests.references import WAVELETS, inverse_transform, tiny_vit, transform
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora, to_lora
-from wara_peft.grid import TokenGrid, TokenMixing, grid_subbands
+from wara_peft.forms.token_grid import TokenGrid
+from wara_peft.forms.token_mixing import TokenMixing, grid_subbands
 from wara_peft.layer import Linear
 
 GRIDS = ((8, 8), (7, 7), (14, 14), (5, 12), (1, 6), (3, 1))
@@ -391,7 +392,7 @@ class TestNotMergeable:
         model = self.model()
         before = set(model.state_dict())
         with pytest.raises(
-            ValueError, match="Adapters grid have form='grid', and mix tokens; they cannot be combined"
+            ValueError, match="Adapter 'grid' cannot be combined by 'cat': it has form='grid', and mixes tokens"
         ):
             model.add_weighted_adapter(["default", "grid"], [1.0, 1.0], "both")
         assert set(model.state_dict()) == before

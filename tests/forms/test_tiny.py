@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -210,6 +211,7 @@ class TestSaving:
         torch.testing.assert_close(loaded(self.x), model(self.x), atol=1e-5, rtol=0)
         assert loaded.peft_config["default"].base_weight_hashes == model.peft_config["default"].base_weight_hashes
 
+    @pytest.mark.filterwarnings("ignore:The saved adapter was saved with save_basis=False")
     @pytest.mark.parametrize("change", ["one value", "dtype"])
     def test_another_base_is_refused(self, change, tmp_path):
         model = model_of(save_basis=False)
@@ -224,17 +226,28 @@ class TestSaving:
             PeftModel.from_pretrained(base, tmp_path)
         assert {name: type(module) for name, module in base.named_modules()} == before
 
+    @pytest.mark.filterwarnings("ignore:The saved adapter was saved with save_basis=False")
     @pytest.mark.parametrize("save_basis", [True, False])
-    def test_a_saved_config_makes_a_new_adapter_as_its_error_says(self, save_basis, tmp_path):
+    def test_a_saved_config_makes_a_new_adapter_of_other_weights(self, save_basis, tmp_path):
         model_of(save_basis=save_basis).save_pretrained(tmp_path)
         config = WaRAConfig.from_pretrained(tmp_path)
-        if save_basis:
-            with pytest.raises(RuntimeError, match=r"in module 'up' has no values.*module_shapes=None"):
-                get_peft_model(Mlp(), config)(self.x)
-        config.module_shapes = None
         torch.manual_seed(5)
-        model = get_peft_model(Mlp(), config)
+        base = Mlp()
+        expected = get_peft_model(
+            copy.deepcopy(base), dataclasses.replace(config, module_shapes=None, base_weight_hashes=None)
+        )
+        model = get_peft_model(base, config)
+        for name in ("up", "down"):  # made at the first use, for a file might have brought the basis
+            found, right = (getattr(m.base_model.model, name).factors("default") for m in (model, expected))
+            assert torch.equal(found[0].synthesise(), right[0].synthesise())
         assert model(self.x).isfinite().all()
+
+    def test_a_basis_that_never_comes_needs_a_weight(self, tmp_path):
+        model_of().save_pretrained(tmp_path)
+        model = get_peft_model(Mlp(), WaRAConfig.from_pretrained(tmp_path))
+        model.base_model.model.up.base_layer.to("meta")
+        with pytest.raises(ValueError, match="weight of module 'up', which is on the meta device"):
+            model.base_model.model.up.get_delta_weight("default")
 
     def test_export_is_exact(self, tmp_path):
         model = model_of(wavelet="db2", levels=2)
@@ -250,7 +263,7 @@ class TestSaving:
         torch.manual_seed(3)
         other = WaRAConfig(form="tiny", r=1, wavelet="db2", target_modules=["up"], init_weights=False)
         model.add_adapter("other", other)
-        with pytest.raises(ValueError, match=r"those of form='tiny' are fixed. Use 'cat'"):
+        with pytest.raises(ValueError, match=r"by 'linear': those factors of form='tiny' are fixed. Use 'cat'"):
             model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="linear")
         model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
         up = model.base_model.model.up
@@ -277,6 +290,29 @@ def test_bad_bases_are_refused_before_anything_changes(case):
     with pytest.raises(ValueError, match=message):
         model_of(base, **fields)
     assert type(base.up) is nn.Linear
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_large_weight_takes_a_randomised_decomposition_only_if_its_basis_is_saved(saved, monkeypatch):
+    torch.manual_seed(0)
+    base = nn.Linear(520, 400, bias=False)
+    base.weight.data = torch.randn(400, 400) @ torch.diag(0.97 ** torch.arange(400)) @ torch.randn(400, 520)
+    calls = []
+    lowrank = torch.svd_lowrank
+    monkeypatch.setattr(torch, "svd_lowrank", lambda *args, **kwargs: calls.append(1) or lowrank(*args, **kwargs))
+    before = torch.random.get_rng_state()
+    config = WaRAConfig(form="tiny", r=4, save_basis=saved, init_weights=False)
+    layer = Linear(base, "default", "proj", config)
+    assert len(calls) == (4 if saved else 0)
+    torch.random.set_rng_state(before)
+    again = Linear(base, "default", "proj", config)
+    assert all(map(torch.equal, layer.wara_basis["default"].buffers(), again.wara_basis["default"].buffers()))
+    bands = transform(base.weight.detach().double().numpy(), "haar", 1)
+    for name, (rows, columns) in layer.forms["default"].coefficients(layer.parts("default")).items():
+        core = layer.wara_core["default"].get_parameter(name).detach().double()
+        truncated = (columns.double() @ torch.linalg.inv(core) @ rows.double()).numpy()
+        best = np.sqrt((np.linalg.svd(bands[name], compute_uv=False)[4:] ** 2).sum())
+        assert np.linalg.norm(bands[name] - truncated) < 1.001 * best
 
 
 def test_compiles_without_graph_breaks():

@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.references import synthesis_matrix
 from wara_peft import frozen_factors
-from wara_peft.factors import IN_DIM, OUT_DIM, SharedFactor, SubbandFactor
+from wara_peft.forms.factors import IN_DIM, OUT_DIM, SubbandFactor
+from wara_peft.forms.shared import SharedFactor
 
 RANKS = {"aa2": 2, "ad2": 1, "dd2": 3, "ad1": 1, "da1": 2, "aa0": 2}
 
