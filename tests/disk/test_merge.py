@@ -295,6 +295,7 @@ class TestRefusals:
     def test_an_out_that_is_there(self, tmp_path):
         saved(tmp_path, llama(), target_modules=["q_proj"])
         (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_text("mine")
         self.refused(tmp_path, "exists already")
         merged(tmp_path, overwrite=True)
         for name in ("base", "adapter"):
