@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .checks import first
 from .config import WaRAConfig, suffix_matches
 from .conv import Conv
-from .disk.adapter import PEFT_PREFIX, SavedAdapter, Track, untracked
+from .disk.adapter import SavedAdapter, Track, untracked
+from .disk.contents import PEFT_PREFIX
 from .disk.directory import written_at_once
 from .layer import WaRALayer
 from .low_rank_update import Decomposition, LowRankUpdate, rank_for_energy, truncation_energy

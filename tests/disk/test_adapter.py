@@ -54,7 +54,8 @@ def test_updates_are_those_of_the_model(tmp_path, fields):
 def test_what_else_it_holds(tmp_path):
     saved(tmp_path, bias="wara_only", modules_to_save=["head"])
     adapter = SavedAdapter(tmp_path)
-    assert adapter.others == {"up.base_layer.bias": (20,), "head.weight": (3, 12), "head.bias": (3,)}
+    shapes = {key: info.shape for key, info in adapter.others.items()}
+    assert shapes == {"up.base_layer.bias": (20,), "head.weight": (3, 12), "head.bias": (3,)}
     assert torch.equal(adapter.other("head.weight"), load_file(tmp_path / WEIGHTS)["base_model.model.head.weight"])
 
 
@@ -129,11 +130,15 @@ BROKEN = {
         "lacks 'gone.wara_A.level1'",
     ),
     "factors that point nowhere": (edit_config(module_shapes={"up": ["Linear", 20, 12]}), "holds 'down.wara_A.level1'"),
-    "key that points nowhere": (edit_weights(lambda t: t.update({"base_model.model.x.weight": t[KEY] * 1})), "'x.weight'"),
+    "factor that points nowhere": (edit_weights(lambda t: t.update({"base_model.model.x.wara_A.level1": t[KEY] * 1})), "'x.wara_A.level1'"),
     "key without the prefix": (edit_weights(lambda t: t.update({"x": t[KEY] * 1})), "the key 'x'"),
     "missing factor": (edit_weights(lambda t: t.pop(KEY)), "lacks 'up.wara_A.level1'"),
     "wrong shape": (edit_weights(lambda t: t.update({KEY: t[KEY][:-1].clone()})), r"of shape \(15, 6\)"),
-    "integers": (edit_weights(lambda t: t.update({KEY: t[KEY].int()})), "which is not a float"),
+    "integers": (edit_weights(lambda t: t.update({KEY: t[KEY].int()})), "of dtype I32; one of F64, F32, F16, BF16"),
+    "float8": (edit_weights(lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)})), "of dtype F8_E4M3; one of"),
+    "float8 beside the adapter": (
+        edit_weights(lambda t: t.update({"base_model.model.lm_head.weight": t[KEY].to(torch.float8_e5m2)})), "of dtype F8_E5M2"
+    ),
     "NaN": (edit_weights(lambda t: t[KEY].view(-1)[3].fill_(float("nan"))), "'up.wara_A.level1' holds values that are not"),
     "infinity": (edit_weights(lambda t: t[KEY].view(-1)[3].fill_(float("inf"))), "holds values that are not finite"),
 }  # fmt: skip

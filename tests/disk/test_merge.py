@@ -169,7 +169,7 @@ class TestDtype:
 
     def test_what_it_cannot_hold(self, tmp_path):
         saved(tmp_path, llama(), target_modules=["q_proj"], wara_alpha=1e9)
-        with pytest.raises(ValueError, match=r"q_proj' gives values that are not finite in torch.float16"):
+        with pytest.raises(ValueError, match=r"q_proj.weight' gives values that are not finite in torch.float16"):
             merged(tmp_path, dtype=torch.float16)
         assert not (tmp_path / "out").exists()
 
@@ -244,7 +244,7 @@ class TestRefusals:
         path = tmp_path / "adapter" / "adapter_config.json"
         for indices in ([3, 99], [3], [3, -1]):
             path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_token_indices": indices}))
-            self.refused(tmp_path, "trainable_token_indices of the adapter do not fit")
+            self.refused(tmp_path, "trainable_token_indices of the adapter do not fit .*embed_tokens")
 
     @pytest.mark.parametrize("name", ["../model-00001-of-00002.safetensors", "/etc/passwd", "..", "x.bin", 3, ""])
     def test_an_index_that_names_files_elsewhere(self, tmp_path, name):
