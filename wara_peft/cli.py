@@ -232,7 +232,14 @@ def _local(path: Path, weights: bool = False) -> Path:
 @contextmanager
 def _failures_in_a_line(debug: bool) -> Iterator[None]:
     """Turn an exception into one line and exit status 1, and the signal to terminate into an exception."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    interrupted = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True  # what a library makes of the exception may be another one
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -243,15 +250,12 @@ def _failures_in_a_line(debug: bool) -> Iterator[None]:
             for line in traceback.format_exc().splitlines():
                 err.print(_visible(line))
         else:
-            reason = "interrupted; nothing was written." if isinstance(error, KeyboardInterrupt) else str(error)
+            interrupted = interrupted or isinstance(error, KeyboardInterrupt)
+            reason = "interrupted; nothing was written." if interrupted else str(error)
             _complain(reason or type(error).__name__)
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -159,7 +159,9 @@ class Contents:
         indices = self.config.trainable_token_indices
         if isinstance(indices, dict):
             module = key.removesuffix(f".token_adapter.{TOKENS}")
-            return next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), [])
+            named = [rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")]
+            # A layer that is tied to one that is named has its tokens.
+            return (named or list(indices.values()))[0]
         return indices or []
 
     def _expected_shapes(self, name: str) -> dict[str, tuple[int, ...]]:

@@ -112,9 +112,7 @@ class _Plan:
             )
         missing = [repr(name) for name in changes if name not in self.parameters]
         if missing:
-            warnings.warn(
-                f"{type(self.model).__name__} has no {first(missing)}; PEFT does not load it, and it is left out."
-            )
+            warnings.warn(f"{type(self.model).__name__} has no {first(missing)}, which is left out, as by PEFT.")
         self.changes: dict[str, _Change] = {}
         self.added: list[_Change] = []
         keys_of = self._keys_of_parameters()
@@ -247,7 +245,8 @@ class _Plan:
         new = dtype if dtype is not None and own.is_floating_point else own
         if own not in FLOATS.values() and new != own:
             raise ValueError(
-                f"{key!r} in {str(self.checkpoint.base)!r} is of dtype {own}, quantized, and stays as it is."
+                f"{key!r} is of dtype {own} in {str(self.checkpoint.base)!r}: it is quantized, and cannot be made "
+                f"{new}."
             )
         change = self.changes.get(key)
         if change is None:
