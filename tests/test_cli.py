@@ -216,6 +216,7 @@ class TestFailures:
         self.fails("'out' is a file; name a directory", *command, "--overwrite")
         (copied / "out").unlink()
         (copied / "out").mkdir()
+        (copied / "out" / "file").write_text("mine")
         self.fails("'out' exists already", *command)
         self.fails("Not a directory", *command[:-1], "adapter/adapter_config.json/out")
         self.fails("must not be replaced", *command[:-1], "adapter", "--overwrite")

@@ -321,7 +321,7 @@ class TestBadInput:
 
     def test_dtype(self):
         _, model, _ = adapted("linear")
-        for dtype in ("bf16", torch.int8):
+        for dtype in ("bf16", torch.int8, torch.float8_e4m3fn):
             with pytest.raises(TypeError, match=r"must be a floating-point torch\.dtype"):
                 to_lora(model, dtype=dtype)
 

@@ -1,29 +1,31 @@
-"""The `wara-peft` command: export an adapter to LoRA, merge it into a checkpoint, look into it."""
+"""The `wara-peft` command: export an adapter to LoRA, merge it into a checkpoint, look into it.
+
+Each subcommand imports what it needs when it runs, so that what one of them uses cannot stop the others. All text that
+comes from elsewhere (paths, names in files, errors) is printed as it is, with control characters as escapes.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import signal
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from .disk.adapter import SavedAdapter, Track
-from .disk.directory import written_at_once
-from .disk.merge import merge_checkpoint
-from .export import lora_error, to_lora, vllm_max_lora_rank, write_lora
-from .inspection import AdapterReport, inspect_adapter
+if TYPE_CHECKING:
+    from .disk.adapter import Track
+    from .inspection import AdapterReport
 
 DTYPES = {
     "fp32": torch.float32,
@@ -34,8 +36,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 PROGRAM = "wara-peft"
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 app = typer.Typer(
     name=PROGRAM,
     help="Export, merge and inspect WaRA adapters. None of it needs the base model in memory.",
@@ -97,19 +99,21 @@ def export(
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter(f"--energy {energy} is a share: more than 0, at most 1.")
     with _failures_in_a_line(debug):
+        from .disk.directory import written_at_once
+        from .export import convert, vllm_max_lora_rank, write_lora
+
         source = _local(adapter)
         kept = energy if rank is None else rank
         with written_at_once(path, "replace" if overwrite else "refuse", inputs=[source]) as directory:
-            config, state_dict = to_lora(source, kept, dtype=dtype, strict=strict, track=_tracked("Exporting"))
-            write_lora(directory, config, state_dict)
-            lost = 0.0 if kept is None else lora_error(source, kept).total
-        out.print(
-            f"Wrote {path}: LoRA of rank {config.r}, {len(config.target_modules or ())} modules.", soft_wrap=True
-        )
+            lora = convert(source, kept, dtype=dtype, strict=strict, track=_tracked("Exporting"))
+            write_lora(directory, lora.config, lora.state_dict)
+        config = lora.config
+        _say(f"Wrote {path}: LoRA of rank {config.r}, {len(config.target_modules or ())} modules.")
+        rounding = f", but for the rounding to {str(dtype).removeprefix('torch.')}" if lora.rounded else ""
         if kept is None:
-            out.print("It is exact.")
+            out.print(f"It is exact{rounding}.")
         else:
-            out.print(f"Relative error of the weight update, in Frobenius norm: {lost:.3g}")
+            out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")
         allowed = vllm_max_lora_rank(config.r)
         if allowed is None:
             out.print("vLLM serves no LoRA of this rank: export with --rank 512 or less, or merge the adapter.")
@@ -133,6 +137,8 @@ def merge(
 ) -> None:
     """Merge an adapter into a model's checkpoint, shard by shard; about one shard is in memory at a time."""
     with _failures_in_a_line(debug):
+        from .disk.merge import merge_checkpoint
+
         merge_checkpoint(
             _local(base, weights=True),
             _local(adapter),
@@ -142,7 +148,7 @@ def merge(
             overwrite=overwrite,
             track=_tracked("Merging"),
         )
-        out.print(f"Wrote {path}; load it with from_pretrained.", soft_wrap=True)
+        _say(f"Wrote {path}; load it with from_pretrained.")
 
 
 @app.command(
@@ -159,6 +165,9 @@ def inspect(
 ) -> None:
     """Show an adapter's modules, ranks, parameters, and the share of its energy in each subband and level."""
     with _failures_in_a_line(debug):
+        from .disk.adapter import SavedAdapter
+        from .inspection import inspect_adapter
+
         report = inspect_adapter(SavedAdapter(_local(adapter)), _tracked("Reading"))
         if plot is not None:
             report.plot(plot)
@@ -169,12 +178,12 @@ def inspect(
 
 
 def _print_report(report: AdapterReport) -> None:
-    out.print(f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}")
+    _say(f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}")
     table = Table(Column("module", overflow="fold"), "kind", "out x in", "ranks", "R", "trained", "as LoRA")
     for module in report.modules:
         ranks = set(module.ranks.values())
         table.add_row(
-            module.name,
+            _visible(module.name),
             module.kind,
             f"{module.out_features} x {module.in_features}",
             f"{ranks.pop()} in each of {len(module.ranks)}" if len(ranks) == 1 else _pairs(module.ranks),
@@ -184,15 +193,15 @@ def _print_report(report: AdapterReport) -> None:
         )
     out.print(table)
     parameters = sum(module.parameters for module in report.modules)
-    lora = sum(module.lora_parameters or 0 for module in report.modules)
-    as_lora = f"as LoRA of rank {report.rank}: {lora:,}" if lora else "it mixes tokens, and is no LoRA"
+    lora = report.lora_parameters
+    as_lora = "it mixes tokens, and is no LoRA" if lora is None else f"as LoRA of rank {report.rank}: {lora:,}"
     out.print(f"{len(report.modules)} modules, {parameters:,} trained parameters; {as_lora}.")
     shares = Table("subband", "share of energy")
     for name, share in (*report.energy_shares().items(), *report.level_shares().items()):
         shares.add_row(name, f"{share:.1%}")
     out.print(shares)
     if report.others:
-        out.print(f"It also holds, in full: {', '.join(report.others)}", soft_wrap=True)
+        _say(f"It also holds, in full: {', '.join(report.others)}")
 
 
 def _pairs(values: dict[str, int]) -> str:
@@ -208,6 +217,8 @@ def _local(path: Path, weights: bool = False) -> Path:
     """The directory itself, or what the Hub has under that name, downloaded, without pickles."""
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
         return path
+    from huggingface_hub import snapshot_download
+
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*"]
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=["*/*", "*.bin"]))
@@ -221,7 +232,14 @@ def _local(path: Path, weights: bool = False) -> Path:
 @contextmanager
 def _failures_in_a_line(debug: bool) -> Iterator[None]:
     """Turn an exception into one line and exit status 1, and the signal to terminate into an exception."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    interrupted = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True  # what a library makes of the exception may be another one
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -229,22 +247,37 @@ def _failures_in_a_line(debug: bool) -> Iterator[None]:
             yield
     except (Exception, KeyboardInterrupt) as error:
         if debug:
-            raise
-        reason = "interrupted; nothing was written." if isinstance(error, KeyboardInterrupt) else str(error)
-        err.print(f"{PROGRAM}: {' '.join(reason.split()) or type(error).__name__}", markup=False)
+            for line in traceback.format_exc().splitlines():
+                err.print(_visible(line))
+        else:
+            interrupted = interrupted or isinstance(error, KeyboardInterrupt)
+            reason = "interrupted; nothing was written." if interrupted else str(error)
+            _complain(reason or type(error).__name__)
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    err.print(f"{PROGRAM}: warning: {' '.join(str(message).split())}", markup=False)
+    _complain(f"warning: {message}")
+
+
+def _complain(text: str) -> None:
+    err.print(f"{PROGRAM}: {_visible(' '.join(text.split()))}")
+
+
+def _say(text: str) -> None:
+    out.print(_visible(text), soft_wrap=True)
+
+
+def _visible(text: str) -> str:
+    """The text with escapes in place of characters that a terminal would obey, or that no encoding has."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def main() -> None:
     """Entry point of the installed command."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it repeats what configs say, unescaped
     app(prog_name=PROGRAM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 import uuid
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .disk.adapter import SavedAdapter, Track, untracked
+from .lora_module import common_rank
 from .wavelet import subbands
 
 
@@ -22,7 +24,7 @@ class ModuleReport:
     """One adapted module.
 
     Attributes:
-        name, kind, out_features, in_features: what is adapted; of a convolution with groups the in channels of one.
+        name, kind, out_features, in_features, groups: what is adapted; of a convolution the in channels of one group.
         ranks: rank of each subband.
         rank: R, the rank of the LoRA that the adapter is.
         parameters: numbers that are trained for it.
@@ -35,6 +37,7 @@ class ModuleReport:
     kind: str
     out_features: int
     in_features: int
+    groups: int
     ranks: dict[str, int]
     rank: int
     parameters: int
@@ -55,8 +58,15 @@ class AdapterReport:
 
     @property
     def rank(self) -> int:
-        """The largest R of its modules, the rank of the LoRA that it exports to."""
-        return max(module.rank for module in self.modules)
+        """Rank of the LoRA that it exports to: the largest R of its modules, or the next that all groups divide."""
+        return common_rank((module.rank, module.groups) for module in self.modules)
+
+    @property
+    def lora_parameters(self) -> int | None:
+        """Numbers in the LoRA that it exports to, whose modules all have that rank; None for `form="grid"`."""
+        if any(module.lora_parameters is None for module in self.modules):
+            return None
+        return sum((module.lora_parameters or 0) // module.rank * self.rank for module in self.modules)
 
     @property
     def subbands(self) -> list[str]:
@@ -82,6 +92,7 @@ class AdapterReport:
         return {
             **dataclasses.asdict(self),
             "rank": self.rank,
+            "lora_parameters": self.lora_parameters,
             "energy_shares": self.energy_shares(),
             "level_shares": self.level_shares(),
         }
@@ -106,14 +117,16 @@ class AdapterReport:
         axes = figure.subplots()
         image = axes.imshow(rows, aspect="auto", vmin=0.0, cmap="viridis")
         axes.set_xticks(range(len(names)), names)
-        axes.set_yticks(range(len(rows)), [module.name for module in self.modules], fontsize=7)
+        # Names come from elsewhere, and are no mathematics.
+        axes.set_yticks(range(len(rows)), [module.name for module in self.modules], fontsize=7, parse_math=False)
         axes.set_xlabel("subband (out axis, in axis, level)")
         axes.set_title(f"Share of each module's energy\n{self.form}, {self.wavelet}, levels={self.levels}")
         figure.colorbar(image, ax=axes)
-        target = Path(path)
+        target, drawn = Path(path), io.BytesIO()
+        figure.savefig(drawn, format=target.suffix.removeprefix(".") or None, bbox_inches="tight", dpi=120)
         temporary = target.with_name(f".{uuid.uuid4().hex[:8]}.{target.name}")
         try:
-            figure.savefig(temporary, bbox_inches="tight", dpi=120)
+            temporary.write_bytes(drawn.getvalue())
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -147,6 +160,7 @@ def _inspect_module(adapter: SavedAdapter, name: str) -> ModuleReport:
         kind=shape.kind.name,
         out_features=shape.out_features,
         in_features=shape.in_features,
+        groups=shape.groups,
         ranks={band: len(rows) for band, (rows, _) in coefficients.items()},
         rank=rank * shape.groups,
         parameters=adapter.parameters(name),

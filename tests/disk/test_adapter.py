@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import ViTConfig, ViTModel
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTModel
 
-from tests.references import Mlp
-from wara_peft import WaRAConfig
+from tests.references import Chain, Mlp
+from wara_peft import WaRAConfig, save_as_lora, to_lora
 from wara_peft.disk.adapter import SavedAdapter
+from wara_peft.disk.tensors import TensorInfo
 from wara_peft.inspection import inspect_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -54,7 +55,8 @@ def test_updates_are_those_of_the_model(tmp_path, fields):
 def test_what_else_it_holds(tmp_path):
     saved(tmp_path, bias="wara_only", modules_to_save=["head"])
     adapter = SavedAdapter(tmp_path)
-    assert adapter.others == {"up.base_layer.bias": (20,), "head.weight": (3, 12), "head.bias": (3,)}
+    shapes = {key: info.shape for key, info in adapter.others.items()}
+    assert shapes == {"up.base_layer.bias": (20,), "head.weight": (3, 12), "head.bias": (3,)}
     assert torch.equal(adapter.other("head.weight"), load_file(tmp_path / WEIGHTS)["base_model.model.head.weight"])
 
 
@@ -69,6 +71,92 @@ def test_groups_of_a_convolution_are_recorded(tmp_path, make, groups):
     assert adapter.modules["conv"].groups == groups
     delta = adapted.base_model.model.conv.get_delta_weight("default")
     torch.testing.assert_close(adapter.update("conv").dense(), delta)
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost", "said"),
+    [
+        ({"modules_to_save": ["head"]}, ("head.weight", "head.bias"), "lacks 'head', which `modules_to_save`"),
+        ({"modules_to_save": ["head"], "bias": "all"}, ("head.weight", "model.head.bias"), "lacks 'head', which"),
+        (
+            {"target_modules": "all-linear", "bias": "wara_only", "model": lambda: Chain(depth=3)},
+            ("layers.1.base_layer.bias",),
+            None,  # "layers.1" may be of another kind
+        ),
+        (
+            {"target_modules": ["up"], "bias": "wara_only", "model": lambda: nn.ModuleList([Mlp(), Mlp(), Mlp()])},
+            ("1.up.base_layer.bias",),
+            None,
+        ),
+        (
+            {
+                "target_modules": ["up"],
+                "bias": "all",
+                "model": lambda: nn.ModuleDict({"layers": nn.ModuleList([Mlp(), Mlp()])}),
+            },
+            ("layers.1.up.base_layer.bias",),
+            "lacks the bias of 'layers.1.up', but has it of other layers",
+        ),
+    ],
+)
+def test_what_the_config_promises_must_be_there(tmp_path, fields, lost, said):
+    make = fields.pop("model", Mlp)
+    saved(tmp_path, make(), **fields)
+    SavedAdapter(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    kept = {key: value for key, value in tensors.items() if not key.endswith(lost)}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / WEIGHTS)
+    if said is None:
+        SavedAdapter(tmp_path)
+        return
+    with pytest.raises(ValueError, match=said):
+        SavedAdapter(tmp_path)
+
+
+@pytest.mark.parametrize("bias", ["all", "wara_only"])
+def test_no_bias_at_all(tmp_path, bias):
+    """Whether the base model has any is not known here."""
+    saved(tmp_path, target_modules=["up"], bias=bias)
+    edit_weights(lambda tensors: [tensors.pop(key) for key in list(tensors) if key.endswith("bias")])(tmp_path)
+    with pytest.warns(
+        UserWarning, match=f"bias='{bias}' in the config says that biases were trained, and .* has none"
+    ):
+        SavedAdapter(tmp_path)
+
+
+def test_heads_that_peft_adds_to_the_config(tmp_path):
+    """It adds the names of all heads, and a model has one."""
+    base = BertForSequenceClassification(
+        BertConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    )
+    model = saved(tmp_path, base, target_modules=["query"], task_type="SEQ_CLS")
+    assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
+    assert set(SavedAdapter(tmp_path).others) == {"classifier.weight", "classifier.bias"}
+
+
+def test_what_peft_would_load_is_kept(tmp_path):
+    saved(tmp_path)
+    edit_weights(lambda tensors: tensors.update({"base_model.model.head.weight": torch.full((3, 12), 2.0)}))(tmp_path)
+    with pytest.warns(UserWarning, match="holds 'head.weight', of which its config says nothing. It is kept"):
+        adapter = SavedAdapter(tmp_path)
+    assert adapter.unmentioned == {"head.weight"}
+    assert adapter.other("head.weight").unique() == 2.0
+    with pytest.warns(UserWarning, match="says nothing"), pytest.warns(UserWarning, match="in full .'head.weight'"):
+        save_as_lora(tmp_path / "lora", tmp_path)
+    loaded = PeftModel.from_pretrained(Mlp(), tmp_path / "lora")
+    assert loaded.base_model.model.head.weight.unique() == 2.0
+
+
+def test_a_module_that_counts(tmp_path):
+    """A batch norm counts its batches, in an integer."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = saved(tmp_path, model, target_modules=["0"], modules_to_save=["1"])
+    adapter = SavedAdapter(tmp_path)
+    assert adapter.others["1.num_batches_tracked"] == TensorInfo((), "I64")
+    with pytest.warns(UserWarning, match="PEFT loads all of this LoRA"):
+        _, state_dict = to_lora(tmp_path)
+    assert state_dict["base_model.model.1.num_batches_tracked"].dtype == torch.int64
 
 
 class Explosive:
@@ -115,6 +203,10 @@ BROKEN = {
     "LoRA": (edit_config(peft_type="LORA"), "its peft_type is 'LORA'"),
     "unknown wavelet": (edit_config(wavelet="haaar"), "wavelet='haaar' is not a wavelet"),
     "giant rank": (edit_config(r=10**15), r"but its config asks for \(4000000000000000, 10\)"),
+    "giant rank, tiny": (edit_config(r=10**15, form="tiny"), "but its config asks for|lacks 'down.wara_basis"),
+    "giant rank, grid": (edit_config(r=10**15, form="grid"), "but its config asks for|lacks 'down.wara_A.weight'"),
+    "giant shapes": (edit_config(module_shapes={"up": ["Linear", 10**18, 10**18]}), r"asks for \(16, 5000000000"),
+    "giant groups": (edit_config(module_shapes={"up": ["Conv1d", 10**18, 4, 10**18]}), "no 1-d kernel"),
     "giant rank of a subband": (edit_config(subband_ranks={"aa1": 10**15}), r"asks for \(1000000000000012, 10\)"),
     "giant levels": (edit_config(levels=10**9), "levels=1000000000 must be at most 64"),
     "rank of a wrong type": (edit_config(r="4"), "r='4' must be an int"),
@@ -129,11 +221,15 @@ BROKEN = {
         "lacks 'gone.wara_A.level1'",
     ),
     "factors that point nowhere": (edit_config(module_shapes={"up": ["Linear", 20, 12]}), "holds 'down.wara_A.level1'"),
-    "key that points nowhere": (edit_weights(lambda t: t.update({"base_model.model.x.weight": t[KEY] * 1})), "'x.weight'"),
+    "factor that points nowhere": (edit_weights(lambda t: t.update({"base_model.model.x.wara_A.level1": t[KEY] * 1})), "'x.wara_A.level1'"),
     "key without the prefix": (edit_weights(lambda t: t.update({"x": t[KEY] * 1})), "the key 'x'"),
     "missing factor": (edit_weights(lambda t: t.pop(KEY)), "lacks 'up.wara_A.level1'"),
     "wrong shape": (edit_weights(lambda t: t.update({KEY: t[KEY][:-1].clone()})), r"of shape \(15, 6\)"),
-    "integers": (edit_weights(lambda t: t.update({KEY: t[KEY].int()})), "which is not a float"),
+    "integers": (edit_weights(lambda t: t.update({KEY: t[KEY].int()})), "of dtype I32; one of F64, F32, F16, BF16"),
+    "float8": (edit_weights(lambda t: t.update({KEY: t[KEY].to(torch.float8_e4m3fn)})), "of dtype F8_E4M3; one of"),
+    "float8 beside the adapter": (
+        edit_weights(lambda t: t.update({"base_model.model.lm_head.weight": t[KEY].to(torch.float8_e5m2)})), "of dtype F8_E5M2"
+    ),
     "NaN": (edit_weights(lambda t: t[KEY].view(-1)[3].fill_(float("nan"))), "'up.wara_A.level1' holds values that are not"),
     "infinity": (edit_weights(lambda t: t[KEY].view(-1)[3].fill_(float("inf"))), "holds values that are not finite"),
 }  # fmt: skip

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import shutil
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -137,6 +139,141 @@ def test_equals_merge_and_unload(case, tmp_path):
     )
 
 
+IDS = torch.arange(1, 7).view(1, 6)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def tied_llama() -> LlamaForCausalLM:
+    return llama(tie_word_embeddings=True)
+
+
+def masked_bert() -> BertForMaskedLM:
+    return bert(BertForMaskedLM)
+
+
+# What is tied is a fact of the model, and PEFT ties some adapters with it: model, config, what is tied and left out
+TIED = {
+    "embedding and head": (tied_llama, {"target_modules": ["lm_head"], "ensure_weight_tying": True}, None),
+    "by a regex": (tied_llama, {"target_modules": ".*(embed_tokens|q_proj)", "ensure_weight_tying": True}, None),
+    "by a regex that PEFT does not see": (
+        tied_llama,
+        {"target_modules": r"model\.embed_tokens|.*q_proj", "ensure_weight_tying": True},
+        "'lm_head.weight'",
+    ),
+    "not wanted": (tied_llama, {"target_modules": ["embed_tokens"]}, "'lm_head.weight'.*ensure_weight_tying=True"),
+    "a name that PEFT does not know": (
+        masked_bert,
+        {"target_modules": ["word_embeddings"], "ensure_weight_tying": True},
+        r"'cls.predictions.decoder.weight'.*\(`tie_word_embeddings=False`\)\.$",
+    ),
+    "the same of GPT-2": (gpt2, {"target_modules": ["wte"], "ensure_weight_tying": True}, "'lm_head.weight'"),
+    "trained in full": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+        None,
+    ),
+    "trained in full, alone": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        "'model.embed_tokens.weight'",
+    ),
+    "trained in full where PEFT ties nothing": (
+        masked_bert,
+        {"target_modules": ["query"], "modules_to_save": ["word_embeddings"], "ensure_weight_tying": True},
+        "'cls.predictions.decoder.weight'",
+    ),
+    "tokens": (
+        masked_bert,
+        {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [3, 7]}},
+        None,
+    ),
+    "tokens of both": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [3, 7]}},
+        None,
+    ),
+    "other tokens of both": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 7], "lm_head": [3, 8]}},
+        "which the adapter changes otherwise",
+    ),
+    "biases": (masked_bert, {"target_modules": ["query"], "bias": "all"}, None),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_where_weights_are_tied_it_is_the_unmerged_model_or_refused(case, tmp_path):
+    make, fields, refused = TIED[case]
+    base = make()
+    model = saved(tmp_path, base, **fields)
+    if refused:
+        with pytest.raises(ValueError, match=f"its weight is tied to .*{refused}"):
+            merged(tmp_path)
+        assert not (tmp_path / "out").exists()
+        return
+    merged(tmp_path)
+    loaded = type(base).from_pretrained(tmp_path / "out")
+    assert (logits(model) - logits(base)).abs().max() > 0.1
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*of which its config says nothing")
+@pytest.mark.parametrize("tokens", [None, [3, 7]])
+@pytest.mark.parametrize(
+    ("make", "target"), [(gpt2, "c_attn"), (masked_bert, "query"), (llama, "q_proj"), (tied_llama, "q_proj")]
+)
+def test_embeddings_that_were_resized_and_saved(make, target, tokens, tmp_path):
+    base = make()
+    base.resize_token_embeddings(45, mean_resizing=False)
+    model = saved(tmp_path, base, target_modules=[target], trainable_token_indices=tokens)
+    embedding = re.compile(r"(wte|word_embeddings|embed_tokens)\.")
+    with torch.no_grad():
+        next(value for name, value in model.named_parameters() if embedding.search(name))[9].mul_(3.0)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    merged(tmp_path)
+    loaded = type(base).from_pretrained(tmp_path / "out")
+    assert not torch.allclose(loaded.get_input_embeddings().weight[9], base.get_input_embeddings().weight[9])
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+    shutil.rmtree(tmp_path / "base")
+    shutil.rmtree(tmp_path / "out")
+    make().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"shape \(4.*\(4.*Merge into the base model that it was trained on, resized"):
+        merged(tmp_path)
+
+
+def test_what_peft_would_not_load_is_left_out(tmp_path):
+    saved(tmp_path, llama(), target_modules=["q_proj"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.x.weight": torch.ones(2)}, file)
+    with (
+        pytest.warns(UserWarning, match="holds 'x.weight', of which its config says nothing"),
+        pytest.warns(UserWarning, match="LlamaForCausalLM has no 'x.weight', which is left out"),
+    ):
+        found = merged(tmp_path)
+    assert found.keys() == llama().state_dict().keys()
+
+
+def test_a_module_that_counts(tmp_path):
+    """A batch norm counts its batches, in an integer."""
+    base = resnet()
+    model = saved(tmp_path, base, target_modules=["convolution"], modules_to_save=["normalization"])
+    for name, buffer in model.named_buffers():
+        if "modules_to_save" in name:
+            buffer.add_(7)
+    model.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path, dtype=torch.float64)
+    loaded = ResNetModel.from_pretrained(tmp_path / "out").state_dict()
+    expected = model.merge_and_unload().double().state_dict()
+    counts = [name for name in expected if name.endswith("num_batches_tracked")]
+    assert {int(loaded[name]) for name in counts} == {7}
+    for name, value in expected.items():
+        torch.testing.assert_close(loaded[name], value, msg=name)
+
+
 def test_one_file_stays_one_file(tmp_path):
     saved(tmp_path, llama(), shard="1GB", target_modules=["q_proj"])
     merged(tmp_path)
@@ -167,9 +304,17 @@ class TestDtype:
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, expected[name]), name
 
+    def test_base_weights_that_it_cannot_hold(self, tmp_path):
+        base = llama()
+        base.model.norm.weight.data[3] = 1e6
+        saved(tmp_path, base, target_modules=["q_proj"])
+        with pytest.raises(ValueError, match=r"'model.norm.weight' gives values that are not finite in torch.float16"):
+            merged(tmp_path, dtype=torch.float16)
+        assert not (tmp_path / "out").exists()
+
     def test_what_it_cannot_hold(self, tmp_path):
         saved(tmp_path, llama(), target_modules=["q_proj"], wara_alpha=1e9)
-        with pytest.raises(ValueError, match=r"q_proj' gives values that are not finite in torch.float16"):
+        with pytest.raises(ValueError, match=r"q_proj.weight' gives values that are not finite in torch.float16"):
             merged(tmp_path, dtype=torch.float16)
         assert not (tmp_path / "out").exists()
 
@@ -239,12 +384,26 @@ class TestRefusals:
         (tmp_path / "base" / "config.json").write_text(json.dumps(config))
         self.refused(tmp_path, "is quantized. Merge into the model it was made from")
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+    def test_a_quantized_base_that_does_not_say_so(self, tmp_path, dtype):
+        saved(tmp_path, llama(), shard="1GB", target_modules=["q_proj"], modules_to_save=["norm"])
+        file = tmp_path / "base" / "model.safetensors"
+        tensors = load_file(file)
+        for key in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+            save_file({**tensors, key: tensors[key].to(dtype)}, file)
+            self.refused(tmp_path, f"{key}' is of dtype .*: it is quantized, or not a weight")
+        key = "model.layers.0.mlp.up_proj.weight"  # which the adapter leaves alone
+        save_file({**tensors, key: tensors[key].to(dtype)}, file)
+        if dtype.is_floating_point:
+            self.refused(tmp_path, "quantized, and cannot be made torch.bfloat16", dtype=torch.bfloat16)
+        assert torch.equal(merged(tmp_path)[key], tensors[key].to(dtype))
+
     def test_tokens_outside_of_the_vocabulary(self, tmp_path):
         saved(tmp_path, llama(), target_modules=["q_proj"], trainable_token_indices=[3, 7])
         path = tmp_path / "adapter" / "adapter_config.json"
         for indices in ([3, 99], [3], [3, -1]):
             path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_token_indices": indices}))
-            self.refused(tmp_path, "trainable_token_indices of the adapter do not fit")
+            self.refused(tmp_path, "trainable_token_indices of the adapter do not fit .*embed_tokens")
 
     @pytest.mark.parametrize("name", ["../model-00001-of-00002.safetensors", "/etc/passwd", "..", "x.bin", 3, ""])
     def test_an_index_that_names_files_elsewhere(self, tmp_path, name):
@@ -253,6 +412,61 @@ class TestRefusals:
         index["weight_map"]["model.norm.weight"] = name
         (tmp_path / "base" / INDEX).write_text(json.dumps(index))
         self.refused(tmp_path, "a safetensors file beside it was expected")
+
+    @pytest.mark.parametrize("placement", range(8))
+    def test_a_key_in_two_shards(self, tmp_path, placement):
+        """Equal copies too: the index says otherwise, and which one counts is a matter of order."""
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        index = json.loads((tmp_path / "base" / INDEX).read_text())
+        files = sorted(set(index["weight_map"].values()))
+        key, home = sorted(index["weight_map"].items())[3 * placement % len(index["weight_map"])]
+        other = tmp_path / "base" / next(name for name in files[placement:] + files if name != home)
+        tensor = load_file(tmp_path / "base" / home)[key]
+        save_file({**load_file(other), key: tensor}, other, metadata={"format": "pt"})
+        self.refused(tmp_path, f"'{key}' .also in .*two files must not have one key")
+        index["weight_map"][key] = other.name
+        (tmp_path / "base" / INDEX).write_text(json.dumps(index))
+        if home in index["weight_map"].values():
+            self.refused(tmp_path, f"'{key}' .also in .*two files must not have one key")
+        else:  # the index has no more to do with the other file
+            assert merged(tmp_path).keys() == llama().state_dict().keys()
+
+    def test_an_index_that_names_the_wrong_file(self, tmp_path):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        index = json.loads((tmp_path / "base" / INDEX).read_text())
+        index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+        (tmp_path / "base" / INDEX).write_text(json.dumps(index))
+        self.refused(tmp_path, "says .* has 'model.norm.weight'; it has not")
+
+    @pytest.mark.parametrize(
+        ("fields", "lost", "said"),
+        [
+            (
+                {"modules_to_save": ["classifier"]},
+                "classifier.bias",
+                "lacks 'classifier.bias', which its config promises",
+            ),
+            ({"task_type": "SEQ_CLS"}, "classifier.weight", "lacks 'classifier.weight', which its config promises"),
+            ({"task_type": "SEQ_CLS"}, "classifier.", "lacks 'classifier', 'score', which `modules_to_save`"),
+            (
+                {"bias": "wara_only"},
+                "layer.1.attention.self.query.base_layer.bias",
+                "lacks the bias of 'bert.*layer.1",
+            ),
+            ({"bias": "wara_only"}, ".bias", "query.bias', which its config promises"),
+            ({"bias": "all"}, "LayerNorm.bias", "LayerNorm.bias', .* and 2 more, which its config promises"),
+            ({"trainable_token_indices": {"word_embeddings": [3]}}, "_delta", "lacks the rows of tokens"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:.*says that biases were trained")
+    def test_an_adapter_that_lacks_what_its_config_promises(self, tmp_path, fields, lost, said):
+        saved(tmp_path, bert(), target_modules=["query"], **fields)
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        kept = {key: value for key, value in tensors.items() if lost not in key}
+        assert len(kept) < len(tensors)
+        save_file(kept, file)
+        self.refused(tmp_path, said)
 
     def test_an_index_that_names_what_is_not_there(self, tmp_path):
         saved(tmp_path, llama(), target_modules=["q_proj"])
@@ -292,9 +506,35 @@ class TestRefusals:
         (tmp_path / "base" / "config.json").write_text('{"model_type": "unheard-of"}')
         self.refused(tmp_path, "Cannot use .*config.json")
 
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        [
+            ({"num_hidden_layers": 10**7}, "num_hidden_layers=10000000, far more than there are tensors"),
+            ({"num_hidden_layers": 10**30}, "num_hidden_layers=1000.*, far more than there are tensors"),
+            ({"text_config": [{"num_layers": 10**12}]}, "num_layers=1000000000000, far more"),
+            ({"num_hidden_layers": 30_000}, "num_hidden_layers=30000, far more"),
+            ({"num_hidden_layers": 5_000}, "its model has more than .* modules, far more than there are tensors"),
+            ({"hidden_size": "wide"}, "Cannot use .*config.json.*hidden_size"),
+            ({"num_attention_heads": 0}, "Cannot use .*config.json"),
+            ({"hidden_act": "unheard-of"}, "Cannot use .*config.json"),
+            ({"hidden_size": 10**30}, "Cannot use .*config.json"),
+            ({"architectures": 7}, "Cannot use .*config.json"),
+            ({"model_type": ["llama"]}, "Cannot use .*config.json"),
+            ({"torch_dtype": "int8", "dtype": "unheard-of"}, "Cannot use .*config.json"),
+        ],
+    )
+    def test_a_config_that_is_broken(self, tmp_path, fields, said):
+        saved(tmp_path, llama(), target_modules=["q_proj"])
+        path = tmp_path / "base" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+        begun = time.monotonic()
+        self.refused(tmp_path, said)
+        assert time.monotonic() - begun < 20  # seconds, where 10**7 layers would take hours
+
     def test_an_out_that_is_there(self, tmp_path):
         saved(tmp_path, llama(), target_modules=["q_proj"])
         (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").write_text("mine")
         self.refused(tmp_path, "exists already")
         merged(tmp_path, overwrite=True)
         for name in ("base", "adapter"):

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..messages import first
+from .tensors import TensorFile, TensorInfo
 
 COPIED_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 """Endings of the files of a model's configuration, tokenizer and processor."""
@@ -20,22 +20,39 @@ LICENSE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
 class Checkpoint:
-    """The safetensors of a model's directory: which file holds which key, and their shapes."""
+    """The safetensors of a model's directory.
+
+    Attributes:
+        base: the directory.
+        file_of: the name of the file that holds each key, file by file.
+        tensors: shape and dtype by key.
+
+    Raises:
+        FileNotFoundError: the directory or a file is missing, or there are only pickles.
+        ValueError: a file is broken, a key lies in two files, or an index says what is not so.
+    """
 
     def __init__(self, base: Path) -> None:
         self.base = base
         if not base.is_dir():
             raise FileNotFoundError(f"There is no model directory {str(base)!r}.")
         self.file_of: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._opened: dict[str, TensorFile] = {}
         for name, listed in self._files().items():
-            with self._open(name) as file:
-                for key in file.keys():  # noqa: SIM118  # it is not a dict
-                    self.file_of[key] = name
-                    self.shapes[key] = tuple(file.get_slice(key).get_shape())
-            if not listed <= self.shapes.keys():
-                missing = first([repr(key) for key in sorted(listed - self.shapes.keys())])
+            self._opened[name] = TensorFile(base / name)
+            found = self._opened[name].tensors
+            twice = [f"{key!r} (also in {self.file_of[key]!r})" for key in found if key in self.file_of]
+            if twice:
+                raise ValueError(
+                    f"{str(base / name)!r} has {first(twice)}: two files must not have one key. Load the model, and "
+                    "save it again."
+                )
+            if not listed <= found.keys():
+                missing = first([repr(key) for key in sorted(listed - found.keys())])
                 raise ValueError(f"{str(base / SAFE_WEIGHTS_INDEX_NAME)!r} says {name!r} has {missing}; it has not.")
+            self.file_of.update(dict.fromkeys(found, name))
+            self.tensors.update(found)
 
     def _files(self) -> dict[str, set[str]]:
         """File names, each with the keys that an index lists for it."""
@@ -66,16 +83,9 @@ class Checkpoint:
             raise FileNotFoundError(f"{str(self.base)!r} lacks {first(missing)}, which its index names.")
         return files
 
-    def _open(self, name: str) -> Any:
-        try:
-            return safe_open(self.base / name, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{str(self.base / name)!r} is not a complete safetensors file: {error}.") from error
-
     def read(self, key: str) -> Tensor:
-        with self._open(self.file_of[key]) as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor
+        (tensor,) = self._opened[self.file_of[key]].read([key])
+        return tensor
 
 
 class ShardWriter:
@@ -105,6 +115,7 @@ class ShardWriter:
 
     def _write(self) -> None:
         if self.tensors:
+            assert not (self.directory / self.file).exists(), f"{self.file} came twice"
             save_file(self.tensors, self.directory / self.file, metadata={"format": "pt"})
             self.tensors = {}
 

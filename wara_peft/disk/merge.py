@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 import os
-import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import transformers
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME
 
 from ..messages import first
 from .adapter import SavedAdapter, Track, untracked
+from .base_model import AdaptedModel, empty_model
 from .checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
+from .contents import PEFT_INTERNAL, TOKENS, parameter_of
 from .directory import written_at_once
-
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""The class with which PEFT's `AutoPeftModel...` loads the base of an adapter of each task type."""
+from .tensors import FLOATS, INTEGERS, TensorInfo
 
 
 def merge_checkpoint(
@@ -79,27 +71,19 @@ def merge_checkpoint(
 
 @dataclass(frozen=True)
 class _Change:
-    """What happens to one parameter: a tensor of the adapter replaces it, ΔW of an adapted module is added, or both.
+    """What happens to one parameter: new values, then new rows, then ΔW, of which at least one is there.
 
     Attributes:
         parameter: its name in the model.
         module: the adapted module.
-        other: the adapter's key of a tensor in full, or of the rows of single tokens.
+        values: the adapter's key of a tensor in full.
+        rows: the adapter's key of the rows of single tokens.
     """
 
     parameter: str
     module: str | None = None
-    other: str = ""
-
-    @property
-    def of_tokens(self) -> bool:
-        return self.other.endswith(f".{TOKENS}")
-
-
-PEFT_INTERNAL = re.compile(r"\.(modules_to_save|original_module)\.")
-"""In keys that PEFT saves twice with `bias="all"`: the biases of a module that is trained in full."""
-TOKENS = "trainable_tokens_delta"
-"""PEFT's name for the rows of `trainable_token_indices`."""
+    values: str = ""
+    rows: str = ""
 
 
 class _Plan:
@@ -115,30 +99,53 @@ class _Plan:
         self.checkpoint, self.saved = checkpoint, saved
         for name in saved.modules:
             saved.check_has_delta_weight(name)
-        others = {_parameter_of(key): key for key in saved.others if not PEFT_INTERNAL.search(key)}
-        modules = {f"{name}.weight": name for name in saved.modules}
-        changes = [_Change(name, modules.get(name), others.get(name, "")) for name in {**modules, **others}]
-        self.model = empty_model(checkpoint.base, saved, {change.parameter: change.other for change in changes})
+        changes = self._changes_by_parameter()
+        needed = {name: change.values for name, change in changes.items() if not self._may_be_missing(change)}
+        self.model = empty_model(checkpoint, saved, needed)
         self.parameters = self.model.state_dict()
+        self.adapted = AdaptedModel(self.model, saved)
+        lacking = [repr(name) for name in sorted(self.adapted.saved - changes.keys())]
+        if lacking:
+            raise ValueError(
+                f"The adapter in {str(saved.path)!r} lacks {first(lacking)}, which its config promises for "
+                f"{type(self.model).__name__}. Use a complete copy of the adapter."
+            )
+        missing = [repr(name) for name in changes if name not in self.parameters]
+        if missing:
+            warnings.warn(f"{type(self.model).__name__} has no {first(missing)}, which is left out, as by PEFT.")
         self.changes: dict[str, _Change] = {}
         self.added: list[_Change] = []
         keys_of = self._keys_of_parameters()
-        for change in self._once_for_tied(changes):
+        for change in self._once_for_tied([change for name, change in changes.items() if name in self.parameters]):
             self._place(change, [keys_of.get(name, []) for name in self._tied_to(change.parameter)])
+
+    def _changes_by_parameter(self) -> dict[str, _Change]:
+        changes = {f"{name}.weight": _Change(f"{name}.weight", name) for name in self.saved.modules}
+        for key in self.saved.others:
+            if not PEFT_INTERNAL.search(key):
+                name = parameter_of(key)
+                part = {"rows" if key.endswith(f".{TOKENS}") else "values": key}
+                changes[name] = replace(changes.get(name, _Change(name)), **part)
+        return changes
+
+    def _may_be_missing(self, change: _Change) -> bool:
+        """Whether it puts values of which the adapter's config says nothing."""
+        return change.values in self.saved.unmentioned and change.module is None and not change.rows
 
     def _place(self, change: _Change, keys_by_parameter: list[list[str]]) -> None:
         keys = [key for keys in keys_by_parameter for key in keys]
-        if max(map(len, keys_by_parameter)) > 1 or (change.module is not None and not keys):
+        needs_weight = change.module is not None or bool(change.rows and not change.values)
+        if max(map(len, keys_by_parameter)) > 1 or (needs_weight and not keys):
             raise ValueError(
                 f"Cannot merge into {change.parameter!r}: {str(self.checkpoint.base)!r} has {len(keys)} tensors that "
                 f"{type(self.model).__name__} loads as this weight and no other. It may be fused, converted or "
                 "renamed on loading; load the model and use `merge_and_unload`."
             )
         if not keys:
-            self._check_shape(change, tuple(self.parameters[change.parameter].shape))
+            self._check_fit(change, TensorInfo(tuple(self.parameters[change.parameter].shape), ""))
             self.added.append(change)
         for key in keys:
-            self._check_shape(change, self.checkpoint.shapes[key])
+            self._check_fit(change, self.checkpoint.tensors[key])
             self.changes[key] = change
 
     def _keys_of_parameters(self) -> dict[str, list[str]]:
@@ -162,159 +169,126 @@ class _Plan:
         return [source, *(name for name, other in ties.items() if other == source)]
 
     def _once_for_tied(self, changes: list[_Change]) -> list[_Change]:
-        """One change for each weight; refused if it is tied to a weight that the adapter does not mean."""
+        """One change for each weight; refused if parameters tied to it would not all change alike without merging."""
         by_parameter = {change.parameter: change for change in changes}
+        chosen = {}
         for change in changes:
             tied = self._tied_to(change.parameter)
-            meant = self.saved.config.ensure_weight_tying or change.of_tokens
-            if len(tied) > 1 and not meant and not self._same([by_parameter.get(name) for name in tied]):
-                others = [repr(name) for name in tied if name != change.parameter]
+            together = [by_parameter[name] for name in tied if name in by_parameter]
+            changed_alone = [name for name in tied if name not in self.adapted.owned]
+            if any(item.parameter in self.adapted.owned for item in together) and changed_alone:
+                others = [repr(name) for name in changed_alone]
                 raise ValueError(
                     f"Cannot merge into {change.parameter!r}: its weight is tied to {first(others)}, which would "
-                    "change too. Untie them in the base model (`tie_word_embeddings=False`), or train the adapter "
-                    "with `ensure_weight_tying=True`."
+                    f"change too, and does not where the adapter is not merged. {self._remedy(changed_alone)}"
                 )
-        return [
-            change
-            for change in changes
-            if not any(
-                name in by_parameter for name in self._tied_to(change.parameter)[:1] if name != change.parameter
-            )
-        ]
+            if len(together) > 1 and not self._alike(together):
+                others = [repr(item.parameter) for item in together if item is not change]
+                raise ValueError(
+                    f"Cannot merge into {change.parameter!r}: its weight is tied to {first(others)}, which the "
+                    "adapter changes otherwise. Untie them in the base model (`tie_word_embeddings=False`)."
+                )
+            chosen[tied[0]] = functools.reduce(_joined, together)
+        return list(chosen.values())
 
-    def _same(self, changes: list[_Change | None]) -> bool:
-        """Whether all of these put one and the same tensor in full."""
-        keys = [change.other for change in changes if change is not None and change.other]
-        return len(keys) == len(changes) and all(
-            torch.equal(self.saved.other(key), self.saved.other(keys[0])) for key in keys
+    def _remedy(self, tied: list[str]) -> str:
+        untie = "Untie them in the base model (`tie_word_embeddings=False`)"
+        # PEFT looks for adapters to tie where these names are targets.
+        peft_ties = any(name.split(".")[-2:-1] == [layer] for name in tied for layer in EMBEDDING_LAYER_NAMES)
+        if self.saved.config.ensure_weight_tying or not peft_ties:
+            return f"{untie}."
+        return f"{untie}, or train the adapter with `ensure_weight_tying=True`."
+
+    def _alike(self, changes: list[_Change]) -> bool:
+        """Whether changes of one weight are one and the same: one ΔW at most, and equal values and rows."""
+        values = [change.values for change in changes if change.values]
+        rows = [change.rows for change in changes if change.rows]
+        return (
+            sum(change.module is not None for change in changes) <= 1
+            and all(self.saved.token_indices(key) == self.saved.token_indices(rows[0]) for key in rows)
+            and all(self._equal(keys) for keys in (values, rows))
         )
 
-    def _check_shape(self, change: _Change, found: tuple[int, ...]) -> None:
+    def _equal(self, keys: list[str]) -> bool:
+        return len(keys) < 2 or all(torch.equal(self.saved.other(key), self.saved.other(keys[0])) for key in keys[1:])
+
+    def _check_fit(self, change: _Change, found: TensorInfo) -> None:
         expected = [] if change.module is None else [self.saved.weight_shape(change.module)]
-        if change.of_tokens:
-            rows, *others = self.saved.others[change.other]
-            self._check_tokens(change, found[0], rows)
-            expected.append((found[0], *others))
-        elif change.other:
-            expected.append(self.saved.others[change.other])
-        if any(shape != found for shape in expected):
+        if change.values:
+            expected.append(self.saved.others[change.values].shape)
+        if change.rows:
+            self._check_tokens(change, found.shape[0])
+            expected.append((found.shape[0], *self.saved.others[change.rows].shape[1:]))
+        if any(shape != found.shape for shape in expected):
             raise ValueError(
-                f"{change.parameter!r} has the shape {found} in {str(self.checkpoint.base)!r}, and {expected[-1]} in "
-                "the adapter, which was trained on another base model, or on this one with another head or vocabulary."
+                f"{change.parameter!r} has the shape {found.shape} in {str(self.checkpoint.base)!r}, and "
+                f"{expected[-1]} in the adapter, which was trained on another base model, or on this one with another "
+                "head or vocabulary. Merge into the base model that it was trained on, resized as it was then."
+            )
+        counts = bool(change.values) and self.saved.others[change.values].dtype in INTEGERS
+        if found.dtype and found.dtype not in (INTEGERS if counts else FLOATS):
+            raise ValueError(
+                f"{change.parameter!r} is of dtype {found.dtype} in {str(self.checkpoint.base)!r}: it is "
+                "quantized, or not a weight. Merge into the model it was made from, and quantize the result."
             )
 
-    def _check_tokens(self, change: _Change, vocabulary: int, saved_rows: int) -> None:
-        rows = self._token_rows(change)
-        if len(rows) != saved_rows or not all(0 <= row < vocabulary for row in rows):
+    def _check_tokens(self, change: _Change, vocabulary: int) -> None:
+        if not all(0 <= row < vocabulary for row in self.saved.token_indices(change.rows)):
             raise ValueError(
-                f"trainable_token_indices of the adapter do not fit {change.parameter!r}, with {vocabulary} tokens, "
-                f"and its {saved_rows} saved rows."
+                f"trainable_token_indices of the adapter do not fit {change.parameter!r}, with {vocabulary} tokens."
             )
-
-    def _token_rows(self, change: _Change) -> list[int]:
-        indices = self.saved.config.trainable_token_indices
-        if isinstance(indices, dict):
-            module = change.parameter.rpartition(".")[0]
-            return next((rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")), [])
-        return indices or []
 
     def merged(self, key: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
         """The tensor to write for a key of the checkpoint, in `dtype` if it is a floating-point one."""
         tensor = self.checkpoint.read(key)
-        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        own = tensor.dtype
+        new = dtype if dtype is not None and own.is_floating_point else own
+        if own not in FLOATS.values() and new != own:
+            raise ValueError(
+                f"{key!r} is of dtype {own} in {str(self.checkpoint.base)!r}: it is quantized, and cannot be made "
+                f"{new}."
+            )
         change = self.changes.get(key)
         if change is None:
-            return tensor.to(target)
-        if change.other:
-            new = self.saved.other(change.other).to(tensor.dtype)
-            rows = torch.tensor(self._token_rows(change)) if change.of_tokens else None
-            tensor = new if rows is None else tensor.index_copy(0, rows, new)
-        return tensor.to(target) if change.module is None else self._sum(tensor, change.module, device, target)
-
-    def _sum(self, weight: Tensor, module: str, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        delta = self.saved.update(module, wide, device).dense()
-        merged = delta.add_(weight.to(device, wide)).to("cpu", dtype)
-        if not torch.isfinite(merged).all():
-            raise ValueError(f"Merging into {module!r} gives values that are not finite in {dtype}.")
-        return merged
+            return _rounded(key, tensor, new)
+        if change.values:
+            tensor = self.saved.other(change.values).to(own)
+        if change.rows:
+            rows = torch.tensor(self.saved.token_indices(change.rows))
+            tensor = tensor.index_copy(0, rows, self.saved.other(change.rows).to(own))
+        if change.module is not None:
+            wide = torch.promote_types(own, torch.float32)
+            tensor = self.saved.update(change.module, wide, device).dense().add_(tensor.to(device, wide))
+        return _rounded(change.parameter, _finite(change.parameter, tensor), new).cpu()
 
     def new_tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """What the checkpoint lacks, by the model's own names."""
-        tensors = {change.parameter: self.saved.other(change.other) for change in self.added}
-        return {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}
+        tensors = {change.parameter: self.saved.other(change.values) for change in self.added}
+        return {
+            name: _rounded(name, tensor, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in tensors.items()
+        }
 
 
-def empty_model(base: Path, saved: SavedAdapter, parameters: dict[str, str]) -> PreTrainedModel:
-    """The model that an adapter was trained on, built from the base's config on the meta device.
-
-    Its class is the one that the adapter's config names or its task type stands for, or else the base's own.
-
-    Args:
-        base: directory of the base model.
-        saved: the adapter.
-        parameters: names that the model must have, and for what the adapter holds in full its key.
-
-    Raises:
-        FileNotFoundError: the base has no config.
-        ValueError: its config cannot be used, or no class has parameters of these names.
-    """
-    if not (base / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"There is no file {str(base / CONFIG_NAME)!r}.")
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    except (ValueError, TypeError, OSError, KeyError) as error:
-        raise ValueError(f"Cannot use {str(base / CONFIG_NAME)!r}: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{str(base)!r} is quantized. Merge into the model it was made from, and quantize the result."
-        )
-    problems = []
-    for model_class in _model_classes(config, saved):
-        model = _on_meta(model_class, config)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        missing = [repr(name) for name in parameters if name not in shapes]
-        if not missing:
-            labels = _labels(saved, parameters, shapes)
-            if labels is None:
-                return model
-            config.num_labels = labels
-            return _on_meta(model_class, config)
-        problems.append(f"{model_class.__name__} has no {first(missing)}")
-    reason = "; ".join(problems) or "its config names no class of transformers"
-    raise ValueError(f"The adapter does not fit {str(base)!r}: {reason}.")
+def _joined(one: _Change, other: _Change) -> _Change:
+    """All that happens to a weight, of whose names one is adapted at most."""
+    if other.module is not None:
+        one, other = other, one
+    return replace(one, values=one.values or other.values, rows=one.rows or other.rows)
 
 
-def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
+def _finite(parameter: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"Merging into {parameter!r} gives values that are not finite in {tensor.dtype}.")
+    return tensor
 
 
-def _model_classes(config: PreTrainedConfig, saved: SavedAdapter) -> list[type[PreTrainedModel]]:
-    names = [(saved.config.auto_mapping or {}).get("base_model_class"), *(config.architectures or [])]
-    found = [getattr(transformers, str(name), None) for name in names]
-    auto_class = AUTO_CLASSES.get(str(saved.config.task_type))
-    if auto_class is not None:
-        found.insert(0, getattr(transformers, auto_class)._model_mapping.get(type(config), None))
-    classes = [entry for entry in found if isinstance(entry, type) and issubclass(entry, PreTrainedModel)]
-    return [entry for entry in dict.fromkeys(classes) if isinstance(config, entry.config_class or PreTrainedConfig)]
-
-
-def _labels(saved: SavedAdapter, parameters: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> int | None:
-    """Number of labels for which the adapter has trained a head in full, if that is not the base config's."""
-    if saved.config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
-        return None
-    heads = {
-        saved.others[key][0]
-        for name, key in parameters.items()
-        if key and saved.others[key][1:] == shapes[name][1:] and saved.others[key] != shapes[name]
-    }
-    return heads.pop() if len(heads) == 1 else None
-
-
-def _parameter_of(key: str) -> str:
-    """The model's name for what an adapter holds in full."""
-    return key.replace(".base_layer.", ".").replace(f".token_adapter.{TOKENS}", ".weight")
+def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype that holds all its values."""
+    rounded = tensor.to(dtype)
+    if dtype != tensor.dtype and not torch.equal(rounded.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{key!r} gives values that are not finite in {dtype}. Give a wider dtype.")
+    return rounded
 
 
 def _write_config(base: Path, directory: Path, plan: _Plan, dtype: torch.dtype | None) -> None:

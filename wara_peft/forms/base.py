@@ -180,13 +180,17 @@ class Form:
         return {name: (factor_a.subband(name), factor_b.subband(name)) for name in factor_a.subbands}
 
     def saved(self, parts: Parts) -> dict[str, Tensor]:
-        """The tensors that a saved adapter has of these parts, by key, without module and adapter."""
+        """The tensors that a saved adapter has of these parts, by key, without module and adapter.
+
+        What trains is an `nn.Parameter`.
+        """
         tensors: dict[str, Tensor] = {}
         for container, part in parts.items():
             if isinstance(part, nn.Parameter):
                 tensors[container] = part
             elif isinstance(part, nn.Module):
-                tensors |= {f"{container}.{name}": tensor for name, tensor in part.state_dict().items()}
+                state = part.state_dict(keep_vars=True)
+                tensors |= {f"{container}.{name}": tensor for name, tensor in state.items()}
         return tensors
 
     def with_values(self, parts: Parts, tensors: Mapping[str, Tensor]) -> Parts:
@@ -197,12 +201,6 @@ class Form:
                 part.load_state_dict(own, assign=True)
         bare = {name: nn.Parameter(tensors[name]) for name, part in parts.items() if isinstance(part, nn.Parameter)}
         return {**parts, **bare}
-
-    def trained_parameters(self, parts: Parts) -> int:
-        """Number of parameters that train."""
-        found = [part for part in parts.values() if isinstance(part, nn.Parameter)]
-        found += [tensor for part in parts.values() if isinstance(part, nn.Module) for tensor in part.parameters()]
-        return sum(tensor.numel() for tensor in found)
 
 
 def warn_about_levels(settings: Settings, axes: Mapping[str, Mapping[str, int]]) -> None:

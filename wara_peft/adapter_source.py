@@ -1,0 +1,127 @@
+"""An adapter to convert, of a model or in a directory: its modules' ΔW one by one, and what it holds in full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from .config import WaRAConfig, suffix_matches
+from .conv import Conv
+from .disk.adapter import SavedAdapter
+from .disk.contents import PEFT_PREFIX
+from .kinds import Kind
+from .layer import WaRALayer
+from .low_rank_update import LowRankUpdate
+from .messages import first
+
+TIED_IN_MODEL = (
+    "This adapter is shared by the input embedding and layers tied to it. The exported LoRA computes alike, but "
+    "PEFT's LoRA merges it twice into the one tied weight: to merge, merge the WaRA adapter."
+)
+TIED_ON_DISK = f"If its base model ties layers to the input embedding, the following holds. {TIED_IN_MODEL}"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter to convert.
+
+    Attributes:
+        config: its configuration.
+        kinds: kind of each adapted module by name.
+        dtypes: dtype of each module's parameters.
+        update: gives ΔW of a module of that name, computed in a dtype.
+        others: what it holds in full, by PEFT's keys.
+        exclude_modules: modules that PEFT would take for targets, and are none.
+        warnings: what a LoRA made of it does otherwise.
+    """
+
+    config: WaRAConfig
+    kinds: dict[str, Kind]
+    dtypes: dict[str, torch.dtype]
+    update: Callable[[str, torch.dtype], LowRankUpdate]
+    others: dict[str, Tensor]
+    exclude_modules: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def adapter_source(model: nn.Module | str | os.PathLike[str], adapter_name: str) -> AdapterSource:
+    """The adapter of that name, of a model or in a directory.
+
+    Raises:
+        ValueError: the model has no adapter of that name, or it has no ΔW; for a path, see `SavedAdapter`.
+        TypeError: it is not a WaRA adapter, or `model` is neither a model nor a path.
+    """
+    if isinstance(model, nn.Module):
+        return _of_model(model, adapter_name)
+    if isinstance(model, (str, os.PathLike)):
+        return _in_directory(adapter_directory(model, adapter_name))
+    raise TypeError(f"model={model!r} must be a model with WaRA adapters, or the path of a saved one.")
+
+
+def adapter_directory(path: str | os.PathLike[str], adapter_name: str) -> Path:
+    """Where the adapter is: PEFT saves one of any other name than "default" in a directory of that name."""
+    inner = Path(path, adapter_name)
+    return inner if inner.is_dir() else Path(path)
+
+
+def _in_directory(path: Path) -> AdapterSource:
+    saved = SavedAdapter(path)
+    for name in saved.modules:
+        saved.check_has_delta_weight(name)
+    return AdapterSource(
+        config=saved.config,
+        kinds={name: shape.kind for name, shape in saved.modules.items()},
+        dtypes={name: saved.dtype(name) for name in saved.modules},
+        update=saved.update,
+        others={PEFT_PREFIX + key: saved.other(key) for key in saved.others},
+        warnings=[TIED_ON_DISK] if saved.tied else [],
+    )
+
+
+def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"The model has no adapter {adapter_name!r}, only {', '.join(map(repr, configs)) or 'none'}.")
+    config = configs[adapter_name]
+    if not isinstance(config, WaRAConfig):
+        raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
+    for module in model.modules():
+        if isinstance(module, WaRALayer):
+            module.check_has_delta_weight([adapter_name])
+    adapted = {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+    }
+    layers = {name: layer for name, layer in adapted.items() if adapter_name not in layer.tied_to}
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    others = {key: value for key, value in state_dict.items() if ".wara_" not in key}
+    return AdapterSource(
+        config=config,
+        kinds={name: layer.kind for name, layer in layers.items()},
+        dtypes={name: layer.factors(adapter_name)[0].dtype for name, layer in layers.items()},
+        update=lambda name, dtype: layers[name].low_rank_update(adapter_name, dtype),
+        others={key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value for key, value in others.items()},
+        exclude_modules=suffix_matches(layers, [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]),
+        warnings=[*_about_convolutions(layers), *([TIED_IN_MODEL] if len(layers) < len(adapted) else [])],
+    )
+
+
+def _about_convolutions(layers: dict[str, WaRALayer]) -> Iterator[str]:
+    different = [
+        repr(name)
+        for name, layer in layers.items()
+        if isinstance(layer, Conv)
+        and (set(layer.convolution.dilation) != {1} or layer.convolution.padding_mode != "zeros")
+    ]
+    if different:
+        yield (
+            f"PEFT's LoRA computes without the dilation and padding mode of {first(different)}. The exported "
+            "factors are exact; merge the exported LoRA before use to have them computed as here."
+        )

@@ -1,0 +1,209 @@
+"""The model that an adapter belongs to, without its weights: which parameters it has, and what PEFT does to them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import EMBEDDING_LAYER_NAMES, match_target_against_key
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from ..config import WaRAConfig, suffix_matches
+from ..layer import WaRALayer
+from ..messages import first
+from .adapter import SavedAdapter
+from .checkpoint import Checkpoint, read_json
+from .contents import PEFT_INTERNAL, PEFT_PREFIX, parameter_of
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""The class with which PEFT's `AutoPeftModel...` loads the base of an adapter of each task type."""
+MODULES_PER_TENSOR, SPARE_MODULES = 10, 10_000
+"""How many modules a model may have for each tensor in its files, and beyond: containers, activations, dropouts."""
+
+
+def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[str, str]) -> PreTrainedModel:
+    """The model that an adapter was trained on, built from the base's config on the meta device.
+
+    Its class is the one that the adapter's config names or its task type stands for, or else the base's own.
+
+    Args:
+        checkpoint: the base model's.
+        saved: the adapter.
+        parameters: names that the model must have, and for what the adapter holds in full its key.
+
+    Raises:
+        FileNotFoundError: the base has no config.
+        ValueError: its config cannot be used, or no class has parameters of these names.
+    """
+    path = checkpoint.base / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    most = MODULES_PER_TENSOR * (len(checkpoint.tensors) + len(parameters)) + SPARE_MODULES
+    _check_numbers_of_layers(read_json(path), path, most)
+    with _made_from(path):
+        config = AutoConfig.from_pretrained(checkpoint.base, local_files_only=True, trust_remote_code=False)
+        classes = _model_classes(config, saved)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{str(checkpoint.base)!r} is quantized. Merge into the model it was made from, and quantize the result."
+        )
+    problems = []
+    for model_class in classes:
+        with _made_from(path), _at_most(most):
+            model = _on_meta(model_class, config)
+            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            missing = [repr(name) for name in parameters if name not in shapes]
+            if not missing:
+                labels = _labels(saved, parameters, shapes)
+                if labels is None:
+                    return model
+                config.num_labels = labels
+                return _on_meta(model_class, config)
+            problems.append(f"{model_class.__name__} has no {first(missing)}")
+    reason = "; ".join(problems) or "its config names no class of transformers"
+    raise ValueError(f"The adapter does not fit {str(checkpoint.base)!r}: {reason}.")
+
+
+def _check_numbers_of_layers(fields: Any, path: Path, most: int) -> None:
+    """Refuse numbers of layers that the files cannot fill, for which configs make lists before any model is there."""
+    open_fields = [fields]
+    while open_fields:
+        entry = open_fields.pop()
+        if isinstance(entry, dict):
+            for name, value in entry.items():
+                if "layer" in name and isinstance(value, int) and value > most:
+                    raise ValueError(f"{str(path)!r} has {name}={value!r}, far more than there are tensors beside it.")
+            open_fields.extend(entry.values())
+        elif isinstance(entry, list):
+            open_fields.extend(entry)
+
+
+@contextmanager
+def _made_from(path: Path) -> Iterator[None]:
+    """Say of whatever goes wrong while transformers makes something from a config that the config is to blame."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"Cannot use {str(path)!r}: {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _at_most(most: int) -> Iterator[None]:
+    """Stop as soon as more modules than this are made."""
+    count = 0
+
+    def check(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"its model has more than {most} modules, far more than there are tensors beside it.")
+
+    handle = register_module_module_registration_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def _model_classes(config: PreTrainedConfig, saved: SavedAdapter) -> list[type[PreTrainedModel]]:
+    mapping = saved.config.auto_mapping
+    names = [mapping.get("base_model_class") if isinstance(mapping, dict) else None, *(config.architectures or [])]
+    found = [getattr(transformers, str(name), None) for name in names]
+    auto_class = AUTO_CLASSES.get(str(saved.config.task_type))
+    if auto_class is not None:
+        found.insert(0, getattr(transformers, auto_class)._model_mapping.get(type(config), None))
+    classes = [entry for entry in found if isinstance(entry, type) and issubclass(entry, PreTrainedModel)]
+    return [entry for entry in dict.fromkeys(classes) if isinstance(config, entry.config_class or PreTrainedConfig)]
+
+
+def _labels(saved: SavedAdapter, parameters: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> int | None:
+    """Number of labels for which the adapter has trained a head in full, if that is not the base config's."""
+    if saved.config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    in_full = {name: saved.others[key].shape for name, key in parameters.items() if key}
+    heads = {
+        shape[0] for name, shape in in_full.items() if shape[1:] == shapes[name][1:] and shape[:1] != shapes[name][:1]
+    }
+    return heads.pop() if len(heads) == 1 else None
+
+
+class AdaptedModel:
+    """What PEFT makes of the model and an adapter's config: what trains, what is saved, and which weights go together.
+
+    PEFT itself is asked, with a small adapter on the meta device. Which weights it ties depends on the model, and not
+    on `ensure_weight_tying` alone.
+
+    Attributes:
+        saved: names of the parameters, in the model, that PEFT saves besides the adapter.
+        owned: names of the parameters that the adapter changes through the modules that PEFT has wrapped. All others
+            it changes by loading new values into them, which all parameters tied to them then have too.
+
+    Raises:
+        ValueError: PEFT cannot put the adapter on the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, saved: SavedAdapter) -> None:
+        config = saved.config
+        names = [name for name, _ in model.named_modules()]
+        small = WaRAConfig(
+            r=1,
+            target_modules=list(saved.modules),
+            exclude_modules=suffix_matches(saved.modules, names),
+            bias=config.bias,
+            modules_to_save=copy.copy(config.modules_to_save),
+            trainable_token_indices=copy.deepcopy(config.trainable_token_indices),
+            ensure_weight_tying=config.ensure_weight_tying and _may_tie(config),
+        )
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                wrapped = PeftModel(copy.deepcopy(model), small, low_cpu_mem_usage=True)
+                state_dict = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        except Exception as error:
+            name = type(model).__name__
+            raise ValueError(f"The adapter in {str(saved.path)!r} does not fit {name}: {error}") from error
+        keys = [key.removeprefix(PEFT_PREFIX) for key in state_dict if ".wara_" not in key]
+        self.saved = {parameter_of(key) for key in keys if not PEFT_INTERNAL.search(key)}
+        self.owned = set(_owned(wrapped))
+
+
+def _may_tie(config: WaRAConfig) -> bool:
+    """Whether PEFT looks for tied weights: it does so where the config names an embedding by one of two names."""
+    targets = config.target_modules
+    if isinstance(targets, str):
+        named = any(match_target_against_key(targets, name) for name in EMBEDDING_LAYER_NAMES)
+    else:
+        named = any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in targets or ())
+    return named or any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in config.modules_to_save or ())
+
+
+def _owned(wrapped: nn.Module) -> Iterator[str]:
+    for name, module in wrapped.named_modules():
+        inner = name.removeprefix(PEFT_PREFIX)
+        if isinstance(module, (WaRALayer, TrainableTokensWrapper)):
+            yield f"{inner}.weight"
+        elif isinstance(module, ModulesToSaveWrapper):
+            yield from (f"{inner}.{key}" for key in module.original_module.state_dict())
