@@ -23,6 +23,8 @@ MAX_LEVELS = 64
 """No axis is long enough for more; a config from elsewhere may ask for any number."""
 MAX_RANK = 2**16
 """Likewise for the rank of a subband."""
+MAX_LENGTH = 2**31
+"""And for the lengths of a module's axes."""
 PATTERN_SECONDS = 1.0
 """How long matching one pattern against one name may take."""
 LORA_FIELDS = {
@@ -266,7 +268,9 @@ class WaRAConfig(PeftConfig):
     def _check_shapes(self) -> None:
         for name, entry in (self.module_shapes or {}).items():
             kind, *sizes = entry or [None]
-            whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in sizes)
+            whole = all(
+                isinstance(size, int) and not isinstance(size, bool) and 0 < size <= MAX_LENGTH for size in sizes
+            )
             if not isinstance(kind, str) or len(sizes) not in (2, 3) or not whole:
                 raise ValueError(f"module_shapes has {entry!r} for {name!r}; [kind, out, in] was expected.")
 
