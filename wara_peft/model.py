@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -25,6 +24,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
+from .awaited import AwaitedAdapter
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
@@ -35,20 +35,13 @@ from .layer import Linear, WaRALayer
 from .messages import first
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_base_weights_of_saved, check_ranks, check_shapes_of_saved
-from .wavelet import axis_sizes
+from .targets import check_adapter_name, check_ranks
+from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
     " and `transformers.pytorch_utils.Conv1D`"
 )
-
-
-class _NotLoaded(NamedTuple):
-    """The config with which an adapter was made, and the parameters that trained before."""
-
-    config: WaRAConfig
-    trained: list[nn.Parameter]
 
 
 class WaRAModel(BaseTuner):
@@ -76,7 +69,7 @@ class WaRAModel(BaseTuner):
     # Modules named by a state dict from which an adapter is being injected, in place of the config's targets.
     _named_by_state_dict: set[str] | None = None
     # Adapters whose config came with a saved one, until its tensors come.
-    _not_loaded: Mapping[str, _NotLoaded] = {}
+    _awaited: Mapping[str, AwaitedAdapter] = {}
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -104,65 +97,33 @@ class WaRAModel(BaseTuner):
             if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
         }
         if given.module_shapes is not None:
-            self._config_came_from_file(adapter_name, _NotLoaded(given, trained))
-        if any(isinstance(module, WaRALayer) and module.tied_to for module in model.modules()):
-            self._keep_ties_in_replicas(model)
-
-    def _config_came_from_file(self, adapter_name: str, given: _NotLoaded) -> None:
-        """Have a saved adapter's shapes checked once its tensors are loaded; its config alone may be for any model."""
-        self._not_loaded = {**self._not_loaded, adapter_name: given}
-        if given.config.inference_mode:  # as in loading, which transformers does without `load_state_dict`
-            try:
-                self._check_against_saved(adapter_name)
-            except ValueError as error:
-                warnings.warn(f"{error} A new adapter is made with its config, which does not train (inference_mode).")
-
-    def _check_against_saved(self, adapter_name: str) -> None:
-        saved, found = self._not_loaded[adapter_name].config, cast(WaRAConfig, self.peft_config[adapter_name])
-        check_shapes_of_saved(saved.module_shapes or {}, found.module_shapes or {})
-        check_base_weights_of_saved(saved.base_weight_hashes or {}, found.base_weight_hashes or {})
+            awaited = AwaitedAdapter(given, trained)
+            awaited.warn_if_another(config)
+            self._awaited = {**self._awaited, adapter_name: awaited}
+        keep_ties_in_replicas(model)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
-        for adapter_name in [name for name in self._not_loaded if name in self.peft_config]:
+        for adapter_name in [name for name in self._awaited if name in self.peft_config]:
+            awaited, config = self._awaited[adapter_name], cast(WaRAConfig, self.peft_config[adapter_name])
             tensors = {key: value for key, value in state_dict.items() if f".{adapter_name}." in key}
-            if any(f".{self.prefix}" in key for key in tensors) and self._may_be_the_saved(
-                adapter_name, tensors, prefix
-            ):
+            ours = any(f".{self.prefix}" in key for key in tensors)
+            if ours and awaited.may_be(tensors, self.state_dict(prefix=prefix), config):
                 try:
-                    self._check_against_saved(adapter_name)
+                    awaited.check(config)
                 except ValueError:
                     self._remove(adapter_name)
                     raise
-                self._not_loaded = {name: given for name, given in self._not_loaded.items() if name != adapter_name}
+                self._awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _may_be_the_saved(self, adapter_name: str, tensors: dict[str, Tensor], prefix: str) -> bool:
-        """Whether tensors may be those of the saved adapter that the config came with, and not this one's own."""
-        own = self.state_dict(prefix=prefix)
-        if any(key in own and own[key].shape != tensor.shape for key, tensor in tensors.items()):
-            return True
-        saved, found = self._not_loaded[adapter_name].config, cast(WaRAConfig, self.peft_config[adapter_name])
-        shapes = found.module_shapes or {}
-        pairs = [(entry, shapes[name]) for name, entry in (saved.module_shapes or {}).items() if name in shapes]
-        return all(
-            axis_sizes(there, 1)[1] == axis_sizes(here, 1)[1]
-            for entry, shape in pairs
-            for there, here in zip(entry[1:3], shape[1:3], strict=True)
-        )
 
     def _remove(self, adapter_name: str) -> None:
         if len(self.peft_config) > 1:
             self.delete_adapter(adapter_name)
         else:
             self.unload()
-            for parameter in self._not_loaded[adapter_name].trained:
+            for parameter in self._awaited[adapter_name].trained:
                 parameter.requires_grad_(True)
-
-    def _keep_ties_in_replicas(self, model: nn.Module) -> None:
-        """Have replicas of the model, as `nn.DataParallel` makes them, tie their layers to their own embedding."""
-        if _tie_replica not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(_tie_replica)
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
@@ -264,7 +225,7 @@ class WaRAModel(BaseTuner):
 
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Target the input embedding, and leave the layers tied to it to its adapter."""
-        tied_weight_keys = _unwrapped(tied_weight_keys)
+        tied_weight_keys = unwrapped(tied_weight_keys)
         peft_config.target_modules_to_tie = set(tied_weight_keys)
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
         if isinstance(peft_config.target_modules, str):
@@ -275,10 +236,10 @@ class WaRAModel(BaseTuner):
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Train the input embedding in full, and let the layers tied to it use its copy."""
-        tied_weight_keys = _unwrapped(tied_weight_keys)
+        tied_weight_keys = unwrapped(tied_weight_keys)
         peft_config.modules_to_tie = set(tied_weight_keys)
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
-        others = [name for name in _without(peft_config.modules_to_save, tied_weight_keys) if name != embedding]
+        others = [name for name in without(peft_config.modules_to_save, tied_weight_keys) if name != embedding]
         peft_config.modules_to_save = [*others, embedding]
 
     def add_weighted_adapter(
@@ -349,35 +310,14 @@ class WaRAModel(BaseTuner):
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched."""
-        layers: dict[str, WaRALayer] = {}
+        merged: dict[str, list[str]] = {}
         for name, module in self.model.named_modules():
             if isinstance(module, WaRALayer):
-                merged = module.active_adapters if adapter_names is None else adapter_names
-                module.check_has_delta_weight(merged)
-                if any(adapter in module.wara_A for adapter in merged):
-                    layers[name] = module
-        users: dict[int, list[str]] = {}
-        for name, module in self.model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
-        for name, layer in layers.items():
-            weight = getattr(layer.get_base_layer(), "weight", None)
-            merged = layer.active_adapters if adapter_names is None else adapter_names
-            others = [
-                repr(other)
-                for other in users.get(id(weight), [])
-                if other != name
-                and not other.endswith(".original_module")  # whose place a trained copy has taken
-                and not (other in layers and _share_adapters(layer, layers[other], merged))
-            ]
-            if others:
-                raise ValueError(
-                    f"Cannot merge into module {name!r}: its weight is tied to {first(others)}, which would change "
-                    "too, though the adapter is not used there. Give that module a weight of its own first "
-                    "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
-                    "`tie_word_embeddings=False` in the model's config), or train the adapter with "
-                    "`ensure_weight_tying=True`."
-                )
+                adapters = list(module.active_adapters if adapter_names is None else adapter_names)
+                module.check_has_delta_weight(adapters)
+                if any(adapter in module.wara_A for adapter in adapters):
+                    merged[name] = adapters
+        check_ties(self.model, merged)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.
@@ -409,35 +349,8 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _unwrapped(names: list[str]) -> list[str]:
-    """Module names without what an earlier adapter has put around the module."""
-    return [name.removesuffix(".base_layer") for name in names]
-
-
-def _without(names: Iterable[str], keys: list[str]) -> list[str]:
-    """The names that do not stand for one of these modules."""
-    return [name for name in names if not any(key == name or key.endswith(f".{name}") for key in keys)]
-
-
 def _shape(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
     groups = int(getattr(base_layer, "groups", 1))
     return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups)
-
-
-def _share_adapters(layer: WaRALayer, other: WaRALayer, adapter_names: list[str]) -> bool:
-    """Whether the adapters of two layers are one and the same."""
-    return all(
-        layer.tied_to.get(adapter, layer) is other.tied_to.get(adapter, other)
-        for adapter in adapter_names
-        if adapter in layer.wara_A or adapter in other.wara_A
-    )
-
-
-def _tie_replica(model: Any, args: tuple[Any, ...]) -> None:
-    if getattr(model, "_is_replica", False):
-        embedding = model.get_input_embeddings()
-        for module in model.modules():
-            if isinstance(module, WaRALayer) and module.tied_to:
-                module.tie_again(embedding)

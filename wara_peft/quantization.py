@@ -39,7 +39,15 @@ def _switch_off_repacking(module: Any) -> None:
     weight, state = module.weight, module.weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
         return
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+    try:
+        # bitsandbytes has no public way back from its packed layout.
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+    except ImportError as error:
+        raise ImportError(
+            "This bitsandbytes has packed a 4-bit weight for the CPU, and no longer says how to unpack it. Add the "
+            "adapter before the first forward in eval mode, or install a version that wara-peft names: "
+            "pip install 'wara-peft[quant]'."
+        ) from error
 
     if not state.original_nested:
         # The inverse leaves the scales as they were for the packed layout: (blocks in a row, rows), in bfloat16.
