@@ -29,7 +29,7 @@ from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
-from .forms import Target
+from .forms import Target, one_call
 from .kinds import LINEAR, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
@@ -267,12 +267,15 @@ class WaRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample of the batch, to all adapter layers during a forward or generate.
 
+        Within one generate, whose weights do not change, factors are synthesised twice at most.
+
         Raises:
             ValueError: the model is training, or no layer has an adapter of one of these names.
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
-            yield
+            with one_call(self):
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
@@ -293,7 +296,8 @@ class WaRAModel(BaseTuner):
                     names = list(adapter_names) if module in in_encoder else repeated
                     hook = partial(_pass_adapter_names, adapter_names=names)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
+            with one_call(self):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

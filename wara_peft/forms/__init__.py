@@ -3,6 +3,7 @@
 from .base import Form, Parts, Settings, Target
 from .factors import SubbandFactor, TiedFactor, frozen_factors
 from .grid import GridForm
+from .keeping import one_call
 from .shared import SharedForm
 from .subband import SubbandForm
 from .tiny import TinyForm
@@ -11,4 +12,15 @@ SUBBAND = SubbandForm()
 FORMS: dict[str, Form] = {form.name: form for form in (SUBBAND, SharedForm(), GridForm(), TinyForm())}
 """Every form by the name that `WaRAConfig.form` gives."""
 
-__all__ = ["FORMS", "SUBBAND", "Form", "Parts", "Settings", "SubbandFactor", "Target", "TiedFactor", "frozen_factors"]
+__all__ = [
+    "FORMS",
+    "SUBBAND",
+    "Form",
+    "Parts",
+    "Settings",
+    "SubbandFactor",
+    "Target",
+    "TiedFactor",
+    "frozen_factors",
+    "one_call",
+]

@@ -10,7 +10,6 @@ dd. A level's rows are one parameter, named `level0` ... `levelL`; a level witho
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wavelet import Axis, Subband, subbands, synthesis, synthesis_at
+from .keeping import Keeping
 
 IN_DIM = 1
 """Dimension along which Â, of shape (R, n), is transformed."""
@@ -57,8 +57,7 @@ class SubbandFactor(nn.Module):
         self._bands_of = [[band for band in subbands(levels) if band.level == level] for level in range(levels + 1)]
         self.ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
         self.axis = Axis(wavelet, length, tuple(self._letters(bands) for bands in self._bands_of))
-        self._scopes = 0  # of `frozen_factors` that are open, in any thread
-        self._kept: _Kept | None = None
+        self.keeping = Keeping()
         self._create_parameters()
 
     def _letters(self, bands: list[Subband]) -> str:
@@ -127,50 +126,33 @@ class SubbandFactor(nn.Module):
         Raises:
             RuntimeError: inside `frozen_factors` while gradients are enabled.
         """
-        kept = self._kept  # read once: another thread may enter or leave a scope meanwhile
-        if kept is not None and torch.is_grad_enabled():
-            raise RuntimeError(
-                "Inside wara_peft.frozen_factors the factors are constants, and this forward asks for gradients. "
-                "Run it under torch.no_grad() or torch.inference_mode(), or leave the scope to train."
-            )
         if positions is not None:
+            self.keeping.check_gradients()
             return synthesis_at(self.coefficients(), self.axis, positions)
-        if kept is None:
-            return self.synthesise()
-        if kept.factor is None:
-            kept.factor = self.synthesise()
-        return kept.factor
+        return self.keeping.get(self, self.synthesise)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SubbandFactor:
-        """Moves and casts drop what `frozen_factors` holds, so that it follows the parameters."""
         super()._apply(fn, recurse)
-        with _scopes_change:
-            if self._kept is not None:
-                self._kept = _Kept()
+        self.keeping.changed()
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.keeping.changed()
+
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles made inside `frozen_factors` are not part of that scope."""
-        return {**self.__dict__, "_scopes": 0, "_kept": None}
+        """Copies and pickles made inside a scope are not part of it."""
+        return {**self.__dict__, "keeping": Keeping()}
 
     def _replicate_for_data_parallel(self) -> SubbandFactor:
         """Nor are replicas on other devices, which would get the factor of the first."""
         replica: SubbandFactor = super()._replicate_for_data_parallel()
-        replica._kept = None
+        replica.keeping = Keeping()
         return replica
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}={rank}" for name, rank in self.ranks.items())
         return f"length={self.axis.length}, wavelet={self.axis.wavelet!r}, R={self.rank}, {ranks}"
-
-
-class _Kept:
-    """The synthesised factor inside `frozen_factors`, None until its first use there."""
-
-    factor: Tensor | None = None
-
-
-_scopes_change = threading.Lock()
 
 
 class TiedFactor(nn.Module):
@@ -242,14 +224,10 @@ def frozen_factors(model: nn.Module) -> Iterator[None]:
         ...     model.generate(**inputs)
     """
     factors = [module for module in model.modules() if isinstance(module, SubbandFactor)]
-    with _scopes_change:
-        for factor in factors:
-            factor._scopes += 1
-            factor._kept = factor._kept or _Kept()
+    for factor in factors:
+        factor.keeping.enter()
     try:
         yield
     finally:
-        with _scopes_change:
-            for factor in factors:
-                factor._scopes -= 1
-                factor._kept = factor._kept if factor._scopes else None
+        for factor in factors:
+            factor.keeping.leave()

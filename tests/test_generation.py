@@ -1,0 +1,251 @@
+"""Within one `generate` factors are synthesised twice at most; nothing outlives it, and nothing is ever stale."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+
+from wara_peft import WaRAConfig, frozen_factors
+from wara_peft.forms import SubbandFactor
+from wara_peft.forms.keeping import _call
+
+PROMPT = torch.arange(1, 7).view(2, 3)
+NEW_TOKENS = 12
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=40,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def adapted(task_type: str | None = "CAUSAL_LM", **fields) -> PeftModel:
+    config = WaRAConfig(target_modules="all-linear", init_weights=False, task_type=task_type, **fields)
+    return get_peft_model(llama(), config).eval()
+
+
+@pytest.fixture
+def syntheses(monkeypatch) -> Counter:
+    """How often each factor has been synthesised."""
+    counts: Counter = Counter()
+    synthesise = SubbandFactor.synthesise
+
+    def counted(self: SubbandFactor, *args):
+        counts[self] += 1
+        return synthesise(self, *args)
+
+    monkeypatch.setattr(SubbandFactor, "synthesise", counted)
+    return counts
+
+
+def generate(model: nn.Module, **more) -> torch.Tensor:
+    return model.generate(input_ids=PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False, **more)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_factors_are_synthesised_twice(task_type, mode, syntheses):
+    model = adapted(task_type).train(mode == "train")
+    found = generate(model)
+    assert len(syntheses) == 2 * 14
+    assert set(syntheses.values()) == {2}
+    merged = model.merge_and_unload().eval()
+    assert torch.equal(found, generate(merged))
+
+
+@pytest.mark.parametrize("fields", [{"form": "shared"}, {"form": "tiny", "r": 2}, {"wavelet": "db2", "levels": 2}])
+@pytest.mark.filterwarnings("ignore:levels=")
+def test_other_forms(fields, syntheses):
+    model = adapted(**fields)
+    generate(model)
+    assert set(syntheses.values()) == {2}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_plain_forward_keeps_nothing(grad, syntheses):
+    model = adapted()
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            model(input_ids=PROMPT)
+    assert set(syntheses.values()) == {3}
+
+
+def test_reentrant_checkpointing_trains_as_without():
+    grads = []
+    for use in (False, True):
+        model = adapted().train()
+        if use:
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        model(input_ids=PROMPT, labels=PROMPT).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_a_layer_that_is_called_twice_in_a_checkpoint_is_not_constant():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return checkpoint(lambda x: self.layer(torch.tanh(self.layer(x))), x, use_reentrant=True)
+
+    model = get_peft_model(Twice(), WaRAConfig(target_modules=["layer"], init_weights=False))
+    x = torch.randn(3, 6, requires_grad=True)
+    model(x).sum().backward()
+    layer = model.base_model.model.layer
+    found = {name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    layer(torch.tanh(layer(x))).sum().backward()
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name], parameter.grad)
+
+
+class Stepping(LogitsProcessor):
+    """Trains the model, or changes it otherwise, in the middle of its own generation."""
+
+    def __init__(self, model: nn.Module, change) -> None:
+        self.model, self.change, self.step = model, change, 0
+
+    def __call__(self, input_ids, scores):
+        self.step += 1
+        if self.step == 5:
+            self.change(self.model)
+        return scores
+
+
+def _factors(model: nn.Module) -> list[SubbandFactor]:
+    return [module for module in model.modules() if isinstance(module, SubbandFactor)]
+
+
+def train_once(model: nn.Module) -> None:
+    with torch.enable_grad():
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
+        model.base_model.model(input_ids=PROMPT, labels=PROMPT).loss.backward()
+        optimizer.step()
+
+
+def load_other_values(model: nn.Module) -> None:
+    torch.manual_seed(9)
+    state = {name: torch.randn_like(p) for name, p in model.named_parameters() if "wara_" in name}
+    model.load_state_dict(state, strict=False)
+
+
+def cast(model: nn.Module) -> None:
+    model.double()
+
+
+@pytest.mark.parametrize("change", [train_once, load_other_values, cast])
+def test_a_model_that_changes_while_it_generates_is_never_stale(change):
+    model, reference = adapted(), adapted()
+    found = generate(
+        model,
+        logits_processor=LogitsProcessorList([Stepping(model, change)]),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    base = reference.base_model.model  # whose own generate PEFT puts nothing around, so that nothing is kept
+    processors = LogitsProcessorList([Stepping(reference, change)])
+    expected = base.generate(
+        input_ids=PROMPT,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        logits_processor=processors,
+    )
+    assert torch.equal(found.sequences, expected.sequences)
+    for now, right in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(now, right)
+
+
+def test_another_model_that_is_evaluated_inside_is_not_kept(syntheses):
+    model, other = adapted(), adapted()
+
+    class Evaluating(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            with torch.no_grad():
+                other.base_model.model(input_ids=PROMPT)
+            return scores
+
+    generate(model, logits_processor=LogitsProcessorList([Evaluating()]))
+    assert {syntheses[factor] for factor in _factors(other)} == {NEW_TOKENS}
+    assert {syntheses[factor] for factor in _factors(model)} == {2}
+
+
+def test_nothing_is_kept_after_an_exception():
+    model = adapted()
+    kept: list[weakref.ref] = []
+
+    class Failing(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            call = _call.get()
+            if call.kept:
+                kept.extend(weakref.ref(tensor) for tensor in call.kept.values())
+                raise RuntimeError("half way")
+            return scores
+
+    with pytest.raises(RuntimeError, match="half way"):
+        generate(model, logits_processor=LogitsProcessorList([Failing()]))
+    gc.collect()
+    assert kept
+    assert all(reference() is None for reference in kept)
+    assert _call.get() is None
+
+
+class Words:
+    """Enough of a tokenizer for a streamer."""
+
+    def decode(self, ids, **_) -> str:
+        return " ".join(map(str, ids)) + " "
+
+
+def test_a_stream_that_is_left_half_way():
+    model = adapted()
+    expected = generate(model)[:1]
+    streamer = TextIteratorStreamer(Words(), skip_prompt=True)
+    arguments = {"input_ids": PROMPT[:1], "max_new_tokens": NEW_TOKENS, "do_sample": False, "streamer": streamer}
+    thread = threading.Thread(target=model.generate, kwargs=arguments)
+    thread.start()
+    next(streamer)
+    assert _call.get() is None  # the scope is the thread's own
+    with torch.no_grad():
+        model(input_ids=PROMPT)
+    thread.join()
+    assert torch.equal(generate(model)[:1], expected)
+
+
+def test_the_users_scope_goes_on_refusing_gradients(syntheses):
+    model = adapted()
+    with torch.no_grad(), frozen_factors(model):
+        generate(model)
+        assert set(syntheses.values()) == {1}
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="frozen_factors the factors are constants"):
+            model(input_ids=PROMPT)
+
+
+def test_mixed_batches_and_beams(syntheses):
+    model = adapted()
+    model.add_adapter("other", WaRAConfig(target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM"))
+    model.generate(input_ids=PROMPT, max_new_tokens=NEW_TOKENS, num_beams=2, adapter_names=["default", "other"])
+    assert set(syntheses.values()) == {2}
