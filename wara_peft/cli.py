@@ -277,7 +277,4 @@ def _visible(text: str) -> str:
 
 def main() -> None:
     """Entry point of the installed command."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it repeats what configs say, unescaped
     app(prog_name=PROGRAM)

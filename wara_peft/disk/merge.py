@@ -217,12 +217,14 @@ class _Plan:
         if change.values:
             expected.append(self.saved.others[change.values].shape)
         if change.rows:
-            self._check_tokens(change, found.shape[0])
-            expected.append((found.shape[0], *self.saved.others[change.rows].shape[1:]))
-        if any(shape != found.shape for shape in expected):
+            vocabulary = found.shape[0] if found.shape else 0
+            self._check_tokens(change, vocabulary)
+            expected.append((vocabulary, *self.saved.others[change.rows].shape[1:]))
+        other = next((shape for shape in expected if shape != found.shape), None)
+        if other is not None:
             raise ValueError(
                 f"{change.parameter!r} has the shape {found.shape} in {str(self.checkpoint.base)!r}, and "
-                f"{expected[-1]} in the adapter, which was trained on another base model, or on this one with another "
+                f"{other} in the adapter, which was trained on another base model, or on this one with another "
                 "head or vocabulary. Merge into the base model that it was trained on, resized as it was then."
             )
         counts = bool(change.values) and self.saved.others[change.values].dtype in INTEGERS
