@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.cli import app
+from wara_peft.disk.tensors import TensorFile
 
 COMMAND = Path(sys.executable).parent / "wara-peft"
 TOKENS = torch.arange(1, 7).view(1, 6)
@@ -116,6 +117,22 @@ class TestExport:
         assert not result.stdout
         assert not (tmp_path / "lora").exists()
 
+    @pytest.mark.parametrize("options", [[], ["--rank", 2], ["--energy", 0.7]])
+    def test_reads_each_tensor_once(self, made, tmp_path, options, monkeypatch):
+        read: list[str] = []
+        read_them = TensorFile.read
+
+        def counted(self, keys):
+            keys = list(keys)
+            read.extend(keys)
+            return read_them(self, keys)
+
+        monkeypatch.setattr(TensorFile, "read", counted)
+        assert say("export", made / "adapter", tmp_path / "lora", *options).exit_code == 0
+        with safe_open(made / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+            assert sorted(read) == sorted(file.keys())
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("options", [[], ["--overwrite"]])
     def test_of_two_to_one_place_one_succeeds(self, made, tmp_path, options):
         """Whether they meet, or one comes after the other, which then finds the place taken."""
@@ -151,6 +168,7 @@ class TestMerge:
         for name, value in expected.state_dict().items():
             assert torch.equal(merged.state_dict()[name], value), name
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
     def test_interrupted(self, tmp_path, number):
         """A base of many shards, so that the signal meets the merge while it writes."""
@@ -259,6 +277,7 @@ class TestForeignText:
 class TestImports:
     """What one subcommand uses cannot stop the others."""
 
+    @pytest.mark.slow
     def test_without_what_merging_uses(self, made, tmp_path):
         for name in ("core_model_loading", "conversion_mapping"):
             code = f"""

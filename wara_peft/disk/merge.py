@@ -45,7 +45,7 @@ def merge_checkpoint(
     Args:
         base: directory of the base model, with safetensors, as `save_pretrained` writes it.
         adapter: directory of the saved adapter.
-        path: directory to write; it appears when it is complete.
+        path: directory to write; it is empty until it is complete.
         dtype: dtype of all floating-point tensors; None keeps each one's.
         device: where ΔW and the sums are computed.
         overwrite: replace `path` if it is there.
@@ -54,7 +54,8 @@ def merge_checkpoint(
     Raises:
         FileNotFoundError: a directory or file is missing, or there are only pickles, which are not opened.
         ValueError: the adapter does not fit the base, a target's weight is converted or fused on loading, tied to
-            another, quantized or not in the checkpoint, or a merged weight is not finite. Nothing is written then.
+            another that the adapter does not change alike, quantized or not in the checkpoint, or a value is not
+            finite in its dtype. Nothing is written then.
     """
     checkpoint, saved = Checkpoint(Path(base)), SavedAdapter(adapter)
     plan = _Plan(checkpoint, saved)
