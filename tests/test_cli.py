@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -16,11 +17,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.cli import app
+from wara_peft.disk.tensors import TensorFile
 
 COMMAND = Path(sys.executable).parent / "wara-peft"
 TOKENS = torch.arange(1, 7).view(1, 6)
@@ -92,6 +95,57 @@ class TestExport:
                 found = file.get_tensor(key)
                 assert (found.dtype, found.shape) == (torch.bfloat16, value.shape)
 
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ([], "It is exact.\n"),
+            (["--dtype", "fp32"], "It is exact.\n"),
+            (["--dtype", "bf16"], "It is exact, but for the rounding to bfloat16.\n"),
+            (["--rank", 3, "--dtype", "bf16"], ", but for the rounding to bfloat16.\n"),
+        ],
+    )
+    def test_says_how_exact_it_is(self, made, tmp_path, options, said):
+        assert said in say("export", made / "adapter", tmp_path / "lora", *options).stdout
+
+    def test_values_that_a_dtype_cannot_hold(self, tmp_path):
+        model = get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"], init_weights=False, wara_alpha=4e8))
+        model.save_pretrained(tmp_path / "adapter")
+        result = say("export", tmp_path / "adapter", tmp_path / "lora", "--dtype", "fp16")
+        assert result.exit_code == 1
+        (line,) = complaints(result)
+        assert "q_proj' has values that are not finite in torch.float16: export it in a wider dtype" in line
+        assert not result.stdout
+        assert not (tmp_path / "lora").exists()
+
+    @pytest.mark.parametrize("options", [[], ["--rank", 2], ["--energy", 0.7]])
+    def test_reads_each_tensor_once(self, made, tmp_path, options, monkeypatch):
+        read: list[str] = []
+        read_them = TensorFile.read
+
+        def counted(self, keys):
+            keys = list(keys)
+            read.extend(keys)
+            return read_them(self, keys)
+
+        monkeypatch.setattr(TensorFile, "read", counted)
+        assert say("export", made / "adapter", tmp_path / "lora", *options).exit_code == 0
+        with safe_open(made / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+            assert sorted(read) == sorted(file.keys())
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("options", [[], ["--overwrite"]])
+    def test_of_two_to_one_place_one_succeeds(self, made, tmp_path, options):
+        """Whether they meet, or one comes after the other, which then finds the place taken."""
+        arguments = [COMMAND, "export", made / "adapter", tmp_path / "lora", *options]
+        processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        said = [process.communicate(timeout=120)[1] for process in processes]
+        codes = [process.returncode for process in processes]
+        assert codes.count(0) == 1 or (options and 0 in codes), said
+        assert all(code == 0 or "Traceback" not in text for code, text in zip(codes, said, strict=True))
+        assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+        config, _ = to_lora(made / "adapter")
+        assert PeftModel.from_pretrained(llama(), tmp_path / "lora").peft_config["default"].r == config.r
+
     def test_strict(self, tmp_path):
         model = get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
         model.save_pretrained(tmp_path / "adapter")
@@ -114,7 +168,9 @@ class TestMerge:
         for name, value in expected.state_dict().items():
             assert torch.equal(merged.state_dict()[name], value), name
 
-    def test_interrupted(self, made, tmp_path):
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_interrupted(self, tmp_path, number):
         """A base of many shards, so that the signal meets the merge while it writes."""
         sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=4000, **sizes))
@@ -125,11 +181,21 @@ class TestMerge:
         process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and not list(tmp_path.glob(".merged.*/model-00002*")):
             time.sleep(0.002)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 1, said
-        assert "wara-peft: interrupted; nothing was written." in said
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+        left = sorted(path.name for path in tmp_path.iterdir())
+        if number == signal.SIGTERM:
+            assert process.returncode == 1, said
+            assert "wara-peft: interrupted; nothing was written." in said
+            assert left == ["adapter", "base"]
+            return
+        assert process.returncode == -signal.SIGKILL
+        assert left[0].startswith(".merged.")
+        assert left[1:] == ["adapter", "base", "merged"]
+        assert not list((tmp_path / "merged").iterdir())
+        result = say("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        assert result.exit_code == 0, result.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
 class TestInspect:
@@ -155,6 +221,80 @@ class TestInspect:
         assert len(report["modules"]) == 14
         assert sum(report["energy_shares"].values()) == pytest.approx(1.0)
         assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
+
+
+FOREIGN = "\x1b[31m[bold]:smile:[/red]\r\x9b2J\u202e\n"
+ESCAPED = r"\x1b[31m[bold]:smile:[/red]\r\x9b2J\u202e\n"
+
+
+class TestForeignText:
+    """It is printed as it is, and what a terminal would obey as an escape."""
+
+    @pytest.fixture
+    def adapter(self, tmp_path, monkeypatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        model = nn.ModuleDict({"[bold]up[/red]": nn.Linear(4, 4), "head[/]": nn.Linear(4, 4)})
+        config = WaRAConfig(target_modules=["[bold]up[/red]"], modules_to_save=["head[/]"])
+        get_peft_model(model, config).save_pretrained("adapter")
+        path = tmp_path / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": FOREIGN}))
+        return path
+
+    def test_inspect(self, adapter):
+        result = say("inspect", "adapter")
+        assert result.exit_code == 0, result.stderr
+        assert f"base model: {ESCAPED}\n" in result.stdout
+        assert "[bold]up[/red]" in result.stdout
+        assert "in full: head[/].bias, head[/].weight" in result.stdout
+        assert json.loads(say("inspect", "adapter", "--json").stdout)["base_model"] == FOREIGN
+
+    @pytest.mark.parametrize("name", ["lora[/v2]", "[red]lora", "lora\x1b[31m", ":smile:"])
+    def test_paths(self, adapter, name):
+        result = say("export", "adapter", name)
+        assert result.exit_code == 0, result.stderr
+        assert f"Wrote {name}:".replace("\x1b", r"\x1b") in result.stdout
+        assert Path(name, "adapter_model.safetensors").is_file()
+
+    @pytest.mark.parametrize("options", [[], ["--debug"]])
+    def test_errors(self, adapter, options):
+        adapter.write_text(json.dumps({"peft_type": "WARA", "wavelet": FOREIGN}))
+        for arguments in (["inspect", "adapter"], ["export", FOREIGN, "lora"], ["merge", "[/base]", "adapter", "out"]):
+            result = say(*arguments, *options)
+            assert result.exit_code == 1
+            assert result.stderr.endswith("\n")
+            assert not set(result.stderr) & set("\x1b\x9b\u202e\r")
+        assert "[/base]" in result.stderr
+
+    def test_warnings(self, adapter):
+        fields = json.loads(adapter.read_text())
+        adapter.write_text(json.dumps({**fields, "unheard[/of]\x1b": 1}))
+        result = say("inspect", "adapter")
+        assert result.exit_code == 0
+        assert any("unheard[/of]" in line for line in complaints(result))
+        assert "\x1b" not in result.stderr
+
+
+class TestImports:
+    """What one subcommand uses cannot stop the others."""
+
+    @pytest.mark.slow
+    def test_without_what_merging_uses(self, made, tmp_path):
+        for name in ("core_model_loading", "conversion_mapping"):
+            code = f"""
+                import sys, wara_peft
+                sys.modules["transformers.{name}"] = None  # from here on it cannot be imported
+                from wara_peft.cli import app
+                for arguments in (["inspect", "adapter"], ["export", "adapter", "{tmp_path}/{name}"]):
+                    app(arguments, standalone_mode=False)
+                print("both ran")
+                app(["merge", "base", "adapter", "{tmp_path}/merged"])
+            """
+            command = [sys.executable, "-c", textwrap.dedent(code)]
+            result = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=120)
+            assert "both ran" in result.stdout, result.stderr
+            assert result.returncode == 1
+            (line,) = complaints(result)
+            assert f"transformers.{name}" in line
 
 
 class TestUsage:

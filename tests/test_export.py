@@ -14,10 +14,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from tests.references import Conv1DModel, Mlp
-from wara_peft import WaRAConfig, lora_error, save_as_lora, to_lora
+from wara_peft import WaRAConfig, export, lora_error, save_as_lora, to_lora
+from wara_peft.disk.adapter import SavedAdapter
+from wara_peft.disk.tensors import TensorFile
 from wara_peft.export import vllm_max_lora_rank
 from wara_peft.quantization import keep_unpacked
 
@@ -187,6 +189,81 @@ class CountLargest(TorchDispatchMode):
         return result
 
 
+class TestOnePass:
+    """From a directory every tensor is read once, and every module decomposed once."""
+
+    @pytest.mark.parametrize("case", ["linear", "shared", "tiny", "with a head", "with biases"])
+    @pytest.mark.parametrize("rank", [None, 3, 0.9])
+    def test_reads_and_decompositions(self, case, rank, tmp_path, monkeypatch):
+        _, model, _ = adapted(case)
+        model.save_pretrained(tmp_path)
+        keys = list(load_file(tmp_path / "adapter_model.safetensors"))
+        read = []
+        read_them = TensorFile.read
+
+        def counted(self, keys):
+            keys = list(keys)
+            read.extend(keys)
+            return read_them(self, keys)
+
+        monkeypatch.setattr(TensorFile, "read", counted)
+        with CountCalls("linalg_svd") as decomposed:
+            lora = export.convert(tmp_path, rank)
+        assert sorted(read) == sorted(keys)
+        modules = len(SavedAdapter(tmp_path).modules)
+        assert decomposed.calls == (0 if rank is None else modules)
+        if rank is not None:
+            read.clear()
+            with CountCalls("linalg_svd") as decomposed:
+                assert lora_error(tmp_path, rank) == lora.error
+            assert decomposed.calls == modules
+            assert sorted(read) == sorted(keys)
+
+
+class CountCalls(TorchDispatchMode):
+    """How often an operation runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.calls = name, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += self.name in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+class TestNotFinite:
+    """A LoRA never has infinities, and never is called exact with them."""
+
+    @pytest.mark.parametrize(
+        ("rank", "alpha", "dtype", "said"),
+        [
+            (None, 4e8, torch.float16, "float16"),
+            (2, 4e16, torch.float16, "float16"),  # the factors of a truncation are as large as each other
+            (0.5, 4e16, torch.float16, "float16"),
+            (None, 1e300, None, "float32"),
+            (2, 1e300, torch.float32, "float32"),
+            (0.5, 1e300, torch.bfloat16, "float32"),
+        ],
+    )
+    def test_what_a_dtype_cannot_hold(self, rank, alpha, dtype, said, tmp_path):
+        model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up"], init_weights=False, wara_alpha=alpha))
+        model.save_pretrained(tmp_path / "wara")
+        for source in (model, tmp_path / "wara"):
+            with pytest.raises(ValueError, match=f"'up' has values that are not finite in torch.{said}"):
+                save_as_lora(tmp_path / "lora", source, rank, dtype=dtype)
+        assert not (tmp_path / "lora").exists()
+
+    def test_a_broken_model(self):
+        _, model, _ = adapted("linear")
+        model.base_model.model.up.wara_B["default"].level1.data[0, 0] = torch.nan
+        for convert_it in (to_lora, lora_error):
+            with pytest.raises(ValueError, match="ΔW of module 'up' has values that are not finite"):
+                convert_it(model, 2)
+        with pytest.raises(ValueError, match="ΔW of module 'up' has values that are not finite"):
+            to_lora(model)
+
+
 class TestDtype:
     @pytest.mark.parametrize("case", ["linear", "three levels", "odd sizes", "conv1d"])
     def test_bfloat16_rounds_once(self, case, tmp_path):
@@ -287,6 +364,51 @@ def test_adapters_of_transformers(rank, tmp_path):
     expected = model.eval()(tokens).last_hidden_state
     assert not torch.allclose(expected, base(tokens).last_hidden_state, atol=1e-2)
     torch.testing.assert_close(loaded(tokens).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+
+
+class TestItsOwnDirectory:
+    """An adapter is not overwritten by what is made of it."""
+
+    def test_is_refused(self, tmp_path):
+        _, model, _ = adapted("linear")
+        model.save_pretrained(tmp_path / "wara")
+        (tmp_path / "link").symlink_to(tmp_path / "wara")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "wara").iterdir()}
+        for target in (tmp_path / "wara", tmp_path / "link", f"{tmp_path}/lora/../wara"):
+            with pytest.raises(ValueError, match="must not be replaced"):
+                save_as_lora(target, tmp_path / "wara")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "wara").iterdir()} == before
+        save_as_lora(tmp_path / "wara" / "lora", tmp_path / "wara")  # which may lie inside
+        assert SavedAdapter(tmp_path / "wara").config.peft_type == "WARA"
+
+    def test_of_an_adapter_with_a_name(self, tmp_path):
+        _, model, _ = adapted("linear")
+        model.add_adapter("other", WaRAConfig(r=1, target_modules=["up"], init_weights=False))
+        model.save_pretrained(tmp_path)
+        for target in (tmp_path, tmp_path / "other"):  # the first of these holds the default adapter
+            with pytest.raises(ValueError, match="must not be replaced"):
+                save_as_lora(target, tmp_path, adapter_name="other")
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_modules_that_share_a_weight_are_saved(tmp_path):
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            vocab_size=9,
+            tie_word_embeddings=True,
+        )
+    )
+    config = WaRAConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(copy.deepcopy(base), config)
+    model.get_input_embeddings().weight.data.mul_(2.0)
+    save_as_lora(tmp_path, model)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name in ("model.embed_tokens", "lm_head"):
+        assert torch.equal(tensors[f"base_model.model.{name}.weight"], 2.0 * base.lm_head.weight)
 
 
 class TestBadInput:

@@ -75,9 +75,32 @@ def test_groups_of_a_convolution(tmp_path):
     (module,) = inspect_adapter(SavedAdapter(tmp_path)).modules
     with pytest.warns(UserWarning, match="PEFT loads all"):
         config, state_dict = to_lora(tmp_path)
+    assert module.groups == 2
     # PEFT groups lora_B, which so has a column for each rank of its group
     assert module.rank == config.r == 8
     assert module.lora_parameters == sum(value.numel() for value in state_dict.values())
+
+
+@pytest.mark.filterwarnings("ignore:PEFT loads all")
+def test_the_rank_is_that_of_the_export(tmp_path):
+    """Groups of convolutions share it evenly, and smaller modules are filled up to it."""
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, groups=2), nn.Conv2d(12, 9, 1, groups=3), nn.Conv2d(9, 4, 1))
+    pattern = {"0": 2, "1": {"aa1": 1, "ad1": 0, "da1": 0, "dd1": 0}, "2": 3}
+    model = get_peft_model(model, WaRAConfig(target_modules=["0", "1", "2"], rank_pattern=pattern))
+    model.save_pretrained(tmp_path)
+    report = inspect_adapter(SavedAdapter(tmp_path))
+    config, state_dict = to_lora(tmp_path)
+    assert [module.rank for module in report.modules] == [16, 3, 12]
+    assert report.rank == config.r == 18  # the next multiple of 2 and 3
+    assert report.lora_parameters == sum(value.numel() for value in state_dict.values())
+    assert report.as_dict()["lora_parameters"] == report.lora_parameters
+
+
+def test_plot_takes_names_as_they_are(tmp_path):
+    model = nn.ModuleDict({"$\\frac{$": nn.Linear(4, 4)})
+    get_peft_model(model, WaRAConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    inspect_adapter(SavedAdapter(tmp_path)).plot(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_shows_modules_by_subbands(tmp_path):

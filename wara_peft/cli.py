@@ -63,7 +63,7 @@ def _device(value: str) -> str:
 
 
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a saved WaRA adapter, or a Hub name.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write. It appears when it is complete.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write. It is empty until it is complete.")]
 Dtype = Annotated[
     Any, typer.Option("--dtype", parser=_dtype, metavar="|".join(DTYPES), help="Dtype to write; as it is if left out.")
 ]
@@ -277,7 +277,4 @@ def _visible(text: str) -> str:
 
 def main() -> None:
     """Entry point of the installed command."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it repeats what configs say, unescaped
     app(prog_name=PROGRAM)

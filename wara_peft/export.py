@@ -13,6 +13,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import id_tensor_storage
 
 from .adapter_source import AdapterSource, adapter_directory, adapter_source
 from .disk.adapter import Track, untracked
@@ -92,7 +93,12 @@ def save_as_lora(
 
 def write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
     """Write what `to_lora` returns into a directory, which is there."""
-    save_file(state_dict, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    # Tied modules that train in full are one tensor with two names, which safetensors does not take.
+    owner = {id_tensor_storage(value): key for key, value in state_dict.items()}
+    apart = {
+        key: value if owner[id_tensor_storage(value)] == key else value.clone() for key, value in state_dict.items()
+    }
+    save_file(apart, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(directory))
 
 

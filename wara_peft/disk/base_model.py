@@ -102,7 +102,8 @@ def _made_from(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"Cannot use {str(path)!r}: {type(error).__name__}: {error}") from error
+        reason = str(error).partition("Exception raised from")[0]  # PyTorch goes on with its call stack
+        raise ValueError(f"Cannot use {str(path)!r}: {type(error).__name__}: {reason}") from error
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def merge_checkpoint(
     Args:
         base: directory of the base model, with safetensors, as `save_pretrained` writes it.
         adapter: directory of the saved adapter.
-        path: directory to write; it appears when it is complete.
+        path: directory to write; it is empty until it is complete.
         dtype: dtype of all floating-point tensors; None keeps each one's.
         device: where ΔW and the sums are computed.
         overwrite: replace `path` if it is there.
@@ -54,7 +54,8 @@ def merge_checkpoint(
     Raises:
         FileNotFoundError: a directory or file is missing, or there are only pickles, which are not opened.
         ValueError: the adapter does not fit the base, a target's weight is converted or fused on loading, tied to
-            another, quantized or not in the checkpoint, or a merged weight is not finite. Nothing is written then.
+            another that the adapter does not change alike, quantized or not in the checkpoint, or a value is not
+            finite in its dtype. Nothing is written then.
     """
     checkpoint, saved = Checkpoint(Path(base)), SavedAdapter(adapter)
     plan = _Plan(checkpoint, saved)
@@ -217,12 +218,14 @@ class _Plan:
         if change.values:
             expected.append(self.saved.others[change.values].shape)
         if change.rows:
-            self._check_tokens(change, found.shape[0])
-            expected.append((found.shape[0], *self.saved.others[change.rows].shape[1:]))
-        if any(shape != found.shape for shape in expected):
+            vocabulary = found.shape[0] if found.shape else 0
+            self._check_tokens(change, vocabulary)
+            expected.append((vocabulary, *self.saved.others[change.rows].shape[1:]))
+        other = next((shape for shape in expected if shape != found.shape), None)
+        if other is not None:
             raise ValueError(
                 f"{change.parameter!r} has the shape {found.shape} in {str(self.checkpoint.base)!r}, and "
-                f"{expected[-1]} in the adapter, which was trained on another base model, or on this one with another "
+                f"{other} in the adapter, which was trained on another base model, or on this one with another "
                 "head or vocabulary. Merge into the base model that it was trained on, resized as it was then."
             )
         counts = bool(change.values) and self.saved.others[change.values].dtype in INTEGERS
