@@ -32,6 +32,7 @@ from transformers import (
     ResNetModel,
 )
 
+from tests.test_weight_tying import encoder_decoder
 from wara_peft import WaRAConfig
 from wara_peft.disk.merge import merge_checkpoint
 
@@ -79,6 +80,10 @@ CASES = {
     "embedding, tied": (
         lambda: llama(tie_word_embeddings=True),
         {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "embeddings tied to an embedding": (
+        lambda: encoder_decoder("T5"),
+        {"target_modules": ["embed_tokens", "q"], "ensure_weight_tying": True, "task_type": "SEQ_2_SEQ_LM"},
     ),
     "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]}),
     "tokens, tied": (

@@ -169,14 +169,18 @@ class AdaptedModel:
     def __init__(self, model: PreTrainedModel, saved: SavedAdapter) -> None:
         config = saved.config
         names = [name for name, _ in model.named_modules()]
+        ties = config.ensure_weight_tying and _may_tie(config)
+        targets = config.target_modules if ties and not isinstance(config.target_modules, str) else None
+        # By its names of embeddings, which may be those of tied layers alone, PEFT knows that it has something to tie.
+        embeddings = [name for name in targets or () if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
         small = WaRAConfig(
             r=1,
-            target_modules=list(saved.modules),
+            target_modules=[*saved.modules, *embeddings],
             exclude_modules=suffix_matches(saved.modules, names),
             bias=config.bias,
             modules_to_save=copy.copy(config.modules_to_save),
             trainable_token_indices=copy.deepcopy(config.trainable_token_indices),
-            ensure_weight_tying=config.ensure_weight_tying and _may_tie(config),
+            ensure_weight_tying=ties,
         )
         try:
             with torch.device("meta"), warnings.catch_warnings():
