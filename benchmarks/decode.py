@@ -3,13 +3,16 @@
     python benchmarks/decode.py
 
 A forward of one token through the decoder of `models.py`, inside `frozen_factors`, where factors are computed once,
-and outside of it, where every forward computes them anew.
+and outside of it, where every forward computes them anew; and `generate` of some tokens with no scope, which keeps
+them by itself.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import harness
 import models
@@ -18,6 +21,12 @@ from peft import LoraConfig
 from torch import nn
 
 from wara_peft import WaRAConfig, frozen_factors
+
+VARIANTS = {
+    "LoRA r=16": LoraConfig(r=16, lora_alpha=16),
+    "WaRA haar L1": WaRAConfig(r=4),
+    "WaRA db4 L1": WaRAConfig(r=4, wavelet="db4"),
+}
 
 
 def one_token(model: nn.Module, token: torch.Tensor) -> Callable[[], None]:
@@ -28,18 +37,37 @@ def one_token(model: nn.Module, token: torch.Tensor) -> Callable[[], None]:
     return run
 
 
+def generated(model: nn.Module, prompt: torch.Tensor, tokens: int) -> Callable[[], None]:
+    def run() -> None:
+        model.generate(input_ids=prompt, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+
+    return run
+
+
+def generation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """`generate` with no scope around it, in eval mode, and of WaRA in training mode too."""
+    shape = models.decoder(options.smoke, head=True)
+    prompt = torch.ones(1, 8, dtype=torch.long, device=options.device)
+    calls: dict[str, Callable[[], None]] = {}
+    for name, config in VARIANTS.items():
+        for mode in ("eval", "train") if name.startswith("WaRA") else ("eval",):
+            config.target_modules = set(shape.targets)
+            config.task_type = "CAUSAL_LM"
+            model = models.adapted(shape, config).to(options.device).train(mode == "train")
+            calls[name if mode == "eval" else f"{name}, training mode"] = generated(model, prompt, options.tokens)
+    rounds = max(options.rounds // 5, 2)
+    return harness.summary(harness.interleaved(calls, rounds, device=options.device), "LoRA r=16")
+
+
 if __name__ == "__main__":
-    options = harness.parser(__doc__, "decode", rounds=101).parse_args()
+    parser = harness.parser(__doc__, "decode", rounds=101)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of a generate (default: %(default)s)")
+    options = parser.parse_args()
     shape = models.decoder(options.smoke)
     token = torch.zeros(1, 1, dtype=torch.long, device=options.device)
-    variants = {
-        "LoRA r=16": LoraConfig(r=16, lora_alpha=16),
-        "WaRA haar L1": WaRAConfig(r=4),
-        "WaRA db4 L1": WaRAConfig(r=4, wavelet="db4"),
-    }
     calls: dict[str, Callable[[], None]] = {}
     scopes = ExitStack()
-    for name, config in variants.items():
+    for name, config in VARIANTS.items():
         config.target_modules = set(shape.targets)
         model = models.adapted(shape, config).to(options.device).eval()
         if name.startswith("WaRA"):
@@ -49,4 +77,5 @@ if __name__ == "__main__":
         calls[name] = one_token(model, token)
     seconds = harness.interleaved(calls, options.rounds, warmup=5, device=options.device)
     scopes.close()
-    harness.save(options, {"one_token": harness.summary(seconds, "LoRA r=16")})
+    result = {"one_token": harness.summary(seconds, "LoRA r=16"), "new_tokens": options.tokens}
+    harness.save(options, result | {"generate": generation(options)})

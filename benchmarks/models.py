@@ -19,7 +19,7 @@ from peft import (
     get_peft_model,
 )
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from wara_peft import WaRAConfig
 
@@ -46,13 +46,15 @@ def encoder(smoke: bool = False) -> Shape:
     return Shape(lambda: BertModel(config, add_pooling_layer=False), ENCODER_TARGETS, *((2, 4) if smoke else (32, 48)))
 
 
-def decoder(smoke: bool = False) -> Shape:
-    """A Llama-shaped decoder: 768 wide, 4 layers, every projection adapted, 4 × 128 tokens."""
+def decoder(smoke: bool = False, head: bool = False) -> Shape:
+    """A Llama-shaped decoder, with a language model's head or without: 768 wide, 4 layers, every projection adapted,
+    4 × 128 tokens."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     if not smoke:
         sizes = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 2048}
     config = LlamaConfig(vocab_size=1000, num_key_value_heads=sizes["num_attention_heads"], **sizes)
-    return Shape(lambda: LlamaModel(config), DECODER_TARGETS, *((2, 4) if smoke else (4, 128)))
+    model_class = LlamaForCausalLM if head else LlamaModel
+    return Shape(lambda: model_class(config), DECODER_TARGETS, *((2, 4) if smoke else (4, 128)))
 
 
 WARA = {

@@ -51,6 +51,9 @@ def target_rows() -> list[tuple[str, float, str, bool]]:
     rows.append(("decoding a token inside `frozen_factors` / LoRA r=16", tokens["WaRA haar L1"]["ratio"], 1.02))
     name = "the same outside of it (reported, no target)"
     rows.append((name, tokens["WaRA haar L1, not frozen"]["ratio"], math.inf))
+    for mode, key in (("", "WaRA haar L1"), (" in training mode", "WaRA haar L1, training mode")):
+        name = f"`generate` of {decode['new_tokens']} tokens{mode}, with no scope / LoRA r=16"
+        rows.append((name, decode["generate"][key]["ratio"], 1.03))
     injection = load("injection_time")
     name = f"injection into {injection['modules']} modules / LoRA r=8"
     rows.append((name, injection["injection"]["WaRA haar L1"]["ratio"], 1.20))

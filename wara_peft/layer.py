@@ -17,7 +17,7 @@ from .forms import Form, Parts, SubbandFactor, TiedFactor
 from .kinds import Kind, ModuleShape, kind_of
 from .low_rank_update import LowRankUpdate
 from .quantization import base_weight
-from .wavelet import autocast_off
+from .wavelet import autocast_off, is_autocast_on
 
 TENSOR_PARTS = ("wara_A", "wara_B", "wara_gain", "wara_core", "wara_basis")
 PARTS = (*TENSOR_PARTS, "token_mixing")
@@ -197,9 +197,10 @@ class WaRALayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> tuple[SubbandFactor, SubbandFactor]:
         """The modules that hand out Â and B̂ of an adapter."""
-        if adapter_name in self.tied_to:
+        form = self.forms[adapter_name]
+        if form.factors_are_parts or adapter_name in self.tied_to:
             return self.wara_A[adapter_name], self.wara_B[adapter_name]  # type: ignore[return-value]
-        form, parts = self.forms[adapter_name], self.parts(adapter_name)
+        parts = self.parts(adapter_name)
         if form.needs_weight(parts):  # the config was a saved adapter's, whose file has not been loaded
             self._fill_from_weight(adapter_name)
         return form.factors(parts)
@@ -407,11 +408,9 @@ def add_low_rank(result: Tensor, hidden: Tensor, factor_b: Tensor, scaling: floa
         scaling: the adapter's scaling.
     """
     dtype = torch.promote_types(result.dtype, hidden.dtype)
+    rows, channels = result.reshape(-1, result.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    if dtype == result.dtype == hidden.dtype == factor_b.dtype and not is_autocast_on(result.device):
+        return torch.addmm(rows, channels, factor_b.T, alpha=scaling).view(result.shape)
     with autocast_off([result]):  # it has chosen these dtypes, and would round a wider result once more
-        product = torch.addmm(
-            result.reshape(-1, result.shape[-1]).to(dtype),
-            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-            factor_b.to(dtype).T,
-            alpha=scaling,
-        )
+        product = torch.addmm(rows.to(dtype), channels.to(dtype), factor_b.to(dtype).T, alpha=scaling)
     return product.view(result.shape)

@@ -59,6 +59,7 @@ class Form:
         name: the form's name in the config.
         own_fields: fields of the config that have a meaning in this form alone.
         linear_only: whether it adapts linear layers alone.
+        factors_are_parts: whether the parts `wara_A` and `wara_B` are what hands out Â and B̂, as they stand.
         has_delta_weight: whether the adapter is a change of the layer's weight.
         initialisations: values of `init_weights` beside True and False.
         keeps_subbands: whether adapters of equal wavelet and levels combine within their subbands.
@@ -68,6 +69,7 @@ class Form:
     name: str
     own_fields: tuple[str, ...] = ()
     linear_only = False
+    factors_are_parts = True
     has_delta_weight = True
     initialisations: tuple[str, ...] = ()
     keeps_subbands = False

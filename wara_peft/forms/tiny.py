@@ -156,6 +156,7 @@ class TinyForm(Form):
     name = "tiny"
     own_fields = ("core", "save_basis", "base_weight_hashes")
     linear_only = True
+    factors_are_parts = False
     not_combined: ClassVar[Mapping[str, str]] = {
         "linear": "those factors of form='tiny' are fixed. Use 'cat', which is exact."
     }
