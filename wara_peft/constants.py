@@ -22,17 +22,19 @@ def is_transformed() -> bool:
 
 
 def made_once(build: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-    """Keep what a function of hashable arguments makes.
+    """Keep what a function of hashable arguments makes, which say on which device.
 
     It is made outside of inference mode, whose tensors autograd does not take. What is made under a mode that fakes
-    tensors, inside a transform of torch.func or in a trace is of use only there, and not kept. The tensors are no
-    buffers, which a cast of the model would round.
+    tensors, inside a transform of torch.func or in a trace is of use only there, and not kept; a mode that fakes
+    tensors takes no others, so what is kept does not serve there. The tensors are no buffers, which a cast of the
+    model would round.
     """
     kept: dict[tuple[object, ...], Tensor] = {}
 
     @wraps(build)
     def get(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        if args in kept:
+        faked = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        if args in kept and not faked:
             return kept[args]
         with torch.inference_mode(False):
             tensor = build(*args, **kwargs)

@@ -87,11 +87,11 @@ def _up(rows: Tensor, axis: Axis, filters: Filters, level: int) -> list[Tensor]:
     """S_{j,band} times each of the rows (R_j, d_j), which gives (R_j, d), in one part or several."""
     bands = axis.bands[level]
     if len(filters.lo) == 2:  # each coefficient fills a place of its own, of 2^j samples
-        return [(rows.unsqueeze(2) * _tensor(filters, bands, level, rows.dtype)).flatten(1)]
+        return [(rows.unsqueeze(2) * _tensor(filters, bands, level, rows.dtype, rows.device)).flatten(1)]
     if axis.length > LONGEST_MATRIX:
-        return [_convolve_up(rows, _tensor(filters, bands, level, rows.dtype), level)]
+        return [_convolve_up(rows, _tensor(filters, bands, level, rows.dtype, rows.device), level)]
     return [
-        rows.narrow(0, start, count) @ _matrix(filters, band, level, axis.length, rows.dtype)
+        rows.narrow(0, start, count) @ _matrix(filters, band, level, axis.length, rows.dtype, rows.device)
         for band, start, count in _runs(bands)
     ]
 
@@ -100,12 +100,12 @@ def _down(rows: Tensor, axis: Axis, filters: Filters, level: int) -> list[Tensor
     """Transpose of `_up`: (R_j, d) to (R_j, d_j)."""
     bands = axis.bands[level]
     if len(filters.lo) == 2:
-        weights = _tensor(filters, bands, level, rows.dtype)
+        weights = _tensor(filters, bands, level, rows.dtype, rows.device)
         return [torch.bmm(rows.reshape(len(rows), -1, 2**level), weights.transpose(1, 2)).squeeze(2)]
     if axis.length > LONGEST_MATRIX:
-        return [_convolve_down(rows, _tensor(filters, bands, level, rows.dtype), level)]
+        return [_convolve_down(rows, _tensor(filters, bands, level, rows.dtype, rows.device), level)]
     return [
-        rows.narrow(0, start, count) @ _matrix(filters, band, level, axis.length, rows.dtype).T
+        rows.narrow(0, start, count) @ _matrix(filters, band, level, axis.length, rows.dtype, rows.device).T
         for band, start, count in _runs(bands)
     ]
 
@@ -158,17 +158,18 @@ def _equivalent(filters: Filters, band: str, level: int) -> np.ndarray:
 
 
 @made_once
-def _tensor(filters: Filters, bands: str, level: int, dtype: torch.dtype) -> Tensor:
+def _tensor(filters: Filters, bands: str, level: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The equivalent filter of each row's band: (R, 1, K_j)."""
-    return torch.tensor(np.stack([_equivalent(filters, band, level) for band in bands])[:, None], dtype=dtype)
+    weights = np.stack([_equivalent(filters, band, level) for band in bands])[:, None]
+    return torch.tensor(weights, dtype=dtype, device=device)
 
 
 @made_once
-def _matrix(filters: Filters, band: str, level: int, length: int, dtype: torch.dtype) -> Tensor:
+def _matrix(filters: Filters, band: str, level: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """S_{j,band}ᵀ: (d_j, d)."""
     taps = _equivalent(filters, band, level)
     offset = (len(filters.lo) // 2 - 1) * (2**level - 1)
     matrix = np.zeros((length >> level, length))
     for row in range(len(matrix)):
         np.add.at(matrix[row], ((row << level) + np.arange(len(taps)) - offset) % length, taps)
-    return torch.tensor(matrix, dtype=dtype)
+    return torch.tensor(matrix, dtype=dtype, device=device)
