@@ -45,12 +45,14 @@ def synthesise(coefficients: list[Tensor | None], axis: Axis, dim: int) -> Tenso
     """
     width = _block_width(axis.bands)
     levels = [rows for rows in reversed(coefficients[1:]) if rows is not None]
-    if dim == 1:
-        blocks = [block.T for rows in levels for block in rows.split(width)]  # each (d_j, width)
+    # Coefficients of a block one after the other where that transposes and joins levels at once; else as they lie.
+    by_block = dim == 1 and len(levels) > 1
+    if by_block:
+        table = torch.cat([block.T for rows in levels for block in rows.split(width)])
     else:
-        blocks = [rows.reshape(-1, width) for rows in levels]  # each (d_j · blocks, width)
-    table = torch.cat(blocks) if dim == 1 or len(blocks) > 1 else blocks[0]
-    places, taps, starts = _synthesis_sums(table, table.dtype, axis.wavelet, axis.length, axis.bands, dim)
+        parts = [(rows.T if dim == 1 else rows).reshape(-1, width) for rows in levels]
+        table = torch.cat(parts) if len(parts) > 1 else parts[0]
+    places, taps, starts = _synthesis_sums(table, table.dtype, axis.wavelet, axis.length, axis.bands, by_block)
     sums = F.embedding_bag(places, table, starts, mode="sum", per_sample_weights=taps)
     result = sums.view(axis.length, axis.transformed_rows)
     return result.T if dim == 1 else result
@@ -92,7 +94,7 @@ def _block_width(bands: tuple[str, ...]) -> int:
 
 @constant_tensors
 def _synthesis_sums(
-    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, bands: tuple[str, ...], dim: int
+    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, bands: tuple[str, ...], by_block: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each block at each sample: places in the table, their taps, and where each sum starts in these two."""
     width, sizes = _block_width(bands), Axis(wavelet, length, bands).sizes
@@ -104,7 +106,7 @@ def _synthesis_sums(
             by_phase = np.pad(own, (0, -len(own) % step)).reshape(-1, step).T  # (2^j, shifts)
             at = np.arange(length) + offset
             needed = (at[:, None] // step - np.arange(by_phase.shape[1])) % size  # (d, shifts)
-            places.append(before + (needed + block * size if dim == 1 else needed * blocks + block))
+            places.append(before + (needed + block * size if by_block else needed * blocks + block))
             taps.append(by_phase[at % step])
         before += size * blocks
     counts = np.tile([block.shape[1] for block in places], length)
