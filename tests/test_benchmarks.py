@@ -17,6 +17,7 @@ SCRIPTS = {
     "import_time": ["--processes", "1"],
     "merge_memory": ["--smoke"],
     "memory": ["--smoke"],
+    "launches": ["--smoke"],
     **dict.fromkeys(
         (
             "decode",

@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..constants import made_once
-from ..wavelet import Subband, autocast_off, axis_sizes
+from ..wavelet import Subband, autocast_off, axis_sizes, constant_tensors
 from .token_grid import TokenGrid
 
 
@@ -99,8 +98,8 @@ class TokenMixing:
         batch, _, channels = patches.shape
         of_rows = tuple((band.level, band.out_band) for band in self.channels)
         of_columns = tuple((band.level, band.in_band) for band in self.channels)
-        along_rows = _projections(patches, self.wavelet, rows, of_rows)  # (R, H, H)
-        along_columns = _projections(patches, self.wavelet, columns, of_columns)  # (R, W, W)
+        (along_rows,) = _projections(patches, patches.dtype, self.wavelet, rows, of_rows)  # (R, H, H)
+        (along_columns,) = _projections(patches, patches.dtype, self.wavelet, columns, of_columns)  # (R, W, W)
         signal = patches.permute(2, 0, 1).reshape(channels, batch * rows, columns)
         signal = torch.bmm(signal, along_columns.mT).view(channels, batch, rows, columns)
         signal = signal.transpose(2, 3).reshape(channels, batch * columns, rows)
@@ -108,22 +107,15 @@ class TokenMixing:
         return signal.permute(1, 3, 2, 0).reshape(batch, rows * columns, channels)
 
 
-def _projections(like: Tensor, wavelet: str, length: int, channels: tuple[tuple[int, str], ...]) -> Tensor:
+@constant_tensors
+def _projections(
+    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, channels: tuple[tuple[int, str], ...]
+) -> tuple[Tensor]:
     """P_{j,band} of an axis for each channel, (R, length, length), of the level and band of each."""
-    # A traced graph holds them as constants, and must not leave them here.
-    build = _build_projections if torch.compiler.is_compiling() else _kept_projections
-    return build(wavelet, length, channels, like.dtype, like.device)
-
-
-def _build_projections(
-    wavelet: str, length: int, channels: tuple[tuple[int, str], ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
     different = tuple(dict.fromkeys(channels))
     table = torch.tensor(_projection_table(wavelet, length, different), dtype=dtype, device=device)
-    return table[[different.index(channel) for channel in channels]]
-
-
-_kept_projections = made_once(_build_projections)
+    places = torch.tensor([different.index(channel) for channel in channels], device=device)
+    return (table.index_select(0, places),)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -1,0 +1,86 @@
+"""The same sums by elementwise operations: for single samples, and where there is no kernel that does it in one step.
+
+torch.compile fuses them, torch.func sees through them, and every device and dtype has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .constant_tensors import constant_tensors
+from .filters import equivalent_filter
+from .layout import BANDS, Axis
+
+
+def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor) -> Tensor:
+    """Samples at some positions of `synthesis` with `dim=1`, level 0 and all: (R, N).
+
+    Sample n of a row is the sum over shifts s of a tap times coefficient i - s. With o_j the filter's offset, i is the
+    integer part of (n + o_j) / 2^j, and the tap that at (n + o_j) mod 2^j + 2^j s.
+    """
+    last = axis.last_level_at_once
+    finer, coarser = axis.split(last) if last else (axis, None)
+    parts = []
+    for level in range(finer.levels, 0, -1):
+        bands = finer.bands[level]
+        if not bands:
+            continue
+        sample = next(rows for rows in coefficients[level:] if rows is not None)
+        (taps,) = _taps(sample, sample.dtype, axis.wavelet, bands, level)  # (R_j, shifts, 2^j)
+        shifts = torch.arange(taps.shape[1], device=positions.device)[:, None]
+        place = positions + _offset(axis.wavelet, level)
+        needed = (place // 2**level - shifts).remainder(finer.sizes[level]).flatten()  # (shifts · N,)
+        rows = coefficients[level]
+        if coarser is not None and level == last:
+            values = samples(coefficients[last:], coarser, needed)
+        else:
+            assert rows is not None
+            values = rows.index_select(1, needed)
+        values = values.view(len(bands), -1, len(positions))  # (R_j, shifts, N)
+        parts.append((values * taps.index_select(2, place % 2**level)).sum(1))
+    if coefficients[0] is not None:
+        parts.append(coefficients[0].index_select(1, positions))
+    return torch.cat(parts)
+
+
+def decompose(rows: Tensor, axis: Axis) -> list[Tensor | None]:
+    """`adjoint` with `dim=1` of the rows of level 1 and coarser, on an axis that is transformed at once."""
+    result: list[Tensor | None] = [None] * len(axis.bands)
+    start = 0
+    for level in range(axis.levels, 0, -1):
+        bands, size = axis.bands[level], axis.sizes[level]
+        if not bands:
+            continue
+        own = F.pad(rows.narrow(0, start, len(bands)), (0, (size << level) - axis.length))
+        start += len(bands)
+        (taps,) = _taps(rows, rows.dtype, axis.wavelet, bands, level)
+        taps = taps.flatten(1)[:, None]  # (R_j, 1, K)
+        first = torch.arange(size, device=rows.device)[:, None] * 2**level - _offset(axis.wavelet, level)
+        needed = (first + torch.arange(taps.shape[2], device=rows.device)).remainder(size << level)  # (d_j, K)
+        values = own.index_select(1, needed.flatten()).view(-1, *needed.shape)  # (R_j, d_j, K)
+        result[level] = (values * taps).sum(2)
+    return result
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _offset(wavelet: str, level: int) -> int:
+    return equivalent_filter(wavelet, "a", level)[1]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _tap_table(wavelet: str, level: int) -> list[list[list[float]]]:
+    """Taps of bands a and d by shift and phase: (2, shifts, 2^level)."""
+    filters = [equivalent_filter(wavelet, band, level)[0] for band in BANDS]
+    return [np.pad(taps, (0, -len(taps) % 2**level)).reshape(-1, 2**level).tolist() for taps in filters]
+
+
+@constant_tensors
+def _taps(device: torch.device, dtype: torch.dtype, wavelet: str, bands: str, level: int) -> tuple[Tensor]:
+    """Taps of each row: (R, shifts, 2^level)."""
+    table = torch.tensor(_tap_table(wavelet, level), dtype=dtype, device=device)
+    return (table.index_select(0, torch.tensor([BANDS.index(band) for band in bands], device=device)),)

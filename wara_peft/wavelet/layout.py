@@ -1,0 +1,104 @@
+"""The layout of axes and subbands: sizes, names, and which row lies in which band."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+BANDS = ("a", "d")
+
+
+def axis_sizes(length: int, levels: int) -> tuple[int, ...]:
+    """Sizes (d_0, d_1, ..., d_levels) of an axis, with d_0 = length and d_j = ceil(d_{j-1} / 2)."""
+    sizes = [length]
+    for _ in range(levels):
+        sizes.append((sizes[-1] + 1) // 2)
+    return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class Subband:
+    """One subband of a 2-D decomposition: band of the out axis, band of the in axis, level.
+
+    Level 0 with bands "a", "a" is the undecomposed matrix.
+    """
+
+    out_band: str
+    in_band: str
+    level: int
+
+    @property
+    def name(self) -> str:
+        """PyWavelets' n-D name (first letter the out axis), followed by the level, such as `ad1`."""
+        return f"{self.out_band}{self.in_band}{self.level}"
+
+    def shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape (m_j, n_j) of the subband of an (out_features, in_features) matrix."""
+        return axis_sizes(out_features, self.level)[-1], axis_sizes(in_features, self.level)[-1]
+
+
+@cache
+def subbands(levels: int) -> tuple[Subband, ...]:
+    """All subbands of a decomposition: aa, ad, da, dd of the coarsest level, then ad, da, dd of each finer, then aa0.
+
+    Raises:
+        ValueError: levels is less than 1.
+    """
+    if levels < 1:
+        raise ValueError(f"levels={levels!r} must be at least 1.")
+    details = [Subband(out, in_, level) for level in range(levels, 0, -1) for out, in_ in ("ad", "da", "dd")]
+    return (Subband("a", "a", levels), *details, Subband("a", "a", 0))
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Rows of a factor in the wavelet domain of one axis.
+
+    Args:
+        wavelet: name of an orthogonal wavelet.
+        length: length d of the axis.
+        bands: for each level j = 0 ... L a string with one letter a row, "a" or "d": the band in which that row lies.
+            Rows of level 0 are not transformed; their letters only count them.
+    """
+
+    wavelet: str
+    length: int
+    bands: tuple[str, ...]
+
+    @property
+    def levels(self) -> int:
+        return len(self.bands) - 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return axis_sizes(self.length, self.levels)
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.bands))
+
+    @property
+    def transformed_rows(self) -> int:
+        """Rows of level 1 and coarser."""
+        return self.rows - len(self.bands[0])
+
+    @property
+    def last_level_at_once(self) -> int:
+        """The level at which the axis is to be split so that none but its first level trims, or 0 where none does.
+
+        A level of odd length is trimmed to it, after which coarser ones have no equivalent filter.
+        """
+        for level, size in enumerate(self.sizes):
+            if level and size % 2 and any(self.bands[level + 1 :]):
+                return level
+        return 0
+
+    def split(self, level: int) -> tuple[Axis, Axis]:
+        """The axis as two, one after the other: levels 0 ... `level`, and those beyond it.
+
+        What comes out of the coarser one, whose level 0 is this `level`, is what the finer one has at that level: the
+        coarser rows, now in band a, and then its own.
+        """
+        coarser = Axis(self.wavelet, self.sizes[level], self.bands[level:])
+        joined = "a" * coarser.transformed_rows + self.bands[level]
+        return Axis(self.wavelet, self.length, (*self.bands[:level], joined)), coarser

@@ -1,0 +1,147 @@
+"""Transforms of all levels in one step: every sample is a weighted sum of coefficients, of whatever level.
+
+For axes on which no level but the first trims, so that a length of d' = 2^L d_L is cut to d at the very end; there
+each level has one equivalent filter. Rows of one band that lie side by side share its taps. With the coefficients of
+all levels as a table whose rows are such blocks, all sums are one `torch.nn.functional.embedding_bag`: one kernel, for
+any wavelet and number of levels, and in float32 or better inside.
+
+What is kept are the places in the table and the taps: for each layout of rows and direction 8 bytes (of float32) for
+each of up to F taps of each block at each sample. All factors of one layout share them.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .constant_tensors import constant_tensors
+from .filters import equivalent_filter
+from .layout import Axis
+from .modes import is_plain
+
+DEVICES = ("cpu", "cuda", "meta")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def serves(rows: Tensor) -> bool:
+    """Whether rows are transformed in one step: plain tensors on a device and of a dtype that have the kernel.
+
+    Compilers fuse elementwise operations themselves, and torch.func cannot see into this one.
+    """
+    return rows.device.type in DEVICES and rows.dtype in DTYPES and is_plain(rows)
+
+
+def synthesise(coefficients: list[Tensor | None], axis: Axis, dim: int) -> Tensor:
+    """`synthesis` of the rows of level 1 and coarser, of which there is one: (R, d) with `dim=1`, (d, R) with `dim=0`.
+
+    Args:
+        coefficients: as in `synthesis`, without further dimensions.
+        axis, dim: as in `synthesis`.
+    """
+    width = _block_width(axis.bands)
+    levels = [rows for rows in reversed(coefficients[1:]) if rows is not None]
+    # Coefficients of a block one after the other where that transposes and joins levels at once; else as they lie.
+    by_block = dim == 1 and len(levels) > 1
+    if by_block:
+        table = torch.cat([block.T for rows in levels for block in rows.split(width)])
+    else:
+        parts = [(rows.T if dim == 1 else rows).reshape(-1, width) for rows in levels]
+        table = torch.cat(parts) if len(parts) > 1 else parts[0]
+    places, taps, starts = _synthesis_sums(table, table.dtype, axis.wavelet, axis.length, axis.bands, by_block)
+    sums = F.embedding_bag(places, table, starts, mode="sum", per_sample_weights=taps)
+    result = sums.view(axis.length, axis.transformed_rows)
+    return result.T if dim == 1 else result
+
+
+def decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
+    """Transpose of `synthesise`: for each level the rows of that level, or None where it has none.
+
+    Args:
+        signal: (R, d) with `dim=1`, (d, R) with `dim=0`.
+        axis, dim: as in `synthesis`. What the axis says of level 0 does not matter.
+    """
+    width = _block_width(axis.bands)
+    table = (signal.T if dim == 1 else signal).reshape(-1, width)  # (d · blocks, width)
+    places, taps, starts = _adjoint_sums(table, table.dtype, axis.wavelet, axis.length, axis.bands, dim)
+    sums = F.embedding_bag(places, table, starts, mode="sum", per_sample_weights=taps)
+    result: list[Tensor | None] = [None] * len(axis.bands)
+    start = 0
+    for level in _levels_with_rows(axis.bands):
+        count, size = len(axis.bands[level]), axis.sizes[level]
+        own = sums.narrow(0, start, count // width * size)
+        start += len(own)
+        if dim == 1:
+            result[level] = own.view(-1, size, width).transpose(1, 2).reshape(count, size)
+        else:
+            result[level] = own.view(size, count)
+    return result
+
+
+def _levels_with_rows(bands: tuple[str, ...]) -> list[int]:
+    """From level 1 on, coarsest first."""
+    return [level for level in range(len(bands) - 1, 0, -1) if bands[level]]
+
+
+def _block_width(bands: tuple[str, ...]) -> int:
+    """The largest number of rows such that all blocks of so many lie in one band."""
+    return math.gcd(*(len(list(rows)) for letters in bands[1:] for _, rows in groupby(letters)))
+
+
+@constant_tensors
+def _synthesis_sums(
+    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, bands: tuple[str, ...], by_block: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each block at each sample: places in the table, their taps, and where each sum starts in these two."""
+    width, sizes = _block_width(bands), Axis(wavelet, length, bands).sizes
+    places, taps, before = [], [], 0
+    for level in _levels_with_rows(bands):
+        size, step, blocks = sizes[level], 2**level, len(bands[level]) // width
+        for block in range(blocks):
+            own, offset = equivalent_filter(wavelet, bands[level][block * width], level)
+            by_phase = np.pad(own, (0, -len(own) % step)).reshape(-1, step).T  # (2^j, shifts)
+            at = np.arange(length) + offset
+            needed = (at[:, None] // step - np.arange(by_phase.shape[1])) % size  # (d, shifts)
+            places.append(before + (needed + block * size if by_block else needed * blocks + block))
+            taps.append(by_phase[at % step])
+        before += size * blocks
+    counts = np.tile([block.shape[1] for block in places], length)
+    return _tensors(device, dtype, np.concatenate(places, 1), np.concatenate(taps, 1), counts)
+
+
+@constant_tensors
+def _adjoint_sums(
+    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, bands: tuple[str, ...], dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for each coefficient of each block, with places in the signal."""
+    width, sizes = _block_width(bands), Axis(wavelet, length, bands).sizes
+    all_blocks = sum(map(len, bands[1:])) // width
+    places, taps, counts, before = [], [], [], 0
+    for level in _levels_with_rows(bands):
+        size, step, letters = sizes[level], 2**level, bands[level][::width]
+        filters = [equivalent_filter(wavelet, band, level) for band in letters]
+        longest, offset = filters[0]
+        needed = (np.arange(size)[:, None] * step - offset + np.arange(len(longest))) % (size * step)  # (d_j, K_j)
+        inside = needed < length  # the last sample is trimmed where d is odd
+        own_places = np.minimum(needed, length - 1) * all_blocks
+        order = 0 if dim == 1 else 1  # blocks of coefficients, or coefficients of blocks
+        places.append(np.stack([own_places + before + block for block in range(len(letters))], order).ravel())
+        taps.append(np.stack([own * inside for own, _ in filters], order).ravel())
+        counts.append(np.full(size * len(letters), len(longest)))
+        before += len(letters)
+    return _tensors(device, dtype, np.concatenate(places), np.concatenate(taps), np.concatenate(counts))
+
+
+def _tensors(
+    device: torch.device, dtype: torch.dtype, places: np.ndarray, taps: np.ndarray, counts: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor]:
+    starts = np.cumsum(counts) - counts
+    return (
+        torch.tensor(places.ravel(), dtype=torch.int32, device=device),
+        torch.tensor(taps.ravel(), dtype=dtype, device=device),
+        torch.tensor(starts, dtype=torch.int32, device=device),
+    )
