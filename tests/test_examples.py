@@ -1,4 +1,4 @@
-"""The examples run as users run them, as processes, and the docstring data set holds what its docstring promises."""
+"""The examples run as users run them, as processes; what is wrong with the input is told before they train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -18,13 +17,6 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 QUICKSTART = EXAMPLES / "quickstart.py"
-MAX_PER_CLASS = 150
-# Longer names may not occur at all; the short ones are part of other words ("pil" of "compile").
-NAMES = re.compile(
-    "torch|scipy|numpy|pandas|networkx|scikit|sklearn|matplotlib|pyplot|sympy|pillow|asyncio|email|transformers|datasets"
-    "|accelerate|peft|huggingface|jinja"
-)
-SHORT_NAMES = re.compile("(?<![a-z])(np|pd|plt|mpl|nx|nn|pil|hf|hub|stats|signal|optimize|logging)(?![a-z])")
 
 
 def run(
@@ -45,78 +37,6 @@ def example(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
         return importlib.import_module(name)
-
-
-@pytest.fixture(scope="module")
-def docstring_data() -> ModuleType:
-    return example("docstring_data")
-
-
-@pytest.fixture(scope="module")
-def data(docstring_data: ModuleType):
-    return docstring_data.load_docstrings(max_per_class=MAX_PER_CLASS)
-
-
-@pytest.fixture(scope="module")
-def examples(data) -> list[tuple[str, int]]:
-    return [*data.train, *data.validation, *data.test]
-
-
-class TestDocstringData:
-    def test_another_process_gets_the_same(self, data) -> None:
-        code = "import docstring_data; print(repr(docstring_data.load_docstrings()))"
-        other_hash_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-        result = run("-c", code, PYTHONHASHSEED=other_hash_seed, PYTHONIOENCODING="utf-8")
-        assert result.stdout.strip() == repr(data), result.stderr
-
-    def test_splits_are_disjoint(self, examples: list[tuple[str, int]]) -> None:
-        texts = [text.casefold() for text, _ in examples]
-        assert len(set(texts)) == len(texts)
-
-    def test_no_text_names_a_library(self, examples: list[tuple[str, int]]) -> None:
-        texts = [text.casefold() for text, _ in examples]
-        assert not [text for text in texts if NAMES.search(text) or SHORT_NAMES.search(text)]
-
-    def test_names_checked_here_cover_the_labels(self, data) -> None:
-        parts = [part for label in data.label_names for part in re.split(r"[._]", label.casefold())]
-        assert not [part for part in parts if not (NAMES.search(part) or SHORT_NAMES.search(part))]
-
-    @pytest.mark.parametrize(
-        ("docstring", "masked"),
-        [
-            ("Cast a\n    NumPy array (np.array).", "Cast a lib array (lib.array)."),
-            ("See is_torch_available, PyTorch.", "See is_lib_available, lib."),
-            ("compile an optimizer", "compile an optimizer"),
-            ("scikit-learn on the Hugging Face Hub", "lib on the lib lib"),
-        ],
-    )
-    def test_masking(self, docstring_data: ModuleType, docstring: str, masked: str) -> None:
-        assert docstring_data.mask_library_names(docstring) == masked
-
-    def test_every_class_is_in_every_split_within_the_limit(self, data, examples: list[tuple[str, int]]) -> None:
-        labels = range(len(data.label_names))
-        sizes = Counter(label for _, label in examples)
-        assert sorted(sizes) == list(labels)
-        assert 100 <= min(sizes.values()) <= max(sizes.values()) <= MAX_PER_CLASS
-        for split, fraction in ((data.validation, 2 / 15), (data.test, 3 / 15), (data.train, 10 / 15)):
-            counts = Counter(label for _, label in split)
-            assert all(abs(counts[label] - fraction * sizes[label]) <= 1 for label in labels)
-
-    def test_lengths(self, examples: list[tuple[str, int]]) -> None:
-        lengths = [len(text.split()) for text, _ in examples]
-        assert min(lengths) >= 8
-        assert max(lengths) == 25
-
-    def test_a_missing_package_is_an_error_that_names_it(
-        self, docstring_data: ModuleType, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(docstring_data, "LIBRARIES", {"not_a_library_here.inner": "its-distribution"})
-        with pytest.raises(RuntimeError, match=r"not_a_library_here.*found 0 .*pip install .*its-distribution"):
-            docstring_data.load_docstrings()
-
-    def test_an_undivisible_size_is_an_error(self, docstring_data: ModuleType) -> None:
-        with pytest.raises(ValueError, match="max_per_class=14"):
-            docstring_data.load_docstrings(max_per_class=14)
 
 
 @pytest.fixture(scope="module")
