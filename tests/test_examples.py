@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 QUICKSTART = EXAMPLES / "quickstart.py"
+TABLE = ["--dataset", "{table}", "--text-column", "sentence", "--label-column", "topic"]
 
 
 def run(
@@ -59,14 +60,15 @@ def table(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 class TestQuickstart:
+    @pytest.mark.slow
     def test_runs_to_the_end(self, smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
         result, _ = smoke
         assert result.returncode == 0, result.stderr
         assert "Second process: logits of 32 test texts are equal, bit by bit" in result.stdout
         assert re.search(r"Merged: logits are equal, the largest difference is \d\.\de-\d\d", result.stdout)
 
+    @pytest.mark.slow
     def test_prints_both_runs(self, smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
         # MiniLM: 6 layers of four (384, 384) and two (384, 1536); r = 2 at two levels; a head with 20 outputs.
         subbands = 3 * (1 / 2 + 1 / 4) + 1 / 4
@@ -77,6 +79,7 @@ class TestQuickstart:
         assert rows[1][-3:-1] == [f"{head + adapter:,}", f"{adapter:,}"]
         assert all(0 <= float(row[-4]) <= 1 for row in rows)
 
+    @pytest.mark.slow
     def test_writes_adapter_and_picture(self, smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
         folder = smoke[1] / "quickstart_output"
         weights = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -86,6 +89,7 @@ class TestQuickstart:
         assert weights["base_model.model.classifier.weight"].shape == (20, 384)
         assert (folder / "subband_energy.png").read_bytes().startswith(b"\x89PNG")
 
+    @pytest.mark.slow
     def test_reload_notices_another_adapter(
         self, smoke: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
     ) -> None:
@@ -100,6 +104,7 @@ class TestQuickstart:
         assert result.returncode == 1
         assert "logits differ by up to" in result.stderr
 
+    @pytest.mark.slow
     def test_bad_input_ends_the_process_with_one_line(self, tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.touch()
@@ -117,13 +122,10 @@ class TestQuickstart:
             (["--epochs", "0"], "--epochs 0 must be at least 1"),
             (["--learning-rate", "-1"], "--learning-rate -1.0 must be greater than 0"),
             (["--reload"], "run without --reload first"),
-            (["--model", "{folder}"], "--model {folder} cannot be loaded"),
+            (["--model", "{folder}", *TABLE], "--model {folder} cannot be loaded"),
             (["--dataset", "{folder}/missing"], "{folder}/missing"),
-            (
-                ["--dataset", "{table}", "--text-column", "body"],
-                "no text column 'body'; its columns are sentence, topic",
-            ),
-            (["--dataset", "{table}", "--text-column", "sentence"], "no label column 'label'"),
+            ([*TABLE, "--text-column", "body"], "no text column 'body'; its columns are sentence, topic"),
+            ([*TABLE, "--label-column", "label"], "no label column 'label'"),
         ],
     )
     def test_bad_input_is_told_before_training(
@@ -166,6 +168,7 @@ def vit_digits(tmp_path_factory) -> Path:
 class TestVitDigits:
     SCRIPT = EXAMPLES / "vit_digits.py"
 
+    @pytest.mark.slow
     def test_table_picture_and_cache(self, vit_digits: Path) -> None:
         result = run(self.SCRIPT, "--smoke", directory=vit_digits)
         assert result.returncode == 0, result.stderr
