@@ -1,4 +1,4 @@
-"""The examples run as users run them, as processes, and the docstring data set holds what its docstring promises."""
+"""The examples run as users run them, as processes; what is wrong with the input is told before they train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -18,13 +17,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 QUICKSTART = EXAMPLES / "quickstart.py"
-MAX_PER_CLASS = 150
-# Longer names may not occur at all; the short ones are part of other words ("pil" of "compile").
-NAMES = re.compile(
-    "torch|scipy|numpy|pandas|networkx|scikit|sklearn|matplotlib|pyplot|sympy|pillow|asyncio|email|transformers|datasets"
-    "|accelerate|peft|huggingface|jinja"
-)
-SHORT_NAMES = re.compile("(?<![a-z])(np|pd|plt|mpl|nx|nn|pil|hf|hub|stats|signal|optimize|logging)(?![a-z])")
+TABLE = ["--dataset", "{table}", "--text-column", "sentence", "--label-column", "topic"]
 
 
 def run(
@@ -48,78 +41,6 @@ def example(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def docstring_data() -> ModuleType:
-    return example("docstring_data")
-
-
-@pytest.fixture(scope="module")
-def data(docstring_data: ModuleType):
-    return docstring_data.load_docstrings(max_per_class=MAX_PER_CLASS)
-
-
-@pytest.fixture(scope="module")
-def examples(data) -> list[tuple[str, int]]:
-    return [*data.train, *data.validation, *data.test]
-
-
-class TestDocstringData:
-    def test_another_process_gets_the_same(self, data) -> None:
-        code = "import docstring_data; print(repr(docstring_data.load_docstrings()))"
-        other_hash_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-        result = run("-c", code, PYTHONHASHSEED=other_hash_seed, PYTHONIOENCODING="utf-8")
-        assert result.stdout.strip() == repr(data), result.stderr
-
-    def test_splits_are_disjoint(self, examples: list[tuple[str, int]]) -> None:
-        texts = [text.casefold() for text, _ in examples]
-        assert len(set(texts)) == len(texts)
-
-    def test_no_text_names_a_library(self, examples: list[tuple[str, int]]) -> None:
-        texts = [text.casefold() for text, _ in examples]
-        assert not [text for text in texts if NAMES.search(text) or SHORT_NAMES.search(text)]
-
-    def test_names_checked_here_cover_the_labels(self, data) -> None:
-        parts = [part for label in data.label_names for part in re.split(r"[._]", label.casefold())]
-        assert not [part for part in parts if not (NAMES.search(part) or SHORT_NAMES.search(part))]
-
-    @pytest.mark.parametrize(
-        ("docstring", "masked"),
-        [
-            ("Cast a\n    NumPy array (np.array).", "Cast a lib array (lib.array)."),
-            ("See is_torch_available, PyTorch.", "See is_lib_available, lib."),
-            ("compile an optimizer", "compile an optimizer"),
-            ("scikit-learn on the Hugging Face Hub", "lib on the lib lib"),
-        ],
-    )
-    def test_masking(self, docstring_data: ModuleType, docstring: str, masked: str) -> None:
-        assert docstring_data.mask_library_names(docstring) == masked
-
-    def test_every_class_is_in_every_split_within_the_limit(self, data, examples: list[tuple[str, int]]) -> None:
-        labels = range(len(data.label_names))
-        sizes = Counter(label for _, label in examples)
-        assert sorted(sizes) == list(labels)
-        assert 100 <= min(sizes.values()) <= max(sizes.values()) <= MAX_PER_CLASS
-        for split, fraction in ((data.validation, 2 / 15), (data.test, 3 / 15), (data.train, 10 / 15)):
-            counts = Counter(label for _, label in split)
-            assert all(abs(counts[label] - fraction * sizes[label]) <= 1 for label in labels)
-
-    def test_lengths(self, examples: list[tuple[str, int]]) -> None:
-        lengths = [len(text.split()) for text, _ in examples]
-        assert min(lengths) >= 8
-        assert max(lengths) == 25
-
-    def test_a_missing_package_is_an_error_that_names_it(
-        self, docstring_data: ModuleType, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(docstring_data, "LIBRARIES", {"not_a_library_here.inner": "its-distribution"})
-        with pytest.raises(RuntimeError, match=r"not_a_library_here.*found 0 .*pip install .*its-distribution"):
-            docstring_data.load_docstrings()
-
-    def test_an_undivisible_size_is_an_error(self, docstring_data: ModuleType) -> None:
-        with pytest.raises(ValueError, match="max_per_class=14"):
-            docstring_data.load_docstrings(max_per_class=14)
-
-
-@pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     """A whole run on a few docstrings, and the folder that it was started in."""
     folder = tmp_path_factory.mktemp("smoke")
@@ -139,14 +60,15 @@ def table(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 class TestQuickstart:
+    @pytest.mark.slow
     def test_runs_to_the_end(self, smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
         result, _ = smoke
         assert result.returncode == 0, result.stderr
         assert "Second process: logits of 32 test texts are equal, bit by bit" in result.stdout
         assert re.search(r"Merged: logits are equal, the largest difference is \d\.\de-\d\d", result.stdout)
 
+    @pytest.mark.slow
     def test_prints_both_runs(self, smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
         # MiniLM: 6 layers of four (384, 384) and two (384, 1536); r = 2 at two levels; a head with 20 outputs.
         subbands = 3 * (1 / 2 + 1 / 4) + 1 / 4
@@ -157,6 +79,7 @@ class TestQuickstart:
         assert rows[1][-3:-1] == [f"{head + adapter:,}", f"{adapter:,}"]
         assert all(0 <= float(row[-4]) <= 1 for row in rows)
 
+    @pytest.mark.slow
     def test_writes_adapter_and_picture(self, smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
         folder = smoke[1] / "quickstart_output"
         weights = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -166,6 +89,7 @@ class TestQuickstart:
         assert weights["base_model.model.classifier.weight"].shape == (20, 384)
         assert (folder / "subband_energy.png").read_bytes().startswith(b"\x89PNG")
 
+    @pytest.mark.slow
     def test_reload_notices_another_adapter(
         self, smoke: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
     ) -> None:
@@ -180,6 +104,7 @@ class TestQuickstart:
         assert result.returncode == 1
         assert "logits differ by up to" in result.stderr
 
+    @pytest.mark.slow
     def test_bad_input_ends_the_process_with_one_line(self, tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.touch()
@@ -197,13 +122,10 @@ class TestQuickstart:
             (["--epochs", "0"], "--epochs 0 must be at least 1"),
             (["--learning-rate", "-1"], "--learning-rate -1.0 must be greater than 0"),
             (["--reload"], "run without --reload first"),
-            (["--model", "{folder}"], "--model {folder} cannot be loaded"),
+            (["--model", "{folder}", *TABLE], "--model {folder} cannot be loaded"),
             (["--dataset", "{folder}/missing"], "{folder}/missing"),
-            (
-                ["--dataset", "{table}", "--text-column", "body"],
-                "no text column 'body'; its columns are sentence, topic",
-            ),
-            (["--dataset", "{table}", "--text-column", "sentence"], "no label column 'label'"),
+            ([*TABLE, "--text-column", "body"], "no text column 'body'; its columns are sentence, topic"),
+            ([*TABLE, "--label-column", "label"], "no label column 'label'"),
         ],
     )
     def test_bad_input_is_told_before_training(
@@ -246,6 +168,7 @@ def vit_digits(tmp_path_factory) -> Path:
 class TestVitDigits:
     SCRIPT = EXAMPLES / "vit_digits.py"
 
+    @pytest.mark.slow
     def test_table_picture_and_cache(self, vit_digits: Path) -> None:
         result = run(self.SCRIPT, "--smoke", directory=vit_digits)
         assert result.returncode == 0, result.stderr

@@ -328,8 +328,15 @@ class TestEngines:
 
     @pytest.mark.filterwarnings("error")
     def test_linear_layers_alone_are_fine(self):
+        """Neither the warning, an error here, nor the error is raised, and nothing is left out."""
         _, model, _ = adapted("linear")
-        to_lora(model, strict=True)
+        config, state_dict = to_lora(model)
+        strict_config, strict_state_dict = to_lora(model, strict=True)
+        modules = {"up", "down"}
+        assert strict_config.target_modules == config.target_modules == modules
+        names = {f"base_model.model.{module}.lora_{part}.weight" for module in modules for part in "AB"}
+        assert strict_state_dict.keys() == state_dict.keys() == names
+        assert all(torch.equal(strict_state_dict[name], state_dict[name]) for name in names)
 
     @pytest.mark.parametrize(
         ("rank", "allowed"), [(1, 1), (2, 8), (16, 16), (40, 64), (256, 256), (257, 320), (512, 512), (513, None)]

@@ -110,6 +110,7 @@ def test_low_cpu_mem_usage(method, tmp_path):
     assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
+@pytest.mark.slow
 @each_method
 def test_compiled_training_and_inference_do_not_recompile(method):
     model = build(method).train()

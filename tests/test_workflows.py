@@ -45,18 +45,21 @@ def trained(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_losses_fall(trained):
     losses = list(json.loads((trained / "losses.json").read_text()).values())
     assert len(losses) == 12
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
+@pytest.mark.slow
 def test_reload_in_a_fresh_process_is_bit_equal(trained):
     assert torch.load(trained / "logits.pt").isfinite().all()
     result = run(trained, "--load")
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_training_has_the_losses_of_an_uninterrupted_run(trained, tmp_path):
     killed = run(tmp_path, "--kill-at-step", "6")
     assert killed.returncode == -signal.SIGKILL

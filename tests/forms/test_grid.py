@@ -299,6 +299,7 @@ class TestModels:
         model.set_adapter("other")
         assert trainable() == {"other"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("pairs", ["separate", "shared"])
     def test_compiles_without_graph_breaks(self, pairs):
         model = self.model(grid_pairs=pairs, levels=2)
