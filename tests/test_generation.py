@@ -200,8 +200,9 @@ def test_nothing_is_kept_after_an_exception():
     class Failing(LogitsProcessor):
         def __call__(self, input_ids, scores):
             call = _call.get()
-            if call.kept:
-                kept.extend(weakref.ref(tensor) for tensor in call.kept.values())
+            tensors = [tensor for _, tensor in call.kept.values() if tensor is not None]
+            if tensors:
+                kept.extend(map(weakref.ref, tensors))
                 raise RuntimeError("half way")
             return scores
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from wara_peft.forms.token_grid import TokenGrid
-from wara_peft.forms.token_mixing import TokenMixing, grid_subbands
 
 from tests.references import inverse_transform, synthesis_matrix, transform
+from wara_peft.forms.token_grid import TokenGrid
+from wara_peft.forms.token_mixing import TokenMixing, grid_subbands
 from wara_peft.wavelet import Axis, adjoint, synthesis, synthesis_at
 
 # one for each way of the transforms

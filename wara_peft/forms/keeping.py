@@ -91,24 +91,26 @@ class _Kept:
 
 
 class _Call:
-    """One call of a model: what its factors keep, and the number of changes with which each was first called."""
+    """One call of a model: what its factors keep, each with the number of changes with which it was first called."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.changes: dict[nn.Module, int] = {}
-        self.kept: dict[nn.Module, Tensor] = {}
+        self.kept: dict[nn.Module, tuple[int, Tensor | None]] = {}
         self._factors: set[nn.Module] | None = None
 
     def get(self, factor: nn.Module, changes: int, synthesise: Callable[[], Tensor]) -> Tensor:
-        at_first = self.changes.get(factor)
-        if at_first is None:
-            self.changes[factor] = changes
-        if at_first != changes or not self._is_of_model(factor):
+        entry = self.kept.get(factor)
+        if entry is None:
+            self.kept[factor] = (changes, None)
             return synthesise()
-        kept = self.kept.get(factor)
-        if kept is None:
-            kept = self.kept[factor] = synthesise()
-        return kept
+        at_first, tensor = entry
+        if at_first != changes:
+            return synthesise()
+        if tensor is None:
+            tensor = synthesise()
+            if self._is_of_model(factor):
+                self.kept[factor] = (changes, tensor)
+        return tensor
 
     def _is_of_model(self, factor: nn.Module) -> bool:
         """Whether it is not another model's, which may be trained in between."""
