@@ -15,10 +15,13 @@ def autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[Any
 
     Autocast would change the dtype of some operations, and refuse a mixture for others.
     """
-    device = next((tensor.device.type for tensor in tensors if tensor is not None), "meta")
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("meta"))
+    return torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    """Whether autocast is on for a device, of any type."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def is_transformed() -> bool:
