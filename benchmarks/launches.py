@@ -11,6 +11,7 @@ CPU, with few tokens, for methods whose operations the meta device lacks and und
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -143,5 +144,6 @@ if __name__ == "__main__":
             f"{name:16}",
             *(f"{shape}: {n['float32']:4} {n['bfloat16 autocast']:4}" for shape, n in row.items()),
             sep="  ",
+            file=sys.stderr,  # beside the JSON
         )
     harness.save(options, {"counted": "kernels" if device == "cuda" else "operations", "launches": results})
