@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -251,8 +252,9 @@ def keys_of(value: object) -> object:
     if isinstance(value, list):
         return [keys_of(value[0])] if value and isinstance(value[0], dict) else []
     if isinstance(value, dict):
-        # Widths are keys too, and others at tiny sizes.
-        return {"number" if key.isdigit() else key: keys_of(inner) for key, inner in value.items()}
+        # Widths and shapes are keys too, and others at tiny sizes.
+        sizes = re.compile(r"\d+( -> \d+)?")
+        return {"size" if sizes.fullmatch(key) else key: keys_of(inner) for key, inner in value.items()}
     return None
 
 

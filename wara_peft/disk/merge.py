@@ -257,7 +257,7 @@ class _Plan:
         if change.values:
             tensor = self.saved.other(change.values).to(own)
         if change.rows:
-            rows = torch.tensor(self.saved.token_indices(change.rows))
+            rows = torch.tensor(self.saved.token_indices(change.rows), device="cpu")
             tensor = tensor.index_copy(0, rows, self.saved.other(change.rows).to(own))
         if change.module is not None:
             wide = torch.promote_types(own, torch.float32)

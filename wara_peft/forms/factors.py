@@ -58,6 +58,7 @@ class SubbandFactor(nn.Module):
         self.ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
         self.axis = Axis(wavelet, length, tuple(self._letters(bands) for bands in self._bands_of))
         self.keeping = Keeping()
+        self.register_load_state_dict_pre_hook(_changed)
         self._create_parameters()
 
     def _letters(self, bands: list[Subband]) -> str:
@@ -136,10 +137,6 @@ class SubbandFactor(nn.Module):
         self.keeping.changed()
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.keeping.changed()
-
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles made inside a scope are not part of it."""
         return {**self.__dict__, "keeping": Keeping()}
@@ -153,6 +150,10 @@ class SubbandFactor(nn.Module):
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}={rank}" for name, rank in self.ranks.items())
         return f"length={self.axis.length}, wavelet={self.axis.wavelet!r}, R={self.rank}, {ranks}"
+
+
+def _changed(factor: SubbandFactor, *_: Any) -> None:
+    factor.keeping.changed()
 
 
 class TiedFactor(nn.Module):
