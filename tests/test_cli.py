@@ -69,6 +69,7 @@ def logits(model) -> torch.Tensor:
 
 
 class TestExport:
+    @pytest.mark.slow
     def test_exact(self, made, tmp_path):
         result = run("export", made / "adapter", tmp_path / "lora", "--strict")
         assert result.returncode == 0, result.stderr
@@ -160,6 +161,7 @@ class TestExport:
 
 
 class TestMerge:
+    @pytest.mark.slow
     def test_equals_merge_and_unload(self, made, tmp_path):
         result = run("merge", made / "base", made / "adapter", tmp_path / "merged")
         assert result.returncode == 0, result.stderr
@@ -213,6 +215,7 @@ class TestInspect:
             assert text in result.stdout
         assert "level 1" in result.stdout
 
+    @pytest.mark.slow
     def test_json_and_plot(self, made, tmp_path):
         result = run("inspect", made / "adapter", "--json", "--plot", tmp_path / "energy.png")
         assert result.returncode == 0, result.stderr
@@ -361,6 +364,7 @@ class TestFailures:
         self.fails("Not a directory", *command[:-1], "adapter/adapter_config.json/out")
         self.fails("must not be replaced", *command[:-1], "adapter", "--overwrite")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("command", [["export", "adapter", "new/out"], ["merge", "base", "adapter", "new/out"]])
     def test_a_disk_that_is_full(self, copied, command):
         result = run(*command, preexec_fn=limited_file_size)
@@ -381,6 +385,7 @@ class TestFailures:
         (copied / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
         self.fails("LlamaForCausalLM has no 'model.layers.1", "merge", "base", "adapter", "out")
 
+    @pytest.mark.slow
     def test_debug_shows_the_traceback(self, tmp_path):
         result = run("export", tmp_path / "nowhere", "lora", "--debug")
         assert result.returncode == 1

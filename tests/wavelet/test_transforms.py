@@ -257,6 +257,7 @@ def test_meta_device(levels):
         assert [part.shape for part in adjoint(found, axis, 1)] == [rows.shape for rows in coefficients_of(axis, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("levels", [1, 3])
 @each_dim
 @pytest.mark.parametrize("wavelet", ["haar", "db4"])
@@ -276,7 +277,7 @@ def test_compiles_without_graph_breaks(wavelet, levels, dim):
 
 
 @each_levels
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_backward_saves_nothing(levels, compiled):
     axis = axis_of("db4", 64, levels)
     rows = [part.requires_grad_() for part in coefficients_of(axis, 1)]
