@@ -211,6 +211,14 @@ def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
         return _decompose(signal, axis, dim, repeat_last=False)
 
 
+def into_band(rows: Tensor, wavelet: str, level: int, band: str) -> Tensor:
+    """S_{level,band}ᵀ times each row: (R, d) becomes (R, d_level); level 0 leaves it as it is."""
+    axis = Axis(wavelet, rows.shape[1], ("",) * level + (band * len(rows),))
+    result = adjoint(rows, axis, dim=1)[level]
+    assert result is not None
+    return result
+
+
 def analysis(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
     """PyWavelets' forward transform of each row, of which the row's own band is kept.
 
