@@ -8,13 +8,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
-    ("messages", "kinds", "field_types", "registration", "model_card"),
+    ("messages", "kinds", "field_types", "registration", "model_card", "svd", "calibration", "moments", "heatmaps"),
     ("wavelet",),
     ("forms",),
     ("config",),
     ("layer", "conv", "embedding", "disk"),
     ("model", "combine", "initialization"),
-    ("export", "inspection"),
+    ("export", "inspection", "allocation"),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

@@ -13,8 +13,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from tests.references import Mlp, synthesis_matrix
 from wara_peft import WaRAConfig, initialize_from_data
-from wara_peft.initialization import _Moments
 from wara_peft.layer import Linear
+from wara_peft.moments import Moments
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
@@ -235,7 +235,7 @@ def test_layers_that_share_an_input_share_its_moment_for_as_long_as_they_do():
     model = get_peft_model(Shares(), WaRAConfig(init_weights="activation", target_modules=["a", "b", "c", "d"]))
     layers = [getattr(model.base_model.model, name) for name in "abcd"]
     expected = {layer: torch.zeros(6, 6, dtype=torch.float64) for layer in layers}
-    moments = _Moments(model)
+    moments = Moments(model)
     for layer in layers:
         layer.register_forward_pre_hook(moments.add)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 
-from .config import WaRAConfig, suffix_matches
+from .config import WaRAConfig, exact_pattern, suffix_matches
 from .forms import SUBBAND
 from .layer import WaRALayer
 from .wavelet import subbands
@@ -119,7 +118,7 @@ def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bo
     pattern: dict[str, Any] = {}
     for name, of_module in ranks.items():
         every = {band.name: 0 for band in subbands(levels)} | of_module
-        pattern[f"^{re.escape(name)}"] = next(iter(of_module.values())) if single_pair else every
+        pattern[exact_pattern(name)] = next(iter(of_module.values())) if single_pair else every
     return replace(
         first,
         target_modules=list(ranks),

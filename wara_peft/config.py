@@ -290,7 +290,7 @@ class WaRAConfig(PeftConfig):
         Raises:
             ValueError: a pattern takes too long to match.
         """
-        pattern = _value_for(module_name, "rank_pattern", self.rank_pattern, self.r)
+        pattern = value_for(module_name, "rank_pattern", self.rank_pattern, self.r)
         by_subband = pattern if isinstance(pattern, dict) else {}
         rank = self.r if isinstance(pattern, dict) else pattern
         return self.form_object.ranks(self, rank, {**(self.subband_ranks or {}), **by_subband})
@@ -301,7 +301,7 @@ class WaRAConfig(PeftConfig):
         Raises:
             ValueError: a pattern takes too long to match.
         """
-        return _value_for(module_name, "alpha_pattern", self.alpha_pattern, self.wara_alpha)
+        return value_for(module_name, "alpha_pattern", self.alpha_pattern, self.wara_alpha)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and tell in the model card that loading needs `import wara_peft`."""
@@ -316,6 +316,11 @@ class WaRAConfig(PeftConfig):
 def scaling(alpha: float | None, rank: int, use_rslora: bool) -> float:
     """Factor of B̂ Â: alpha / R, or alpha / √R with `use_rslora`; an alpha of None means R."""
     return (rank if alpha is None else alpha) / (math.sqrt(rank) if use_rslora else rank)
+
+
+def exact_pattern(module_name: str) -> str:
+    """The key of `rank_pattern` and `alpha_pattern` that names one module, and no other whose name ends as its."""
+    return f"^{re.escape(module_name)}"
 
 
 def suffix_matches(targets: Iterable[str], names: Iterable[str]) -> str | None:
@@ -336,7 +341,7 @@ def suffix_matches(targets: Iterable[str], names: Iterable[str]) -> str | None:
 _Value = TypeVar("_Value")
 
 
-def _value_for(module_name: str, field_name: str, patterns: Mapping[str, _Value], default: _Value) -> _Value:
+def value_for(module_name: str, field_name: str, patterns: Mapping[str, _Value], default: _Value) -> _Value:
     """The value of the first pattern that PEFT's `get_pattern_key` would find for a module, in bounded time."""
     for pattern, value in patterns.items():
         try:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import os
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .disk.adapter import SavedAdapter, Track, untracked
+from .heatmaps import draw_heatmaps
 from .lora_module import common_rank
 from .wavelet import subbands
 
@@ -98,7 +96,7 @@ class AdapterReport:
         }
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw a heatmap of modules × subbands, each row the shares of a module's energy, into an image file.
+        """Draw heatmaps of modules × subbands into an image file: the ranks, and the shares of each module's energy.
 
         The file appears, or takes the place of an old one, when it is complete.
 
@@ -106,30 +104,17 @@ class AdapterReport:
             ImportError: matplotlib is not installed.
             ValueError: matplotlib does not know the ending of the file's name.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Drawing needs matplotlib: pip install 'wara-peft[plot]'") from error
-        names = self.subbands
-        rows = [[_shares(module.energy).get(name, 0.0) for name in names] for module in self.modules]
-        figure = Figure(figsize=(3.5 + 0.7 * len(names) + 0.06 * max(len(m.name) for m in self.modules), 0.0))
-        figure.set_figheight(1.8 + min(0.22 * len(rows), 60.0))
-        axes = figure.subplots()
-        image = axes.imshow(rows, aspect="auto", vmin=0.0, cmap="viridis")
-        axes.set_xticks(range(len(names)), names)
-        # Names come from elsewhere, and are no mathematics.
-        axes.set_yticks(range(len(rows)), [module.name for module in self.modules], fontsize=7, parse_math=False)
-        axes.set_xlabel("subband (out axis, in axis, level)")
-        axes.set_title(f"Share of each module's energy\n{self.form}, {self.wavelet}, levels={self.levels}")
-        figure.colorbar(image, ax=axes)
-        target, drawn = Path(path), io.BytesIO()
-        figure.savefig(drawn, format=target.suffix.removeprefix(".") or None, bbox_inches="tight", dpi=120)
-        temporary = target.with_name(f".{uuid.uuid4().hex[:8]}.{target.name}")
-        try:
-            temporary.write_bytes(drawn.getvalue())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        shares = [_shares(module.energy) for module in self.modules]
+        draw_heatmaps(
+            path,
+            f"{self.form}, {self.wavelet}, levels={self.levels}",
+            [module.name for module in self.modules],
+            self.subbands,
+            {
+                "Rank": [[module.ranks.get(name, 0) for name in self.subbands] for module in self.modules],
+                "Share of each module's energy": [[row.get(name, 0.0) for name in self.subbands] for row in shares],
+            },
+        )
 
 
 @torch.no_grad()

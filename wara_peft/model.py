@@ -127,6 +127,28 @@ class WaRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
+        targets = {
+            name: Target(_shape(base), partial(self._base_weight, peft_config, name, base))
+            for name, base in self._checked_bases(peft_config, model).items()
+        }
+        peft_config.form_object.check_targets(peft_config, model, targets)
+
+    @classmethod
+    def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
+        """The modules that the config would adapt, by name, found and checked as when it adapts them.
+
+        Raises:
+            TypeError: one is of a kind that WaRA does not adapt.
+            ValueError: one has no rank, or PEFT has no default targets for this model.
+        """
+        tuner = cls.__new__(cls)  # which is not initialised, for that would inject
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        resolved = tuner._prepare_adapter_config(copy.deepcopy(config), cls.get_model_config(model))
+        return tuner._checked_bases(cast(WaRAConfig, resolved), model)
+
+    def _checked_bases(self, peft_config: WaRAConfig, model: nn.Module) -> dict[str, nn.Module]:
+        """The base layers that are to be adapted, by name; they are of kinds that can be."""
         _maybe_include_all_linear_layers(peft_config, model)
         form = peft_config.form_object
         bases: dict[str, nn.Module] = {}
@@ -148,11 +170,7 @@ class WaRAModel(BaseTuner):
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
         check_ranks(peft_config, bases)
-        targets = {
-            name: Target(_shape(base), partial(self._base_weight, peft_config, name, base))
-            for name, base in bases.items()
-        }
-        form.check_targets(peft_config, model, targets)
+        return bases
 
     def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..kinds import ModuleShape
 from ..messages import first
+from ..svd import largest_singular
 from ..wavelet import autocast_off, axis_sizes, subbands
 from .base import Form, Parts, Settings, Target
 from .factors import IN_DIM, OUT_DIM, SubbandFactor
@@ -271,24 +272,11 @@ def fill_from_weight(factor_a: TinyFactor, factor_b: TinyFactor, weight: Tensor)
     bands = _decompose(weight, factor_a.axis.wavelet, factor_a.axis.levels)
     device = weight.device if weight.is_cuda else torch.device("cpu")
     for name, rank in factor_a.ranks.items():
-        u, s, v = _largest(torch.from_numpy(bands[name]).to(device), rank, exact=not basis.saved)
+        u, s, v = largest_singular(torch.from_numpy(bands[name]).to(device), rank, exact=not basis.saved)
         root = s.sqrt()
         sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # (1, rank)
         factor_b.subband(name).copy_(u * sign * root)
         factor_a.subband(name).copy_((v * sign * root).T)
-
-
-def _largest(matrix: Tensor, rank: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values, and their vectors: (m, rank), (rank,), (n, rank)."""
-    sampled = 2 * rank + 8
-    if exact or 8 * sampled > min(matrix.shape):
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-        v = vt.T
-    else:
-        with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix, q=sampled, niter=6)
-    return u[:, :rank], s[:rank], v[:, :rank]
 
 
 def _decompose(weight: Tensor, wavelet: str, levels: int) -> dict[str, np.ndarray]:

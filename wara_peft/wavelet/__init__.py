@@ -16,7 +16,7 @@ from .constant_tensors import constant_tensors
 from .filters import Filters, filters, max_useful_level
 from .layout import Axis, Subband, axis_sizes, subbands
 from .modes import autocast_off, is_autocast_on
-from .transforms import adjoint, synthesis, synthesis_at
+from .transforms import adjoint, into_band, synthesis, synthesis_at
 
 __all__ = [
     "Axis",
@@ -27,6 +27,7 @@ __all__ = [
     "axis_sizes",
     "constant_tensors",
     "filters",
+    "into_band",
     "is_autocast_on",
     "max_useful_level",
     "subbands",

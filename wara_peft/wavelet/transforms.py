@@ -80,6 +80,14 @@ def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
         return _decompose(signal, axis, dim)
 
 
+def into_band(rows: Tensor, wavelet: str, level: int, band: str) -> Tensor:
+    """S_{level,band}ᵀ times each row: (R, d) becomes (R, d_level); level 0 leaves it as it is."""
+    axis = Axis(wavelet, rows.shape[1], ("",) * level + (band * len(rows),))
+    result = adjoint(rows, axis, dim=1)[level]
+    assert result is not None
+    return result
+
+
 def _needs_node(tensors: Coefficients) -> bool:
     """Whether gradients are to be recorded; from tracers and torch.func a node would hide the operations."""
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

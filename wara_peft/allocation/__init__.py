@@ -1,0 +1,6 @@
+"""Ranks by module and subband for a budget of parameters, found before training."""
+
+from .allocate import Allocation, allocate_ranks
+from .report import AllocationReport, ModuleAllocation
+
+__all__ = ["Allocation", "AllocationReport", "ModuleAllocation", "allocate_ranks"]

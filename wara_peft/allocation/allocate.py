@@ -1,0 +1,336 @@
+"""`allocate_ranks`: from a model, a config and a few batches to the config that spends a budget best."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from peft import LoraConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ..calibration import evaluating
+from ..config import WaRAConfig, exact_pattern, scaling, suffix_matches, value_for
+from ..kinds import kind_of
+from ..messages import first
+from ..model import WaRAModel
+from ..quantization import keep_unpacked
+from ..wavelet import Subband, subbands
+from .blocks import Spectrum, of_gradient, of_inputs
+from .greedy import Item, spend
+from .report import AllocationReport, ModuleAllocation
+from .signals import LossFunction, covariances, frozen, gradients, processes
+
+SCORES = ("gradient", "activation")
+MAX_BYTES = 2**31
+MAX_RANK = 64
+
+Ranks = int | Mapping[str, int | Mapping[str, int]]
+"""A rank of every subband, or by module name or regular expression an int or ranks by subband."""
+
+
+class Allocation(NamedTuple):
+    """What `allocate_ranks` returns: a config with a rank for each module and subband, and how it came about."""
+
+    config: WaRAConfig
+    report: AllocationReport
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A linear layer to be adapted, and the least and the largest rank of each subband that may have one."""
+
+    layer: nn.Module
+    shape: tuple[int, int]
+    bands: dict[str, Subband]
+    floors: dict[str, int]
+    caps: dict[str, int]
+
+    def cost(self, name: str) -> int:
+        """Parameters of one pair of that subband: a row of A_s and a column of B_s."""
+        return sum(self.bands[name].shape(*self.shape))
+
+
+def allocate_ranks(
+    model: nn.Module,
+    config: WaRAConfig,
+    dataloader: Iterable[Any],
+    *,
+    budget: int | None = None,
+    like: LoraConfig | None = None,
+    loss_fn: LossFunction | None = None,
+    batches: int = 8,
+    score: Literal["gradient", "activation"] = "gradient",
+    min_rank: Ranks = 0,
+    max_rank: Ranks = MAX_RANK,
+    max_bytes: int = MAX_BYTES,
+) -> Allocation:
+    """Spread a budget of parameters over the modules and subbands of an adapter, before training.
+
+    Each pair (a row of A_s, (n_j,), and a column of B_s, (m_j,)) costs m_j + n_j. With G the mean gradient of a
+    weight, the i-th pair of a subband gains σ_i², σ_i being the singular values of S_out,sᵀ G S_in,s: a step along the
+    best r pairs lowers the loss in proportion to Σ_{i≤r} σ_i². Pairs are taken in the order of gain per parameter for
+    as long as they fit. The scaling of a module stays what `config` gives it.
+
+    Batches are run in evaluation mode with all parameters frozen, and the model is left as it was. Equal batches give
+    equal ranks. Where `torch.distributed` is initialised each process passes its own batches, gradients are averaged,
+    and all get the same config.
+
+    Args:
+        model: the base model, without adapters.
+        config: says which modules, and by which wavelet; subbands to which it gives rank 0 stay without. Of
+            `form="subband"`, on linear layers (also quantized ones). For plain LoRA give ranks to `aa0` alone.
+        dataloader: gives batches: mappings, passed on as keyword arguments, sequences, as positional ones, or tensors.
+        budget: how many parameters the adapter may have; None takes as many as `like`, or else as `config` has.
+        like: a LoRA whose parameters to count; without `target_modules` of its own, on those of `config`.
+        loss_fn: takes the model and a batch and gives the loss, a scalar; None takes `model(**batch).loss`.
+        batches: how many batches to use at most.
+        score: "gradient", as above, or "activation": the share of a module's input variance that lies along each
+            direction of a subband, as in EVA (arXiv 2410.07170), but by parameter.
+        min_rank: the least rank of each subband: an int, or as `WaRAConfig.rank_pattern` by module and subband.
+        max_rank: likewise the largest; where it is far below the size of a subband, a randomised SVD does.
+        max_bytes: how much memory the matrices that are summed up may take; if it is less than all need, modules are
+            done in groups, for each of which the batches are run again.
+
+    Returns:
+        A config that names the modules which get a rank, and a report.
+
+    Raises:
+        ValueError: the config has another form, or ranks for `aa0` beside other subbands; the model has adapters; the
+            budget is less than one pair; there are no batches; the loss is no scalar; gradients are zero, not finite,
+            or do not reach a target; or an argument is out of range.
+        TypeError: a target is no linear layer.
+
+    Source: gains by gradient and cost as in GoRA (arXiv 2502.12171), by a greedy choice of single pairs.
+    """
+    _check_arguments(config, batches, score, max_bytes, budget, like)
+    targets = _targets(model, config, min_rank, max_rank)
+    if like is not None:
+        budget = _lora_parameters(model, like, list(targets))
+    elif budget is None:
+        budget = sum(
+            config.ranks_of(name)[band] * target.cost(band)
+            for name, target in targets.items()
+            for band in target.bands
+        )
+    cheapest = min(target.cost(band) for target in targets.values() for band in target.bands)
+    if budget < cheapest:
+        raise ValueError(
+            f"budget={budget:,} is less than one pair, the cheapest of which has {cheapest:,} parameters."
+        )
+    counts = {
+        name: {band: min(target.caps[band], budget // target.cost(band)) for band in target.bands}
+        for name, target in targets.items()
+    }
+    _check_floors(targets, counts, budget)
+    spectra = _spectra(model, config, targets, dataloader, loss_fn, batches, score, max_bytes, counts)
+    keys = [(name, band) for name, target in targets.items() for band in target.bands]
+    items = [
+        Item(spectra[name][band].gains.tolist(), targets[name].cost(band), targets[name].floors[band])
+        for name, band in keys
+    ]
+    ranks: dict[str, dict[str, int]] = {name: {} for name in targets}
+    for (name, band), rank in zip(keys, spend(items, budget), strict=True):
+        ranks[name][band] = rank
+    report = AllocationReport(
+        score,
+        budget,
+        config.wavelet,
+        config.levels,
+        [
+            ModuleAllocation(
+                name,
+                *target.shape,
+                ranks[name],
+                {band: float(spectrum.energy) for band, spectrum in spectra[name].items()},
+                sum(rank * target.cost(band) for band, rank in ranks[name].items()),
+            )
+            for name, target in targets.items()
+        ],
+    )
+    return Allocation(_allocated(config, ranks, [name for name, _ in model.named_modules()]), report)
+
+
+def _check_arguments(
+    config: WaRAConfig, batches: int, score: str, max_bytes: int, budget: int | None, like: LoraConfig | None
+) -> None:
+    if not config.form_object.keeps_subbands:
+        raise ValueError(
+            f"Ranks are allocated for form='subband' alone, and not for form={config.form!r}, whose parameters are "
+            "not pairs of the subbands of ΔW: no gradient of a weight tells what a rank of it gains."
+        )
+    if score not in SCORES:
+        raise ValueError(f"score={score!r} is not one of {', '.join(map(repr, SCORES))}.")
+    if batches < 1:
+        raise ValueError(f"batches={batches!r} must be at least 1.")
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes={max_bytes!r} must be at least 1.")
+    if budget is not None and like is not None:
+        raise ValueError("Give `budget` or `like`, not both.")
+
+
+def _targets(model: nn.Module, config: WaRAConfig, min_rank: Ranks, max_rank: Ranks) -> dict[str, _Target]:
+    adapted = [repr(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if adapted:
+        raise ValueError(f"The model has adapters already, in {first(adapted)}. Pass the base model.")
+    bases = WaRAModel.targets_of(model, config)
+    if not bases:
+        raise ValueError(f"target_modules={config.target_modules!r} names no module of the model.")
+    others = [f"{name} ({type(base).__name__})" for name, base in bases.items() if not kind_of(base).is_linear]
+    if others:
+        raise TypeError(
+            f"Ranks are allocated to linear layers alone, and {first(others)} is none. Leave it out of "
+            "`target_modules`, or put it into `exclude_modules`."
+        )
+    targets = {}
+    for name, base in bases.items():
+        in_features, out_features = _get_in_out_features(base)
+        shape = (int(out_features or 0), int(in_features or 0))
+        ranks = config.ranks_of(name)
+        bands = {band.name: band for band in subbands(config.levels) if ranks[band.name]}
+        if "aa0" in bands and len(bands) > 1:
+            raise ValueError(
+                f"Module {name!r} has ranks for 'aa0', the whole matrix, and for subbands, which are parts of it: "
+                "what one gains the other does not. Give the others, or 'aa0', rank 0 in `subband_ranks`."
+            )
+        floors, caps = {}, {}
+        for band_name, band in bands.items():
+            size = min(band.shape(*shape))
+            floors[band_name] = _rank_of("min_rank", min_rank, name, band_name, 0)
+            caps[band_name] = min(_rank_of("max_rank", max_rank, name, band_name, MAX_RANK), size)
+            if floors[band_name] > caps[band_name]:
+                raise ValueError(
+                    f"min_rank={floors[band_name]} of subband {band_name!r} in module {name!r} is more than "
+                    f"{caps[band_name]}, which max_rank and the subband's size allow."
+                )
+        targets[name] = _Target(base, shape, bands, floors, caps)
+    return targets
+
+
+def _rank_of(field_name: str, ranks: Ranks, module_name: str, band: str, default: int) -> int:
+    found: Any = ranks
+    if isinstance(ranks, Mapping):
+        found = value_for(module_name, field_name, ranks, default)
+        if isinstance(found, Mapping):
+            found = found.get(band, default)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise ValueError(f"{field_name}={found!r} for module {module_name!r} must be an int of at least 0.")
+    return found
+
+
+def _check_floors(targets: dict[str, _Target], counts: dict[str, dict[str, int]], budget: int) -> None:
+    floors = [Item([], target.cost(band), target.floors[band]) for target in targets.values() for band in target.bands]
+    spend(floors, budget)
+    if not any(count for by_band in counts.values() for count in by_band.values()):
+        raise ValueError("max_rank leaves no subband a rank.")
+
+
+def _lora_parameters(model: nn.Module, like: LoraConfig, targets: list[str]) -> int:
+    """Σ r (m + n) over the linear layers that this LoRA adapts."""
+    if like.target_modules is not None:
+        like = _maybe_include_all_linear_layers(copy.deepcopy(like), model)  # type: ignore[assignment]
+        targets = [name for name, _ in model.named_modules() if name and check_target_module_exists(like, name)]
+    patterns = like.rank_pattern or {}
+    total = 0
+    for name in targets:
+        module = model.get_submodule(name)
+        if not kind_of(module).is_linear:
+            raise ValueError(f"`like` adapts module {name!r}, which is not linear. Give it other targets.")
+        rank = patterns.get(get_pattern_key(list(patterns), name), like.r)
+        total += rank * sum(length or 0 for length in _get_in_out_features(module))
+    return total
+
+
+def _spectra(
+    model: nn.Module,
+    config: WaRAConfig,
+    targets: dict[str, _Target],
+    dataloader: Iterable[Any],
+    loss_fn: LossFunction | None,
+    batches: int,
+    score: str,
+    max_bytes: int,
+    counts: dict[str, dict[str, int]],
+) -> dict[str, dict[str, Spectrum]]:
+    groups = list(_groups(targets, score, max_bytes))
+    keep_unpacked(model)
+    found: dict[str, dict[str, Spectrum]] = {}
+    decompose = of_gradient if score == "gradient" else of_inputs
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), frozen(model):
+        device = next(model.parameters()).device
+        kept = [send_to_device(batch, device) for batch in itertools.islice(dataloader, batches)]
+        if not kept:
+            raise ValueError("The dataloader gives no batches.")
+        for group in groups:
+            layers = {name: (targets[name].layer, targets[name].shape) for name in group}
+            matrices = (gradients if score == "gradient" else covariances)(model, layers, kept, loss_fn)
+            for name, matrix in matrices:
+                found[name] = _of_the_first(decompose(matrix, config.wavelet, counts[name]))
+    if not any(float(spectrum.energy) for by_band in found.values() for spectrum in by_band.values()):
+        what = "gradients" if score == "gradient" else "variances of the inputs"
+        raise ValueError(f"All {what} are zero in these batches, and tell nothing of ranks. Pass other batches.")
+    return found
+
+
+def _groups(targets: dict[str, _Target], score: str, max_bytes: int) -> Iterator[list[str]]:
+    """Names of targets whose matrices fit into the memory together."""
+    group: list[str] = []
+    size = 0
+    for name, target in targets.items():
+        # In float32; of the inputs there are two, the sum and what the last batch has added.
+        needed = 4 * math.prod(target.shape) if score == "gradient" else 8 * (target.shape[1] + 1) ** 2
+        if needed > max_bytes:
+            raise ValueError(f"max_bytes={max_bytes:,} is less than module {name!r} needs by itself, {needed:,}.")
+        if size + needed > max_bytes:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += needed
+    yield group
+
+
+def _of_the_first(spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:
+    """Those of the first process, to the last bit, so that all choose alike."""
+    if processes() > 1:
+        for spectrum in spectra.values():
+            for values in spectrum:
+                dist.broadcast(values, 0)
+    return spectra
+
+
+def _allocated(config: WaRAConfig, ranks: dict[str, dict[str, int]], names: Iterable[str]) -> WaRAConfig:
+    """The config with these ranks by module, and the scalings that it has had."""
+    rank_pattern: dict[str, int | dict[str, int]] = {}
+    alpha_pattern: dict[str, float] = {}
+    for name, of_module in ranks.items():
+        rank = sum(of_module.values())
+        if not rank:
+            continue
+        rank_pattern[exact_pattern(name)] = {band.name: 0 for band in subbands(config.levels)} | of_module
+        alpha = config.alpha_of(name)
+        if alpha is not None or config.use_rslora:  # else the scaling is 1 at any rank
+            before = scaling(alpha, sum(config.ranks_of(name).values()), config.use_rslora)
+            alpha_pattern[exact_pattern(name)] = before * (math.sqrt(rank) if config.use_rslora else rank)
+    chosen = [name for name, of_module in ranks.items() if any(of_module.values())]
+    return replace(
+        copy.deepcopy(config),
+        target_modules=chosen,
+        exclude_modules=suffix_matches(chosen, names),
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+    )

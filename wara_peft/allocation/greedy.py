@@ -1,0 +1,50 @@
+"""Spending a budget on units of rank by gain per cost; nothing here knows of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that takes units of rank one after the other.
+
+    Attributes:
+        gains: what each further unit gains, in descending order; there are no more units than gains.
+        cost: what each of them costs.
+        floor: how many it gets in any case.
+    """
+
+    gains: Sequence[float]
+    cost: int
+    floor: int = 0
+
+
+def spend(items: Sequence[Item], budget: int) -> list[int]:
+    """Number of units of each item that gain much for what they cost, and cost no more than the budget together.
+
+    The floors come first; then units in the order of gain / cost, largest first, of which those are left out that no
+    longer fit. Equal ones go by the order of the items. The total gain is less than the optimum by no more than the
+    gain of the first unit that was left out, and is the optimum where all costs are equal. What remains of the budget
+    is less than the cost of any unit that is left.
+
+    Raises:
+        ValueError: the floors alone cost more.
+    """
+    taken = [item.floor for item in items]
+    left = budget - sum(item.floor * item.cost for item in items)
+    if left < 0:
+        raise ValueError(f"The least ranks alone cost {budget - left:,}, more than the budget of {budget:,}.")
+    units = [
+        (-gain / item.cost, index, unit)
+        for index, item in enumerate(items)
+        for unit, gain in enumerate(item.gains)
+        if unit >= item.floor
+    ]
+    # Gains that descend keep each item's units in their order; what does not fit once does not fit later.
+    for _, index, _ in sorted(units):
+        if items[index].cost <= left:
+            taken[index] += 1
+            left -= items[index].cost
+    return taken

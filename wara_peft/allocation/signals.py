@@ -1,0 +1,176 @@
+"""What a model's batches tell of its linear layers: the mean gradient of each weight, or the variance of the inputs.
+
+Matrices are summed over all processes where there are several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..calibration import arguments_of
+from ..moments import Moments
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""Takes the model and a batch, and gives the loss, a scalar."""
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The `loss` of what the model returns for a batch.
+
+    Raises:
+        ValueError: it returns none.
+    """
+    args, kwargs = arguments_of(batch)
+    output = model(*args, **kwargs)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError(
+            "The model returns no loss for the batches. Give them labels, or pass `loss_fn(model, batch)`."
+        )
+    return loss  # type: ignore[no-any-return]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter is trained; each goes back to what it was."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, trains in before:
+            parameter.requires_grad_(trains)
+
+
+def gradients(
+    model: nn.Module,
+    layers: Mapping[str, tuple[nn.Module, tuple[int, int]]],
+    batches: list[Any],
+    loss_fn: LossFunction | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The mean over batches of ∂loss/∂W = Σ g xᵀ, (m, n), in float32 or better, of each linear layer.
+
+    g is the gradient of the layer's output, and x its input: that asks nothing of the weight, which may be quantized.
+
+    Args:
+        model: in evaluation mode, with all parameters frozen.
+        layers: linear layers, each with (m, n), by name.
+        batches: the batches, on the model's device.
+        loss_fn: gives the loss; None takes that which the model returns.
+
+    Raises:
+        ValueError: a loss is no scalar, or a gradient does not come, or is not finite.
+    """
+    device = next(model.parameters()).device
+    taps = {name: _Tap(name, shape, device) for name, (_, shape) in layers.items()}
+    handles = [layers[name][0].register_forward_hook(tap) for name, tap in taps.items()]
+    try:
+        for batch in batches:
+            loss = (loss_fn or _own_loss)(model, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(f"The loss must be a scalar tensor, and is of {what}. Take its mean or sum.")
+            if loss.requires_grad:  # or nothing that it depends on is a target
+                loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        tap = taps.pop(name)
+        total, calls, count = _summed(tap.total, tap.calls, len(batches))
+        if calls == 0:
+            raise ValueError(
+                f"The gradient never reaches module {name!r} in these batches. Pass batches that use it, or leave it "
+                "out with `exclude_modules`."
+            )
+        yield name, _finite(total.div_(count), f"The gradient of module {name!r}")
+
+
+class _Tap:
+    """Forward hook of a linear layer, which sums up g xᵀ."""
+
+    def __init__(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
+        self.name = name
+        self.total = torch.zeros(shape, device=device)
+        self.calls = 0
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        inputs: Tensor = args[0].detach()
+        # Where the layer computes, and no less precisely.
+        self.total = self.total.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
+        if not output.requires_grad:
+            # A copy, since what follows may change it in place, which autograd refuses for a leaf.
+            output = output.requires_grad_().clone()
+        version = inputs._version
+
+        def add(gradient: Tensor) -> None:
+            if inputs._version != version:
+                raise RuntimeError(f"The input of module {self.name!r} is changed in place after use.")
+            rows, columns = (x.reshape(-1, x.shape[-1]).to(self.total.dtype) for x in (gradient, inputs))
+            self.total.addmm_(rows.T, columns)
+            self.calls += 1
+
+        if output.requires_grad:  # not so under `no_grad`
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+        return output
+
+
+def covariances(
+    model: nn.Module,
+    layers: Mapping[str, tuple[nn.Module, tuple[int, int]]],
+    batches: list[Any],
+    loss_fn: LossFunction | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The covariance of the inputs, (n, n), of each linear layer; positions that a batch masks do not count.
+
+    Arguments and errors are those of `gradients`.
+    """
+    moments = Moments(model, with_mean=True)
+    with moments.watching([layer for layer, _ in layers.values()]), torch.no_grad():
+        for batch in batches:
+            args, kwargs = arguments_of(batch)
+            moments.start_batch(kwargs)
+            if loss_fn is None:
+                model(*args, **kwargs)
+            else:  # which knows how to call the model; what it returns does not matter
+                loss_fn(model, batch)
+    found = moments.of_layers()
+    for name, (layer, (_, length)) in layers.items():
+        total = found.get(layer, torch.zeros(length + 1, length + 1, device=next(model.parameters()).device))
+        total, calls, _ = _summed(total.clone(), int(layer in found), len(batches))  # layers may share it
+        if calls == 0:
+            raise ValueError(
+                f"No batch reaches module {name!r}. Pass batches that use it, or leave it out with `exclude_modules`."
+            )
+        total = total.double()
+        mean = total[-1, :-1] / total[-1, -1]
+        covariance = total[:-1, :-1] / total[-1, -1] - torch.outer(mean, mean)
+        yield name, _finite(covariance, f"The variance of the inputs of module {name!r}")
+
+
+def processes() -> int:
+    """Number of processes that work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _summed(total: Tensor, calls: int, count: int) -> tuple[Tensor, int, int]:
+    """The sums over all processes; the matrix is written to."""
+    if processes() == 1:
+        return total, calls, count
+    counts = torch.tensor([calls, count], device=total.device)
+    dist.all_reduce(total)
+    dist.all_reduce(counts)
+    return total, int(counts[0]), int(counts[1])
+
+
+def _finite(matrix: Tensor, what: str) -> Tensor:
+    if not matrix.isfinite().all():
+        raise ValueError(f"{what} is not finite. Look for broken batches or weights, or a loss that overflows.")
+    return matrix
