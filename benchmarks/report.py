@@ -39,6 +39,9 @@ def target_rows() -> list[tuple[str, float, str, bool]]:
     rows.append((name.format("db4, 3 levels"), encoder["to_lora_r40"]["WaRA db4 L3"], 1.10))
     name = "training step, Llama-shaped decoder, WaRA r=4 Haar, 1 level / LoRA r=8"
     rows.append((name, decoder["methods"]["WaRA haar L1"]["ratio"], 0.96))
+    rows.append(("the same / LoRA r=16 of the same R", decoder["to_lora_r16"]["WaRA haar L1"], 1.00))
+    name = "the same, WaRA r=4 db4, 3 levels (R = 40) / LoRA r=40"
+    rows.append((name, decoder["to_lora_r40"]["WaRA db4 L3"], 1.08))
     for variant in ("WaRA haar L1", "WaRA db4 L1"):
         found = [row for row in layer["by_width"] if row["variant"] == variant]
         worst = max(found, key=lambda row: row["ratio"])

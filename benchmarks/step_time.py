@@ -4,7 +4,7 @@
 
 On an encoder (MiniLM's shape) and a decoder (Llama's shape) methods take turns, in two groups, so that a round stays
 short: LoRA, MiSS and WaRA; then the slower ones. LoRA r=8 and WaRA with one Haar level are in both. Ratios are to LoRA
-r=8; those of three levels also to LoRA r=40, whose R is theirs, and those of others to WaRA. `--compile` compiles each
+r=8; those of one level also to LoRA r=16, those of three to LoRA r=40, whose R is theirs, and those of others to WaRA. `--compile` compiles each
 model first, `--dtype bfloat16` casts it.
 """
 
@@ -14,8 +14,8 @@ import harness
 import models
 import torch
 
-BASELINE, THREE_LEVELS, OURS = "LoRA r=8", "LoRA r=40", "WaRA haar L1"
-FAST = (BASELINE, "LoRA r=16", THREE_LEVELS, *models.WARA, "MiSS r=16")
+BASELINE, ONE_LEVEL, THREE_LEVELS, OURS = "LoRA r=8", "LoRA r=16", "LoRA r=40", "WaRA haar L1"
+FAST = (BASELINE, ONE_LEVEL, THREE_LEVELS, *models.WARA, "MiSS r=16")
 NAIVE = "WaRA haar L1 by ptwt"
 
 if __name__ == "__main__":
@@ -28,7 +28,8 @@ if __name__ == "__main__":
         configs = {**models.configs(shape.targets, options.smoke), NAIVE: None}
         tokens = torch.randint(1000, (shape.batch, shape.tokens), device=options.device)
         slow = [name for name in configs if name not in FAST]
-        result: dict[str, dict[str, object]] = {"methods": {}, "to_lora_r40": {}, "to_wara_haar_L1": {}}
+        keys = ("methods", "to_lora_r16", "to_lora_r40", "to_wara_haar_L1")
+        result: dict[str, dict[str, object]] = {key: {} for key in keys}
         for group in (FAST, (BASELINE, OURS, *slow)):
             steps, parameters = {}, {}
             for name in group:
@@ -43,5 +44,7 @@ if __name__ == "__main__":
                     result["to_wara_haar_L1"][name] = harness.ratio(seconds[name], seconds[OURS])
                 if name.endswith("L3"):
                     result["to_lora_r40"][name] = harness.ratio(seconds[name], seconds[THREE_LEVELS])
+                if name.endswith("L1") and ONE_LEVEL in seconds:
+                    result["to_lora_r16"][name] = harness.ratio(seconds[name], seconds[ONE_LEVEL])
         results[kind] = {"input": [shape.batch, shape.tokens], **result}
     harness.save(options, {"dtype": options.dtype, "compiled": options.compile, "models": results})

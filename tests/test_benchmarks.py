@@ -80,6 +80,7 @@ def check_step_time(result: dict[str, Any], _: dict[str, Any]) -> None:
         assert counts == {name: sum(count(m, n) for m, n in shapes) for name, count in PARAMETERS.items()}
         assert counts["WaRA haar L1"] == counts["LoRA r=8"]
         check_ratios(found["methods"], "LoRA r=8", [*counts])
+        assert list(found["to_lora_r16"]) == ["WaRA haar L1", "WaRA db4 L1"]
         assert list(found["to_lora_r40"]) == ["WaRA haar L3", "WaRA db4 L3"]
         assert found["to_wara_haar_L1"].keys() == {name for name in counts if not name.startswith(("LoRA", "WaRA"))}
 
