@@ -11,6 +11,7 @@ from typing import Any
 from quality.cells import Cell
 from quality.methods import LORA, METHODS
 from quality.tasks import TASKS, Task
+from quality.tasks.digits import Digits
 
 Results = Mapping[Cell, dict[str, Any]]
 
@@ -125,8 +126,12 @@ def pending(
 
 
 def stage_one() -> list[tuple[Entry, Iterable[int]]]:
-    """Every method at one budget, on the tuning seeds alone: it selects, and reports nothing."""
-    return [(entry, ()) for entry in entries(of_families("digits", "planted"), METHODS, BUDGET)]
+    """Every method at one budget, on the tuning seeds alone: it selects, and reports nothing.
+
+    Of the digits it looks at eight a class, which train in half of the time.
+    """
+    tasks = [task for task in of_families("planted", "digits") if not isinstance(task, Digits) or task.per_class == 8]
+    return [(entry, ()) for entry in entries(tasks, METHODS, BUDGET)]
 
 
 def stage_two(results: Results) -> list[tuple[Entry, Iterable[int]]]:
