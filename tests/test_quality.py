@@ -20,12 +20,14 @@ sys.path.append(str(BENCHMARKS))
 
 from quality import comparison, plan  # noqa: E402
 from quality.cells import Cell, Store  # noqa: E402
-from quality.methods import LORA, METHODS, adapter_size, largest, wara_ladder  # noqa: E402
+from quality.methods import LORA, METHODS, RULES, adapter_size, largest, wara_ladder  # noqa: E402
+from quality.reported import compared, pooled, reported  # noqa: E402
 from quality.tasks import TASKS  # noqa: E402
 from quality.tasks.digits import Digits, images, seen_as  # noqa: E402
 from quality.tasks.planted import CHANGES, Planted, weight_rows  # noqa: E402
 from quality.training import Built, train, trained_parameters  # noqa: E402
 
+SIZED = [name for name, method in METHODS.items() if method.sized and method.group != "rule"]
 QUALITY = BENCHMARKS / "quality"
 CELL = Cell("digits/clean, 8 a class", LORA, 4.0, 0.01, 0)
 
@@ -123,20 +125,19 @@ class TestPlan:
         found = plan.tuning(self.entry, self.results({rate: rate for rate in rates}), True)
         assert found.chosen == 3.0
 
-    def test_seeds_that_are_reported_come_after_the_rate_and_seed_by_seed(self) -> None:
-        other = plan.Entry(self.entry.task, "DoRA", 4.0)
-        wanted = [(self.entry, (0, 1)), (other, (0, 1))]
+    def test_what_can_be_reported_comes_seed_by_seed_before_rates_and_budgets_in_turn(self) -> None:
+        other, large = (plan.Entry(self.entry.task, "DoRA", budget) for budget in (4.0, 16.0))
+        new = plan.Entry(self.entry.task, "MiSS", 4.0)
         results = self.results({0.003: 0.3, 0.01: 0.5, 0.03: 0.4})
-        assert {cell.method for cell in plan.pending(wanted[1:], results)} == {"DoRA"}
-        results |= {cell: {**result} for cell, result in results.items()} | {
-            other.cell(cell.rate, cell.seed): result for cell, result in results.items()
+        results |= {
+            point.cell(cell.rate, cell.seed): result for cell, result in results.items() for point in (other, large)
         }
         results[self.entry.cell(0.01, 0)] = {"validation": 0.5, "parameters": 1}
-        assert [(cell.method, cell.seed, cell.rate) for cell in plan.pending(wanted, results)] == [
-            ("DoRA", 0, 0.01),
-            (LORA, 1, 0.01),
-            ("DoRA", 1, 0.01),
-        ]
+        wanted = [(point, (0, 1)) for point in (large, new, self.entry, other)]
+        found = [(cell.method, cell.budget, cell.seed) for cell in plan.pending(wanted, results)]
+        assert found[:3] == [("DoRA", 4.0, 0), (LORA, 4.0, 1), ("DoRA", 4.0, 1)]
+        assert found[3:9] == [("MiSS", 4.0, seed) for seed in plan.TUNING_SEEDS for _ in range(3)]
+        assert found[9:] == [("DoRA", 16.0, 0), ("DoRA", 16.0, 1)]
         assert not set(plan.TUNING_SEEDS) & set(plan.SEEDS["digits"])
 
     def test_a_method_above_the_budget_is_left_out(self) -> None:
@@ -157,6 +158,64 @@ class TestPlan:
         # Planted: DoRA 0, LoRA ½, shared 1. Digits: LoRA 0, shared ½, DoRA 1. Means: LoRA ¼, DoRA ½, shared ¾.
         assert plan.ranking(results, entries) == ["LoRA", "DoRA", "WaRA shared"]
 
+    def test_the_rule_is_run_at_the_rate_that_lora_chose(self) -> None:
+        results = self.results({0.003: 0.3, 0.01: 0.5, 0.03: 0.4})
+        cells = plan.rule_cells(results)
+        assert {(entry.task, entry.method) for entry in cells} == {
+            (self.entry.task, name) for pair in RULES.items() for name in pair
+        }
+        for by_seed in cells.values():
+            assert [(seed, cell.seed, cell.rate) for seed, cell in by_seed.items()] == [(s, s, 0.01) for s in range(8)]
+
+
+class TestReported:
+    def results(self) -> dict[Cell, dict]:
+        """Two tasks: DoRA is above LoRA by 0.1 on one, by 0.2 on the other, up to noise; MiSS has one task."""
+        noise = dict(enumerate(np.random.default_rng(0).normal(0, 0.01, 8).tolist()))
+        tasks = ("digits/clean, 8 a class", "digits/shifted, 8 a class")
+        found: dict[Cell, dict] = {}
+        for task, add in zip(tasks, (0.1, 0.2), strict=True):
+            for method in (LORA, "DoRA", "MiSS"):
+                if method == "MiSS" and task == tasks[1]:
+                    continue
+                entry = plan.Entry(task, method, 4.0)
+                for rate, value in ((0.003, 0.3), (0.01, 0.5), (0.03, 0.4)):
+                    for seed in plan.TUNING_SEEDS:
+                        found[entry.cell(rate, seed)] = {"validation": value, "test": 0.9, "parameters": 7}
+                for seed, value in noise.items():
+                    # Seeds differ more than methods: only pairs tell them apart.
+                    test = seed / 10 + {LORA: 0.0, "DoRA": add + value, "MiSS": 5 * value}[method]
+                    found[entry.cell(0.01, seed)] = {"validation": 0.5, "test": test, "parameters": 7}
+        return found
+
+    def test_only_seeds_that_chose_nothing_are_reported_and_differences_are_paired(self) -> None:
+        found = reported(self.results())
+        rows = {item.row.method: item for item in compared(found["digits/clean, 8 a class"])}
+        assert rows[LORA].difference is None and rows[LORA].adjusted is None
+        assert rows[LORA].row.tests == {seed: seed / 10 for seed in range(8)}
+        noise = np.random.default_rng(0).normal(0, 0.01, 8)
+        expected = stats.ttest_1samp(0.1 + noise, 0)
+        assert rows["DoRA"].difference.mean == pytest.approx(0.1 + noise.mean())
+        assert rows["DoRA"].difference.p == pytest.approx(expected.pvalue)
+        assert rows["DoRA"].adjusted == pytest.approx(2 * expected.pvalue)
+        assert rows["MiSS"].adjusted == rows["MiSS"].difference.p
+
+    def test_tasks_of_a_family_are_pooled_by_seed_over_those_a_method_has(self) -> None:
+        found = reported(self.results())
+        rows = {item.row.method: item for item in pooled(found, "digits")}
+        noise = np.random.default_rng(0).normal(0, 0.01, 8)
+        assert rows["DoRA"].difference.mean == pytest.approx(0.15 + noise.mean())
+        assert rows["DoRA"].difference.p == pytest.approx(stats.ttest_1samp(0.15 + noise, 0).pvalue)
+        assert rows["MiSS"].difference.mean == pytest.approx(5 * noise.mean())
+        assert rows["MiSS"].row.task == "digits (1)"
+
+    def test_a_run_that_diverged_is_told_and_no_figure(self) -> None:
+        results = self.results()
+        results[plan.Entry("digits/clean, 8 a class", "DoRA", 4.0).cell(0.01, 3)] |= {"test": None}
+        rows = {row.method: row for row in reported(results)["digits/clean, 8 a class"]}
+        assert rows["DoRA"].diverged == 1 and 3 not in rows["DoRA"].tests
+        assert rows[LORA].diverged == 0
+
 
 class TestMethods:
     problem = Digits(8, "clean", 8, 3, pretraining_epochs=1)
@@ -171,7 +230,9 @@ class TestMethods:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("budget", [1.0, 4.0])
-    @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.sized])
+    @pytest.mark.parametrize(
+        "name", [name for name, method in METHODS.items() if method.sized and method.group != "rule"]
+    )
     def test_methods_are_matched_to_loras_parameters(self, name: str, budget: float) -> None:
         problem = self.problem.problem(0)
         # Layers of the ViT: three, each with four of 64 × 64, one of 64 × 128 and one of 128 × 64.
@@ -226,6 +287,15 @@ class TestMethods:
         random = torch.randn(100, 64)
         share = (batch @ rows[0] / rows[0].norm()).square().mean()
         assert share > 1.2 * (random @ rows[0] / rows[0].norm()).square().mean()
+
+    @pytest.mark.parametrize("name", RULES)
+    def test_the_rule_scales_alone(self, name: str) -> None:
+        plain, scaled = (METHODS[of].build(Planted("random", 2).problem(0), 4.0) for of in (name, RULES[name]))
+        configs = [built.model.peft_config["default"] for built in (plain, scaled)]
+        factor = 2 if configs[0].levels == 3 else 1 / 0.7
+        layers = [built.model.base_model.model.layer for built in (plain, scaled)]
+        assert [layer.scaling["default"] for layer in layers] == pytest.approx([1, factor])
+        assert configs[0].subband_ranks == configs[1].subband_ranks and plain.parameters == scaled.parameters
 
 
 class TestTasks:

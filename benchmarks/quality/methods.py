@@ -41,7 +41,7 @@ class Method(Protocol):
 
     Attributes:
         name: in tables and results.
-        group: "WaRA", "peer", "attention" or "end".
+        group: "WaRA", "peer", "attention", "end", or "rule" for those that are run at LoRA's rate alone.
         sized: whether it is made to a budget.
     """
 
@@ -148,21 +148,20 @@ def wara_ladder(levels: int, size: int) -> dict[str, int]:
     return {name: size // len(order) + (index < size % len(order)) for index, name in enumerate(order)}
 
 
-def wara(name: str, levels: int = 1, wavelet: str = "haar", **fields: Any) -> Adapter:
-    """`subband` and `grid` with a pair for each subband."""
+def wara(
+    name: str, levels: int = 1, wavelet: str = "haar", group: str = "WaRA", scaling: float | None = None, **fields: Any
+) -> Adapter:
+    """`subband` and `grid` with a pair for each subband; `scaling` in place of 1."""
     form = fields.get("form", "subband")
 
     def config(size: int, problem: Problem) -> PeftConfig:
-        return WaRAConfig(
-            levels=levels,
-            wavelet=wavelet,
-            subband_ranks=wara_ladder(levels, size),
-            **fields,
-            **grid_fields(form, problem),
-        )
+        ranks = wara_ladder(levels, size)
+        alpha = scaling and scaling * sum(ranks.values())
+        grid = grid_fields(form, problem)
+        return WaRAConfig(levels=levels, wavelet=wavelet, subband_ranks=ranks, wara_alpha=alpha, **fields, **grid)
 
     layers = ("linear", "conv") if form == "subband" else ("linear",)
-    return Adapter(name, "WaRA", config, layers, needs_grid=form == "grid")
+    return Adapter(name, group, config, layers, needs_grid=form == "grid")
 
 
 def wara_of_rank(name: str, form: str, layers: tuple[str, ...] = ("linear",), **fields: Any) -> Adapter:
@@ -280,6 +279,11 @@ class End:
 LORA = "LoRA"
 """What the others are compared with."""
 BOTH = ("linear", "conv")
+RULES = {
+    "WaRA subband, haar, 1": "WaRA subband, haar, 1, scaled by 1/0.7",
+    "WaRA subband, haar, 3": "WaRA subband, haar, 3, scaled by 1/0.5",
+}
+"""Methods, and what each is called with the scaling that makes its first step as long as LoRA's."""
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -302,6 +306,9 @@ METHODS: dict[str, Method] = {
         wara("WaRA grid", form="grid"),
         wara_of_rank("WaRA grid, gains", "grid", grid_pairs="shared"),
         wara_of_rank("WaRA tiny", "tiny"),
+        # Adam's first step moves a pair of level j by 2^(-j/2) of what it moves LoRA's.
+        wara(RULES["WaRA subband, haar, 1"], group="rule", scaling=1 / 0.7),
+        wara(RULES["WaRA subband, haar, 3"], levels=3, group="rule", scaling=1 / 0.5),
         Attention("low-rank attention", with_low_rank_attention),
         Attention("Linformer", with_linformer),
         End("full fine-tuning", whole=True),

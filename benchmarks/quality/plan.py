@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quality.cells import Cell
-from quality.methods import LORA, METHODS
+from quality.methods import LORA, METHODS, RULES
 from quality.tasks import TASKS, Task
 from quality.tasks.digits import Digits
 
@@ -25,6 +25,8 @@ SEEDS = {"digits": range(8), "conv": range(8), "planted": range(5), "docstrings"
 BUDGET = 4.0
 BUDGETS = (4.0, 1.0, 16.0, 0.25)
 """In LoRA's ranks, the one of all stages first."""
+LAST = 2**31
+"""More than any seed."""
 SELECTED_OF_A_GROUP = 3
 FINALISTS = 4
 
@@ -109,20 +111,20 @@ def validation(entry: Entry, results: Results, rate: float, higher_is_better: bo
 def pending(
     wanted: list[tuple[Entry, Iterable[int]]], results: Results, tasks: Mapping[str, Task] = TASKS
 ) -> list[Cell]:
-    """Cells that can run now, in order: rates by entry, then seed by seed for all entries whose rate is chosen.
+    """Cells that can run now, in order: budget by budget, and of a budget what can be reported before what cannot yet.
 
-    Seeds in the outer loop, so that whenever it ends all methods have the same ones.
+    What can be reported comes seed by seed, so that methods whose rate is chosen have the same seeds when it ends.
     """
-    tunings = {entry: tuning(entry, results, tasks[entry.task].higher_is_better) for entry, _ in wanted}
-    missing = [cell for entry, _ in wanted for cell in tunings[entry].missing]
-    reported = [
-        (seed, entry.cell(rate, seed))
-        for entry, seeds in wanted
-        if (rate := tunings[entry].chosen) is not None
-        for seed in seeds
-    ]
-    reported.sort(key=lambda item: item[0])  # stable
-    return missing + [cell for _, cell in reported if cell not in results]
+    ordered: list[tuple[int, int, Cell]] = []
+    for entry, seeds in wanted:
+        budget = BUDGETS.index(entry.budget) if entry.budget in BUDGETS else 0  # the ends belong to the first
+        found = tuning(entry, results, tasks[entry.task].higher_is_better)
+        ordered += [(budget, LAST, cell) for cell in found.missing]
+        if found.chosen is not None:
+            cells = [entry.cell(found.chosen, seed) for seed in seeds]
+            ordered += [(budget, cell.seed, cell) for cell in cells if cell not in results]
+    ordered.sort(key=lambda item: item[:2])  # stable
+    return [cell for _, _, cell in ordered]
 
 
 def stage_one() -> list[tuple[Entry, Iterable[int]]]:
@@ -131,7 +133,8 @@ def stage_one() -> list[tuple[Entry, Iterable[int]]]:
     Of the digits it looks at eight a class, which train in half of the time.
     """
     tasks = [task for task in of_families("planted", "digits") if not isinstance(task, Digits) or task.per_class == 8]
-    return [(entry, ()) for entry in entries(tasks, METHODS, BUDGET)]
+    methods = [name for name, method in METHODS.items() if method.group != "rule"]
+    return [(entry, ()) for entry in entries(tasks, methods, BUDGET)]
 
 
 def stage_two(results: Results) -> list[tuple[Entry, Iterable[int]]]:
@@ -148,6 +151,20 @@ def stage_three(results: Results) -> list[tuple[Entry, Iterable[int]]]:
     methods = [LORA, *finalists(results), *(name for name, method in METHODS.items() if method.group == "end")]
     found = entries(of_families("docstrings", "language"), methods, BUDGET)
     return [(entry, SEEDS[entry.family]) for entry in found]
+
+
+def rule_cells(results: Results) -> dict[Entry, dict[int, Cell]]:
+    """WaRA at the rate that LoRA chose, with its scaling as it is and as a rule makes it, by seed.
+
+    Of the tasks of stage two on which LoRA has chosen its rate.
+    """
+    found = {}
+    for entry in entries(of_families("digits", "conv", "planted"), [*RULES, *RULES.values()], BUDGET):
+        lora = Entry(entry.task, LORA, BUDGET)
+        rate = tuning(lora, results, TASKS[entry.task].higher_is_better).chosen
+        if rate is not None:
+            found[entry] = {seed: entry.cell(rate, seed) for seed in SEEDS[entry.family]}
+    return found
 
 
 def stage(number: int, results: Results) -> list[tuple[Entry, Iterable[int]]]:

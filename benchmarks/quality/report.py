@@ -21,11 +21,11 @@ from report import replaced  # the one of the folder above
 
 from quality import plan
 from quality.cells import Store
-from quality.comparison import interval
+from quality.comparison import interval, paired
 from quality.figures import pareto
 from quality.methods import LORA, METHODS
 from quality.plan import BUDGET, Entry, Results
-from quality.reported import Compared, Reported, compared, mean, pooled, reported
+from quality.reported import Compared, Reported, by_seed, compared, mean, pooled, reported
 from quality.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
@@ -166,6 +166,30 @@ def rates_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def rule_table(results: Results, found: dict[str, list[Reported]]) -> str:
+    """At the rate that LoRA chose: what WaRA differs from LoRA with its scaling as it is, and scaled by the rule."""
+    lora = {
+        row.task: row.tests for rows in found.values() for row in rows if (row.method, row.budget) == (LORA, BUDGET)
+    }
+    by_method: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for entry, cells in plan.rule_cells(results).items():
+        tests = {seed: results[cell]["test"] for seed, cell in cells.items() if cell in results}
+        tests = {seed: value for seed, value in tests.items() if value is not None}
+        if tests and entry.task in lora:
+            by_method.setdefault((entry.family, entry.method), {})[entry.task] = tests
+    lines = ["| family | method | paired difference to LoRA at its rate | p | seeds |", "|---|---|---|---|---|"]
+    for (family, method), of_tasks in by_method.items():
+        own, baseline = by_seed(list(of_tasks.values())), by_seed([lora[task] for task in of_tasks])
+        difference = paired(own, baseline)
+        if difference:
+            factor, shown = unit(family)
+            text = f"{factor * difference.mean:+{shown}} ± {factor * difference.interval:{shown}}"
+            lines.append(
+                f"| {family} ({len(of_tasks)}) | {method} | {text} | {difference.p:.3f} | {difference.pairs} |"
+            )
+    return "\n".join(lines)
+
+
 def tables(results: Results) -> dict[str, str]:
     found = reported(results)
     return {
@@ -174,6 +198,7 @@ def tables(results: Results) -> dict[str, str]:
         "paired": paired_tables(found),
         "selection": selection_table(results),
         "rates": rates_table(results),
+        "rule": rule_table(results, found),
     }
 
 

@@ -35,6 +35,8 @@ from quality.training import train
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 CACHE = HERE / "cache"
+SECONDS_TO_PLAN = 30
+"""After so long it is asked anew what comes next: rates chosen meanwhile bring cells that can be reported."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--stage", type=int, choices=(1, 2, 3), help="1 selects methods, 2 and 3 compare them")
+    what.add_argument("--rule", action="store_true", help="WaRA at LoRA's rates, scaled by a rule and not")
     what.add_argument("--quick", action="store_true", help="tiny tasks and few methods, in another folder")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time that it may take (default: no end)")
     parser.add_argument("--results", type=Path, help="folder of the JSON lines (default: the one with the kept ones)")
@@ -91,7 +94,10 @@ def work(pending: Callable[[], list[Cell]], tasks: dict[str, Task], store: Store
         while cells := [cell for cell in pending() if cell not in failed]:
             bar.total = bar.n + len(cells)
             ran = 0
+            plan_again = time.monotonic() + SECONDS_TO_PLAN
             for cell in cells:
+                if time.monotonic() > plan_again:
+                    break
                 if time.monotonic() + clock.expected(cell) > end:
                     bar.write(f"The time is over; {len(cells) - ran} or more cells are left. Run it again to go on.")
                     return len(failed)
@@ -119,7 +125,7 @@ def work(pending: Callable[[], list[Cell]], tasks: dict[str, Task], store: Store
                         f"The first cell took {result['seconds']} s. {len(cells) - 1} more are known to be needed: "
                         f"about {left:.1f} minutes, and seeds and wider rates come after them."
                     )
-            if not ran and cells:
+            if not ran:
                 time.sleep(1)  # other processes work on them, and their results decide what comes next
     return len(failed)
 
@@ -134,6 +140,9 @@ def main() -> None:
 
     def pending() -> list[Cell]:
         results = store.results()
+        if args.rule:
+            cells = [cell for by_seed in plan.rule_cells(results).values() for cell in by_seed.values()]
+            return sorted((cell for cell in cells if cell not in results), key=lambda cell: cell.seed)
         return plan.pending(quick.wanted() if args.quick else plan.stage(args.stage, results), results, tasks)
 
     try:

@@ -16,9 +16,9 @@ from quality.training import Problem, accuracy
 
 MAX_LENGTH = 32
 CLASSES = 20
-PER_CLASS = 16
+PER_CLASS = 8
 VALIDATION, TEST = 200, 400
-STEPS, BATCH_SIZE = 60, 16
+STEPS, BATCH_SIZE = 60, 8
 
 
 @lru_cache
@@ -48,7 +48,7 @@ class Docstrings:
     layers = "linear"
     has_grid = False
     attention = ""
-    name = "docstrings/16 a class"
+    name = "docstrings/8 a class"
 
     def problem(self, seed: int) -> Problem:
         model = copy.deepcopy(encoder_with_head())
