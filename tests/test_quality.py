@@ -18,8 +18,10 @@ from torch import nn
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from quality import comparison, plan  # noqa: E402
+from quality import comparison, plan, quick  # noqa: E402
+from quality import report as quality_report  # noqa: E402
 from quality.cells import Cell, Store  # noqa: E402
+from quality.figures import pareto  # noqa: E402
 from quality.methods import LORA, METHODS, RULES, adapter_size, largest, wara_ladder  # noqa: E402
 from quality.reported import compared, pooled, reported  # noqa: E402
 from quality.tasks import TASKS  # noqa: E402
@@ -181,11 +183,16 @@ class TestReported:
                 entry = plan.Entry(task, method, 4.0)
                 for rate, value in ((0.003, 0.3), (0.01, 0.5), (0.03, 0.4)):
                     for seed in plan.TUNING_SEEDS:
-                        found[entry.cell(rate, seed)] = {"validation": value, "test": 0.9, "parameters": 7}
+                        found[entry.cell(rate, seed)] = {
+                            "validation": value,
+                            "test": 0.9,
+                            "parameters": 7,
+                            "seconds": 1,
+                        }
                 for seed, value in noise.items():
                     # Seeds differ more than methods: only pairs tell them apart.
                     test = seed / 10 + {LORA: 0.0, "DoRA": add + value, "MiSS": 5 * value}[method]
-                    found[entry.cell(0.01, seed)] = {"validation": 0.5, "test": test, "parameters": 7}
+                    found[entry.cell(0.01, seed)] = {"validation": 0.5, "test": test, "parameters": 7, "seconds": 1}
         return found
 
     def test_only_seeds_that_chose_nothing_are_reported_and_differences_are_paired(self) -> None:
@@ -380,23 +387,64 @@ class TestTraining:
         assert problem.score(problem.model, problem.splits["test"]) < 0.1
 
 
+class TestReport:
+    results = TestReported.results
+
+    def test_tables_show_the_paired_difference_in_points_and_whether_it_is_significant(self) -> None:
+        found = reported(self.results())
+        noise = np.random.default_rng(0).normal(0, 0.01, 8)
+        expected = stats.ttest_1samp(0.1 + noise, 0)
+        interval = expected.confidence_interval()
+        middle, half = 100 * (0.1 + noise.mean()), 50 * (interval.high - interval.low)
+        name = "digits/clean, 8 a class"
+        table = quality_report.paired_tables({name: found[name]})
+        (line,) = [line for line in table.splitlines() if "| DoRA | 7 | 0.01 |" in line]
+        assert f"| **{middle:+.1f} ± {half:.1f}** better | 0.000 | 0.000 | 8 |" in line
+        assert f"| LoRA r=4 | {LORA} | 7 | 0.01 | 35.0 ± " in table
+        # The planted error is the better the lower: what is significantly above LoRA's is worse.
+        worse = quality_report.row_of(compared(found["digits/clean, 8 a class"])[1], "planted", False)
+        assert f"**{middle / 100:+.3f} ± {half / 100:.3f}** worse" in worse
+
+    def test_pictures_have_points_at_the_parameters_and_intervals(self) -> None:
+        found = reported(self.results())
+        task = TASKS["digits/clean, 8 a class"]
+        figure = pareto([task], found, {name: method.group for name, method in METHODS.items()})
+        panel = figure.axes[0]
+        assert panel.get_xscale() == "log" and panel.get_title() == task.name
+        points = [container.lines[0].get_xydata().tolist() for container in panel.containers]
+        noise = np.random.default_rng(0).normal(0, 0.01, 8).mean()
+        assert points == [[[7, pytest.approx(value)]] for value in (0.35, 0.45 + noise, 0.35 + 5 * noise)]
+
+    def test_stages_that_wait_for_another_say_so(self) -> None:
+        table = quality_report.progress_table(self.results())
+        assert "| 2 | 0 | stage 1 has " in table
+        with pytest.raises(ValueError, match=r"run `run\.py --stage 1` first"):
+            plan.stage(2, self.results())
+
+    @pytest.mark.slow
+    def test_tables_in_the_readme_are_what_the_results_say(self) -> None:
+        command = [sys.executable, str(QUALITY / "report.py"), "--check"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quick run, begun with hardly any time, and then finished by two processes at once."""
+    folder = tmp_path_factory.mktemp("quick") / "results"
+    begun = run_quick(folder, "--minutes", "0.05")
+    output = begun.communicate()[0]
+    assert begun.returncode == 0, output
+    assert "The time is over" in output and "more are known to be needed" in output
+    assert cells_in(folder)
+    for process in [run_quick(folder) for _ in range(2)]:
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+    return folder
+
+
 @pytest.mark.slow
 class TestQuickRun:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Begun with hardly any time, and then finished by two processes at once."""
-        folder = tmp_path_factory.mktemp("quick") / "results"
-        begun = run_quick(folder, "--minutes", "0.05")
-        output = begun.communicate()[0]
-        assert begun.returncode == 0, output
-        assert "The time is over" in output and "more are known to be needed" in output
-        assert cells_in(folder)
-        processes = [run_quick(folder) for _ in range(2)]
-        for process in processes:
-            output = process.communicate()[0]
-            assert process.returncode == 0, output
-        return folder
-
     def test_nothing_runs_twice(self, folder: Path) -> None:
         cells = cells_in(folder)
         assert len(cells) == len(set(cells)) > 80
@@ -413,8 +461,6 @@ class TestQuickRun:
                 assert line["validation"] is None or 0 <= line["validation"] < 10
 
     def test_every_method_has_its_reported_seeds_at_a_chosen_rate(self, folder: Path) -> None:
-        from quality import quick
-
         results = Store(folder, folder / "locks").results()
         for entry, seeds in quick.wanted():
             chosen = plan.tuning(entry, results, quick.TASKS[entry.task].higher_is_better).chosen
