@@ -52,12 +52,12 @@ class Entry:
 
 
 def entries(tasks: Iterable[Task], methods: Iterable[str], budget: float) -> list[Entry]:
-    """The methods that apply, at a budget; those without a size only at the one of all stages."""
+    """The methods that apply, at a budget; those without a size have none."""
     return [
         Entry(task.name, name, budget if METHODS[name].sized else 0.0)
         for task in tasks
         for name in methods
-        if METHODS[name].applies(task) and (METHODS[name].sized or budget == BUDGET)
+        if METHODS[name].applies(task)
     ]
 
 
@@ -138,17 +138,17 @@ def stage_one() -> list[tuple[Entry, Iterable[int]]]:
 
 
 def stage_two(results: Results) -> list[tuple[Entry, Iterable[int]]]:
-    """The selected adapters with LoRA and the ends, at all budgets."""
-    methods = [LORA, *selected(results), *(name for name, method in METHODS.items() if method.group == "end")]
-    found = [
-        entry for budget in BUDGETS for entry in entries(of_families("digits", "conv", "planted"), methods, budget)
-    ]
+    """The selected adapters with LoRA at all budgets; at the first one also the ends, and the attention variants."""
+    tasks = of_families("digits", "conv", "planted")
+    adapters = [LORA, *selected(results)]
+    first = [*adapters, *of_group("end"), *of_group("attention")]
+    found = [entry for budget in BUDGETS for entry in entries(tasks, first if budget == BUDGET else adapters, budget)]
     return [(entry, SEEDS[entry.family]) for entry in found]
 
 
 def stage_three(results: Results) -> list[tuple[Entry, Iterable[int]]]:
     """The finalists with LoRA and the ends, at one budget, on text."""
-    methods = [LORA, *finalists(results), *(name for name, method in METHODS.items() if method.group == "end")]
+    methods = [LORA, *finalists(results), *of_group("end")]
     found = entries(of_families("docstrings", "language"), methods, BUDGET)
     return [(entry, SEEDS[entry.family]) for entry in found]
 
@@ -190,6 +190,10 @@ def require(number: int, wanted: list[tuple[Entry, Iterable[int]]], results: Res
 
 def of_families(*names: str) -> list[Task]:
     return [task for task in TASKS.values() if task.name.partition("/")[0] in names]
+
+
+def of_group(group: str) -> list[str]:
+    return [name for name, method in METHODS.items() if method.group == group]
 
 
 def ranking(results: Results, wanted: list[Entry], seeds: Mapping[str, Iterable[int]] | None = None) -> list[str]:
