@@ -235,6 +235,8 @@ class End:
 
 LORA = "LoRA"
 """What the others are compared with."""
+DEFAULT = "WaRA subband, haar, 1"
+"""What a `WaRAConfig` without arguments is."""
 BOTH = ("linear", "conv")
 RULES = {
     "WaRA subband, haar, 1": "WaRA subband, haar, 1, scaled by 1/0.7",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quality.cells import Cell
-from quality.methods import LORA, METHODS, RULES
+from quality.methods import DEFAULT, LORA, METHODS, RULES
 from quality.tasks import TASKS, Task
 from quality.tasks.digits import Digits
 
@@ -128,19 +128,16 @@ def pending(
 
 
 def stage_one() -> list[tuple[Entry, Iterable[int]]]:
-    """Every method at one budget, on the tuning seeds alone: it selects, and reports nothing.
-
-    Of the digits it looks at eight a class, which train in half of the time.
-    """
-    tasks = [task for task in of_families("planted", "digits") if not isinstance(task, Digits) or task.per_class == 8]
+    """Every method at one budget, on the tuning seeds alone: it selects, and reports nothing."""
+    tasks = quick_ones(of_families("planted", "digits"))
     methods = [name for name, method in METHODS.items() if method.group != "rule"]
     return [(entry, ()) for entry in entries(tasks, methods, BUDGET)]
 
 
 def stage_two(results: Results) -> list[tuple[Entry, Iterable[int]]]:
-    """The selected adapters with LoRA at all budgets; at the first one also the ends, and the attention variants."""
+    """LoRA, WaRA's default and what was selected at all budgets; at the first also the ends and other attention."""
     tasks = of_families("digits", "conv", "planted")
-    adapters = [LORA, *selected(results)]
+    adapters = [name for name in METHODS if name in {LORA, DEFAULT, *selected(results)}]
     first = [*adapters, *of_group("end"), *of_group("attention")]
     found = [entry for budget in BUDGETS for entry in entries(tasks, first if budget == BUDGET else adapters, budget)]
     return [(entry, SEEDS[entry.family]) for entry in found]
@@ -178,7 +175,8 @@ def stage(number: int, results: Results) -> list[tuple[Entry, Iterable[int]]]:
     if number == 2:
         require(1, stage_one(), results)
         return stage_two(results)
-    require(2, [(entry, seeds) for entry, seeds in stage(2, results) if entry.budget in (BUDGET, 0.0)], results)
+    looked_at = set(of_second_selection(stage(2, results)))
+    require(2, [(entry, seeds) for entry, seeds in stage_two(results) if entry in looked_at], results)
     return stage_three(results)
 
 
@@ -190,6 +188,21 @@ def require(number: int, wanted: list[tuple[Entry, Iterable[int]]], results: Res
 
 def of_families(*names: str) -> list[Task]:
     return [task for task in TASKS.values() if task.name.partition("/")[0] in names]
+
+
+def quick_ones(tasks: list[Task]) -> list[Task]:
+    """What methods are selected by: of the digits those with eight a class, which train in half of the time."""
+    return [task for task in tasks if not isinstance(task, Digits) or task.per_class == 8]
+
+
+def of_second_selection(wanted: list[tuple[Entry, Iterable[int]]]) -> list[Entry]:
+    """The points of stage two that choose the finalists: adapters at the first budget."""
+    names = {task.name for task in quick_ones(list(TASKS.values()))}
+    return [
+        entry
+        for entry, _ in wanted
+        if entry.budget == BUDGET and entry.task in names and METHODS[entry.method].group in ("WaRA", "peer")
+    ]
 
 
 def of_group(group: str) -> list[str]:
@@ -249,8 +262,9 @@ def selected(results: Results) -> list[str]:
 
 
 def finalists(results: Results) -> list[str]:
-    """The best four of stage two at the first budget, of those that text can use."""
+    """WaRA's default and the best three others of stage two at the first budget, of those that text can use."""
     text = of_families("docstrings", "language")
-    order = ranking(results, [entry for entry, _ in stage_two(results) if entry.budget == BUDGET], SEEDS)
-    usable = [name for name in order if name != LORA and all(METHODS[name].applies(task) for task in text)]
-    return [name for name in METHODS if name in usable[:FINALISTS]]
+    order = ranking(results, of_second_selection(stage_two(results)), SEEDS)
+    usable = [name for name in order if all(METHODS[name].applies(task) for task in text)]
+    chosen = {DEFAULT, *[name for name in usable if name not in (LORA, DEFAULT)][: FINALISTS - 1]}
+    return [name for name in METHODS if name in chosen]
