@@ -97,7 +97,7 @@ class TestReported:
         assert rows["DoRA"].difference.mean == pytest.approx(0.15 + noise.mean())
         assert rows["DoRA"].difference.p == pytest.approx(stats.ttest_1samp(0.15 + noise, 0).pvalue)
         assert rows["MiSS"].difference.mean == pytest.approx(5 * noise.mean())
-        assert rows["MiSS"].row.task == "digits (1)"
+        assert (rows["MiSS"].tasks, rows["DoRA"].tasks) == (1, 2)
 
     def test_a_run_that_diverged_is_told_and_no_figure(self) -> None:
         results = self.results()

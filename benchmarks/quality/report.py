@@ -104,6 +104,8 @@ def row_of(item: Compared, family: str, higher_is_better: bool) -> str:
     else:
         cells += ["", "", ""]
     seeds = f"{len(values)}" + (f" ({row.diverged} diverged)" if row.diverged else "")
+    if item.tasks > 1:
+        seeds += f", {item.tasks} tasks"
     return f"| {' | '.join([*cells, seeds])} |"
 
 

@@ -65,6 +65,8 @@ class Compared:
     row: Reported
     difference: Difference | None
     adjusted: float | None
+    tasks: int = 1
+    """How many tasks the row is the mean of."""
 
 
 def compared(rows: list[Reported]) -> list[Compared]:
@@ -92,7 +94,7 @@ def pooled(found: Mapping[str, list[Reported]], family: str) -> list[Compared]:
     result = []
     for budget in dict.fromkeys(budget for _, _, budget in rows):
         differences: dict[str, Difference | None] = {}
-        means: dict[str, Reported] = {}
+        means: dict[str, tuple[Reported, int]] = {}
         for method in METHODS:
             having = [name for name in tasks if (name, method, budget) in rows and (name, LORA, budget) in rows]
             if not having:
@@ -103,11 +105,10 @@ def pooled(found: Mapping[str, list[Reported]], family: str) -> list[Compared]:
             differences[method] = None if method == LORA else paired(own, lora)
             first = rows[having[0], method, budget]
             diverged = sum(rows[name, method, budget].diverged for name in having)
-            means[method] = Reported(
-                f"{family} ({len(having)})", method, budget, float("nan"), first.parameters, own, diverged
-            )
+            row = Reported(family, method, budget, float("nan"), first.parameters, own, diverged)
+            means[method] = row, len(having)
         adjusted = holm({name: difference.p for name, difference in differences.items() if difference})
-        result += [Compared(row, differences[name], adjusted.get(name)) for name, row in means.items()]
+        result += [Compared(row, differences[name], adjusted.get(name), tasks) for name, (row, tasks) in means.items()]
     return result
 
 
