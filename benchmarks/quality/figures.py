@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from quality.comparison import interval
 from quality.reported import Reported, mean
 from quality.tasks.task import Task
 
+DODGE = 1.05
+"""Methods of equal size are drawn side by side, each this factor of parameters right of the one before."""
 MARKERS = {"WaRA": "o", "peer": "s", "attention": "^", "end": "D"}
 
 
@@ -27,7 +30,8 @@ def pareto(tasks: list[Task], found: Mapping[str, list[Reported]], groups: Mappi
     figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     names = [name for name in groups if any(row.method == name for of_task in found.values() for row in of_task)]
-    colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
+    colours = {name: colormaps["tab20"](2 * index % 19) for index, name in enumerate(names)}
+    dodge = {name: DODGE ** (index - len(names) / 2) for index, name in enumerate(names)}
     handles: dict[str, object] = {}
     for panel, task in zip(panels.flat, tasks, strict=False):
         for name in names:
@@ -39,7 +43,7 @@ def pareto(tasks: list[Task], found: Mapping[str, list[Reported]], groups: Mappi
                 handles[name] = panel.axhline(values[0], color=colours[name], linestyle=":", linewidth=1)
                 continue
             handles[name] = panel.errorbar(
-                [row.parameters for row in points],
+                [row.parameters * dodge[name] for row in points],
                 values,
                 [interval(list(row.tests.values())) for row in points],
                 color=colours[name],
