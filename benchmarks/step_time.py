@@ -4,8 +4,8 @@
 
 On an encoder (MiniLM's shape) and a decoder (Llama's shape) methods take turns, in two groups, so that a round stays
 short: LoRA, MiSS and WaRA; then the slower ones. LoRA r=8 and WaRA with one Haar level are in both. Ratios are to LoRA
-r=8; those of one level also to LoRA r=16, those of three to LoRA r=40, whose R is theirs, and those of others to WaRA. `--compile` compiles each
-model first, `--dtype bfloat16` casts it.
+r=8; those of one level also to LoRA r=16 and those of three to LoRA r=40, whose R is theirs, and those of others to
+WaRA. `--compile` compiles each model first, `--dtype bfloat16` casts it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,270 @@
+"""Which cells a stage needs, given those that are finished: learning rates first, then the seeds that are reported."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quality.cells import Cell
+from quality.methods import DEFAULT, LORA, METHODS, RULES
+from quality.tasks import TASKS, Task
+from quality.tasks.digits import Digits
+
+Results = Mapping[Cell, dict[str, Any]]
+
+TUNING_SEEDS = (100, 101)
+"""Learning rates are chosen on the validation split of these, and nothing else of them is reported."""
+FIRST_RATES = (-5, -4, -3)
+"""Half decades: 3e-3, 1e-2, 3e-2. The same for all methods."""
+WIDENINGS = 4
+"""How often the grid grows by a step where the best rate lies on its edge."""
+SEEDS = {"digits": range(8), "conv": range(8), "planted": range(5), "docstrings": range(5), "language": range(5)}
+BUDGET = 4.0
+BUDGETS = (4.0, 1.0, 16.0, 0.25)
+"""In LoRA's ranks, the one of all stages first."""
+LAST = 2**31
+"""More than any seed."""
+SELECTED_OF_A_GROUP = 3
+FINALISTS = 4
+
+
+def rate(half_decades: int) -> float:
+    return float(f"{(1, 3)[half_decades % 2]}e{half_decades // 2}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A point of a table: a method on a task at a budget."""
+
+    task: str
+    method: str
+    budget: float
+
+    def cell(self, rate: float, seed: int) -> Cell:
+        return Cell(self.task, self.method, self.budget, rate, seed)
+
+    @property
+    def family(self) -> str:
+        return self.task.partition("/")[0]
+
+
+def entries(tasks: Iterable[Task], methods: Iterable[str], budget: float) -> list[Entry]:
+    """The methods that apply, at a budget; those without a size have none."""
+    return [
+        Entry(task.name, name, budget if METHODS[name].sized else 0.0)
+        for task in tasks
+        for name in methods
+        if METHODS[name].applies(task)
+    ]
+
+
+def fits(entry: Entry, results: Results) -> bool:
+    """False once a run has told that the method's smallest size is above the budget."""
+    first = results.get(entry.cell(rate(FIRST_RATES[0]), TUNING_SEEDS[0]))
+    return first is None or first["parameters"] is not None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The cells that the choice of a rate still needs, or the rate, with the validation's mean by rate."""
+
+    missing: list[Cell]
+    chosen: float | None
+    means: dict[float, float]
+
+
+def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
+    """Choose the best rate of the grid, after it has grown until the best is not on its edge.
+
+    Among equals the one nearest to the middle is taken.
+    """
+    if not fits(entry, results):
+        return Tuning([], None, {})
+    grid = list(FIRST_RATES)
+    widened = 0
+    while True:
+        wanted = [entry.cell(rate(step), seed) for seed in TUNING_SEEDS for step in grid]
+        missing = [cell for cell in wanted if cell not in results]
+        if missing:
+            return Tuning(missing, None, {})
+        means = {step: validation(entry, results, rate(step), higher_is_better) for step in grid}
+        middle = (grid[0] + grid[-1]) / 2
+        best = max(grid, key=lambda step: (means[step], -abs(step - middle)))
+        if best not in (grid[0], grid[-1]) or widened == WIDENINGS:
+            sign = 1 if higher_is_better else -1
+            return Tuning([], rate(best), {rate(step): sign * mean for step, mean in means.items()})
+        grid = [best - 1, *grid] if best == grid[0] else [*grid, best + 1]
+        widened += 1
+
+
+def validation(entry: Entry, results: Results, rate: float, higher_is_better: bool) -> float:
+    """Mean over the tuning seeds, larger being better; a run that did not end is worse than any other."""
+    found = [results[entry.cell(rate, seed)]["validation"] for seed in TUNING_SEEDS]
+    if any(value is None for value in found):
+        return -math.inf
+    return statistics.mean(found) * (1 if higher_is_better else -1)
+
+
+def pending(
+    wanted: list[tuple[Entry, Iterable[int]]], results: Results, tasks: Mapping[str, Task] = TASKS
+) -> list[Cell]:
+    """Cells that can run now, in order: budget by budget, and of a budget what can be reported before what cannot yet.
+
+    What can be reported comes seed by seed, so that methods whose rate is chosen have the same seeds when it ends.
+    """
+    ordered: list[tuple[int, int, Cell]] = []
+    for entry, seeds in wanted:
+        budget = BUDGETS.index(entry.budget) if entry.budget in BUDGETS else 0  # the ends belong to the first
+        found = tuning(entry, results, tasks[entry.task].higher_is_better)
+        ordered += [(budget, LAST, cell) for cell in found.missing]
+        if found.chosen is not None:
+            cells = [entry.cell(found.chosen, seed) for seed in seeds]
+            ordered += [(budget, cell.seed, cell) for cell in cells if cell not in results]
+    ordered.sort(key=lambda item: item[:2])  # stable
+    return [cell for _, _, cell in ordered]
+
+
+def stage_one() -> list[tuple[Entry, Iterable[int]]]:
+    """Every method at one budget, on the tuning seeds alone: it selects, and reports nothing."""
+    tasks = quick_ones(of_families("planted", "digits"))
+    methods = [name for name, method in METHODS.items() if method.group != "rule"]
+    return [(entry, ()) for entry in entries(tasks, methods, BUDGET)]
+
+
+def stage_two(results: Results) -> list[tuple[Entry, Iterable[int]]]:
+    """LoRA, WaRA's default and what was selected at all budgets; at the first also the ends and other attention."""
+    tasks = of_families("digits", "conv", "planted")
+    adapters = [name for name in METHODS if name in {LORA, DEFAULT, *selected(results)}]
+    first = [*adapters, *of_group("end"), *of_group("attention")]
+    found = [entry for budget in BUDGETS for entry in entries(tasks, first if budget == BUDGET else adapters, budget)]
+    return [(entry, SEEDS[entry.family]) for entry in found]
+
+
+def stage_three(results: Results) -> list[tuple[Entry, Iterable[int]]]:
+    """The finalists with LoRA and the ends, at one budget, on text."""
+    methods = [LORA, *finalists(results), *of_group("end")]
+    found = entries(of_families("docstrings", "language"), methods, BUDGET)
+    return [(entry, SEEDS[entry.family]) for entry in found]
+
+
+def rule_cells(results: Results) -> dict[Entry, dict[int, Cell]]:
+    """WaRA at the rate that LoRA chose, with its scaling as it is and as a rule makes it, by seed.
+
+    Of the tasks of stage two on which LoRA has chosen its rate.
+    """
+    found = {}
+    for entry in entries(of_families("digits", "conv", "planted"), [*RULES, *RULES.values()], BUDGET):
+        lora = Entry(entry.task, LORA, BUDGET)
+        rate = tuning(lora, results, TASKS[entry.task].higher_is_better).chosen
+        if rate is not None:
+            found[entry] = {seed: entry.cell(rate, seed) for seed in SEEDS[entry.family]}
+    return found
+
+
+def stage(number: int, results: Results) -> list[tuple[Entry, Iterable[int]]]:
+    """What a stage wants.
+
+    Raises:
+        ValueError: a stage that selects for this one has cells left.
+    """
+    if number == 1:
+        return stage_one()
+    if number == 2:
+        require(1, stage_one(), results)
+        return stage_two(results)
+    looked_at = set(of_second_selection(stage(2, results)))
+    require(2, [(entry, seeds) for entry, seeds in stage_two(results) if entry in looked_at], results)
+    return stage_three(results)
+
+
+def require(number: int, wanted: list[tuple[Entry, Iterable[int]]], results: Results) -> None:
+    left = len(pending(wanted, results))
+    if left:
+        raise ValueError(f"stage {number} has {left} or more cells left; run `run.py --stage {number}` first.")
+
+
+def of_families(*names: str) -> list[Task]:
+    return [task for task in TASKS.values() if task.name.partition("/")[0] in names]
+
+
+def quick_ones(tasks: list[Task]) -> list[Task]:
+    """What methods are selected by: of the digits those with eight a class, which train in half of the time."""
+    return [task for task in tasks if not isinstance(task, Digits) or task.per_class == 8]
+
+
+def of_second_selection(wanted: list[tuple[Entry, Iterable[int]]]) -> list[Entry]:
+    """The points of stage two that choose the finalists: adapters at the first budget."""
+    names = {task.name for task in quick_ones(list(TASKS.values()))}
+    return [
+        entry
+        for entry, _ in wanted
+        if entry.budget == BUDGET and entry.task in names and METHODS[entry.method].group in ("WaRA", "peer")
+    ]
+
+
+def of_group(group: str) -> list[str]:
+    return [name for name, method in METHODS.items() if method.group == group]
+
+
+def ranking(results: Results, wanted: list[Entry], seeds: Mapping[str, Iterable[int]] | None = None) -> list[str]:
+    """Adapters from the best, by place on validation splits: 0 the first, 1 the last of those that a task takes.
+
+    Places are averaged over a family's tasks, and then over the families that a method applies to.
+
+    Args:
+        wanted: the entries to look at.
+        seeds: of each family; None means the tuning seeds.
+    """
+    places: dict[str, dict[str, list[float]]] = {}
+    for task in dict.fromkeys(entry.task for entry in wanted):
+        values = {}
+        for entry in wanted:
+            if entry.task != task or METHODS[entry.method].group not in ("WaRA", "peer"):
+                continue
+            higher = TASKS[task].higher_is_better
+            found = tuning(entry, results, higher)
+            if found.chosen is None:
+                continue
+            if seeds is None:
+                value = found.means[found.chosen]
+            else:
+                value = statistics.mean(
+                    results[entry.cell(found.chosen, seed)]["validation"] for seed in seeds[entry.family]
+                )
+            values[entry.method] = value if higher else -value
+        for name, value in values.items():
+            # Half of those it ties with count as better.
+            better = (
+                sum(other > value for other in values.values())
+                + (sum(other == value for other in values.values()) - 1) / 2
+            )
+            family = task.partition("/")[0]
+            places.setdefault(name, {}).setdefault(family, []).append(better / max(1, len(values) - 1))
+    means = {
+        name: statistics.mean(statistics.mean(of_family) for of_family in families.values())
+        for name, families in places.items()
+    }
+    return sorted(means, key=lambda name: means[name])
+
+
+def selected(results: Results) -> list[str]:
+    """The best three WaRA adapters and the best three peers of stage one, in the order of `METHODS`."""
+    order = ranking(results, [entry for entry, _ in stage_one()])
+    chosen = {
+        name
+        for group in ("WaRA", "peer")
+        for name in [name for name in order if METHODS[name].group == group and name != LORA][:SELECTED_OF_A_GROUP]
+    }
+    return [name for name in METHODS if name in chosen]
+
+
+def finalists(results: Results) -> list[str]:
+    """WaRA's default and the best three others of stage two at the first budget, of those that text can use."""
+    text = of_families("docstrings", "language")
+    order = ranking(results, of_second_selection(stage_two(results)), SEEDS)
+    usable = [name for name in order if all(METHODS[name].applies(task) for task in text)]
+    chosen = {DEFAULT, *[name for name in usable if name not in (LORA, DEFAULT)][: FINALISTS - 1]}
+    return [name for name in METHODS if name in chosen]
