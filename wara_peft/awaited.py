@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import WaRAConfig
 from .messages import first
@@ -20,11 +20,11 @@ class AwaitedAdapter:
 
     Attributes:
         config: the config as it was loaded, with the shapes and hashes of the modules that the tensors belong to.
-        trained: the model's parameters that trained before the adapter was added.
+        trained: names of the model's parameters that trained before the adapter was added.
     """
 
     config: WaRAConfig
-    trained: list[nn.Parameter]
+    trained: list[str]
 
     def check(self, found: WaRAConfig) -> None:
         """Compare the modules that the saved adapter belongs to with those that have it now.

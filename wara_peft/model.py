@@ -78,7 +78,7 @@ class WaRAModel(BaseTuner):
         if state_dict is not None:
             self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
         given = cast(WaRAConfig, self.peft_config[adapter_name])
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         try:
             check_adapter_name(adapter_name)
             self.peft_config[adapter_name] = copy.deepcopy(given)
@@ -122,8 +122,8 @@ class WaRAModel(BaseTuner):
             self.delete_adapter(adapter_name)
         else:
             self.unload()
-            for parameter in self._awaited[adapter_name].trained:
-                parameter.requires_grad_(True)
+            for name in self._awaited[adapter_name].trained:
+                self.model.get_parameter(name).requires_grad_(True)
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
