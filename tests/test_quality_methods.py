@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from quality.methods import METHODS, RULES, wara_ladder
-from quality.sizes import adapter_size, largest
+from quality.methods import METHODS, RULES
+from quality.sizes import adapter_size, largest, wara_ladder
 from quality.tasks.digits import Digits
 from quality.tasks.planted import Planted
 from quality.training import Built, train, trained_parameters
+
+from wara_peft.layer import WaRALayer
 
 SIZED = [name for name, method in METHODS.items() if method.sized and method.group != "rule"]
 
@@ -33,9 +36,7 @@ class TestMethods:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("budget", [1.0, 4.0])
-    @pytest.mark.parametrize(
-        "name", [name for name, method in METHODS.items() if method.sized and method.group != "rule"]
-    )
+    @pytest.mark.parametrize("name", SIZED)
     def test_methods_are_matched_to_loras_parameters(self, name: str, budget: float) -> None:
         problem = self.problem.problem(0)
         # Layers of the ViT: three, each with four of 64 × 64, one of 64 × 128 and one of 128 × 64.
@@ -99,6 +100,47 @@ class TestMethods:
         layers = [built.model.base_model.model.layer for built in (plain, scaled)]
         assert [layer.scaling["default"] for layer in layers] == pytest.approx([1, factor])
         assert configs[0].subband_ranks == configs[1].subband_ranks and plain.parameters == scaled.parameters
+
+
+class TestRanks:
+    """The ways to spread a budget over modules; parameters are compared with LoRA's above."""
+
+    digits = Digits(8, "clean", 8, 3, pretraining_epochs=1)
+
+    def ranks(self, name: str, budget: float, seed: int = 0) -> dict[str, dict[str, int]]:
+        """By module the ranks of its subbands, LoRA's as that of the undecomposed matrix."""
+        built = METHODS[name].build(self.digits.problem(seed), budget)
+        found = {}
+        for module_name, module in built.model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                wara = isinstance(module, WaRALayer)
+                bands = module.forms["default"].coefficients(module.parts("default")) if wara else {}
+                ranks = {band: len(rows) for band, (rows, _) in bands.items()}
+                found[module_name.partition("vit.")[2]] = ranks if wara else {"aa0": module.r["default"]}
+        return found
+
+    def test_over_modules_a_rank_becomes_half_of_it_in_every_subband(self) -> None:
+        lora = self.ranks("LoRA, ranks by gradient", 4.0)
+        wara = self.ranks("WaRA subband, ranks by gradient over modules", 4.0)
+        assert lora.keys() == wara.keys() and len({ranks["aa0"] for ranks in lora.values()}) > 2
+        for name, ranks in wara.items():
+            rank = lora[name]["aa0"]
+            assert ranks == {band: size for band, size in wara_ladder(1, 2 * rank).items() if size}
+
+    def test_over_subbands_they_differ_within_a_module(self) -> None:
+        wara = self.ranks("WaRA subband, ranks by gradient", 16.0)
+        assert any(max(ranks.values()) - min(ranks.values()) > 1 for ranks in wara.values())
+
+    def test_evas_ranks_follow_the_inputs(self) -> None:
+        ranks = {of["aa0"] for of in self.ranks("LoRA, EVA's ranks", 4.0).values()}
+        assert len(ranks) > 1 and max(ranks) <= 8
+
+    def test_controls(self) -> None:
+        first = self.ranks("LoRA, first layer alone", 2.0)
+        assert len(first) == 6 and all(name.startswith("layers.0.") for name in first)
+        assert all(of == {"aa0": 6} for of in first.values())
+        one, same, other = (self.ranks("LoRA, random ranks", 4.0, seed) for seed in (0, 0, 1))
+        assert one == same != other
 
 
 class TestTraining:

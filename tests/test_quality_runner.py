@@ -116,6 +116,23 @@ class TestPlan:
         # Planted: DoRA 0, LoRA ½, shared 1. Digits: LoRA 0, shared ½, DoRA 1. Means: LoRA ¼, DoRA ½, shared ¾.
         assert plan.ranking(results, entries) == ["LoRA", "DoRA", "WaRA shared"]
 
+    def test_stage_four_takes_the_best_to_text_when_images_are_done(self) -> None:
+        wanted = plan.stage_four({})
+        assert {entry.family for entry, _ in wanted} == {"digits"} and {entry.budget for entry, _ in wanted} == {2, 8}
+        names = list(dict.fromkeys(entry.method for entry, _ in wanted))
+        results = {
+            entry.cell(rate, seed): {
+                "validation": names.index(entry.method) / 100 - 0.01 * (rate != 0.01),
+                "parameters": 1,
+            }
+            for entry, seeds in wanted
+            for rate in (0.003, 0.01, 0.03)
+            for seed in (*plan.TUNING_SEEDS, *seeds)
+        }
+        text = [entry for entry, _ in plan.stage_four(results) if entry.family != "digits"]
+        assert {entry.task for entry in text} == {"language/sympy", "docstrings/8 a class"}
+        assert {entry.method for entry in text} == {LORA, plan.DEFAULT, *names[-4:]}
+
     def test_the_rule_is_run_at_the_rate_that_lora_chose(self) -> None:
         results = self.results({0.003: 0.3, 0.01: 0.5, 0.03: 0.4})
         cells = plan.rule_cells(results)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 from peft import (
@@ -22,16 +21,14 @@ from peft import (
     PeftModel,
     VeraConfig,
     WaveFTConfig,
-    initialize_lora_eva_weights,
 )
 
+from quality import ranks
 from quality.attention import with_linformer, with_low_rank_attention
-from quality.sizes import adapted, adapter_size, largest_size
+from quality.sizes import adapted, adapter_size, largest_size, wara_ladder
 from quality.tasks.task import Task
 from quality.training import Built, Problem, trained_parameters
 from wara_peft import WaRAConfig
-
-EVA_BATCHES = 8
 
 
 class Method(Protocol):
@@ -39,7 +36,8 @@ class Method(Protocol):
 
     Attributes:
         name: in tables and results.
-        group: "WaRA", "peer", "attention", "end", or "rule" for those that are run at LoRA's rate alone.
+        group: "WaRA", "peer", "attention", "end", "ranks" for those that spread a budget over modules, or "rule" for
+            those that are run at LoRA's rate alone.
         sized: whether it is made to a budget.
     """
 
@@ -93,18 +91,6 @@ class Adapter:
         return Built(model, parameters, *([after_step] if after_step else []))
 
 
-def wara_ladder(levels: int, size: int) -> dict[str, int]:
-    """Ranks of the subbands after so many steps, each of which gives one more to the next subband.
-
-    Coarse levels come first, and in a level the diagonal before the rest; at one level two steps cost what a rank
-    costs LoRA.
-    """
-    order = [f"aa{levels}"]
-    for level in range(levels, 0, -1):
-        order += [f"dd{level}", f"ad{level}", f"da{level}"]
-    return {name: size // len(order) + (index < size % len(order)) for index, name in enumerate(order)}
-
-
 def wara(
     name: str, levels: int = 1, wavelet: str = "haar", group: str = "WaRA", scaling: float | None = None, **fields: Any
 ) -> Adapter:
@@ -112,10 +98,10 @@ def wara(
     form = fields.get("form", "subband")
 
     def config(size: int, problem: Problem) -> PeftConfig:
-        ranks = wara_ladder(levels, size)
-        alpha = scaling and scaling * sum(ranks.values())
+        by_subband = wara_ladder(levels, size)
+        alpha = scaling and scaling * sum(by_subband.values())
         grid = grid_fields(form, problem)
-        return WaRAConfig(levels=levels, wavelet=wavelet, subband_ranks=ranks, wara_alpha=alpha, **fields, **grid)
+        return WaRAConfig(levels=levels, wavelet=wavelet, subband_ranks=by_subband, wara_alpha=alpha, **fields, **grid)
 
     layers = ("linear", "conv") if form == "subband" else ("linear",)
     return Adapter(name, group, config, layers, needs_grid=form == "grid")
@@ -145,18 +131,9 @@ def eva() -> Adapter:
         return LoraConfig(r=size, lora_alpha=size, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
 
     def prepare(model: PeftModel, problem: Problem, size: int) -> None:
-        text = "attention_mask" in problem.splits["train"]
-        options = {} if text else {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": flat_inputs}
-        batches = list(islice(problem.batches(), EVA_BATCHES))
-        initialize_lora_eva_weights(model, batches, show_progress_bar=False, **options)
+        ranks.initialize_eva(model, problem)
 
     return Adapter("LoRA, EVA", "peer", config, prepare=prepare, counted=lambda size: LoraConfig(r=size))
-
-
-def flat_inputs(inputs: Any, model_input: Any, name: str) -> Any:
-    """(tokens of all rows, n), where no row has padding."""
-    states = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
-    return states.reshape(-1, states.shape[-1])
 
 
 def adalora() -> Adapter:
@@ -270,6 +247,7 @@ METHODS: dict[str, Method] = {
         wara(RULES["WaRA subband, haar, 3"], levels=3, group="rule", scaling=1 / 0.5),
         Attention("low-rank attention", with_low_rank_attention),
         Attention("Linformer", with_linformer),
+        *ranks.METHODS,
         End("full fine-tuning", whole=True),
         End("frozen", whole=False),
     )

@@ -21,14 +21,25 @@ FIRST_RATES = (-5, -4, -3)
 """Half decades: 3e-3, 1e-2, 3e-2. The same for all methods."""
 WIDENINGS = 4
 """How often the grid grows by a step where the best rate lies on its edge."""
-SEEDS = {"digits": range(8), "conv": range(8), "planted": range(5), "docstrings": range(5), "language": range(5)}
+SEEDS = {
+    "digits": range(8),
+    "digits-long": range(8),
+    "conv": range(8),
+    "planted": range(5),
+    "docstrings": range(5),
+    "language": range(5),
+}
 BUDGET = 4.0
 BUDGETS = (4.0, 1.0, 16.0, 0.25)
 """In LoRA's ranks, the one of all stages first."""
 LAST = 2**31
 """More than any seed."""
+ADAPTERS = ("WaRA", "peer", "ranks")
+"""Groups of methods that are ranked."""
 SELECTED_OF_A_GROUP = 3
 FINALISTS = 4
+RANK_BUDGETS = (2.0, 8.0)
+SPREAD_ON_TEXT = 4
 
 
 def rate(half_decades: int) -> float:
@@ -130,24 +141,57 @@ def pending(
 def stage_one() -> list[tuple[Entry, Iterable[int]]]:
     """Every method at one budget, on the tuning seeds alone: it selects, and reports nothing."""
     tasks = quick_ones(of_families("planted", "digits"))
-    methods = [name for name, method in METHODS.items() if method.group != "rule"]
+    methods = [name for name, method in METHODS.items() if method.group not in ("rule", "ranks")]
     return [(entry, ()) for entry in entries(tasks, methods, BUDGET)]
 
 
 def stage_two(results: Results) -> list[tuple[Entry, Iterable[int]]]:
-    """LoRA, WaRA's default and what was selected at all budgets; at the first also the ends and other attention."""
-    tasks = of_families("digits", "conv", "planted")
-    adapters = [name for name in METHODS if name in {LORA, DEFAULT, *selected(results)}]
-    first = [*adapters, *of_group("end"), *of_group("attention")]
-    found = [entry for budget in BUDGETS for entry in entries(tasks, first if budget == BUDGET else adapters, budget)]
-    return [(entry, SEEDS[entry.family]) for entry in found]
+    """LoRA, WaRA's default and what was selected, at the first budget also the ends and other attention.
+
+    On images the short trainings have the first budget alone, and decide what is trained longer, at all budgets.
+    """
+    found = stage_two_first(results)
+    families = of_families("conv", "planted")
+    found += [entry for budget in BUDGETS[1:] for entry in entries(families, adapters(results), budget)]
+    if not pending(with_seeds(of_second_selection(found)), results):
+        best = of_images(results)
+        tasks = of_families("digits-long")
+        found += entries(tasks, [*best, *of_group("attention"), *of_group("end")], BUDGET)
+        found += [entry for budget in BUDGETS[1:] for entry in entries(without_shifted(tasks), best, budget)]
+    return with_seeds(found)
+
+
+def stage_two_first(results: Results) -> list[Entry]:
+    methods = [*adapters(results), *of_group("end"), *of_group("attention")]
+    return entries(of_families("digits", "conv", "planted"), methods, BUDGET)
+
+
+def with_seeds(wanted: list[Entry]) -> list[tuple[Entry, Iterable[int]]]:
+    return [(entry, SEEDS[entry.family]) for entry in wanted]
+
+
+def adapters(results: Results) -> list[str]:
+    """LoRA, WaRA's default and what stage one selected, in the order of `METHODS`."""
+    return [name for name in METHODS if name in {LORA, DEFAULT, *selected(results)}]
 
 
 def stage_three(results: Results) -> list[tuple[Entry, Iterable[int]]]:
     """The finalists with LoRA and the ends, at one budget, on text."""
     methods = [LORA, *finalists(results), *of_group("end")]
-    found = entries(of_families("docstrings", "language"), methods, BUDGET)
-    return [(entry, SEEDS[entry.family]) for entry in found]
+    return with_seeds(entries(of_families("docstrings", "language"), methods, BUDGET))
+
+
+def stage_four(results: Results) -> list[tuple[Entry, Iterable[int]]]:
+    """Ways to spread a budget over modules, on images; then the best four with the two even ones on text."""
+    tasks = without_shifted(of_families("digits"))
+    methods = [LORA, DEFAULT, "AdaLoRA", *of_group("ranks")]
+    images = [entry for budget in RANK_BUDGETS for entry in entries(tasks, methods, budget)]
+    found = with_seeds(images)
+    if not pending(found, results):
+        order = [name for name in ranking(results, images, SEEDS) if name not in (LORA, DEFAULT)]
+        text = [TASKS["language/sympy"], *of_families("docstrings")]
+        found += with_seeds(entries(text, [LORA, DEFAULT, *order[:SPREAD_ON_TEXT]], BUDGET))
+    return found
 
 
 def rule_cells(results: Results) -> dict[Entry, dict[int, Cell]]:
@@ -172,11 +216,12 @@ def stage(number: int, results: Results) -> list[tuple[Entry, Iterable[int]]]:
     """
     if number == 1:
         return stage_one()
+    if number == 4:
+        return stage_four(results)
     if number == 2:
         require(1, stage_one(), results)
         return stage_two(results)
-    looked_at = set(of_second_selection(stage(2, results)))
-    require(2, [(entry, seeds) for entry, seeds in stage_two(results) if entry in looked_at], results)
+    require(2, with_seeds(of_second_selection(stage_two_first(results))), results)
     return stage_three(results)
 
 
@@ -190,18 +235,22 @@ def of_families(*names: str) -> list[Task]:
     return [task for task in TASKS.values() if task.name.partition("/")[0] in names]
 
 
+def without_shifted(tasks: list[Task]) -> list[Task]:
+    return [task for task in tasks if not isinstance(task, Digits) or task.domain != "shifted"]
+
+
 def quick_ones(tasks: list[Task]) -> list[Task]:
     """What methods are selected by: of the digits those with eight a class, which train in half of the time."""
     return [task for task in tasks if not isinstance(task, Digits) or task.per_class == 8]
 
 
-def of_second_selection(wanted: list[tuple[Entry, Iterable[int]]]) -> list[Entry]:
+def of_second_selection(wanted: list[Entry]) -> list[Entry]:
     """The points of stage two that choose the finalists: adapters at the first budget."""
     names = {task.name for task in quick_ones(list(TASKS.values()))}
     return [
         entry
-        for entry, _ in wanted
-        if entry.budget == BUDGET and entry.task in names and METHODS[entry.method].group in ("WaRA", "peer")
+        for entry in wanted
+        if entry.budget == BUDGET and entry.task in names and METHODS[entry.method].group in ADAPTERS
     ]
 
 
@@ -219,10 +268,10 @@ def ranking(results: Results, wanted: list[Entry], seeds: Mapping[str, Iterable[
         seeds: of each family; None means the tuning seeds.
     """
     places: dict[str, dict[str, list[float]]] = {}
-    for task in dict.fromkeys(entry.task for entry in wanted):
+    for task, budget in dict.fromkeys((entry.task, entry.budget) for entry in wanted):
         values = {}
         for entry in wanted:
-            if entry.task != task or METHODS[entry.method].group not in ("WaRA", "peer"):
+            if (entry.task, entry.budget) != (task, budget) or METHODS[entry.method].group not in ADAPTERS:
                 continue
             higher = TASKS[task].higher_is_better
             found = tuning(entry, results, higher)
@@ -264,7 +313,16 @@ def selected(results: Results) -> list[str]:
 def finalists(results: Results) -> list[str]:
     """WaRA's default and the best three others of stage two at the first budget, of those that text can use."""
     text = of_families("docstrings", "language")
-    order = ranking(results, of_second_selection(stage_two(results)), SEEDS)
-    usable = [name for name in order if all(METHODS[name].applies(task) for task in text)]
-    chosen = {DEFAULT, *[name for name in usable if name not in (LORA, DEFAULT)][: FINALISTS - 1]}
+    order = ranking(results, of_second_selection(stage_two_first(results)), SEEDS)
+    return with_default([name for name in order if all(METHODS[name].applies(task) for task in text)])
+
+
+def of_images(results: Results) -> list[str]:
+    """LoRA, WaRA's default and the best three others of the short trainings on images."""
+    looked_at = [entry for entry in of_second_selection(stage_two_first(results)) if entry.family == "digits"]
+    return [LORA, *with_default(ranking(results, looked_at, SEEDS))]
+
+
+def with_default(order: list[str]) -> list[str]:
+    chosen = {DEFAULT, *[name for name in order if name not in (LORA, DEFAULT)][: FINALISTS - 1]}
     return [name for name in METHODS if name in chosen]

@@ -13,7 +13,16 @@ SEEDS = (0, 1)
 TASKS: dict[str, Task] = {
     task.name: task for task in (Digits(8, "clean", 8, 4, pretraining_epochs=1), Planted("low-rank", 60))
 }
-METHODS = ("LoRA", "AdaLoRA", "WaRA subband, haar, 1", "WaRA grid", "Linformer", "full fine-tuning", "frozen")
+METHODS = (
+    "LoRA",
+    "AdaLoRA",
+    "WaRA subband, haar, 1",
+    "WaRA subband, ranks by gradient",
+    "WaRA grid",
+    "Linformer",
+    "full fine-tuning",
+    "frozen",
+)
 
 
 def wanted() -> list[tuple[Entry, Iterable[int]]]:

@@ -46,7 +46,7 @@ def progress_table(results: Results) -> str:
     """Which stages are done."""
     lines = ["| stage | cells run | known to be left |", "|---|---|---|"]
     seconds = sum(result["seconds"] for result in results.values())
-    for number in (1, 2, 3):
+    for number in (1, 2, 3, 4):
         try:
             wanted = plan.stage(number, results)
         except ValueError as error:

@@ -44,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--stage", type=int, choices=(1, 2, 3), help="1 selects methods, 2 and 3 compare them")
+    what.add_argument(
+        "--stage", type=int, choices=(1, 2, 3, 4), help="1 selects methods, 2 and 3 compare them, 4 allocates ranks"
+    )
     what.add_argument("--rule", action="store_true", help="WaRA at LoRA's rates, scaled by a rule and not")
     what.add_argument("--quick", action="store_true", help="tiny tasks and few methods, in another folder")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time that it may take (default: no end)")

@@ -30,6 +30,18 @@ def adapted(problem: Problem, config: PeftConfig, model: Any = None) -> PeftMode
     return get_peft_model(problem.model if model is None else model, config)
 
 
+def wara_ladder(levels: int, size: int) -> dict[str, int]:
+    """Ranks of the subbands after so many steps, each of which gives one more to the next subband.
+
+    Coarse levels come first, and in a level the diagonal before the rest; at one level two steps cost what a rank
+    costs LoRA.
+    """
+    order = [f"aa{levels}"]
+    for level in range(levels, 0, -1):
+        order += [f"dd{level}", f"ad{level}", f"da{level}"]
+    return {name: size // len(order) + (index < size % len(order)) for index, name in enumerate(order)}
+
+
 def largest(fits: Callable[[int], bool]) -> int:
     """The largest size that fits, of those that fit up to some size; 0 if 1 does not."""
     step, size = 1, 0

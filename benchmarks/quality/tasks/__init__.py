@@ -4,7 +4,7 @@ from quality.tasks import conv, digits, docstrings, language, planted
 from quality.tasks.task import Task
 
 # The quick ones first, as that is the order in which a stage takes them.
-FAMILIES = (planted, conv, digits, language, docstrings)
-TASKS: dict[str, Task] = {task.name: task for family in FAMILIES for task in family.TASKS}
+_ALL = (planted.TASKS, conv.TASKS, digits.TASKS, language.TASKS, docstrings.TASKS, digits.LONG)
+TASKS: dict[str, Task] = {task.name: task for of_family in _ALL for task in of_family}
 
-__all__ = ["FAMILIES", "TASKS", "Task"]
+__all__ = ["TASKS", "Task"]
