@@ -71,11 +71,16 @@ class TestPlan:
         assert found.chosen is None and [cell.rate for cell in found.missing] == [0.1, 0.1]
         found = plan.tuning(self.entry, self.results({0.003: 0.3, 0.01: 0.4, 0.03: 0.5, 0.1: 0.45}), True)
         assert found.chosen == 0.03 and not found.missing
+        # Where all rates are too large for a method, the grid grows downwards.
+        found = plan.tuning(self.entry, self.results(dict.fromkeys((0.003, 0.01, 0.03), 0.05)), True)
+        assert {cell.rate for cell in found.missing} == {0.001}
         # A perplexity is the better the lower, and a run that did not end the worst.
         found = plan.tuning(self.entry, self.results({0.003: 9.0, 0.01: 8.0, 0.03: None}), False)
         assert found.chosen == 0.01
-        # Equal everywhere: the middle, and no more runs.
-        assert plan.tuning(self.entry, self.results({0.003: 1.0, 0.01: 1.0, 0.03: 1.0}), True).chosen == 0.01
+        # Equal everywhere since nothing trains: the middle, and no more runs.
+        equal = self.results({0.003: 1.0, 0.01: 1.0, 0.03: 1.0})
+        untrained = {cell: {**result, "parameters": 0} for cell, result in equal.items()}
+        assert plan.tuning(self.entry, untrained, True).chosen == 0.01
 
     def test_the_grid_ends(self) -> None:
         rates = [plan.rate(step) for step in range(-5, 2)]

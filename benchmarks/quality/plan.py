@@ -90,7 +90,8 @@ class Tuning:
 def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
     """Choose the best rate of the grid, after it has grown until the best is not on its edge.
 
-    Among equals the one nearest to the middle is taken.
+    Among equals the one nearest to the middle is taken. Where all are equal though something trains, it grows
+    downwards.
     """
     if not fits(entry, results):
         return Tuning([], None, {})
@@ -104,6 +105,9 @@ def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
         means = {step: validation(entry, results, rate(step), higher_is_better) for step in grid}
         middle = (grid[0] + grid[-1]) / 2
         best = max(grid, key=lambda step: (means[step], -abs(step - middle)))
+        trains = results[entry.cell(rate(grid[0]), TUNING_SEEDS[0])]["parameters"]
+        if trains and len(set(means.values())) == 1:  # all of them are so large that nothing is learnt
+            best = grid[0]
         if best not in (grid[0], grid[-1]) or widened == WIDENINGS:
             sign = 1 if higher_is_better else -1
             return Tuning([], rate(best), {rate(step): sign * mean for step, mean in means.items()})
