@@ -210,6 +210,25 @@ class TestVitDigits:
         assert message in stopped.value.code
         assert "\n" not in stopped.value.code
 
+    @pytest.mark.slow
+    def test_ranks_are_allocated_on_the_same_model(self, vit_digits: Path) -> None:
+        script = EXAMPLES / "allocate_ranks.py"
+        result = run(script, "--smoke", "--like", "2", "--output-dir", "ranks", directory=vit_digits)
+        assert result.returncode == 0, result.stderr
+        budget = 2 * 4 * (4 * (64 + 64) + 2 * (64 + 128))
+        assert f" of {budget:,} parameters; rank (share of the energy) by gradient" in result.stdout
+        sizes = {
+            line[:24].strip(): int(line.split()[-1].replace(",", ""))
+            for line in result.stdout.splitlines()
+            if re.match(r"(LoRA|WaRA)", line)
+        }
+        assert sizes["LoRA r=2"] == sizes["WaRA r=1"] == budget
+        assert budget - 2 * 64 < sizes["WaRA, ranks by gradient"] <= budget
+        assert (vit_digits / "ranks" / "ranks.png").read_bytes().startswith(b"\x89PNG")
+        assert run(script, "--like", "3", directory=vit_digits).stderr.startswith(
+            "allocate_ranks.py: error: --like 3 "
+        )
+
     def test_images_of_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With `--model` and `--dataset`: here a processor and pictures in local folders."""
         from PIL import Image
