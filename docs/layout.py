@@ -13,7 +13,7 @@ ORDER = (
     ("forms",),
     ("config",),
     ("layer", "conv", "embedding", "disk"),
-    ("model", "combine", "initialization"),
+    ("model", "combine", "initialization", "components"),
     ("export", "inspection", "allocation"),
     ("cli", "__init__"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -302,6 +303,39 @@ class WaRAConfig(PeftConfig):
             ValueError: a pattern takes too long to match.
         """
         return value_for(module_name, "alpha_pattern", self.alpha_pattern, self.wara_alpha)
+
+    def with_ranks(self, ranks: Mapping[str, Mapping[str, int]], names: Iterable[str]) -> WaRAConfig:
+        """A config with these ranks, for the modules that have any, and with the scalings of this one.
+
+        Args:
+            ranks: of each module by its full name, by subband; those that are left out are 0.
+            names: names of all modules of the model.
+        """
+        rank_pattern: dict[str, int | dict[str, int]] = {}
+        alpha_pattern: dict[str, float] = {}
+        chosen = [name for name, of_module in ranks.items() if any(of_module.values())]
+        for name in chosen:
+            by_subband = {band.name: 0 for band in self.form_object.subbands(self)} | dict(ranks[name])
+            rank = self.form_object.total_rank(self, by_subband)
+            rank_pattern[exact_pattern(name)] = by_subband
+            alpha = self.alpha_of(name)
+            if alpha is not None or self.use_rslora:  # else the scaling is 1 at any rank
+                before = scaling(alpha, self.form_object.total_rank(self, self.ranks_of(name)), self.use_rslora)
+                alpha_pattern[exact_pattern(name)] = before * (math.sqrt(rank) if self.use_rslora else rank)
+        tied = self.target_modules_to_tie or set()
+        targets = [*chosen, *sorted(tied)]
+        config = dataclasses.replace(
+            copy.deepcopy(self),
+            target_modules=targets,
+            exclude_modules=suffix_matches(targets, names),
+            layers_to_transform=None,
+            layers_pattern=None,
+            rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern,
+            module_shapes=self.module_shapes and {name: self.module_shapes[name] for name in chosen},
+        )
+        config.modules_to_tie, config.target_modules_to_tie = self.modules_to_tie, self.target_modules_to_tie
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and tell in the model card that loading needs `import wara_peft`."""

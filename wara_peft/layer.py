@@ -209,12 +209,14 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         """R = Σ_s r_s, the rank of the LoRA that this adapter is."""
         return cast(SubbandFactor, self.wara_A[adapter_name]).rank
 
+    def initial_scaling(self, adapter_name: str) -> float:
+        """alpha / R, or alpha / √R with `use_rslora`."""
+        return scaling(self.wara_alpha[adapter_name], self.total_rank(adapter_name), self.use_rslora[adapter_name])
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's scaling to scale · alpha / R, or scale · alpha / √R with `use_rslora`."""
-        if adapter not in self.wara_A:
-            return
-        initial = scaling(self.wara_alpha[adapter], self.total_rank(adapter), self.use_rslora[adapter])
-        self.scaling[adapter] = scale * initial
+        if adapter in self.wara_A:
+            self.scaling[adapter] = scale * self.initial_scaling(adapter)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters by `scale`."""

@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..calibration import evaluating
-from ..config import WaRAConfig, exact_pattern, scaling, suffix_matches, value_for
+from ..config import WaRAConfig, value_for
 from ..kinds import kind_of
 from ..messages import first
 from ..model import WaRAModel
@@ -161,7 +161,7 @@ def allocate_ranks(
             for name, target in targets.items()
         ],
     )
-    return Allocation(_allocated(config, ranks, [name for name, _ in model.named_modules()]), report)
+    return Allocation(config.with_ranks(ranks, [name for name, _ in model.named_modules()]), report)
 
 
 def _check_arguments(
@@ -309,28 +309,3 @@ def _of_the_first(spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:
             for values in spectrum:
                 dist.broadcast(values, 0)
     return spectra
-
-
-def _allocated(config: WaRAConfig, ranks: dict[str, dict[str, int]], names: Iterable[str]) -> WaRAConfig:
-    """The config with these ranks by module, and the scalings that it has had."""
-    rank_pattern: dict[str, int | dict[str, int]] = {}
-    alpha_pattern: dict[str, float] = {}
-    for name, of_module in ranks.items():
-        rank = sum(of_module.values())
-        if not rank:
-            continue
-        rank_pattern[exact_pattern(name)] = {band.name: 0 for band in subbands(config.levels)} | of_module
-        alpha = config.alpha_of(name)
-        if alpha is not None or config.use_rslora:  # else the scaling is 1 at any rank
-            before = scaling(alpha, sum(config.ranks_of(name).values()), config.use_rslora)
-            alpha_pattern[exact_pattern(name)] = before * (math.sqrt(rank) if config.use_rslora else rank)
-    chosen = [name for name, of_module in ranks.items() if any(of_module.values())]
-    return replace(
-        copy.deepcopy(config),
-        target_modules=chosen,
-        exclude_modules=suffix_matches(chosen, names),
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-    )
