@@ -4,7 +4,7 @@ from . import registration
 
 registration.peft_type()  # `WaRAConfig` names `PeftType.WARA`, so the member comes first.
 
-from .allocation import allocate_ranks  # noqa: E402
+from .allocation import RankSchedule, allocate_ranks  # noqa: E402
 from .config import WaRAConfig  # noqa: E402
 from .export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
@@ -14,6 +14,7 @@ from .model import WaRAModel  # noqa: E402
 registration.register(WaRAConfig, WaRAModel)
 
 __all__ = [
+    "RankSchedule",
     "WaRAConfig",
     "WaRAModel",
     "allocate_ranks",

@@ -19,7 +19,6 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..calibration import evaluating
@@ -30,6 +29,7 @@ from ..model import WaRAModel
 from ..quantization import keep_unpacked
 from ..wavelet import Subband, subbands
 from .blocks import Spectrum, of_gradient, of_inputs
+from .budget import lora_parameters
 from .greedy import Item, spend
 from .report import AllocationReport, ModuleAllocation
 from .signals import LossFunction, covariances, frozen, gradients, processes
@@ -119,7 +119,7 @@ def allocate_ranks(
     _check_arguments(config, batches, score, max_bytes, budget, like)
     targets = _targets(model, config, min_rank, max_rank)
     if like is not None:
-        budget = _lora_parameters(model, like, list(targets))
+        budget = _like(model, like, list(targets))
     elif budget is None:
         budget = sum(
             config.ranks_of(name)[band] * target.cost(band)
@@ -231,27 +231,18 @@ def _rank_of(field_name: str, ranks: Ranks, module_name: str, band: str, default
     return found
 
 
+def _like(model: nn.Module, like: LoraConfig, targets: list[str]) -> int:
+    if like.target_modules is not None:
+        like = _maybe_include_all_linear_layers(copy.deepcopy(like), model)  # type: ignore[assignment]
+        targets = [name for name, _ in model.named_modules() if name and check_target_module_exists(like, name)]
+    return lora_parameters(like, {name: model.get_submodule(name) for name in targets})
+
+
 def _check_floors(targets: dict[str, _Target], counts: dict[str, dict[str, int]], budget: int) -> None:
     floors = [Item([], target.cost(band), target.floors[band]) for target in targets.values() for band in target.bands]
     spend(floors, budget)
     if not any(count for by_band in counts.values() for count in by_band.values()):
         raise ValueError("max_rank leaves no subband a rank.")
-
-
-def _lora_parameters(model: nn.Module, like: LoraConfig, targets: list[str]) -> int:
-    """Σ r (m + n) over the linear layers that this LoRA adapts."""
-    if like.target_modules is not None:
-        like = _maybe_include_all_linear_layers(copy.deepcopy(like), model)  # type: ignore[assignment]
-        targets = [name for name, _ in model.named_modules() if name and check_target_module_exists(like, name)]
-    patterns = like.rank_pattern or {}
-    total = 0
-    for name in targets:
-        module = model.get_submodule(name)
-        if not kind_of(module).is_linear:
-            raise ValueError(f"`like` adapts module {name!r}, which is not linear. Give it other targets.")
-        rank = patterns.get(get_pattern_key(list(patterns), name), like.r)
-        total += rank * sum(length or 0 for length in _get_in_out_features(module))
-    return total
 
 
 def _spectra(

@@ -1,0 +1,316 @@
+"""`RankSchedule`: an adapter that starts large is brought down to a budget while it trains."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..components import config_of, cost, keep_components, layers_of, subband_of
+from ..layer import WaRALayer
+from .budget import CubicBudget, lora_parameters
+from .greedy import affordable
+from .sensitivity import Sensitivity
+
+FILE = "rank_schedule.safetensors"
+"""Beside a checkpoint's weights."""
+
+
+class RankSchedule(TrainerCallback):
+    """Brings an adapter down to a budget of parameters in the course of a training, by AdaLoRA's rule.
+
+    A component is a row of A_s with the column of B_s, of n_j + m_j parameters. Its score is the mean smoothed
+    sensitivity of the row's numbers and that of the column's (see `Sensitivity`), and those are kept whose score is
+    highest for their cost, within a budget that falls as (1 − progress)³ from the adapter's size to `budget`. What is
+    not kept is masked: the column of B_s and its optimizer moments become zero, while the row of A_s stays, so that
+    it grows again from zero, and may be kept next time. From `final` steps before the end on the choice is fixed, and
+    at the end the others are cut: only then do shapes change, in memory, in what is saved and in exports.
+
+    As a callback of transformers' `Trainer`:
+
+        >>> Trainer(model, args, callbacks=[RankSchedule(like=LoraConfig(r=8))], ...)  # doctest: +SKIP
+
+    Checkpoints get a file with the averages, and resuming goes on as if nothing had happened. With
+    `load_best_model_at_end` the choice is made anew from the best checkpoint's averages, if it was open there. In
+    a loop of one's own:
+
+        >>> schedule = RankSchedule(budget=100_000)  # doctest: +SKIP
+        >>> schedule.start(model, total_steps)  # doctest: +SKIP
+        >>> for batch in batches:  # doctest: +SKIP
+        ...     model(**batch).loss.backward()
+        ...     schedule.before_step()
+        ...     optimizer.step()
+        ...     schedule.after_step(optimizer)
+        ...     optimizer.zero_grad()
+        >>> schedule.finish()  # doctest: +SKIP
+
+    Under data parallelism gradients are equal on all processes, and so are choices. Parameters that are sharded (FSDP,
+    DeepSpeed's stage 3) are not supported.
+
+    Args:
+        budget: how many parameters the adapter may have in the end.
+        like: a LoRA whose parameters to count in place of that, on the adapter's modules.
+        warmup: steps before the first cut, or, as a float, their share of all steps.
+        final: steps, or their share, for which the choice is fixed.
+        interval: steps between two choices.
+        beta1, beta2: of the moving averages.
+        adapter_name: the adapter, of `form="subband"`.
+        state: a file `rank_schedule.safetensors` to resume from; None looks for it in Trainer's checkpoint.
+
+    Raises:
+        ValueError: neither or both of `budget` and `like`, or a number out of range. `start` refuses a budget below
+            the cheapest component or not below the adapter's size, another form, and a schedule longer than the
+            training; `before_step` refuses a step without gradients.
+
+    Source: AdaLoRA, arXiv 2303.10512; costs in parameters in place of ranks are ours.
+    """
+
+    def __init__(
+        self,
+        budget: int | None = None,
+        *,
+        like: LoraConfig | None = None,
+        warmup: int | float = 0.1,
+        final: int | float = 0.3,
+        interval: int = 10,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        adapter_name: str = "default",
+        state: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if (budget is None) == (like is None):
+            raise ValueError("Give either `budget` or `like`.")
+        for name, value in (("warmup", warmup), ("final", final)):
+            if value < 0 or (isinstance(value, float) and value >= 1):
+                raise ValueError(f"{name}={value!r} must be steps, an int, or their share, a float less than 1.")
+        if interval < 1:
+            raise ValueError(f"interval={interval!r} must be at least 1.")
+        for name, value in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 < value < 1:
+                raise ValueError(f"{name}={value!r} must be between 0 and 1.")
+        self.budget, self.like = budget, like
+        self.warmup, self.final, self.interval = warmup, final, interval
+        self.beta1, self.beta2 = beta1, beta2
+        self.adapter_name = adapter_name
+        self.state_file = None if state is None else Path(state)
+        self._running: _Running | None = None
+
+    def start(self, model: nn.Module, total_steps: int) -> None:
+        """Begin: nothing is changed yet.
+
+        Args:
+            model: the model with the adapter.
+            total_steps: optimizer steps of the whole training.
+        """
+        config_of(model, self.adapter_name)
+        layers = layers_of(model, self.adapter_name)
+        running = _Running(model, self.adapter_name, layers, self.beta1, self.beta2)
+        size, cheapest = sum(running.costs), min(running.costs)
+        budget = self.budget
+        if self.like is not None:
+            like = self.like
+            bases = {name: layer.get_base_layer() for name, layer in layers.items()}
+            if like.target_modules is not None:
+                bases = {name: base for name, base in bases.items() if check_target_module_exists(like, name)}
+            budget = lora_parameters(like, bases)
+        assert budget is not None
+        if budget < cheapest:
+            raise ValueError(
+                f"budget={budget:,} is less than one component, the cheapest of which has {cheapest:,} parameters."
+            )
+        if budget >= size:
+            raise ValueError(
+                f"budget={budget:,} is not less than the {size:,} parameters that adapter {self.adapter_name!r} has: "
+                "there is nothing to cut. Start from more, with a larger `r`."
+            )
+        warmup, final = (
+            round(value * total_steps) if isinstance(value, float) else value for value in (self.warmup, self.final)
+        )
+        if warmup + final >= total_steps:
+            raise ValueError(
+                f"A schedule of warmup={warmup} and final={final} steps is longer than the training, of {total_steps}."
+            )
+        running.budget = CubicBudget(size, budget, total_steps, warmup, final)
+        self._running = running
+
+    @property
+    def running(self) -> _Running:
+        if self._running is None:
+            raise RuntimeError("The schedule has not been started. Call `start(model, total_steps)` first.")
+        return self._running
+
+    def before_step(self) -> None:
+        """Take in the gradients, between `backward` (and clipping) and the optimizer's step."""
+        if not self.running.fixed:
+            self.running.sensitivity.update()
+
+    def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Choose and mask, if it is time, after the optimizer's step.
+
+        Args:
+            optimizer: its moments of what is masked become zero.
+        """
+        running = self.running
+        running.step += 1
+        budget = running.budget
+        if running.fixed:
+            running.mask()
+        elif running.step >= budget.end:
+            running.choose(budget.last, optimizer)
+            running.fixed = True
+        elif running.step > budget.warmup and running.step % self.interval == 0:
+            running.choose(budget.at(running.step), optimizer)
+
+    def finish(self) -> None:
+        """Cut the adapter to what is kept, and end the schedule."""
+        running = self.running
+        if not running.fixed:  # the training ended early
+            running.choose(running.budget.last, None)
+        self._running = None
+        keep_components(running.model, self.adapter_name, running.kept_components())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write averages, choice and progress into a safetensors file."""
+        temporary = Path(f"{os.fspath(path)}.tmp")
+        save_file(self.running.tensors(), temporary)
+        temporary.replace(path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote, after `start`.
+
+        Raises:
+            ValueError: the file is of another adapter.
+        """
+        self.running.load(load_file(path), path)
+
+    # Events of transformers' Trainer.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.start(model, state.max_steps)
+        if state.global_step:
+            path = self.state_file or Path(args.output_dir, f"checkpoint-{state.global_step}", FILE)
+            if not path.is_file():
+                self._running = None
+                raise ValueError(
+                    f"To resume at step {state.global_step} the schedule needs {path}, which is not there. Give its "
+                    "place as `RankSchedule(state=...)`, or begin the training anew."
+                )
+            self.load(path)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.after_step(optimizer)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and folder.is_dir():
+            self.save(folder / FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self.load(Path(state.best_model_checkpoint, FILE))
+        self.finish()
+
+
+class _Running:
+    """A schedule over the components of one adapter, in the order of modules, levels and rows.
+
+    Attributes:
+        step: optimizer steps so far.
+        kept: whether each component is, by module and level.
+        fixed: whether the choice is final.
+        costs: of every component, in order.
+    """
+
+    budget: CubicBudget
+
+    def __init__(
+        self, model: nn.Module, adapter_name: str, layers: Mapping[str, WaRALayer], beta1: float, beta2: float
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.adapter_name = adapter_name
+        self.step = 0
+        self.fixed = False
+        parameters: dict[str, Tensor] = {}
+        self.kept: dict[tuple[str, int], list[bool]] = {}
+        self.costs: list[int] = []
+        for name, layer in layers.items():
+            rows, columns = layer.factors(adapter_name)
+            for level, bands in enumerate(rows.axis.bands):
+                if bands:
+                    self.kept[name, level] = [True] * len(bands)
+                    self.costs += [cost(layer, adapter_name, level)] * len(bands)
+                    parameters[_key(name, "A", level)] = rows.get_parameter(f"level{level}")
+                    parameters[_key(name, "B", level)] = columns.get_parameter(f"level{level}")
+        self.sensitivity = Sensitivity(parameters, beta1, beta2)
+
+    def scores(self) -> list[float]:
+        """Of every component the mean over its row of A_s and that over its column of B_s."""
+        found = []
+        for name, level in self.kept:
+            rows = self.sensitivity.score(_key(name, "A", level)).flatten(1).mean(1)
+            columns = self.sensitivity.score(_key(name, "B", level)).mean(0)
+            found += (rows + columns).tolist()
+        return found
+
+    def choose(self, budget: int, optimizer: torch.optim.Optimizer | None) -> None:
+        chosen = iter(affordable(self.scores(), self.costs, budget))
+        self.kept = {key: [next(chosen) for _ in kept] for key, kept in self.kept.items()}
+        self.mask()
+        if optimizer is not None:
+            for columns, masked in self._masked():
+                for value in optimizer.state.get(columns, {}).values():
+                    if torch.is_tensor(value) and value.shape == columns.shape:
+                        value[:, masked] = 0
+
+    def _masked(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters of B with the columns that are not kept."""
+        for (name, level), kept in self.kept.items():
+            columns = self.sensitivity.parameters[_key(name, "B", level)]
+            yield columns, ~torch.tensor(kept, device=columns.device)
+
+    @torch.no_grad()
+    def mask(self) -> None:
+        for columns, masked in self._masked():
+            columns[:, masked] = 0
+
+    def kept_components(self) -> dict[str, dict[str, list[int]]]:
+        found: dict[str, dict[str, list[int]]] = {}
+        for (name, level), kept in self.kept.items():
+            rows, _ = self.layers[name].factors(self.adapter_name)
+            for index in (index for index, keep in enumerate(kept) if keep):
+                band, own = subband_of(rows, level, index)
+                found.setdefault(name, {}).setdefault(band, []).append(own)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        kept = {f"kept.{name}.level{level}": torch.tensor(flags) for (name, level), flags in self.kept.items()}
+        averages = {f"average.{key}": value for key, value in self.sensitivity.average.items()}
+        deviations = {f"deviation.{key}": value for key, value in self.sensitivity.deviation.items()}
+        progress = torch.tensor([self.step, int(self.fixed)])
+        return {"progress": progress, **kept, **averages, **deviations}
+
+    def load(self, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+        own = self.tensors()
+        if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in tensors.items()}:
+            raise ValueError(f"{os.fspath(path)} is of an adapter with other modules or ranks than this one has.")
+        self.step, self.fixed = int(tensors["progress"][0]), bool(tensors["progress"][1])
+        self.kept = {(name, level): tensors[f"kept.{name}.level{level}"].tolist() for name, level in self.kept}
+        for key, value in self.sensitivity.average.items():
+            value.copy_(tensors[f"average.{key}"])
+            self.sensitivity.deviation[key].copy_(tensors[f"deviation.{key}"])
+
+
+def _key(module_name: str, side: str, level: int) -> str:
+    return f"{module_name}.{side}.level{level}"
