@@ -16,10 +16,12 @@ from torch import nn
 from quality.sizes import adapted, adapter_size, largest_size, wara_ladder
 from quality.tasks.task import Task
 from quality.training import Built, Problem, trained_parameters
-from wara_peft import WaRAConfig, allocate_ranks
+from wara_peft import RankSchedule, WaRAConfig, allocate_ranks
 
 BATCHES = 8
 """From which gradients or inputs are taken."""
+LORA_ALONE = {"aa0": 1, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0}
+"""Ranks of a WaRA that is a LoRA."""
 FIRST_LAYER = re.compile(r"(^|\.)layers?\.0\.")
 
 
@@ -68,6 +70,32 @@ class EvaRanks:
         return Built(model, trained_parameters(model, problem.head))
 
 
+@dataclass(frozen=True)
+class Scheduled:
+    """An adapter that `RankSchedule` brings down to the budget from half as much again, as AdaLoRA does here."""
+
+    name: str
+    config: Callable[[int], WaRAConfig]
+    """Makes it, of a size that costs what a LoRA of that rank does."""
+    group = "ranks"
+    sized = True
+
+    def applies(self, task: Task) -> bool:
+        return task.layers == "linear"
+
+    def build(self, problem: Problem, budget: float) -> Built:
+        parameters = int(budget * adapter_size(problem, LoraConfig(r=1)))
+        model = adapted(problem, self.config(int(budget) + max(1, int(budget) // 2)))
+        schedule = RankSchedule(parameters, warmup=0.1, final=0.33, interval=5)
+        schedule.start(model, problem.steps)
+
+        def after_step(step: int) -> None:
+            schedule.before_step()
+            schedule.after_step()
+
+        return Built(model, parameters, after_step)
+
+
 def initialize_eva(model: nn.Module, problem: Problem) -> None:
     """Give a LoRA of PEFT the values, and the ranks, that EVA finds in the first batches."""
     text = "attention_mask" in problem.splits["train"]
@@ -94,7 +122,7 @@ def by_gradient(problem: Problem, parameters: int, ranks: dict[str, int]) -> WaR
 
 
 def lora_by_gradient(problem: Problem, parameters: int) -> WaRAConfig:
-    return by_gradient(problem, parameters, {"aa0": 1, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0})
+    return by_gradient(problem, parameters, LORA_ALONE)
 
 
 def wara_by_gradient(problem: Problem, parameters: int) -> WaRAConfig:
@@ -149,6 +177,8 @@ METHODS = (
     Allocated("LoRA, ranks by gradient", lora_by_gradient),
     Allocated("WaRA subband, ranks by gradient over modules", wara_over_modules),
     Allocated("WaRA subband, ranks by gradient", wara_by_gradient),
+    Scheduled("LoRA, ranks while training", lambda rank: WaRAConfig(subband_ranks={**LORA_ALONE, "aa0": rank})),
+    Scheduled("WaRA subband, ranks while training", lambda rank: WaRAConfig(subband_ranks=wara_ladder(1, 2 * rank))),
     EvaRanks("LoRA, EVA's ranks"),
     Allocated("LoRA, first layer alone", first_layer),
     Allocated("LoRA, random ranks", random_ranks),
