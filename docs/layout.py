@@ -13,7 +13,8 @@ ORDER = (
     ("forms",),
     ("config",),
     ("layer", "conv", "embedding", "disk"),
-    ("model", "combine", "initialization", "components"),
+    ("components", "combine", "initialization"),
+    ("nested", "model"),
     ("export", "inspection", "allocation"),
     ("cli", "__init__"),
 )

@@ -10,18 +10,22 @@ from .export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
 from .initialization import initialize_from_data  # noqa: E402
 from .model import WaRAModel  # noqa: E402
+from .nested import RankShrinking, rank_penalty, shrink_ranks  # noqa: E402
 
 registration.register(WaRAConfig, WaRAModel)
 
 __all__ = [
     "RankSchedule",
+    "RankShrinking",
     "WaRAConfig",
     "WaRAModel",
     "allocate_ranks",
     "frozen_factors",
     "initialize_from_data",
     "lora_error",
+    "rank_penalty",
     "save_as_lora",
+    "shrink_ranks",
     "to_lora",
 ]
 __version__ = "0.1.0"

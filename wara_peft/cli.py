@@ -76,7 +76,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="On failure show the whole 
     {PROGRAM} export my-adapter my-lora\n
     {PROGRAM} export my-adapter my-lora --dtype bf16 --strict\n
     {PROGRAM} export my-adapter my-lora --rank 8\n
-    {PROGRAM} export my-adapter my-lora --energy 0.99"""
+    {PROGRAM} export my-adapter my-lora --energy 0.99\n
+    {PROGRAM} export my-nested-adapter my-lora --prefix 8"""
 )
 def export(
     adapter: Adapter,
@@ -88,14 +89,17 @@ def export(
         float | None,
         typer.Option(metavar="SHARE", help="Smallest rank that keeps this share of every module's energy, as 0.99."),
     ] = None,
+    prefix: Annotated[
+        int | None, typer.Option(min=1, help="The first so many components, of an adapter with ordered_dropout.")
+    ] = None,
     dtype: Dtype = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if engines cannot take all of the adapter.")] = False,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Write an adapter as a LoRA checkpoint, exactly or with a lower rank."""
-    if rank is not None and energy is not None:
-        raise typer.BadParameter("give --rank or --energy, not both.")
+    if sum(given is not None for given in (rank, energy, prefix)) > 1:
+        raise typer.BadParameter("give one of --rank, --energy and --prefix.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter(f"--energy {energy} is a share: more than 0, at most 1.")
     with _failures_in_a_line(debug):
@@ -105,12 +109,14 @@ def export(
         source = _local(adapter)
         kept = energy if rank is None else rank
         with written_at_once(path, "replace" if overwrite else "refuse", inputs=[source]) as directory:
-            lora = convert(source, kept, dtype=dtype, strict=strict, track=_tracked("Exporting"))
+            lora = convert(source, kept, prefix=prefix, dtype=dtype, strict=strict, track=_tracked("Exporting"))
             write_lora(directory, lora.config, lora.state_dict)
         config = lora.config
         _say(f"Wrote {path}: LoRA of rank {config.r}, {len(config.target_modules or ())} modules.")
         rounding = f", but for the rounding to {str(dtype).removeprefix('torch.')}" if lora.rounded else ""
-        if kept is None:
+        if prefix is not None:
+            out.print(f"It is the first {prefix} components of each module{rounding}.")
+        elif kept is None:
             out.print(f"It is exact{rounding}.")
         else:
             out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")

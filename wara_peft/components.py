@@ -54,14 +54,20 @@ def cost(layer: WaRALayer, adapter_name: str, level: int) -> int:
     return rows[0].numel() + len(columns)
 
 
-def subband_of(factor: SubbandFactor, level: int, index: int) -> tuple[str, int]:
-    """The subband that has a level's row of that index, and the index among the subband's own."""
+def subband_of(factor: SubbandFactor, row: int, level: int | None = None) -> tuple[str, int]:
+    """The subband that a row of Â belongs to, and its index among the subband's own.
+
+    Args:
+        factor: either side.
+        row: among all rows, or, with a level, among those of its parameter.
+        level: of the parameter.
+    """
     for name, rank in factor.ranks.items():
-        if int(name[2:]) == level:
-            if index < rank:
-                return name, index
-            index -= rank
-    raise IndexError(index)
+        if level in (None, int(name[2:])):
+            if row < rank:
+                return name, row
+            row -= rank
+    raise IndexError(row)
 
 
 @torch.no_grad()

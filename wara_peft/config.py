@@ -16,7 +16,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .field_types import check_types
-from .forms import FORMS, Form
+from .forms import FORMS, Form, importance_order, turns_of
 from .model_card import add_loading_section
 from .wavelet import filters
 
@@ -89,6 +89,13 @@ class WaRAConfig(PeftConfig):
         trainable_token_indices: token indices to train in the embedding, as in LoraConfig.
         ensure_weight_tying: where the model ties its output layer to its input embedding and one of them is adapted
             or in `modules_to_save`, both share the adapter or the trained module, and stay tied.
+        ordered_dropout: with `form="subband"`, train components (a row of A_s with its column of B_s) in an order of
+            importance: each forward in training keeps in every module the first b of its R, b drawn anew. One training
+            then serves every rank: `model.set_rank`, `save_as_lora(prefix=k)`. After Maestro (arXiv 2308.14929).
+        component_order: with it, the order of subbands in which they take turns in that of components; None writes the
+            default, coarse levels first.
+        rank_penalty: with it, λ of the hierarchical group lasso λ Σ_b (‖A[b:]‖ + ‖B[:, b:]‖) over the components in
+            order, which is added to the loss that the model returns while it trains.
         module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`. For a
             convolution `in` is that of one group, and `[kind, out, in, groups]` tells if there are several.
         base_weight_hashes: written by the library where `save_basis` is False, `{module: SHA-256 of its weight}`.
@@ -164,6 +171,15 @@ class WaRAConfig(PeftConfig):
     ensure_weight_tying: bool = field(
         default=False, metadata={"help": "Share adapters of the embedding with layers tied to it."}
     )
+    ordered_dropout: bool = field(
+        default=False, metadata={"help": "Train components in order of importance, so that any first k serve."}
+    )
+    component_order: list[str] | None = field(
+        default=None, metadata={"help": "ordered_dropout: subbands in the order in which they take turns."}
+    )
+    rank_penalty: float = field(
+        default=0.0, metadata={"help": "ordered_dropout: factor of the hierarchical group lasso on components."}
+    )
     module_shapes: dict[str, list[Any]] | None = field(
         default=None, metadata={"help": "Written by the library: {module: [kind, out, in]}."}
     )
@@ -195,6 +211,8 @@ class WaRAConfig(PeftConfig):
             self.grid_size = tuple(self.grid_size)
         self._check_values()
         self._check_form()
+        if self.ordered_dropout and self.component_order is None:
+            self.component_order = turns_of(self.form_object.subbands(self))
         self._check_ranks()
         self._check_targets()
         self._check_shapes()
@@ -205,6 +223,9 @@ class WaRAConfig(PeftConfig):
         if not 0.0 <= self.wara_dropout < 1.0:
             raise ValueError(f"wara_dropout={self.wara_dropout!r} must be a probability, at least 0 and less than 1.")
         _check_finite("wara_alpha", self.wara_alpha or 0.0)
+        _check_finite("rank_penalty", self.rank_penalty)
+        if self.rank_penalty < 0:
+            raise ValueError(f"rank_penalty={self.rank_penalty!r} must be at least 0.")
         for pattern, alpha in self.alpha_pattern.items():
             where = f"alpha_pattern[{pattern!r}]"
             _check_pattern(where, pattern)
@@ -295,6 +316,20 @@ class WaRAConfig(PeftConfig):
         by_subband = pattern if isinstance(pattern, dict) else {}
         rank = self.r if isinstance(pattern, dict) else pattern
         return self.form_object.ranks(self, rank, {**(self.subband_ranks or {}), **by_subband})
+
+    def order_of(self, module_name: str) -> list[int]:
+        """Rows of a module's Â, and columns of its B̂, in order of importance, as `ordered_dropout` trains them.
+
+        Raises:
+            ValueError: the adapter was trained without it, and has no such order.
+        """
+        if self.component_order is None:
+            raise ValueError(
+                "This adapter was trained without ordered_dropout=True, and has no first components. `rank` gives the "
+                "best approximation of a lower rank."
+            )
+        ranks = {name: rank for name, rank in self.ranks_of(module_name).items() if rank}
+        return importance_order(ranks, self.component_order)
 
     def alpha_of(self, module_name: str) -> float | None:
         """Numerator of the scaling in the module of that name, or None for that module's R.

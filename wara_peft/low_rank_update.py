@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ class LowRankUpdate:
     def kernel(self) -> tuple[int, ...]:
         """Kernel size of a convolution, empty for other layers."""
         return tuple(self.factor_a.shape[2:])
+
+    def first(self, components: Sequence[int]) -> LowRankUpdate:
+        """The update by some components alone: rows of Â with their columns of B̂."""
+        chosen = list(components)
+        return replace(self, factor_a=self.factor_a[chosen], factor_b=self.factor_b[:, chosen])
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """ΔW in the shape and orientation in which a layer of this kind keeps its weight.

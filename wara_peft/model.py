@@ -33,6 +33,7 @@ from .forms import Target, one_call
 from .kinds import LINEAR, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
+from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
 from .targets import check_adapter_name, check_ranks
@@ -101,6 +102,8 @@ class WaRAModel(BaseTuner):
             awaited.warn_if_another(config)
             self._awaited = {**self._awaited, adapter_name: awaited}
         keep_ties_in_replicas(model)
+        if config.rank_penalty and add_penalty not in model._forward_hooks.values():
+            model.register_forward_hook(add_penalty)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
@@ -281,6 +284,16 @@ class WaRAModel(BaseTuner):
         """
         combine(self, adapters, weights, adapter_name, combination_type)
 
+    def set_rank(self, adapter_name: str, rank: int | None) -> None:
+        """Compute with the first `rank` components of each module of an adapter, trained with `ordered_dropout`.
+
+        Nothing is lost: None computes with all of them again, and saving saves them all.
+
+        Raises:
+            ValueError: the adapter was trained without `ordered_dropout`, is merged, or the rank is less than 1.
+        """
+        set_rank(self, adapter_name, rank)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample of the batch, to all adapter layers during a forward or generate.
@@ -360,9 +373,12 @@ class WaRAModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names)
         with undone_on_error(self.model) if merge else nullcontext():
-            return super()._unload_and_optionally_merge(  # type: ignore[return-value]
+            unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
+        for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
+            del self.model._forward_hooks[key]
+        return unloaded
 
 
 def _pass_adapter_names(

@@ -290,7 +290,7 @@ class _Running:
         for (name, level), kept in self.kept.items():
             rows, _ = self.layers[name].factors(self.adapter_name)
             for index in (index for index, keep in enumerate(kept) if keep):
-                band, own = subband_of(rows, level, index)
+                band, own = subband_of(rows, index, level)
                 found.setdefault(name, {}).setdefault(band, []).append(own)
         return found
 

@@ -4,6 +4,7 @@ from .base import Form, Parts, Settings, Target
 from .factors import SubbandFactor, TiedFactor, frozen_factors
 from .grid import GridForm
 from .keeping import one_call
+from .ordered import OrderedFactor, importance_order, turns_of
 from .shared import SharedForm
 from .subband import SubbandForm
 from .tiny import TinyForm
@@ -16,11 +17,14 @@ __all__ = [
     "FORMS",
     "SUBBAND",
     "Form",
+    "OrderedFactor",
     "Parts",
     "Settings",
     "SubbandFactor",
     "Target",
     "TiedFactor",
     "frozen_factors",
+    "importance_order",
     "one_call",
+    "turns_of",
 ]

@@ -31,6 +31,7 @@ class SharedForm(SubbandForm):
     name = "shared"
     initialisations: tuple[str, ...] = ()
     keeps_subbands = False
+    own_fields: tuple[str, ...] = ()
     factor = SharedFactor
 
     def check(self, settings: Settings) -> None:
