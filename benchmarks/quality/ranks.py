@@ -22,6 +22,7 @@ BATCHES = 8
 """From which gradients or inputs are taken."""
 LORA_ALONE = {"aa0": 1, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0}
 """Ranks of a WaRA that is a LoRA."""
+LARGEST = 8
 FIRST_LAYER = re.compile(r"(^|\.)layers?\.0\.")
 
 
@@ -94,6 +95,27 @@ class Scheduled:
             schedule.after_step()
 
         return Built(model, parameters, after_step)
+
+
+@dataclass(frozen=True)
+class Nested:
+    """One training for every budget: all components of a WaRA as large as a LoRA of rank `LARGEST`, in an order.
+
+    At a budget the first of them are measured that have its parameters: one of a rank of LoRA's is two here.
+    """
+
+    name: str
+    group = "ranks"
+    sized = True
+
+    def applies(self, task: Task) -> bool:
+        return task.layers == "linear"
+
+    def build(self, problem: Problem, budget: float) -> Built:
+        ranks = wara_ladder(1, 2 * LARGEST)
+        model = adapted(problem, WaRAConfig(subband_ranks=ranks, ordered_dropout=True))
+        parameters = int(budget * adapter_size(problem, LoraConfig(r=1)))
+        return Built(model, parameters, finish=lambda: model.set_rank("default", int(2 * budget)))
 
 
 def initialize_eva(model: nn.Module, problem: Problem) -> None:
@@ -179,6 +201,7 @@ METHODS = (
     Allocated("WaRA subband, ranks by gradient", wara_by_gradient),
     Scheduled("LoRA, ranks while training", lambda rank: WaRAConfig(subband_ranks={**LORA_ALONE, "aa0": rank})),
     Scheduled("WaRA subband, ranks while training", lambda rank: WaRAConfig(subband_ranks=wara_ladder(1, 2 * rank))),
+    Nested("WaRA subband, nested"),
     EvaRanks("LoRA, EVA's ranks"),
     Allocated("LoRA, first layer alone", first_layer),
     Allocated("LoRA, random ranks", random_ranks),
