@@ -112,9 +112,9 @@ class Nested:
         return task.layers == "linear"
 
     def build(self, problem: Problem, budget: float) -> Built:
+        parameters = int(budget * adapter_size(problem, LoraConfig(r=1)))
         ranks = wara_ladder(1, 2 * LARGEST)
         model = adapted(problem, WaRAConfig(subband_ranks=ranks, ordered_dropout=True))
-        parameters = int(budget * adapter_size(problem, LoraConfig(r=1)))
         return Built(model, parameters, finish=lambda: model.set_rank("default", int(2 * budget)))
 
 
