@@ -26,14 +26,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig, ViTForIma
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from wara_peft import WaRAConfig
+from wara_peft import RankSchedule, WaRAConfig
 
 CONFIGS = {
     "wara": lambda: WaRAConfig(target_modules="all-linear", wavelet="db2", wara_alpha=64),
     "lora": lambda: LoraConfig(target_modules="all-linear", r=8, lora_alpha=64),
     "tiny": lambda: WaRAConfig(form="tiny", target_modules="all-linear", wavelet="db2", wara_alpha=64),
+    "schedule": lambda: WaRAConfig(target_modules="all-linear", r=6, wara_alpha=64),
     "grid": lambda: WaRAConfig(form="grid", grid_pairs="shared", target_modules=["q_proj", "fc1"], wara_alpha=64),
 }
+SHARDED = ("fsdp1", "fsdp2")
+"""Kinds whose parameters are sharded, which `RankSchedule` does not take."""
 BLOCKS = (LlamaDecoderLayer, ViTLayer)
 
 
@@ -99,23 +102,32 @@ def whole_state(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
 def train(kind: str, method: str, output_dir: Path, rank: int, processes: int) -> None:
     model = distributed(build(method), kind)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    schedule = RankSchedule(like=LoraConfig(r=4), warmup=1, final=2, interval=1) if method == "schedule" else None
+    if schedule:
+        schedule.start(model.module if kind == "ddp" else model, len(batches()))
     losses = []
     for batch in batches():
         share = batch.chunk(processes)[rank]
         loss = model(**inputs_of(method, share)).loss
         loss.backward()
+        if schedule:
+            schedule.before_step()
         optimizer.step()
+        if schedule:
+            schedule.after_step(optimizer)
         optimizer.zero_grad()
         mean = loss.detach() / processes
         if processes > 1:
             dist.all_reduce(mean)
         losses.append(mean.item())
 
-    state = whole_state(model, kind)
+    if schedule:
+        schedule.finish()
+    state = {} if schedule else whole_state(model, kind)
     if rank == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "losses.json").write_text(json.dumps(losses))
-        whole = build(method)
+        whole = (model.module if kind == "ddp" else model) if schedule else build(method)
         whole.load_state_dict(state, strict=False)
         whole.save_pretrained(output_dir / "adapter")
     if processes > 1:
@@ -129,7 +141,8 @@ def main(kind: str, output_dir: Path) -> None:
         dist.init_process_group("gloo")
         rank, processes = dist.get_rank(), dist.get_world_size()
     for method in CONFIGS:
-        train(kind, method, output_dir / method, rank, processes)
+        if method != "schedule" or kind not in SHARDED:
+            train(kind, method, output_dir / method, rank, processes)
     if processes > 1:
         dist.destroy_process_group()
 
