@@ -98,6 +98,18 @@ def test_order_scale_gradients_and_other_adapters_stay():
     assert layer.wara_B["default"].level1.grad.shape == (4, 2)
 
 
+def test_biases_of_modules_that_lose_the_adapter_are_saved(tmp_path: Path):
+    model = adapted(bias="wara_only")
+    with torch.no_grad():
+        model.base_model.model.conv.bias.add_(1)
+        model.base_model.model.out.bias.add_(2)
+    keep_components(model, "default", {"out": {"aa1": [0]}})
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net().double(), tmp_path, autocast_adapter_dtype=False)
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+
+
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
 def test_layers_that_are_tied_follow():
     torch.manual_seed(0)

@@ -98,6 +98,9 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
     }
     base = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
     changed = config.with_ranks(ranks, [name for name, _ in base.named_modules()])
+    gone = [layer.get_base_layer() for name, layer in layers.items() if not any(ranks[name].values())]
+    if changed.bias == "wara_only" and any(getattr(base, "bias", None) is not None for base in gone):
+        changed.bias = "all"  # or those that have trained would not be saved
     cast(Any, model).peft_config[adapter_name] = changed
     for name, layer in layers.items():
         if any(ranks[name].values()):

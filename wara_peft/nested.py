@@ -170,7 +170,7 @@ def _moments(factor: SubbandFactor, band: str, optimizer: torch.optim.Optimizer 
     """A subband's part of what an optimizer keeps of its level's parameter, in that shape."""
     parameter = factor.get_parameter(f"level{band[2:]}")
     for value in optimizer.state.get(parameter, {}).values() if optimizer is not None else ():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
             yield factor.part(band, value)
 
 

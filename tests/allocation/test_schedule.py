@@ -98,8 +98,8 @@ class TestParts:
         assert values == sorted(values, reverse=True)
 
     def test_what_is_affordable(self):
-        # By score and cost: 3/1, 4/2, 1/1, 2/2; the last is left out, and a tie goes to the first.
-        assert affordable([4.0, 3.0, 2.0, 1.0], [2, 1, 2, 1], 4) == [True, True, False, True]
+        # The third does not fit any more, the last does; a tie goes to the first.
+        assert affordable([3.0, 4.0, 2.0, 1.0], [2, 1, 2, 1], 4) == [True, True, False, True]
         assert affordable([1.0, 1.0], [3, 3], 5) == [True, False]
 
     def test_choices_are_those_of_adalora_where_costs_are_equal(self):

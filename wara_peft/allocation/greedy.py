@@ -51,15 +51,12 @@ def spend(items: Sequence[Item], budget: int) -> list[int]:
 
 
 def affordable(scores: Sequence[float], costs: Sequence[int], budget: int) -> list[bool]:
-    """Which of single units to keep: the highest scores for what they cost, that fit into the budget together.
+    """Which of single units to keep: those of the highest scores that fit into the budget together.
 
-    In the order of score / cost, largest first and equal ones as they stand, each is taken that still fits. Where all
-    costs are equal these are the highest scores.
+    In the order of scores, largest first and equal ones as they stand, each is taken that still fits.
     """
     kept = [False] * len(scores)
-    for _, index in sorted(
-        (-score / cost, index) for index, (score, cost) in enumerate(zip(scores, costs, strict=True))
-    ):
+    for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
         if costs[index] <= budget:
             kept[index] = True
             budget -= costs[index]

@@ -28,11 +28,12 @@ class RankSchedule(TrainerCallback):
     """Brings an adapter down to a budget of parameters in the course of a training, by AdaLoRA's rule.
 
     A component is a row of A_s with the column of B_s, of n_j + m_j parameters. Its score is the mean smoothed
-    sensitivity of the row's numbers and that of the column's (see `Sensitivity`), and those are kept whose score is
-    highest for their cost, within a budget that falls as (1 − progress)³ from the adapter's size to `budget`. What is
-    not kept is masked: the column of B_s and its optimizer moments become zero, while the row of A_s stays, so that
-    it grows again from zero, and may be kept next time. From `final` steps before the end on the choice is fixed, and
-    at the end the others are cut: only then do shapes change, in memory, in what is saved and in exports.
+    sensitivity of the row's numbers and that of the column's (see `Sensitivity`): by parameter, so that long
+    components are neither favoured nor held back. The highest are kept, within a budget of parameters that falls as
+    (1 − progress)³ from the adapter's size to `budget`. What is not kept is masked: the column of B_s and its
+    optimizer moments become zero, while the row of A_s stays, so that it grows again from zero, and may be kept next
+    time. From `final` steps before the end on the choice is fixed, and at the end the others are cut: only then do
+    shapes change, in memory, in what is saved and in exports.
 
     As a callback of transformers' `Trainer`:
 
@@ -70,7 +71,7 @@ class RankSchedule(TrainerCallback):
             the cheapest component or not below the adapter's size, another form, and a schedule longer than the
             training; `before_step` refuses a step without gradients.
 
-    Source: AdaLoRA, arXiv 2303.10512; costs in parameters in place of ranks are ours.
+    Source: AdaLoRA, arXiv 2303.10512; a budget in parameters in place of ranks is ours.
     """
 
     def __init__(
@@ -271,7 +272,7 @@ class _Running:
         if optimizer is not None:
             for columns, masked in self._masked():
                 for value in optimizer.state.get(columns, {}).values():
-                    if torch.is_tensor(value) and value.shape == columns.shape:
+                    if torch.is_tensor(value) and value.shape == columns.shape and value.is_floating_point():
                         value[:, masked] = 0
 
     def _masked(self) -> Iterator[tuple[Tensor, Tensor]]:
