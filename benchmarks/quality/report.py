@@ -92,7 +92,7 @@ def row_of(item: Compared, family: str, higher_is_better: bool) -> str:
         row.method,
         f"{row.parameters:,}",
         "" if row.rate != row.rate else f"{row.rate:g}",
-        f"{factor * mean(row.tests):{shown}} ± {factor * interval(values):{shown}}",
+        f"{factor * mean(row.tests):{shown}}" + (f" ± {factor * interval(values):{shown}}" if len(values) > 1 else ""),
     ]
     if item.difference and item.adjusted is not None:
         difference = item.difference
