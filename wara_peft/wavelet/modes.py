@@ -21,15 +21,16 @@ def autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[Any
 
 def is_autocast_on(device: torch.device) -> bool:
     """Whether autocast is on for a device, of any type."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return (
+        torch._C._is_any_autocast_enabled()
+        and torch.amp.is_autocast_available(device.type)
+        and torch.is_autocast_enabled(device.type)
+    )
 
 
 def is_transformed() -> bool:
     """Whether a tracer records operations or torch.func transforms them."""
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
 
 def is_plain(tensor: Tensor) -> bool:
