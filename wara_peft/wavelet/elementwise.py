@@ -15,7 +15,6 @@ from torch import Tensor
 from .constant_tensors import constant_tensors
 from .filters import equivalent_filter
 from .layout import BANDS, Axis
-from .modes import autocast_off
 
 
 def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor
             assert rows is not None
             values = rows.index_select(1, needed)
         values = values.view(len(bands), -1, len(positions))  # (R_j, shifts, N)
-        parts.append(_sum(values * taps.index_select(2, place % 2**level), 1))
+        parts.append((values * taps.index_select(2, place % 2**level)).sum(1))
     if coefficients[0] is not None:
         parts.append(coefficients[0].index_select(1, positions))
     return torch.cat(parts)
@@ -64,14 +63,8 @@ def decompose(rows: Tensor, axis: Axis) -> list[Tensor | None]:
         first = torch.arange(size, device=rows.device)[:, None] * 2**level - _offset(axis.wavelet, level)
         needed = (first + torch.arange(taps.shape[2], device=rows.device)).remainder(size << level)  # (d_j, K)
         values = own.index_select(1, needed.flatten()).view(-1, *needed.shape)  # (R_j, d_j, K)
-        result[level] = _sum(values * taps, 2)
+        result[level] = (values * taps).sum(2)
     return result
-
-
-def _sum(values: Tensor, dim: int) -> Tensor:
-    """The sum in the dtype of the values, which autocast would change."""
-    with autocast_off([values]):
-        return values.sum(dim)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -67,7 +67,7 @@ class Axis:
         rows: number of rows of all levels.
         transformed_rows: rows of level 1 and coarser.
         last_level_at_once: the level at which the axis is to be split so that none but its first level trims, or 0
-            where none does. A level of odd length is trimmed to it, after which coarser ones have no equivalent filter.
+            where none does: a level of odd length is trimmed, after which coarser ones have no equivalent filter.
         block_width: the largest number of transformed rows such that all blocks of so many lie in one band.
     """
 

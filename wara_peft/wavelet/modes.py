@@ -15,6 +15,8 @@ def autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[Any
 
     Autocast would change the dtype of some operations, and refuse a mixture for others.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
     device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("meta"))
     return torch.autocast(device.type, enabled=False) if is_autocast_on(device) else nullcontext()
 

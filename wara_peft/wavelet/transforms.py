@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import elementwise, one_step
 from .layout import Axis
-from .modes import is_transformed
+from .modes import autocast_off, is_transformed
 
 Coefficients = Sequence[Tensor | None]
 
@@ -39,9 +39,10 @@ def synthesis(coefficients: Coefficients, axis: Axis, dim: int) -> Tensor:
         rows = coefficients[0]
         assert rows is not None
         return rows
-    if _needs_node(coefficients):
-        return _Transform.apply(False, axis, dim, *coefficients)  # type: ignore[no-any-return]
-    return _synthesise(coefficients, axis, dim)
+    with autocast_off(coefficients):
+        if _needs_node(coefficients):
+            return _Transform.apply(False, axis, dim, *coefficients)  # type: ignore[no-any-return]
+        return _synthesise(coefficients, axis, dim)
 
 
 def synthesis_at(coefficients: Coefficients, axis: Axis, positions: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ def synthesis_at(coefficients: Coefficients, axis: Axis, positions: Tensor) -> T
         ValueError: a level's rows do not have the shape that the axis gives.
     """
     _check_shapes(coefficients, axis, dim=1)
-    return elementwise.samples(coefficients, axis, positions)
+    with autocast_off(coefficients):
+        return elementwise.samples(coefficients, axis, positions)
 
 
 def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
@@ -72,9 +74,10 @@ def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
     Returns:
         For each level the rows of that level, or None where it has none, as `synthesis` takes them.
     """
-    if _needs_node([signal]):
-        return list(_Transform.apply(True, axis, dim, signal))
-    return _decompose(signal, axis, dim)
+    with autocast_off([signal]):
+        if _needs_node([signal]):
+            return list(_Transform.apply(True, axis, dim, signal))
+        return _decompose(signal, axis, dim)
 
 
 def into_band(rows: Tensor, wavelet: str, level: int, band: str) -> Tensor:
