@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from collections import Counter
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from wara_peft import WaRAConfig, frozen_factors
 from wara_peft.forms import SubbandFactor
-from wara_peft.forms.keeping import _call
+from wara_peft.forms.keeping import _call, one_call
 
 PROMPT = torch.arange(1, 7).view(2, 3)
 NEW_TOKENS = 12
@@ -250,3 +252,50 @@ def test_mixed_batches_and_beams(syntheses):
     model.add_adapter("other", WaRAConfig(target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM"))
     model.generate(input_ids=PROMPT, max_new_tokens=NEW_TOKENS, num_beams=2, adapter_names=["default", "other"])
     assert set(syntheses.values()) == {2}
+
+
+class Operations(TorchDispatchMode):
+    """How many operations of ATen run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _cost(layer: nn.Module, x: torch.Tensor) -> tuple[int, int]:
+    """Calls of Python functions and operations of ATen in one forward of a layer."""
+    calls = 0
+
+    def count(frame, event, argument) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    previous = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(previous)
+    with Operations() as operations:
+        layer(x)
+    return calls, operations.count
+
+
+@pytest.mark.parametrize("fields", [{}, {"wavelet": "db4", "levels": 3}, {"form": "shared"}])
+@pytest.mark.filterwarnings("ignore:levels=")
+def test_a_layer_with_kept_factors_costs_a_token_no_more_than_loras(fields):
+    x = torch.randn(1, 1, 16)
+    lora = get_peft_model(llama(), LoraConfig(r=16, target_modules=["q_proj"])).eval()
+    model = get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"], **fields)).eval()
+    of_lora, layer = (each.base_model.model.model.layers[0].self_attn.q_proj for each in (lora, model))
+    with torch.no_grad(), one_call(model.base_model):
+        layer(x)
+        layer(x)
+        for found, allowed in zip(_cost(layer, x), _cost(of_lora, x), strict=True):
+            assert found <= allowed
+    with torch.no_grad(), frozen_factors(model):
+        layer(x)
+        for found, allowed in zip(_cost(layer, x), _cost(of_lora, x), strict=True):
+            assert found <= allowed

@@ -291,10 +291,11 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         """
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        if self.disable_adapters and self.merged:
+        disabled, merged = self.disable_adapters, self.merged
+        if disabled and merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if disabled or merged:
             return result
         dtype = result.dtype
         if self.quantization_backend is not None:
@@ -302,7 +303,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._add_mixed_products(result, x, adapter_names)
         for adapter in self.active_adapters:
-            if adapter in self.wara_A:
+            if adapter in self.scaling:
                 result = self._add_product(result, x, adapter)
         return result.to(dtype)
 
@@ -394,9 +395,14 @@ class Linear(WaRALayer):
     """
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        factor_a, factor_b = (factor() for factor in self.factors(adapter))  # (R, n), (m, R)
-        x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
-        hidden = self.forms[adapter].between(F.linear(x, factor_a), self.parts(adapter))  # (..., R)
+        module_a, module_b = self.factors(adapter)
+        factor_a, factor_b = module_a(), module_b()  # (R, n), (m, R)
+        if x.dtype != factor_a.dtype:
+            x = self._cast_input_dtype(x, factor_a.dtype)
+        hidden = F.linear(self.wara_dropout[adapter](x), factor_a)  # (..., R)
+        form = self.forms[adapter]
+        if not form.has_delta_weight:
+            hidden = form.between(hidden, self.parts(adapter))
         return add_low_rank(result, hidden, factor_b, self.scaling[adapter])
 
 
@@ -409,10 +415,10 @@ def add_low_rank(result: Tensor, hidden: Tensor, factor_b: Tensor, scaling: floa
         factor_b: B̂, (m, R).
         scaling: the adapter's scaling.
     """
-    dtype = torch.promote_types(result.dtype, hidden.dtype)
     rows, channels = result.reshape(-1, result.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-    if dtype == result.dtype == hidden.dtype == factor_b.dtype and not is_autocast_on(result.device):
+    if result.dtype == hidden.dtype == factor_b.dtype and not is_autocast_on(result.device):
         return torch.addmm(rows, channels, factor_b.T, alpha=scaling).view(result.shape)
+    dtype = torch.promote_types(result.dtype, hidden.dtype)
     with autocast_off([result]):  # it has chosen these dtypes, and would round a wider result once more
         product = torch.addmm(rows.to(dtype), channels.to(dtype), factor_b.to(dtype).T, alpha=scaling)
     return product.view(result.shape)

@@ -175,8 +175,8 @@ class Form:
         return parts["wara_A"], parts["wara_B"]
 
     def between(self, hidden: Tensor, parts: Parts) -> Tensor:
-        """What happens to x Âᵀ, (..., R), before it meets B̂."""
-        return hidden
+        """What happens to x Âᵀ, (..., R), before it meets B̂, in forms without ΔW."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def coefficients(self, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:

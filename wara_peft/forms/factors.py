@@ -117,7 +117,9 @@ class SubbandFactor(nn.Module):
 
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
         """The factor, computed in `dtype`; None means the parameters' dtype."""
-        coefficients = [None if rows is None else rows.to(dtype or rows.dtype) for rows in self.coefficients()]
+        coefficients = self.coefficients()
+        if dtype is not None:
+            coefficients = [None if rows is None else rows.to(dtype) for rows in coefficients]
         return synthesis(coefficients, self.axis, self.dim)
 
     def forward(self, positions: Tensor | None = None) -> Tensor:

@@ -59,7 +59,8 @@ class Keeping:
         """
         kept = self._kept  # read once: another thread may enter or leave a scope meanwhile
         if kept is not None:
-            self.check_gradients()
+            if torch.is_grad_enabled():
+                self.check_gradients()
             if kept.tensor is None:
                 kept.tensor = synthesise()
             return kept.tensor
@@ -69,7 +70,12 @@ class Keeping:
             self.changes += 1
             return synthesise()
         call = _call.get()
-        return synthesise() if call is None else call.get(factor, self.changes, synthesise)
+        if call is None:
+            return synthesise()
+        changes, tensor = call.kept.get(factor, _NOTHING)
+        if tensor is not None and changes == self.changes:
+            return tensor
+        return call.make(factor, self.changes, synthesise)
 
     def check_gradients(self) -> None:
         """Refuse gradients inside `frozen_factors`.
@@ -90,26 +96,27 @@ class _Kept:
     tensor: Tensor | None = None
 
 
+_Entry = tuple[int | None, Tensor | None]
+_NOTHING: _Entry = (None, None)
+"""What a call holds of a factor before its first use."""
+
+
 class _Call:
     """One call of a model: what its factors keep, each with the number of changes with which it was first called."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.kept: dict[nn.Module, tuple[int, Tensor | None]] = {}
+        self.kept: dict[nn.Module, _Entry] = {}
         self._factors: set[nn.Module] | None = None
 
-    def get(self, factor: nn.Module, changes: int, synthesise: Callable[[], Tensor]) -> Tensor:
-        entry = self.kept.get(factor)
-        if entry is None:
+    def make(self, factor: nn.Module, changes: int, synthesise: Callable[[], Tensor]) -> Tensor:
+        """The factor made now, and kept if it was called before with the same number of changes."""
+        tensor = synthesise()
+        at_first, _ = self.kept.get(factor, _NOTHING)
+        if at_first is None:
             self.kept[factor] = (changes, None)
-            return synthesise()
-        at_first, tensor = entry
-        if at_first != changes:
-            return synthesise()
-        if tensor is None:
-            tensor = synthesise()
-            if self._is_of_model(factor):
-                self.kept[factor] = (changes, tensor)
+        elif at_first == changes and self._is_of_model(factor):
+            self.kept[factor] = (changes, tensor)
         return tensor
 
     def _is_of_model(self, factor: nn.Module) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import groupby
 
 BANDS = ("a", "d")
 
@@ -59,39 +61,41 @@ class Axis:
         length: length d of the axis.
         bands: for each level j = 0 ... L a string with one letter a row, "a" or "d": the band in which that row lies.
             Rows of level 0 are not transformed; their letters only count them.
+
+    Attributes:
+        sizes: the sizes (d_0, ..., d_L) of its levels.
+        rows: number of rows of all levels.
+        transformed_rows: rows of level 1 and coarser.
+        last_level_at_once: the level at which the axis is to be split so that none but its first level trims, or 0
+            where none does: a level of odd length is trimmed, after which coarser ones have no equivalent filter.
+        block_width: the largest number of transformed rows such that all blocks of so many lie in one band.
     """
 
     wavelet: str
     length: int
     bands: tuple[str, ...]
+    sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    rows: int = field(init=False, repr=False, compare=False)
+    transformed_rows: int = field(init=False, repr=False, compare=False)
+    last_level_at_once: int = field(init=False, repr=False, compare=False)
+    block_width: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Computed once: every forward of every factor reads them.
+        first, *others = self.bands
+        sizes = axis_sizes(self.length, len(others))
+        transformed = sum(map(len, others))
+        odd = (level for level in range(1, len(sizes)) if sizes[level] % 2 and any(self.bands[level + 1 :]))
+        runs = [len(list(rows)) for letters in others for _, rows in groupby(letters)]
+        object.__setattr__(self, "sizes", sizes)
+        object.__setattr__(self, "rows", len(first) + transformed)
+        object.__setattr__(self, "transformed_rows", transformed)
+        object.__setattr__(self, "last_level_at_once", next(odd, 0))
+        object.__setattr__(self, "block_width", math.gcd(*runs))
 
     @property
     def levels(self) -> int:
         return len(self.bands) - 1
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return axis_sizes(self.length, self.levels)
-
-    @property
-    def rows(self) -> int:
-        return sum(map(len, self.bands))
-
-    @property
-    def transformed_rows(self) -> int:
-        """Rows of level 1 and coarser."""
-        return self.rows - len(self.bands[0])
-
-    @property
-    def last_level_at_once(self) -> int:
-        """The level at which the axis is to be split so that none but its first level trims, or 0 where none does.
-
-        A level of odd length is trimmed to it, after which coarser ones have no equivalent filter.
-        """
-        for level, size in enumerate(self.sizes):
-            if level and size % 2 and any(self.bands[level + 1 :]):
-                return level
-        return 0
 
     def split(self, level: int) -> tuple[Axis, Axis]:
         """The axis as two, one after the other: levels 0 ... `level`, and those beyond it.

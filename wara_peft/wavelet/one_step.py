@@ -11,9 +11,6 @@ each of up to F taps of each block at each sample. All factors of one layout sha
 
 from __future__ import annotations
 
-import math
-from itertools import groupby
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -43,7 +40,7 @@ def synthesise(coefficients: list[Tensor | None], axis: Axis, dim: int) -> Tenso
         coefficients: as in `synthesis`, without further dimensions.
         axis, dim: as in `synthesis`.
     """
-    width = _block_width(axis.bands)
+    width = axis.block_width
     levels = [rows for rows in reversed(coefficients[1:]) if rows is not None]
     # Coefficients of a block one after the other where that transposes and joins levels at once; else as they lie.
     by_block = dim == 1 and len(levels) > 1
@@ -65,7 +62,7 @@ def decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
         signal: (R, d) with `dim=1`, (d, R) with `dim=0`.
         axis, dim: as in `synthesis`. What the axis says of level 0 does not matter.
     """
-    width = _block_width(axis.bands)
+    width = axis.block_width
     table = (signal.T if dim == 1 else signal).reshape(-1, width)  # (d · blocks, width)
     places, taps, starts = _adjoint_sums(table, table.dtype, axis.wavelet, axis.length, axis.bands, dim)
     sums = F.embedding_bag(places, table, starts, mode="sum", per_sample_weights=taps)
@@ -87,17 +84,13 @@ def _levels_with_rows(bands: tuple[str, ...]) -> list[int]:
     return [level for level in range(len(bands) - 1, 0, -1) if bands[level]]
 
 
-def _block_width(bands: tuple[str, ...]) -> int:
-    """The largest number of rows such that all blocks of so many lie in one band."""
-    return math.gcd(*(len(list(rows)) for letters in bands[1:] for _, rows in groupby(letters)))
-
-
 @constant_tensors
 def _synthesis_sums(
     device: torch.device, dtype: torch.dtype, wavelet: str, length: int, bands: tuple[str, ...], by_block: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each block at each sample: places in the table, their taps, and where each sum starts in these two."""
-    width, sizes = _block_width(bands), Axis(wavelet, length, bands).sizes
+    axis = Axis(wavelet, length, bands)
+    width, sizes = axis.block_width, axis.sizes
     places, taps, before = [], [], 0
     for level in _levels_with_rows(bands):
         size, step, blocks = sizes[level], 2**level, len(bands[level]) // width
@@ -118,7 +111,8 @@ def _adjoint_sums(
     device: torch.device, dtype: torch.dtype, wavelet: str, length: int, bands: tuple[str, ...], dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for each coefficient of each block, with places in the signal."""
-    width, sizes = _block_width(bands), Axis(wavelet, length, bands).sizes
+    axis = Axis(wavelet, length, bands)
+    width, sizes = axis.block_width, axis.sizes
     all_blocks = sum(map(len, bands[1:])) // width
     places, taps, counts, before = [], [], [], 0
     for level in _levels_with_rows(bands):
