@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from quality import run
 from quality.cells import Cell, Store
