@@ -24,7 +24,11 @@ from quality.training import train  # noqa: E402
 from wara_peft.layer import WaRALayer  # noqa: E402
 
 NAMES = [variants.GRID, *[variant.name for variant in variants.VARIANTS]]
-DETAILS_ALONE = ("beside LoRA r=2: ad1, da1", "beside LoRA r=1: details")
+DETAILS_ALONE = (
+    "beside LoRA r=2: ad1, da1",
+    "beside LoRA r=1: details",
+    "beside LoRA r=1: details that start at 0.5",
+)
 MLP = ("mlp.fc1", "mlp.fc2")
 
 

@@ -37,6 +37,7 @@ from quality.tasks.planted import SPATIAL, Planted
 from quality.tasks.task import Task
 from quality.training import Built, Problem, trained_parameters
 from wara_peft import WaRAConfig
+from wara_peft.forms.grid import GridFactor
 from wara_peft.forms.token_mixing import TokenMixing
 from wara_peft.layer import WaRALayer
 
@@ -46,7 +47,6 @@ CLEARLY = 0.04
 """So far below `grid` on the first tuning seed, in the mean of both tasks, a variant is dropped."""
 GRID = "grid"
 WAVEFT = "WaveFT"
-DETAILS = ("ad1", "da1", "dd1")
 RATES = tuple(rate(step) for step in FIRST_RATES)
 MORE_RATES = {WAVEFT: (rate(FIRST_RATES[0] - 1),)}
 """Its best rates on shorter trainings lie lower than those of the others."""
@@ -134,10 +134,10 @@ def of_details(model: PeftModel) -> list[tuple[Tensor, Tensor]]:
     """For each layer a view of A's rows and one of B's columns that belong to detail bands."""
     found = []
     for layer in model.modules():
-        if isinstance(layer, WaRALayer):
-            a, b = layer.wara_A["part0"], layer.wara_B["part0"]
-            coarse = a.ranks["aa1"]
-            found.append((a.weight.data[coarse:], b.weight.data[:, coarse:]))
+        for adapter, a in layer.wara_A.items() if isinstance(layer, WaRALayer) else ():
+            if isinstance(a, GridFactor):
+                coarse = a.ranks.get("aa1", 0)
+                found.append((a.weight.data[coarse:], layer.wara_B[adapter].weight.data[:, coarse:]))
     return found
 
 
@@ -190,9 +190,9 @@ def undecomposed(rank: int, adapts: Callable[[str], bool] = everywhere) -> Part:
     return Part({"aa0": rank, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0}, "subband", adapts)
 
 
-def beside(name: str, rank: int, **ranks: int) -> Variant:
+def beside(name: str, rank: int, prepare: Callable[[PeftModel], Any] | None = None, **ranks: int) -> Variant:
     """An undecomposed pair on all tokens beside `grid` of these ranks."""
-    return Variant(name, (undecomposed(rank), Part({"aa1": 0, "ad1": 0, "da1": 0, "dd1": 0} | ranks)))
+    return Variant(name, (undecomposed(rank), Part({"aa1": 0, "ad1": 0, "da1": 0, "dd1": 0} | ranks)), prepare)
 
 
 def only(name: str, adapts: Callable[[str], bool]) -> Variant:
@@ -215,6 +215,8 @@ VARIANTS = [
     beside("beside LoRA r=2: aa1, dd1", 2, aa1=1, dd1=1),
     beside("beside LoRA r=2: ad1, da1", 2, ad1=1, da1=1),
     beside("beside LoRA r=1: details", 1, ad1=1, da1=1, dd1=1),
+    beside("beside LoRA r=1: details, prefix tokens in all", 1, whole_prefix, ad1=1, da1=1, dd1=1),
+    beside("beside LoRA r=1: details that start at 0.5", 1, smaller_details(0.5), ad1=1, da1=1, dd1=1),
     one("details start at 0.5", smaller_details(0.5)),
     one("details start at 0.25", smaller_details(0.25)),
     one("details learn at 0.3", slower_details(0.3)),
