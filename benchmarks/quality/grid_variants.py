@@ -3,8 +3,9 @@
     python benchmarks/quality/grid_variants.py                # run what is missing, then print the table
     python benchmarks/quality/grid_variants.py --minutes 0    # only the table
 
-Rates come from the validation split of two seeds. Variants that lose clearly on the first of them are dropped, the
-best two go to eight other seeds beside `grid`, LoRA and WaveFT. Cells are kept in results/grid_variants/.
+All variants get a first look: one seed at one rate on both digits tasks. The best two get three rates on two seeds,
+and the better of these, by validation, goes to eight other seeds at its best rates, beside `grid` and LoRA. Cells are
+kept in results/grid_variants/. `grid` is what `grid_pairs="separate"` is.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ from wara_peft.forms.token_mixing import TokenMixing
 from wara_peft.layer import WaRALayer
 
 SEEDS = range(8)
-CONFIRMED = 2
-CLEARLY = 0.04
-"""So far below `grid` on the first tuning seed, in the mean of both tasks, a variant is dropped."""
+CONFIRMED = 1
+KEPT = 2
+FIRST_LOOK = 0.01
+"""The rate that is best for `grid` and for LoRA on both digits tasks."""
 GRID = "grid"
 WAVEFT = "WaveFT"
 RATES = tuple(rate(step) for step in FIRST_RATES)
@@ -107,7 +109,7 @@ class Variant:
                 subband_ranks=part.ranks,
                 target_modules=[name for name in targets if part.adapts(name)],
                 **part.fields,
-                **(problem.grid if part.form == "grid" else {}),
+                **({"grid_pairs": "separate", **problem.grid} if part.form == "grid" else {}),
             )
             for part in self.parts
         ]
@@ -241,62 +243,75 @@ def entry(task: Task, method: str) -> Entry:
     return Entry(task.name, method, BUDGET)
 
 
-def tuning_cells(method: str, seed: int) -> list[Cell]:
+def first_look(method: str) -> list[Cell]:
+    """One seed at one rate on both digits tasks."""
+    return [entry(task, method).cell(FIRST_LOOK, TUNING_SEEDS[0]) for task in DIGITS]
+
+
+def looked(results: Results, method: str) -> float:
+    """Mean validation of the first look."""
+    return statistics.mean(results[cell]["validation"] or 0.0 for cell in first_look(method))
+
+
+def kept(results: Results) -> list[str]:
+    """The variants that are best at first look, best first."""
+    return sorted((variant.name for variant in VARIANTS), key=lambda name: -looked(results, name))[:KEPT]
+
+
+def tuning_cells(method: str) -> list[Cell]:
     tasks = [task for task in TASKS.values() if METHODS_HERE[method].applies(task)]
-    return [entry(task, method).cell(rate, seed) for task in tasks for rate in rates(method)]
-
-
-def validation(results: Results, task: Task, method: str, seeds: tuple[int, ...]) -> tuple[float, float]:
-    """Best mean over tuning seeds, larger being better, and its rate."""
-    sign = 1 if task.higher_is_better else -1
-
-    def mean(rate: float) -> float:
-        values = [results[entry(task, method).cell(rate, seed)]["validation"] for seed in seeds]
-        return -float("inf") if None in values else sign * statistics.mean(values)
-
-    return max((mean(rate), -rate) for rate in rates(method))[0], max(rates(method), key=mean)
-
-
-def pooled(results: Results, method: str, seeds: tuple[int, ...]) -> float:
-    """Mean over both digits tasks."""
-    return statistics.mean(validation(results, task, method, seeds)[0] for task in DIGITS)
-
-
-def dropped(results: Results, method: str) -> bool:
-    """Whether a variant has lost clearly on the first tuning seed."""
-    first = TUNING_SEEDS[:1]
-    return method in (v.name for v in VARIANTS) and (
-        pooled(results, method, first) < pooled(results, GRID, first) - CLEARLY
-    )
+    return [entry(task, method).cell(rate, seed) for seed in TUNING_SEEDS for task in tasks for rate in rates(method)]
 
 
 def tuned(results: Results, method: str) -> bool:
-    return all(cell in results for seed in TUNING_SEEDS for cell in tuning_cells(method, seed))
+    return all(cell in results for cell in tuning_cells(method))
+
+
+def validation(results: Results, task: Task, method: str) -> tuple[float, float]:
+    """Best mean over the tuning seeds, larger being better, and its rate."""
+    sign = 1 if task.higher_is_better else -1
+
+    def mean(rate: float) -> float:
+        values = [results[entry(task, method).cell(rate, seed)]["validation"] for seed in TUNING_SEEDS]
+        return -float("inf") if None in values else sign * statistics.mean(values)
+
+    best = max(rates(method), key=mean)
+    return mean(best), best
 
 
 def confirmed(results: Results) -> list[str]:
-    """`grid`, LoRA, the best two variants by validation, and WaveFT."""
-    known = [variant.name for variant in VARIANTS if tuned(results, variant.name)]
-    best = sorted(known, key=lambda name: -pooled(results, name, TUNING_SEEDS))[:CONFIRMED]
-    return [GRID, *best, LORA, WAVEFT]
+    """`grid`, LoRA and the variants that are best on validation, over both digits tasks."""
+
+    def place(name: str) -> float:
+        return -statistics.mean(validation(results, task, name)[0] for task in DIGITS)
+
+    known = [name for name in kept(results) if tuned(results, name)]
+    return [GRID, *sorted(known, key=place)[:CONFIRMED], LORA]
+
+
+def reported_cells(results: Results, methods: list[str]) -> list[Cell]:
+    return [
+        entry(task, name).cell(validation(results, task, name)[1], seed)
+        for seed in SEEDS
+        for name in methods
+        for task in TASKS.values()
+        if METHODS_HERE[name].applies(task)
+    ]
 
 
 def pending(results: Results) -> list[Cell]:
-    """Cells that can run now: of all methods the first tuning seed, of those left the second, then the other seeds."""
-    missing = [cell for name in METHODS_HERE for cell in tuning_cells(name, TUNING_SEEDS[0]) if cell not in results]
-    if missing:
-        return missing
-    left = [name for name in METHODS_HERE if not dropped(results, name)]
-    missing = [cell for name in left for cell in tuning_cells(name, TUNING_SEEDS[1]) if cell not in results]
-    if missing:
-        return missing
-    cells = [
-        entry(task, name).cell(validation(results, task, name, TUNING_SEEDS)[1], seed)
-        for seed in SEEDS
-        for name in confirmed(results)
-        for task in TASKS.values()
+    """Cells that can run now: first looks, rates of those that are kept, other seeds of the best, and WaveFT."""
+    steps: list[Callable[[], list[Cell]]] = [
+        lambda: [cell for variant in VARIANTS for cell in first_look(variant.name)],
+        lambda: [cell for name in (GRID, LORA, *kept(results)) for cell in tuning_cells(name)],
+        lambda: reported_cells(results, confirmed(results)),
+        lambda: tuning_cells(WAVEFT),
+        lambda: reported_cells(results, [WAVEFT]),
     ]
-    return [cell for cell in cells if cell not in results]
+    for step in steps:
+        if missing := [cell for cell in step() if cell not in results]:
+            return missing
+    return []
 
 
 def shown(value: float, task: Task) -> str:
@@ -304,20 +319,17 @@ def shown(value: float, task: Task) -> str:
 
 
 def tuning_table(results: Results) -> str:
-    """Validation at the best rate, in brackets, of the tuning seeds that a method has run."""
-    lines = ["| variant | " + " | ".join(TASKS) + " | seeds |", "|---" * (len(TASKS) + 2) + "|"]
+    """The first look, and validation over both tuning seeds at the best rate, in brackets, of those that were kept."""
+    lines = ["| variant | first look | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 2) + "|"]
     for name, method in METHODS_HERE.items():
-        seeds = TUNING_SEEDS if tuned(results, name) else TUNING_SEEDS[:1]
-        if not all(cell in results for seed in seeds for cell in tuning_cells(name, seed)):
-            continue
-        found = []
-        for task in TASKS.values():
-            if not method.applies(task):
-                found.append("")
-                continue
-            value, best = validation(results, task, name, seeds)
-            found.append(f"{shown(value, task)} ({best:g})")
-        lines.append(f"| {name} | " + " | ".join(found) + f" | {len(seeds)} |")
+        look = f"{100 * looked(results, name):.1f}" if all(cell in results for cell in first_look(name)) else ""
+        found = [""] * len(TASKS)
+        if tuned(results, name):
+            for place, task in enumerate(TASKS.values()):
+                if method.applies(task):
+                    value, best = validation(results, task, name)
+                    found[place] = f"{shown(value, task)} ({best:g})"
+        lines.append(f"| {name} | {look} | " + " | ".join(found) + " |")
     return "\n".join(lines)
 
 
@@ -325,26 +337,26 @@ def test_table(results: Results) -> str:
     """Test figures over the other seeds, and paired differences to `grid`."""
     lines = ["| task | variant | rate | test | paired difference to grid | p | seeds |", "|---" * 7 + "|"]
     for task in TASKS.values():
-        tests: dict[str, dict[int, float]] = {}
-        for name in confirmed(results):
-            if not tuned(results, name):
+        scale, digits = (100.0, 1) if task.higher_is_better else (1.0, 3)
+        baseline: dict[int, float] = {}
+        for name in [*confirmed(results), WAVEFT] if tuned(results, GRID) else []:
+            if not tuned(results, name) or not METHODS_HERE[name].applies(task):
                 continue
-            best = validation(results, task, name, TUNING_SEEDS)[1]
+            best = validation(results, task, name)[1]
             cells = {seed: entry(task, name).cell(best, seed) for seed in SEEDS}
-            tests[name] = {seed: results[cell]["test"] for seed, cell in cells.items() if cell in results}
-            values = list(tests[name].values())
-            if len(values) < 2:
+            tests = {seed: results[cell]["test"] for seed, cell in cells.items() if cell in results}
+            baseline = baseline or tests
+            if len(tests) < 2:
                 continue
-            scale, digits = (100.0, 1) if task.higher_is_better else (1.0, 3)
-            mean, half = scale * statistics.mean(values), scale * interval(values)
-            difference = None if name == GRID else paired(tests[name], tests[GRID])
-            beside = " |  | "
+            mean, half = scale * statistics.mean(tests.values()), scale * interval(list(tests.values()))
+            row = f"| {task.name} | {name} | {best:g} | {mean:.{digits}f} ± {half:.{digits}f} |"
+            difference = None if name == GRID else paired(tests, baseline)
             if difference:
                 by, wide = scale * difference.mean, scale * difference.interval
-                beside = f" {by:+.{digits}f} ± {wide:.{digits}f} | {difference.p:.3f} | "
-            lines.append(
-                f"| {task.name} | {name} | {best:g} | {mean:.{digits}f} ± {half:.{digits}f} |{beside}{len(values)} |"
-            )
+                row += f" {by:+.{digits}f} ± {wide:.{digits}f} | {difference.p:.3f} | {difference.pairs} |"
+            else:
+                row += f"  |  | {len(tests)} |"
+            lines.append(row)
     return "\n".join(lines)
 
 
