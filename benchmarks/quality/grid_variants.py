@@ -4,8 +4,8 @@
     python benchmarks/quality/grid_variants.py --minutes 0    # only the table
 
 All variants get a first look: one seed at one rate on both digits tasks. The best two get three rates on two seeds,
-and the better of these, by validation, goes to eight other seeds at its best rates, beside `grid` and LoRA. Cells are
-kept in results/grid_variants/. `grid` is what `grid_pairs="separate"` is.
+and eight other seeds at the best ones, beside `grid`, which is `grid_pairs="separate"`, and LoRA. Cells are kept in
+results/grid_variants/.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ from wara_peft.forms.token_mixing import TokenMixing
 from wara_peft.layer import WaRALayer
 
 SEEDS = range(8)
-CONFIRMED = 1
 KEPT = 2
 FIRST_LOOK = 0.01
 """The rate that is best for `grid` and for LoRA on both digits tasks."""
@@ -279,16 +278,6 @@ def validation(results: Results, task: Task, method: str) -> tuple[float, float]
     return mean(best), best
 
 
-def confirmed(results: Results) -> list[str]:
-    """`grid`, LoRA and the variants that are best on validation, over both digits tasks."""
-
-    def place(name: str) -> float:
-        return -statistics.mean(validation(results, task, name)[0] for task in DIGITS)
-
-    known = [name for name in kept(results) if tuned(results, name)]
-    return [GRID, *sorted(known, key=place)[:CONFIRMED], LORA]
-
-
 def reported_cells(results: Results, methods: list[str]) -> list[Cell]:
     return [
         entry(task, name).cell(validation(results, task, name)[1], seed)
@@ -300,11 +289,12 @@ def reported_cells(results: Results, methods: list[str]) -> list[Cell]:
 
 
 def pending(results: Results) -> list[Cell]:
-    """Cells that can run now: first looks, rates of those that are kept, other seeds of the best, and WaveFT."""
+    """Cells that can run now: first looks, rates of those that are kept, their other seeds, LoRA's, and WaveFT."""
     steps: list[Callable[[], list[Cell]]] = [
         lambda: [cell for variant in VARIANTS for cell in first_look(variant.name)],
         lambda: [cell for name in (GRID, LORA, *kept(results)) for cell in tuning_cells(name)],
-        lambda: reported_cells(results, confirmed(results)),
+        lambda: reported_cells(results, [GRID, *kept(results)]),
+        lambda: reported_cells(results, [LORA]),
         lambda: tuning_cells(WAVEFT),
         lambda: reported_cells(results, [WAVEFT]),
     ]
@@ -339,7 +329,7 @@ def test_table(results: Results) -> str:
     for task in TASKS.values():
         scale, digits = (100.0, 1) if task.higher_is_better else (1.0, 3)
         baseline: dict[int, float] = {}
-        for name in [*confirmed(results), WAVEFT] if tuned(results, GRID) else []:
+        for name in [GRID, *kept(results), LORA, WAVEFT] if tuned(results, GRID) else []:
             if not tuned(results, name) or not METHODS_HERE[name].applies(task):
                 continue
             best = validation(results, task, name)[1]
