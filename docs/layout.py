@@ -13,8 +13,8 @@ ORDER = (
     ("forms",),
     ("config",),
     ("layer", "conv", "embedding", "disk"),
-    ("model", "combine", "initialization"),
-    ("export", "inspection", "allocation"),
+    ("model", "combine", "initialization", "rescaling"),
+    ("export", "lora_view", "inspection", "allocation"),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

@@ -9,17 +9,22 @@ from .config import WaRAConfig  # noqa: E402
 from .export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
 from .initialization import initialize_from_data  # noqa: E402
+from .lora_view import LoraView, lora_view  # noqa: E402
 from .model import WaRAModel  # noqa: E402
+from .rescaling import rescale_adapter_scale  # noqa: E402
 
 registration.register(WaRAConfig, WaRAModel)
 
 __all__ = [
+    "LoraView",
     "WaRAConfig",
     "WaRAModel",
     "allocate_ranks",
     "frozen_factors",
     "initialize_from_data",
     "lora_error",
+    "lora_view",
+    "rescale_adapter_scale",
     "save_as_lora",
     "to_lora",
 ]
