@@ -14,7 +14,7 @@ ORDER = (
     ("config",),
     ("layer", "conv", "embedding", "disk"),
     ("model", "combine", "initialization", "rescaling"),
-    ("export", "lora_view", "inspection", "allocation"),
+    ("export", "lora_view", "checkpoint_callback", "inspection", "allocation"),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

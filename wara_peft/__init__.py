@@ -5,6 +5,7 @@ from . import registration
 registration.peft_type()  # `WaRAConfig` names `PeftType.WARA`, so the member comes first.
 
 from .allocation import allocate_ranks  # noqa: E402
+from .checkpoint_callback import SaveAsLora  # noqa: E402
 from .config import WaRAConfig  # noqa: E402
 from .export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
@@ -17,6 +18,7 @@ registration.register(WaRAConfig, WaRAModel)
 
 __all__ = [
     "LoraView",
+    "SaveAsLora",
     "WaRAConfig",
     "WaRAModel",
     "allocate_ranks",
