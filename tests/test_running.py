@@ -114,7 +114,7 @@ def last_line(result: subprocess.CompletedProcess[str]) -> dict:
 
 @pytest.mark.slow
 def test_what_the_program_sees_of_it(tmp_path):
-    """Its own arguments, also those that look like ours; the user's own sitecustomize; no import it did not ask for."""
+    """Its own arguments, also those that look like ours; a user's own sitecustomize; no import it did not ask for."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("SEEN = 'the one of before'")
     (tmp_path / "says.py").write_text(SAYS)
