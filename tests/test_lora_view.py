@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,6 +273,20 @@ def test_a_server_that_knows_lora_alone_rolls_out_the_policy_of_each_step(server
         rollouts.append(post(f"{server}/v1/completions", model=f"policy-{step}", prompt=prompt)["tokens"])
         assert rollouts[-1] == generate(model, prompt)
     assert len({tuple(rollout) for rollout in rollouts}) == 3  # a stale policy would be seen
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+def test_trl_takes_the_views_config_where_it_refuses_wara():
+    """By its check of what vLLM can serve from an adapter's directory, which falls back to merged weights."""
+    grpo = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
+    model = get_peft_model(llama(), WaRAConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match="supports LoRA adapters only, got `WaRAConfig`"):
+        grpo.validate_lora_for_vllm_sync(model)
+    view = lora_view(model)
+    in_its_place = SimpleNamespace(active_adapters=["default"], peft_config={"default": view.config})
+    assert grpo.validate_lora_for_vllm_sync(in_its_place) is view.config
+    assert grpo.round_lora_rank(view.config.r) == 16
 
 
 # Rescaling
