@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tests.training_run import base_model, data, logits
 from wara_peft import SaveAsLora, WaRAConfig, to_lora
@@ -209,3 +210,12 @@ def test_a_checkpoint_without_an_adapter_is_said(tmp_path):
     trainer = Trainer(adapted(default=config()), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
     with pytest.warns(UserWarning, match=r"checkpoint-0' holds no WaRA adapter in one piece"):
         SaveAsLora().on_save(trainer.args, trainer.state, trainer.control)
+
+
+def test_a_process_that_does_not_save_writes_nothing(tmp_path):
+    model = adapted(default=config(init_weights=False))
+    model.save_pretrained(tmp_path / "checkpoint-0")
+    for saves, expected in ((False, []), (True, ["checkpoint-0/as_lora/default"])):
+        arguments = SimpleNamespace(should_save=saves, output_dir=str(tmp_path))
+        SaveAsLora().on_save(arguments, TrainerState(), TrainerControl())
+        assert loras(tmp_path) == expected

@@ -59,7 +59,8 @@ def combine_as_lora(
     names = [f"adapter{index}" for index in range(len(adapters))]  # free of what PEFT refuses in a LoRA's name
     loras = [_lora(model, adapter, places) for adapter in adapters]
     _check_ranks(adapters, [config for config, _ in loras], combination_type)
-    with torch.random.fork_rng():  # the values that LoRA's initialisation draws are replaced
+    gpus = {value.device for _, tensors in loras for value in tensors.values() if value.is_cuda}
+    with torch.random.fork_rng(gpus):  # the values that LoRA's initialisation draws are replaced
         host = nn.ModuleList([_stand_in(layer, _some(loras, places[name])) for name, layer in layers.items()])
         host_model: PeftModel = get_peft_model(host, loras[0][0], adapter_name=names[0])
         for name, (config, _) in zip(names[1:], loras[1:], strict=True):
