@@ -13,9 +13,9 @@ ORDER = (
     ("forms",),
     ("config",),
     ("layer", "conv", "embedding", "disk"),
-    ("components", "combine", "initialization"),
+    ("components", "combine", "initialization", "rescaling"),
     ("nested", "model"),
-    ("export", "inspection", "allocation"),
+    ("export", "lora_view", "checkpoint_callback", "inspection", "allocation"),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

@@ -197,7 +197,11 @@ class TestWeightedAdapters:
             ((["default", "other"], [1.0], "new"), "a weight for each adapter, got 2 and 1"),
             (([], [], "new"), "a weight for each adapter"),
             ((["default", "other"], [1.0, 1.0], "other"), "Adapter other already exists"),
-            ((["default", "other"], [1.0, 1.0], "new", "ties"), "combination_type='ties' is not one of"),
+            (
+                (["default", "other"], [1.0, 1.0], "new", "tiles"),
+                "combination_type='tiles' is not one of 'cat', 'linear', 'ties'",
+            ),
+            ((["default", "other"], [1.0, 1.0], "new", "ties"), "'ties' needs `density`, the share of values"),
             ((["default", "other"], [1.0, 1.0], "new", "linear"), "needs equal layouts"),
         ],
     )

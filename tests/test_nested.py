@@ -13,7 +13,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from tests.references import Mlp
-from wara_peft import RankShrinking, WaRAConfig, frozen_factors, rank_penalty, save_as_lora, shrink_ranks, to_lora
+from wara_peft import (
+    RankShrinking,
+    WaRAConfig,
+    frozen_factors,
+    lora_view,
+    rank_penalty,
+    save_as_lora,
+    shrink_ranks,
+    to_lora,
+)
 from wara_peft.components import layers_of
 from wara_peft.forms import importance_order, turns_of
 from wara_peft.nested import cut_ranks
@@ -108,6 +117,16 @@ class TestFirstComponents:
             model(TOKENS)
             model.set_rank("default", 2)
             torch.testing.assert_close(model(TOKENS), expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA")
+    def test_in_a_view_that_is_refreshed(self):
+        model = nested()
+        view = lora_view(model)
+        model.set_rank("default", 3)
+        view.refresh()
+        _, expected = to_lora(model)
+        for key, value in view.state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-12, atol=1e-12)
 
 
 class TestDraw:

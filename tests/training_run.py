@@ -1,6 +1,6 @@
 """A short `Trainer` run in a process of its own, for the tests of checkpoints: it can kill itself and resume.
 
-python -m tests.training_run OUTPUT_DIR [--kill-at-step N] [--resume]
+python -m tests.training_run OUTPUT_DIR [--kill-at-step N] [--resume] [--as-lora] [--kill-after-save N]
 
 Writes the logged losses to OUTPUT_DIR/losses.json and the final logits to OUTPUT_DIR/logits.pt, and saves the adapter
 in OUTPUT_DIR/adapter; with --load it loads that adapter instead, and checks that the logits are the same to the bit.
@@ -18,19 +18,24 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from wara_peft import WaRAConfig
+from wara_peft import SaveAsLora, WaRAConfig
 
 TOKENS = torch.arange(1, 25).view(4, 6)
 
 
 class KillAt(TrainerCallback):
-    """End the process as an outside SIGKILL would, after a step."""
+    """End the process as an outside SIGKILL would, after a step, or once its checkpoint is saved."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int | None, saved_step: int | None) -> None:
         self.step = step
+        self.saved_step = saved_step
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.saved_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -53,7 +58,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=TOKENS).logits
 
 
-def train(output_dir: Path, kill_at_step: int | None, resume: bool) -> None:
+def train(output_dir: Path, callbacks: list[TrainerCallback], resume: bool) -> None:
     config = WaRAConfig(
         r=2, wavelet="db2", target_modules="all-linear", wara_dropout=0.1, task_type="SEQ_CLS", wara_alpha=16
     )
@@ -69,7 +74,6 @@ def train(output_dir: Path, kill_at_step: int | None, resume: bool) -> None:
         use_cpu=True,
         disable_tqdm=True,
     )
-    callbacks = [KillAt(kill_at_step)] if kill_at_step else []
     trainer = Trainer(model=model, args=arguments, train_dataset=data(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
@@ -87,11 +91,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--kill-at-step", type=int)
+    parser.add_argument("--kill-after-save", type=int)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--as-lora", action="store_true")
     parser.add_argument("--load", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.load:
         load(options.output_dir)
     else:
-        train(options.output_dir, options.kill_at_step, options.resume)
+        callbacks = [
+            KillAt(options.kill_at_step, options.kill_after_save),
+            *([SaveAsLora()] if options.as_lora else []),
+        ]
+        train(options.output_dir, callbacks, options.resume)

@@ -1,4 +1,4 @@
-"""The `wara-peft` command: export an adapter to LoRA, merge it into a checkpoint, look into it.
+"""The `wara-peft` command: export an adapter to LoRA, merge it into a checkpoint, look into it, run programs with it.
 
 Each subcommand imports what it needs when it runs, so that what one of them uses cannot stop the others. All text that
 comes from elsewhere (paths, names in files, errors) is printed as it is, with control characters as escapes.
@@ -7,6 +7,7 @@ comes from elsewhere (paths, names in files, errors) is printed as it is, with c
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import traceback
@@ -40,7 +41,7 @@ out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 app = typer.Typer(
     name=PROGRAM,
-    help="Export, merge and inspect WaRA adapters. None of it needs the base model in memory.",
+    help="Export, merge and inspect WaRA adapters without the base model in memory, or run a program that loads them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -181,6 +182,26 @@ def inspect(
             print(json.dumps(report.as_dict(), indent=2))
         else:
             _print_report(report)
+
+
+@app.command(
+    context_settings={"allow_interspersed_args": False},
+    epilog=f"""Examples:\n
+    {PROGRAM} run evaluate.py --adapter my-adapter\n
+    {PROGRAM} run -m lm_eval --model hf --model_args pretrained=my-base-model,peft=my-adapter\n
+    {PROGRAM} run accelerate launch train.py""",
+)
+def run(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A Python script, or a command such as trl.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Handed on as they are.")] = None,
+    module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as in python -m.")] = False,
+) -> None:
+    """Run a program, and all that it starts, in which PEFT loads WaRA adapters though nothing imports wara_peft."""
+    with _failures_in_a_line(debug=False):
+        from .running import command, environment
+
+        words = command(program, arguments or [], module)
+        os.execve(words[0], words, environment(os.environ))  # its exit code, signals and tracebacks are its own
 
 
 def _print_report(report: AdapterReport) -> None:

@@ -1,25 +1,33 @@
-"""New adapters made of several others: exactly, by putting their factors side by side, or by adding the factors."""
+"""New adapters made of several others: exactly, with their factors side by side, or by adding these, or as LoRAs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
 
 from .config import WaRAConfig, exact_pattern, suffix_matches
 from .forms import SUBBAND
 from .layer import WaRALayer
+from .lora_arithmetic import OF_DELTA_WEIGHTS, OF_FACTORS, combine_as_lora
 from .wavelet import subbands
 
-COMBINATION_TYPES = ("cat", "linear")
+COMBINATION_TYPES = ("cat", "linear", *OF_FACTORS, *OF_DELTA_WEIGHTS)
 
 
 def combine(
-    tuner: BaseTuner, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    tuner: BaseTuner,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str,
+    options: Mapping[str, Any],
 ) -> None:
     """Add the combination to the tuner; arguments and errors are those of `WaRAModel.add_weighted_adapter`."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
@@ -29,15 +37,21 @@ def combine(
         if isinstance(module, WaRALayer)
         and any(adapter in module.wara_A and adapter not in module.tied_to for adapter in adapters)
     }
-    if combination_type == "linear":
+    as_lora = None
+    if combination_type not in ("cat", "linear"):
+        as_lora = combine_as_lora(tuner.model, layers, adapters, weights, combination_type, options)
+    elif combination_type == "linear":
         _check_equal_layouts(layers, adapters)
     configs = [cast(WaRAConfig, tuner.peft_config[adapter]) for adapter in adapters]
     in_subbands = combination_type == "linear" or (
-        len({(config.wavelet, config.levels, config.form) for config in configs}) == 1
+        combination_type == "cat"
+        and len({(config.wavelet, config.levels, config.form) for config in configs}) == 1
         and configs[0].form_object.keeps_subbands
     )
     ranks = {
-        name: _ranks(layer, adapters[:1] if combination_type == "linear" else adapters, in_subbands)
+        name: {"aa0": len(as_lora[name][0])}
+        if as_lora
+        else _ranks(layer, adapters[:1] if combination_type == "linear" else adapters, in_subbands)
         for name, layer in layers.items()
     }
     config = _config(configs[0], ranks, in_subbands)
@@ -45,7 +59,10 @@ def combine(
     config.exclude_modules = suffix_matches(ranks, [name for name, _ in tuner.model.named_modules()])
     tuner.peft_config[adapter_name] = config
     tuner.inject_adapter(tuner.model, adapter_name)
-    for layer in layers.values():
+    for name, layer in layers.items():
+        if as_lora:
+            _put_lora(layer, adapter_name, *as_lora[name])
+            continue
         fill = _add_up if combination_type == "linear" else _put_side_by_side if in_subbands else _put_undecomposed
         fill(layer, adapters, weights, adapter_name)
 
@@ -173,6 +190,13 @@ def _put_undecomposed(layer: WaRALayer, adapters: list[str], weights: list[float
     pairs = [(layer.factors(adapter), weight) for adapter, weight in _weighted(layer, adapters, weights)]
     new_a.subband("aa0").copy_(torch.cat([factor_a.synthesise() for (factor_a, _), _ in pairs]))
     new_b.subband("aa0").copy_(torch.cat([weight * factor_b.synthesise() for (_, factor_b), weight in pairs], dim=1))
+
+
+@torch.no_grad()
+def _put_lora(layer: WaRALayer, adapter_name: str, lora_a: Tensor, lora_b: Tensor) -> None:
+    new_a, new_b = layer.factors(adapter_name)
+    new_a.subband("aa0").copy_(lora_a)
+    new_b.subband("aa0").copy_(lora_b)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -264,7 +264,17 @@ class WaRAModel(BaseTuner):
         peft_config.modules_to_save = [*others, embedding]
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = False,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
         """Add an adapter that combines others, with ΔW = Σ_i weights[i] ΔW_i for "cat".
 
@@ -275,14 +285,28 @@ class WaRAModel(BaseTuner):
             combination_type: "cat" is exact and adds up the ranks; adapters that share wavelet, levels and form
                 `subband` keep their subbands, others meet as rows of the undecomposed matrix `aa0`. "linear" adds up
                 the factors, Σ ±√(|weight| scaling) A_i and Σ √(|weight| scaling) B_i, as in LoRA, which needs equal
-                layouts, keeps the rank and is not ΔW's sum. Modules that an adapter trains in full (`modules_to_save`)
-                are not part of the combination.
+                layouts, keeps the rank and is not ΔW's sum. All others of LoRA ("svd", "ties", "ties_svd",
+                "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
+                "magnitude_prune_svd") are PEFT's own, computed on the adapters as exact LoRAs; the result lies in
+                `aa0`. Modules that an adapter trains in full (`modules_to_save`) are not part of the combination.
+            svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: of PEFT's types, as in
+                `LoraModel.add_weighted_adapter`; without `svd_rank` the largest R. Full matrices, the default there,
+                give the same ΔW, take longer, and fail in PEFT where the rank is larger than a side of the weight.
 
         Raises:
             ValueError: an adapter is missing, there already is one of the new name, numbers of adapters and weights
-                differ, several train the same module in full, or "linear" meets different layouts.
+                differ, several train the same module in full, "linear" meets different layouts, one of PEFT's types
+                unequal ranks or no `density`, or an adapter has no ΔW.
         """
-        combine(self, adapters, weights, adapter_name, combination_type)
+        options = {
+            "svd_rank": svd_rank,
+            "svd_clamp": svd_clamp,
+            "svd_full_matrices": svd_full_matrices,
+            "svd_driver": svd_driver,
+            "density": density,
+            "majority_sign_method": majority_sign_method,
+        }
+        combine(self, adapters, weights, adapter_name, combination_type, options)
 
     def set_rank(self, adapter_name: str, rank: int | None) -> None:
         """Compute with the first `rank` components of each module of an adapter, trained with `ordered_dropout`.

@@ -396,4 +396,6 @@ class TestNotMergeable:
             ValueError, match="Adapter 'grid' cannot be combined by 'cat': it has form='grid', and mixes tokens"
         ):
             model.add_weighted_adapter(["default", "grid"], [1.0, 1.0], "both")
+        with pytest.raises(ValueError, match=r"Adapter 'grid' has form='grid', .* mixes tokens"):
+            model.add_weighted_adapter(["default", "grid"], [1.0, 1.0], "both", "svd")
         assert set(model.state_dict()) == before

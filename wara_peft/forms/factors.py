@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..wavelet import Axis, Subband, subbands, synthesis, synthesis_at
+from ..wavelet import Axis, Subband, subbands, synthesis, synthesis_at, synthesis_into
 from .keeping import Keeping
 
 IN_DIM = 1
@@ -121,6 +121,10 @@ class SubbandFactor(nn.Module):
         if dtype is not None:
             coefficients = [None if rows is None else rows.to(dtype) for rows in coefficients]
         return synthesis(coefficients, self.axis, self.dim)
+
+    def synthesise_into(self, out: Tensor) -> None:
+        """Write the factor, without gradients, into a tensor of its shape."""
+        synthesis_into(out, self.coefficients(), self.axis, self.dim)
 
     def forward(self, positions: Tensor | None = None) -> Tensor:
         """Â, of shape (R, length, *kernel), or B̂, of shape (length, R).

@@ -62,6 +62,11 @@ class OrderedFactor(SubbandFactor):
         factor = super().synthesise(dtype)
         return factor if self.limit is None else self._first(factor, self.limit)
 
+    def synthesise_into(self, out: Tensor) -> None:
+        super().synthesise_into(out)
+        for row in self.order[self.limit :] if self.limit is not None else ():
+            out[row].zero_()
+
     def forward(self, positions: Tensor | None = None) -> Tensor:
         """As `SubbandFactor`, with rows that are left out as zeros."""
         factor = super().forward(positions)

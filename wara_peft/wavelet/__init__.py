@@ -16,7 +16,7 @@ from .constant_tensors import constant_tensors
 from .filters import Filters, filters, max_useful_level
 from .layout import Axis, Subband, axis_sizes, subbands
 from .modes import autocast_off, is_autocast_on
-from .transforms import adjoint, into_band, synthesis, synthesis_at
+from .transforms import adjoint, into_band, synthesis, synthesis_at, synthesis_into
 
 __all__ = [
     "Axis",
@@ -33,4 +33,5 @@ __all__ = [
     "subbands",
     "synthesis",
     "synthesis_at",
+    "synthesis_into",
 ]

@@ -67,6 +67,51 @@ def decompose(rows: Tensor, axis: Axis) -> list[Tensor | None]:
     return result
 
 
+def writes_in_place(out: Tensor, coefficients: Sequence[Tensor | None], axis: Axis) -> bool:
+    """Whether `synthesise_into` can serve: matrices of one dtype, of float32 or better, on an axis that none trims."""
+    rows = [part for part in coefficients if part is not None]
+    return (
+        axis.length % 2**axis.levels == 0
+        and out.dtype in (torch.float32, torch.float64)
+        and all(part.ndim == 2 and part.dtype == out.dtype for part in rows)
+    )
+
+
+def synthesise_into(out: Tensor, coefficients: Sequence[Tensor | None], axis: Axis) -> None:
+    """`synthesis` with `dim=1`, level 0 and all, written into `out`, (R, d), without a tensor in between.
+
+    With blocks of 2^j samples each shift s adds a tap times coefficients that lie s blocks before, to the samples of
+    all blocks at once. Where the offset is b more than whole blocks, the last b samples of each block are one further.
+    """
+    start = 0
+    for level in range(axis.levels, -1, -1):
+        rows = coefficients[level]
+        if rows is None:
+            continue
+        own = out.narrow(0, start, len(rows))
+        start += len(rows)
+        if not level:
+            own.copy_(rows)
+            continue
+        (taps,) = _taps(rows, rows.dtype, axis.wavelet, axis.bands[level], level)  # (R_j, shifts, 2^j)
+        size, step = axis.sizes[level], 2**level
+        blocks = own.unflatten(1, (size, step))
+        whole, rest = divmod(_offset(axis.wavelet, level), step)
+        for first, end, ahead in ((0, step - rest, whole), (step - rest, step, whole + 1)):
+            phase = (first + rest) % step
+            for shift in range(taps.shape[1] if end > first else 0):
+                tap = taps[:, shift, None, phase : phase + end - first]
+                behind = (shift - ahead) % size
+                for to, at, length in ((behind, 0, size - behind), (0, size - behind, behind)):
+                    if length:
+                        target = blocks[:, to : to + length, first:end]
+                        values = rows[:, at : at + length, None]
+                        if shift:
+                            target.addcmul_(values, tap)
+                        else:
+                            torch.mul(values, tap, out=target)
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _offset(wavelet: str, level: int) -> int:
     return equivalent_filter(wavelet, "a", level)[1]

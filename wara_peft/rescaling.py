@@ -1,0 +1,39 @@
+"""Scaling an adapter up or down for a while, as PEFT's helper does for LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from .layer import WaRALayer
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Scope in which the scaling of all WaRA adapters is `multiplier` times what it was before.
+
+    `peft.helpers.rescale_adapter_scale` looks for LoRA's layers alone, and refuses a model that has none. With a
+    multiplier in [0, 1] this is WiSE-FT, as there.
+
+    Args:
+        model: a model with WaRA adapters, not merged.
+        multiplier: the factor.
+
+    Raises:
+        TypeError: the multiplier is no number.
+        ValueError: the model has no WaRA adapters.
+    """
+    if not isinstance(multiplier, (int, float)):
+        raise TypeError(f"multiplier={multiplier!r} must be a number.")
+    before = {module: module.scaling for module in model.modules() if isinstance(module, WaRALayer)}
+    if not before:
+        raise ValueError("The model has no WaRA adapters; for LoRA's there is peft.helpers.rescale_adapter_scale.")
+    try:
+        for layer, scaling in before.items():
+            layer.scaling = {name: value * multiplier for name, value in scaling.items()}
+        yield
+    finally:
+        for layer, scaling in before.items():
+            layer.scaling = scaling
