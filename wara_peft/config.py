@@ -51,8 +51,8 @@ class WaRAConfig(PeftConfig):
         r: rank of every subband's factor pair. The default of 4 has, at one level, R = 16 and as many parameters as a
             LoRA of rank 8.
         wara_alpha: numerator of the scaling; None means R of each module, which makes the scaling 1. One Adam step
-            moves ΔW less than in LoRA (about 0.7 of it at one level, 0.5 at three), so a larger alpha or learning rate
-            than LoRA's is usually right.
+            moves ΔW less than in LoRA (about 0.7 of it at one level, 0.5 at three). At LoRA's learning rate an alpha
+            of 1.4 R, or 2 R, made up for that in short trainings, and mattered little elsewhere (benchmarks/quality).
         use_rslora: scaling = wara_alpha / √R in place of wara_alpha / R.
         wavelet: name of an orthogonal PyWavelets wavelet.
         levels: number of decomposition levels L.

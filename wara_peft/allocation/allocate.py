@@ -114,6 +114,9 @@ def allocate_ranks(
             or do not reach a target; or an argument is out of range.
         TypeError: a target is no linear layer.
 
+    What it is worth: on a small ViT some points over even ranks, significant after Holm's correction on one task of
+    four where two were the aim; on text nothing, and perhaps a loss. The figures are in the README.
+
     Source: gains by gradient and cost as in GoRA (arXiv 2502.12171), by a greedy choice of single pairs.
     """
     _check_arguments(config, batches, score, max_bytes, budget, like)
