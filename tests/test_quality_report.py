@@ -16,10 +16,14 @@ sys.path.append(str(BENCHMARKS))
 from quality import comparison, plan  # noqa: E402
 from quality import report as quality_report  # noqa: E402
 from quality.cells import Cell  # noqa: E402
-from quality.figures import pareto  # noqa: E402
+from quality.figures import MARKERS, pareto  # noqa: E402
 from quality.methods import LORA, METHODS  # noqa: E402
 from quality.reported import compared, pooled, reported  # noqa: E402
 from quality.tasks import TASKS  # noqa: E402
+
+
+def test_every_group_that_is_reported_has_a_marker() -> None:
+    assert {method.group for method in METHODS.values()} - {"rule"} == MARKERS.keys()
 
 
 class TestComparison:

@@ -14,11 +14,11 @@ from quality.tasks.task import Task
 
 DODGE = 1.05
 """Methods of equal size are drawn side by side, each this factor of parameters right of the one before."""
-MARKERS = {"WaRA": "o", "peer": "s", "attention": "^", "end": "D"}
+MARKERS = {"WaRA": "o", "peer": "s", "ranks": "v", "attention": "^", "end": "D"}
 
 
 def pareto(tasks: list[Task], found: Mapping[str, list[Reported]], groups: Mapping[str, str]) -> Figure:
-    """A panel a task; WaRA with circles and full lines, peers with squares and dashes, frozen as a level.
+    """A panel a task; WaRA with circles and full lines, peers with squares and dashes, ranks with triangles down.
 
     Args:
         tasks: of one family.
@@ -29,7 +29,7 @@ def pareto(tasks: list[Task], found: Mapping[str, list[Reported]], groups: Mappi
     rows = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
-    names = [name for name in groups if any(row.method == name for of_task in found.values() for row in of_task)]
+    names = [name for name in groups if any(row.method == name for task in tasks for row in found[task.name])]
     colours = {name: colormaps["tab20"](2 * index % 19) for index, name in enumerate(names)}
     dodge = {name: DODGE ** (index - len(names) / 2) for index, name in enumerate(names)}
     handles: dict[str, object] = {}

@@ -161,7 +161,7 @@ def stage_two(results: Results) -> list[tuple[Entry, Iterable[int]]]:
         best = of_images(results)
         tasks = of_families("digits-long")
         found += entries(tasks, [*best, *of_group("attention"), *of_group("end")], BUDGET)
-        found += [entry for budget in BUDGETS[1:] for entry in entries(without_shifted(tasks), best, budget)]
+        found += [entry for budget in BUDGETS[1:] for entry in entries(tasks, best, budget)]
     return with_seeds(found)
 
 
@@ -187,7 +187,7 @@ def stage_three(results: Results) -> list[tuple[Entry, Iterable[int]]]:
 
 def stage_four(results: Results) -> list[tuple[Entry, Iterable[int]]]:
     """Ways to spread a budget over modules, on images; then the best four with the two even ones on text."""
-    tasks = without_shifted(of_families("digits"))
+    tasks = [task for task in of_families("digits") if isinstance(task, Digits) and task.domain != "shifted"]
     methods = [LORA, DEFAULT, "AdaLoRA", *of_group("ranks")]
     images = [entry for budget in RANK_BUDGETS for entry in entries(tasks, methods, budget)]
     found = with_seeds(images)
@@ -237,10 +237,6 @@ def require(number: int, wanted: list[tuple[Entry, Iterable[int]]], results: Res
 
 def of_families(*names: str) -> list[Task]:
     return [task for task in TASKS.values() if task.name.partition("/")[0] in names]
-
-
-def without_shifted(tasks: list[Task]) -> list[Task]:
-    return [task for task in tasks if not isinstance(task, Digits) or task.domain != "shifted"]
 
 
 def quick_ones(tasks: list[Task]) -> list[Task]:

@@ -122,4 +122,4 @@ def pretrained_vit(seed: int, epochs: int) -> nn.Module:
 
 # The short ones take two seconds. No method has converged by then: what is compared is also how fast it learns.
 TASKS = [Digits(8, domain, 8, 80) for domain in DOMAINS] + [Digits(40, domain, 12, 100) for domain in DOMAINS]
-LONG = [Digits(40, domain, 12, 300, family="digits-long") for domain in DOMAINS]
+LONG = [Digits(40, domain, 12, 300, family="digits-long") for domain in DOMAINS[:2]]
