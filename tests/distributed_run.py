@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +146,8 @@ def main(kind: str, output_dir: Path) -> None:
             train(kind, method, output_dir / method, rank, processes)
     if processes > 1:
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # all is written; threads of FSDP1 sometimes abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

@@ -327,7 +327,7 @@ class TestUsage:
         [
             (["export", "a"], "Missing argument 'OUT'"),
             (["frobnicate"], "No such command 'frobnicate'"),
-            (["export", "a", "b", "--rank", "2", "--energy", "0.5"], "give --rank or --energy, not both"),
+            (["export", "a", "b", "--rank", "2", "--energy", "0.5"], "give one of --rank, --energy and --prefix"),
             (["export", "a", "b", "--rank", "0"], "Invalid value for '--rank'"),
             (["export", "a", "b", "--energy", "1.5"], "--energy 1.5 is a share"),
             (["export", "a", "b", "--dtype", "int8"], "'int8' is not one of fp32"),

@@ -123,7 +123,8 @@ def initialize_eva(model: nn.Module, problem: Problem) -> None:
     text = "attention_mask" in problem.splits["train"]
     options: dict[str, Any] = {} if text else {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": flat_inputs}
     # PEFT would take labels of texts for those of tokens.
-    inputs = [{name: rows for name, rows in batch.items() if name != "labels"} for batch in first_batches(problem)]
+    left_out = {"labels"} if text else set()
+    inputs = [{name: batch[name] for name in batch.keys() - left_out} for batch in first_batches(problem)]
     initialize_lora_eva_weights(model, inputs, show_progress_bar=False, **options)
 
 
