@@ -12,9 +12,7 @@ benchmarks/quality has the comparison over seeds.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-from typing import NoReturn
 
 import vit_digits
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -24,11 +22,6 @@ from wara_peft import WaRAConfig, allocate_ranks
 
 BATCHES = 8
 RATE = 1e-2
-
-
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"allocate_ranks.py: error: {' '.join(message.split())}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,13 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.image_size = 16
     if args.like < 2 or args.like % 2:
-        stop(f"--like {args.like} must be even and at least 2: a WaRA of half of it has as many parameters")
+        vit_digits.stop(f"--like {args.like} must be even and at least 2: a WaRA of half of it has as many parameters")
     if args.epochs < 1:
-        stop(f"--epochs {args.epochs} is too small")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--output-dir {args.output_dir} cannot be used as a folder: {error.strerror}")
+        vit_digits.stop(f"--epochs {args.epochs} is too small")
+    vit_digits.make_folder(args.output_dir)
     return args
 
 
@@ -69,7 +59,7 @@ def main() -> None:
         config = WaRAConfig(levels=args.levels, **targets)
         config, report = allocate_ranks(model, config, batches, like=lora, batches=BATCHES)
     except ValueError as error:
-        stop(str(error))
+        vit_digits.stop(str(error))
     print(report)
     report.plot(args.output_dir / "ranks.png")
 

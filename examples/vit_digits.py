@@ -58,7 +58,7 @@ class Images:
 
 def stop(message: str) -> NoReturn:
     """End with a single line on stderr and exit status 1."""
-    sys.exit(f"vit_digits.py: error: {' '.join(message.split())}")
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}")
 
 
 # 1. Options
@@ -89,11 +89,15 @@ def parse_arguments() -> argparse.Namespace:
     for option, value in (("--epochs", args.epochs), ("--max-images", args.max_images // 20)):
         if value < 1:
             stop(f"{option} is too small")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--output-dir {args.output_dir} cannot be used as a folder: {error.strerror}")
+    make_folder(args.output_dir)
     return args
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        stop(f"--output-dir {path} cannot be used as a folder: {error.strerror}")
 
 
 # 2. Images

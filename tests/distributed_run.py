@@ -104,6 +104,14 @@ def train(kind: str, method: str, output_dir: Path, rank: int, processes: int) -
     model = distributed(build(method), kind)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     schedule = RankSchedule(like=LoraConfig(r=4), warmup=1, final=2, interval=1) if method == "schedule" else None
+    if schedule and kind in SHARDED:
+        try:
+            schedule.start(model, len(batches()))
+        except ValueError as error:
+            if rank == 0:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                (output_dir / "refused.txt").write_text(str(error))
+        return
     if schedule:
         schedule.start(model.module if kind == "ddp" else model, len(batches()))
     losses = []
@@ -142,8 +150,7 @@ def main(kind: str, output_dir: Path) -> None:
         dist.init_process_group("gloo")
         rank, processes = dist.get_rank(), dist.get_world_size()
     for method in CONFIGS:
-        if method != "schedule" or kind not in SHARDED:
-            train(kind, method, output_dir / method, rank, processes)
+        train(kind, method, output_dir / method, rank, processes)
     if processes > 1:
         dist.destroy_process_group()
         sys.stdout.flush()

@@ -11,6 +11,7 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from .components import wara_config
 from .config import WaRAConfig, suffix_matches
 from .conv import Conv
 from .disk.adapter import SavedAdapter
@@ -85,12 +86,7 @@ def _in_directory(path: Path) -> AdapterSource:
 
 
 def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
-    configs = getattr(model, "peft_config", {})
-    if adapter_name not in configs:
-        raise ValueError(f"The model has no adapter {adapter_name!r}, only {', '.join(map(repr, configs)) or 'none'}.")
-    config = configs[adapter_name]
-    if not isinstance(config, WaRAConfig):
-        raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
+    config = wara_config(model, adapter_name)
     for module in model.modules():
         if isinstance(module, WaRALayer):
             module.check_has_delta_weight([adapter_name])

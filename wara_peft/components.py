@@ -18,11 +18,11 @@ Kept = Mapping[str, Mapping[str, Sequence[int]]]
 """Indices of components, by module and subband."""
 
 
-def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
-    """The tuner's config of an adapter whose components can be told apart.
+def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:
+    """The tuner's config of a model's WaRA adapter.
 
     Raises:
-        ValueError: there is none of that name, or its subbands have no pairs of their own.
+        ValueError: there is none of that name.
         TypeError: it is no WaRA adapter.
     """
     configs = getattr(model, "peft_config", {})
@@ -31,6 +31,16 @@ def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
     config = configs[adapter_name]
     if not isinstance(config, WaRAConfig):
         raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
+    return config
+
+
+def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
+    """As `wara_config`, of an adapter whose components can be told apart.
+
+    Raises:
+        ValueError: its subbands have no pairs of their own, or see `wara_config`.
+    """
+    config = wara_config(model, adapter_name)
     if not config.form_object.keeps_subbands:
         raise ValueError(
             f"Adapter {adapter_name!r} is of form={config.form!r}, in which a subband has no pairs of its own that "

@@ -397,7 +397,7 @@ class WaRAModel(BaseTuner):
         if merge:
             self._check_mergeable(adapter_names)
         with undone_on_error(self.model) if merge else nullcontext():
-            unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
+            unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]  # it is annotated None
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:

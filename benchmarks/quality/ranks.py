@@ -27,39 +27,38 @@ FIRST_LAYER = re.compile(r"(^|\.)layers?\.0\.")
 
 
 @dataclass(frozen=True)
-class Allocated:
-    """A method whose config comes from the model and data.
-
-    Attributes:
-        config: from a problem, the parameters that it may have, and those of LoRA with rank 1.
-        group: "ranks", for those that are compared in the stage of that name alone.
-    """
+class OfRanks:
+    """What these methods share: linear layers alone, and the stage that compares them."""
 
     name: str
-    config: Callable[[Problem, int], PeftConfig]
     group = "ranks"
     sized = True
 
     def applies(self, task: Task) -> bool:
         return task.layers == "linear"
 
+
+def parameters_of(problem: Problem, budget: float) -> int:
+    """The budget in parameters: so many times those of LoRA with rank 1."""
+    return int(budget * adapter_size(problem, LoraConfig(r=1)))
+
+
+@dataclass(frozen=True)
+class Allocated(OfRanks):
+    """A method whose config comes from the model and data: from a problem, and the parameters that it may have."""
+
+    config: Callable[[Problem, int], PeftConfig]
+
     def build(self, problem: Problem, budget: float) -> Built:
-        config = self.config(problem, int(budget * adapter_size(problem, LoraConfig(r=1))))
+        config = self.config(problem, parameters_of(problem, budget))
         config.modules_to_save = problem.head or None
         model = get_peft_model(problem.model, config)
         return Built(model, trained_parameters(model, problem.head))
 
 
 @dataclass(frozen=True)
-class EvaRanks:
+class EvaRanks(OfRanks):
     """LoRA whose ranks and first values EVA takes from the inputs; it counts ranks, and not parameters."""
-
-    name: str
-    group = "ranks"
-    sized = True
-
-    def applies(self, task: Task) -> bool:
-        return task.layers == "linear"
 
     def build(self, problem: Problem, budget: float) -> Built | None:
         size = largest_size(self.name, lambda size: adapter_size(problem, LoraConfig(r=size)), problem, budget)
@@ -72,20 +71,14 @@ class EvaRanks:
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class Scheduled(OfRanks):
     """An adapter that `RankSchedule` brings down to the budget from half as much again, as AdaLoRA does here."""
 
-    name: str
     config: Callable[[int], WaRAConfig]
     """Makes it, of a size that costs what a LoRA of that rank does."""
-    group = "ranks"
-    sized = True
-
-    def applies(self, task: Task) -> bool:
-        return task.layers == "linear"
 
     def build(self, problem: Problem, budget: float) -> Built:
-        parameters = int(budget * adapter_size(problem, LoraConfig(r=1)))
+        parameters = parameters_of(problem, budget)
         model = adapted(problem, self.config(int(budget) + max(1, int(budget) // 2)))
         schedule = RankSchedule(parameters, warmup=0.1, final=0.33, interval=5)
         schedule.start(model, problem.steps)
@@ -98,21 +91,14 @@ class Scheduled:
 
 
 @dataclass(frozen=True)
-class Nested:
+class Nested(OfRanks):
     """One training for every budget: all components of a WaRA as large as a LoRA of rank `LARGEST`, in an order.
 
     At a budget the first of them are measured that have its parameters: one of a rank of LoRA's is two here.
     """
 
-    name: str
-    group = "ranks"
-    sized = True
-
-    def applies(self, task: Task) -> bool:
-        return task.layers == "linear"
-
     def build(self, problem: Problem, budget: float) -> Built:
-        parameters = int(budget * adapter_size(problem, LoraConfig(r=1)))
+        parameters = parameters_of(problem, budget)
         ranks = wara_ladder(1, 2 * LARGEST)
         model = adapted(problem, WaRAConfig(subband_ranks=ranks, ordered_dropout=True))
         return Built(model, parameters, finish=lambda: model.set_rank("default", int(2 * budget)))

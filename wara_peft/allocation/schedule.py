@@ -12,7 +12,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..components import config_of, cost, keep_components, layers_of, subband_of
 from ..layer import WaRALayer
@@ -68,8 +70,8 @@ class RankSchedule(TrainerCallback):
 
     Raises:
         ValueError: neither or both of `budget` and `like`, or a number out of range. `start` refuses a budget below
-            the cheapest component or not below the adapter's size, another form, and a schedule longer than the
-            training; `before_step` refuses a step without gradients.
+            the cheapest component or not below the adapter's size, another form, sharded parameters, and a schedule
+            longer than the training; `before_step` refuses a step without gradients.
 
     Source: AdaLoRA, arXiv 2303.10512; a budget in parameters in place of ranks is ours.
     """
@@ -197,7 +199,7 @@ class RankSchedule(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.start(model, state.max_steps)
         if state.global_step:
-            path = self.state_file or Path(args.output_dir, f"checkpoint-{state.global_step}", FILE)
+            path = self.state_file or Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", FILE)
             if not path.is_file():
                 self._running = None
                 raise ValueError(
@@ -213,7 +215,7 @@ class RankSchedule(TrainerCallback):
         self.after_step(optimizer)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if args.should_save and folder.is_dir():
             self.save(folder / FILE)
 
@@ -248,6 +250,13 @@ class _Running:
         self.costs: list[int] = []
         for name, layer in layers.items():
             rows, columns = layer.factors(adapter_name)
+            if any(
+                isinstance(value, DTensor) or value.ndim < 2 for value in (*rows.parameters(), *columns.parameters())
+            ):
+                raise ValueError(
+                    f"The adapter of module {name!r} is sharded, as by FSDP or DeepSpeed's stage 3, and a process "
+                    "sees a part of its components. Train with DDP, or find ranks before it with `allocate_ranks`."
+                )
             for level, bands in enumerate(rows.axis.bands):
                 if bands:
                     self.kept[name, level] = [True] * len(bands)

@@ -19,7 +19,7 @@ class _AfterPeft:
         if name != "peft":
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((found for finder in others if (found := finder.find_spec(name, *args))), None)  # type: ignore
+        spec = next((found for finder in others if (found := finder.find_spec(name, *args))), None)  # type: ignore[arg-type]
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
