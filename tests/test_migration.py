@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraRuntimeConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -33,7 +33,7 @@ NAMED = {
     "qalora_group_size": 8,
     "monteclora_config": {"num_samples": 3},
     "layer_replication": [(0, 2)],
-    "runtime_config": {"ephemeral_gpu_offload": True},
+    "runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True),
     "lora_bias": True,
     "target_parameters": ["experts.down_proj"],
     "use_bdlora": {"nblocks": 2},

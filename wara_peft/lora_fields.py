@@ -144,8 +144,6 @@ def _alphas(config: LoraConfig, total: Mapping[int, int]) -> tuple[float, dict[s
 
 def _is_default(config: LoraConfig, item: dataclasses.Field[Any]) -> bool:
     value = getattr(config, item.name)
-    if item.name == "runtime_config":
-        return not dataclasses.asdict(value) or value == type(value)()
     default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
     return bool(value == default) or value is None
 
