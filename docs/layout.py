@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
     ("messages", "kinds", "field_types", "registration", "model_card", "svd", "calibration", "moments", "heatmaps"),
     ("wavelet",),
-    ("forms",),
+    ("forms", "lora_fields"),
     ("config",),
     ("layer", "conv", "embedding", "disk"),
     ("components", "combine", "initialization", "rescaling"),

@@ -12,11 +12,13 @@ from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 import regex
+from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .field_types import check_types
 from .forms import FORMS, Form, importance_order, turns_of
+from .lora_fields import Match, fields_from_lora, hint, warn_of_left_out
 from .model_card import add_loading_section
 from .wavelet import filters
 
@@ -28,13 +30,6 @@ MAX_LENGTH = 2**31
 """And for the lengths of a module's axes."""
 PATTERN_SECONDS = 1.0
 """How long matching one pattern against one name may take."""
-LORA_FIELDS = {
-    "lora_alpha": "its name here is 'wara_alpha'",
-    "lora_dropout": "its name here is 'wara_dropout'",
-    "init_lora_weights": "its name here is 'init_weights'",
-    "fan_in_fan_out": "leave it out, the orientation of a weight is read off its layer",
-    "target_parameters": "WaRA adapts modules; for bare parameters, such as experts of a mixture, use LoraConfig",
-}
 
 
 @dataclass(repr=False)
@@ -188,8 +183,11 @@ class WaRAConfig(PeftConfig):
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WaRAConfig:
-        for name, remedy in LORA_FIELDS.items():
-            if name in kwargs:
+        for name, value in kwargs.items():
+            remedy = hint(name, value, cls.__dataclass_fields__)
+            if remedy is not None and name == "bias":
+                raise ValueError(f"{remedy}.")
+            if remedy is not None:
                 # PEFT looks for these words to ignore unknown fields of a saved config.
                 raise TypeError(f"WaRAConfig got an unexpected keyword argument {name!r}; {remedy}.")
         return super().__new__(cls)
@@ -295,6 +293,44 @@ class WaRAConfig(PeftConfig):
             )
             if not isinstance(kind, str) or len(sizes) not in (2, 3) or not whole:
                 raise ValueError(f"module_shapes has {entry!r} for {name!r}; [kind, out, in] was expected.")
+
+    @classmethod
+    def from_lora(cls, lora_config: LoraConfig, match: Match = "parameters", **fields: Any) -> WaRAConfig:
+        """The config of `form="subband"` that corresponds to a LoRA's, with every module's scaling the same number.
+
+        wara_alpha / R = lora_alpha / r, or wara_alpha / √R = lora_alpha / √r with `use_rslora`, also by
+        `rank_pattern` and `alpha_pattern`. Ranks that r does not give evenly are in `subband_ranks`.
+
+        Args:
+            lora_config: the config of a LoRA.
+            match: "parameters": as many parameters as the LoRA, R = 2r at one level (exactly where 2^levels divides
+                both axes; an axis that it does not divide is rounded up at every level). "rank": R = r, so half as
+                many parameters at one level.
+            fields: `wavelet`, `levels` and other fields of the result, in place of what comes from the LoRA.
+
+        Raises:
+            TypeError: it is no `LoraConfig`.
+            ValueError: `match` is something else, `form` is another than "subband", or `fields` sets ranks or alphas.
+
+        Warns:
+            UserWarning: names what the LoRA has and WaRA does not, and what to use instead.
+        """
+        if not isinstance(lora_config, LoraConfig):
+            raise TypeError(f"lora_config is a {type(lora_config).__name__}; a LoraConfig was expected.")
+        if match not in ("parameters", "rank"):
+            raise ValueError(f"match={match!r} must be 'parameters' or 'rank'.")
+        converted = {"r", "subband_ranks", "rank_pattern", "wara_alpha", "alpha_pattern", "use_rslora"} & fields.keys()
+        if converted or fields.get("form", "subband") != "subband":
+            names = ", ".join(sorted(converted)) or f"form={fields['form']!r}"
+            raise ValueError(
+                f"{names} cannot be given to from_lora, which works out ranks and scalings for form='subband'. Make "
+                "the WaRAConfig by its own fields."
+            )
+        levels = fields.get("levels", 1)
+        _check_range("levels", levels, 1, MAX_LEVELS)
+        own, left_out = fields_from_lora(lora_config, match, levels, cls.__dataclass_fields__)
+        warn_of_left_out(left_out)
+        return cls(**{**own, **fields})
 
     @property
     def form_object(self) -> Form:

@@ -115,6 +115,11 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         return kind_of(self.get_base_layer())
 
     @property
+    def r(self) -> dict[str, int]:
+        """R of each adapter by name, as scripts read LoRA's `r`; `wara_alpha` stands for `lora_alpha`."""
+        return {adapter_name: self.total_rank(adapter_name) for adapter_name in self.wara_A}
+
+    @property
     def shape(self) -> ModuleShape:
         """What is adapted: kind, lengths of the axes that are transformed, and of a convolution groups and kernel."""
         return ModuleShape(self.kind, self.out_features, self.in_features)
