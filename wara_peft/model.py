@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -17,6 +19,7 @@ from peft.tuners.tuners_utils import (
     find_parameter_name_by_module,
 )
 from peft.utils import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
@@ -25,10 +28,12 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from .awaited import AwaitedAdapter
+from .bare_parameters import NamedParameter, check_parameters, named_parameters, use_loras_targets
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
+from .experts import AdaptedModule, ParameterLayer
 from .forms import Target, one_call
 from .kinds import LINEAR, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
@@ -82,7 +87,11 @@ class WaRAModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             self.peft_config[adapter_name] = copy.deepcopy(given)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # PEFT looks for the patterns' matches among modules alone.
+                if given.target_parameters or given.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+                    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
@@ -131,6 +140,9 @@ class WaRAModel(BaseTuner):
             name: Target(_shape(base), partial(self._base_weight, peft_config, name, base))
             for name, base in self._checked_bases(peft_config, model).items()
         }
+        for parameter in named_parameters(peft_config, model):
+            bare = parameter.bare
+            targets[parameter.full_name] = Target(bare.module_shape, lambda bare=bare: bare.weight.data)
         peft_config.form_object.check_targets(peft_config, model, targets)
 
     @classmethod
@@ -169,7 +181,9 @@ class WaRAModel(BaseTuner):
                 f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
-        check_ranks(peft_config, bases)
+        parameters = list(named_parameters(peft_config, model))
+        check_parameters(peft_config, parameters, bases)
+        check_ranks(peft_config, [*bases, *(parameter.full_name for parameter in parameters)])
         return bases
 
     def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
@@ -201,6 +215,42 @@ class WaRAModel(BaseTuner):
             return Linear
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
         return Linear if backend is not None and backend.layer_type == "linear" else None
+
+    def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
+        """As PEFT resolves targets, and in the experts of a mixture as it does for LoRA."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set(self.target_module_mapping.get(model_config["model_type"], ()))
+        else:
+            super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[no-untyped-call]
+        use_loras_targets(peft_config, self.model)
+        return peft_config
+
+    def _inject_parameters(
+        self, peft_config: WaRAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the parameters that the config names, which `_prepare_model` has checked."""
+        found = list(named_parameters(peft_config, model))
+        for parameter in found:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt_parameter(peft_config, adapter_name, model, parameter)
+        return [parameter.full_name for parameter in found]
+
+    def _adapt_parameter(
+        self, config: WaRAConfig, adapter_name: str, model: nn.Module, parameter: NamedParameter
+    ) -> None:
+        module = model.get_submodule(parameter.module_name)
+        if not isinstance(module, AdaptedModule):
+            parent, _, child_name = parameter.module_name.rpartition(".")
+            module = AdaptedModule(module)
+            setattr(model.get_submodule(parent), child_name, module)
+        layer = module.layers.get(parameter.name)
+        if layer is not None:
+            layer.update_layer(adapter_name, config, parameter.full_name)
+            return
+        layer = ParameterLayer(parameter.bare, adapter_name, parameter.full_name, config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        setattr(module, parameter.name, layer)
 
     def _create_and_replace(  # type: ignore[override]  # only WaRA's configs come here
         self,

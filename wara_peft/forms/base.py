@@ -59,6 +59,7 @@ class Form:
         name: the form's name in the config.
         own_fields: fields of the config that have a meaning in this form alone.
         linear_only: whether it adapts linear layers alone.
+        adapts_parameters: whether it adapts bare parameters, such as the weights of experts.
         factors_are_parts: whether the parts `wara_A` and `wara_B` are what hands out Â and B̂, as they stand.
         has_delta_weight: whether the adapter is a change of the layer's weight.
         initialisations: values of `init_weights` beside True and False.
@@ -69,6 +70,7 @@ class Form:
     name: str
     own_fields: tuple[str, ...] = ()
     linear_only = False
+    adapts_parameters = False
     factors_are_parts = True
     has_delta_weight = True
     initialisations: tuple[str, ...] = ()
@@ -144,9 +146,9 @@ class Form:
 
         Then ‖row of Â‖² is about 1/3, as in LoRA, and ΔW = 0.
         """
-        for rows in parts["wara_A"].parameters():
+        for rows in parts["wara_A"].matrices():
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
-        for columns in parts["wara_B"].parameters():
+        for columns in parts["wara_B"].matrices():
             if init_weights:
                 nn.init.zeros_(columns)
             else:

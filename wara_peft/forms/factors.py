@@ -87,8 +87,17 @@ class SubbandFactor(nn.Module):
         return tuple(self.ranks)
 
     @property
+    def rank_dim(self) -> int:
+        """Dimension of the parameters along which their rows, or columns, are counted."""
+        return 1 - self.dim
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    def matrices(self) -> list[Tensor]:
+        """The parameters' values, to be filled in place: their fan-in is that of all dimensions but the first."""
+        return [parameter.detach() for parameter in self.parameters()]
 
     def subband(self, name: str) -> Tensor:
         """View of one subband's A_s, of shape (r_s, n_j), or B_s, of shape (m_j, r_s).
@@ -101,7 +110,7 @@ class SubbandFactor(nn.Module):
         level = int(name[2:])
         before = [band.name for band in self._bands_of[level]]
         start = sum(self.ranks.get(other, 0) for other in before[: before.index(name)])
-        return self._rows(level).narrow(1 - self.dim, start, self.ranks[name])
+        return self._rows(level).narrow(self.rank_dim, start, self.ranks[name])
 
     def _rows(self, level: int) -> Tensor:
         """All rows of a level that has ranks."""

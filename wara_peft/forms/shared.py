@@ -31,6 +31,7 @@ class SharedForm(SubbandForm):
     name = "shared"
     initialisations: tuple[str, ...] = ()
     keeps_subbands = False
+    adapts_parameters = False
     factor = SharedFactor
 
     def check(self, settings: Settings) -> None:

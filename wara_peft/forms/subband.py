@@ -9,6 +9,7 @@ from torch import nn
 
 from ..kinds import ModuleShape
 from .base import Form, Parts, Settings
+from .experts import ExpertsFactor
 from .factors import IN_DIM, OUT_DIM, SubbandFactor
 
 
@@ -18,12 +19,19 @@ class SubbandForm(Form):
     name = "subband"
     initialisations: tuple[str, ...] = ("orthogonal", "activation")
     keeps_subbands = True
+    adapts_parameters = True
     factor: type[SubbandFactor] = SubbandFactor
 
     def create(
         self, settings: Settings, module_name: str, shape: ModuleShape, ranks: Mapping[str, int], context: Any = None
     ) -> Parts:
         out, in_ = shape.lengths
+        if shape.experts:
+            sides = (("wara_A", in_, IN_DIM), ("wara_B", out, OUT_DIM))
+            return {
+                part: ExpertsFactor(settings.wavelet, settings.levels, length, ranks, dim, shape.experts)
+                for part, length, dim in sides
+            }
         return {
             "wara_A": self.factor(settings.wavelet, settings.levels, in_, ranks, IN_DIM, shape.kernel),
             "wara_B": self.factor(settings.wavelet, settings.levels, out, ranks, OUT_DIM),
