@@ -123,7 +123,12 @@ class AdaptedModule(nn.Module):
         return {name: child for name, child in self.named_children() if isinstance(child, ParameterLayer)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Result of the module with its adapted parameters."""
+        """Result of the module with its adapted parameters, computed outside of the graphs of torch.compile."""
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._forward)(*args, **kwargs)
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         for layer in self.layers.values():
             if layer.disable_adapters and layer.merged:
                 layer.unmerge()

@@ -35,7 +35,7 @@ from .conv import Conv
 from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
 from .forms import Target, one_call
-from .kinds import LINEAR, ModuleShape, kind_of
+from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
 from .quantization import base_weight, keep_unpacked
@@ -140,14 +140,11 @@ class WaRAModel(BaseTuner):
             name: Target(_shape(base), partial(self._base_weight, peft_config, name, base))
             for name, base in self._checked_bases(peft_config, model).items()
         }
-        for parameter in named_parameters(peft_config, model):
-            bare = parameter.bare
-            targets[parameter.full_name] = Target(bare.module_shape, lambda bare=bare: bare.weight.data)
         peft_config.form_object.check_targets(peft_config, model, targets)
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
-        """The modules that the config would adapt, by name, found and checked as when it adapts them.
+        """The modules, and bare parameters, that the config would adapt, by name, found and checked as when it does.
 
         Raises:
             TypeError: one is of a kind that WaRA does not adapt.
@@ -183,7 +180,8 @@ class WaRAModel(BaseTuner):
             )
         parameters = list(named_parameters(peft_config, model))
         check_parameters(peft_config, parameters, bases)
-        check_ranks(peft_config, [*bases, *(parameter.full_name for parameter in parameters)])
+        bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
+        check_ranks(peft_config, bases)
         return bases
 
     def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
@@ -338,7 +336,8 @@ class WaRAModel(BaseTuner):
         Within one generate, whose weights do not change, factors are synthesised twice at most.
 
         Raises:
-            ValueError: the model is training, or no layer has an adapter of one of these names.
+            ValueError: the model is training, no layer has an adapter of one of these names, or bare parameters are
+                adapted.
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
@@ -352,6 +351,12 @@ class WaRAModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        parameters = [layer.module_name for layer in layers if isinstance(layer, ParameterLayer)]
+        if parameters:
+            raise ValueError(
+                f"Cannot pass `adapter_names` to a model with adapted parameters ({first(parameters)}), which are the "
+                "same for all samples of a batch. Activate one adapter by `set_adapter`, and run a batch for each."
+            )
         # Beam search repeats each sample, except in the encoder, which runs before.
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
@@ -423,6 +428,8 @@ def _pass_adapter_names(
 
 def _shape(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
+    if isinstance(base_layer, BareParameter):
+        return base_layer.module_shape
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
     groups = int(getattr(base_layer, "groups", 1))
     return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups)
