@@ -12,7 +12,7 @@ ORDER = (
     ("wavelet",),
     ("forms",),
     ("config",),
-    ("layer", "conv", "embedding", "disk"),
+    ("layer", "conv", "embedding", "experts", "disk"),
     ("model", "combine", "initialization"),
     ("export", "inspection", "allocation"),
     ("cli", "__init__"),

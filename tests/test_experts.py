@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from references import dense_coefficients, inverse_transform
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +28,6 @@ from transformers import (
 )
 
 import wara_peft
-from references import dense_coefficients, inverse_transform
 from wara_peft import WaRAConfig
 from wara_peft.disk.adapter import SavedAdapter
 from wara_peft.disk.merge import merge_checkpoint
@@ -51,10 +51,10 @@ def mixtral(**fields):
     return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, **fields)).eval()
 
 
-def qwen3_moe():
+def qwen3_moe(**fields):
     torch.manual_seed(0)
-    fields = {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **fields)).eval()
+    fields = {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, **fields}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SIZES, **fields})).eval()
 
 
 def gpt_oss():
@@ -66,7 +66,7 @@ def gpt_oss():
 def deepseek():
     torch.manual_seed(0)
     heads = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    experts = {"n_routed_experts": 4, "moe_intermediate_size": 8, "n_group": 2, "topk_group": 1}
+    experts = {"n_routed_experts": 4, "moe_intermediate_size": 16, "n_group": 2, "topk_group": 1}
     fields = {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "n_shared_experts": 1, **heads, **experts}
     return DeepseekV3ForCausalLM(DeepseekV3Config(**SIZES, **fields)).eval()
 
@@ -97,7 +97,7 @@ def adapted(model, config=None, seed=1, adapter="default", **fields):
         for name, parameter in result.named_parameters():
             if ".wara_B." in name:
                 parameter.normal_(std=0.3)
-    return result
+    return result.eval()
 
 
 def layers_of(model):
@@ -150,9 +150,10 @@ def test_every_implementation_that_multiplies(make, implementation):
 def test_other_implementations_are_refused_by_name():
     model = adapted(mixtral())
     experts = model.base_model.model.model.layers[0].mlp.experts
-    with pytest.raises(NotImplementedError, match=r"layers\.0\.mlp\.experts\.gate_up_proj.* uses torch's 'einsum'"):
-        with experts._in_place({"gate_up_proj": experts.gate_up_proj.adapted_weight(experts.base_layer)}):
-            torch.einsum("eij->ei", experts.base_layer.gate_up_proj)
+    weight = experts.gate_up_proj.adapted_weight(experts.base_layer)
+    message = r"layers\.0\.mlp\.experts\.gate_up_proj.* uses torch's 'einsum'.*set_experts_implementation"
+    with experts._in_place({"gate_up_proj": weight}), pytest.raises(NotImplementedError, match=message):
+        torch.einsum("eij->ei", experts.base_layer.gate_up_proj)
     assert isinstance(experts.base_layer.gate_up_proj, nn.Parameter)
 
 
@@ -209,17 +210,23 @@ def test_all_linear_trains_what_lora_trains_and_as_many_parameters(make):
     assert layer.experts.gate_up_proj.total_rank("default") == 32  # of two layers that have become one
 
 
-def test_the_numbers_of_parameters_that_the_issue_names():
-    def make():
-        sizes = {**SIZES, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-        fields = {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, **fields}))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loras = get_peft_model(make(), LoraConfig(r=8, target_modules="all-linear"))
-    ours = get_peft_model(make(), WaRAConfig(r=4, target_modules="all-linear"))
-    assert ours.get_nb_trainable_parameters() == loras.get_nb_trainable_parameters()
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        (["q_proj", "k_proj", "v_proj", "o_proj"], 1792),  # attention alone
+        (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], 13056),
+        (r".*_proj", 13056),
+        ("all-linear", 13440),  # and the router
+    ],
+)
+def test_numbers_of_trained_parameters_by_targets(targets, count):
+    counts = []
+    for config in (WaRAConfig(r=4, target_modules=targets), LoraConfig(r=8, target_modules=targets)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # LoRA's pattern of doubled ranks matches no module
+            model = get_peft_model(qwen3_moe(num_experts=8, moe_intermediate_size=8), config)
+        counts.append(model.get_nb_trainable_parameters()[0])
+    assert counts == [count, count]
 
 
 def test_names_of_experts_layers_of_old_models_are_taken_as_lora_takes_them():
@@ -227,7 +234,10 @@ def test_names_of_experts_layers_of_old_models_are_taken_as_lora_takes_them():
     config = model.peft_config["default"]
     assert config.target_parameters == ["down_proj", "gate_up_proj"] and config.target_modules == {"q_proj"}
     layers = layers_of(model)
-    scalings = {name.rpartition(".")[2]: (layer.total_rank("default"), layer.scaling["default"]) for name, layer in layers.items()}
+    scalings = {
+        name.rpartition(".")[2]: (layer.total_rank("default"), layer.scaling["default"])
+        for name, layer in layers.items()
+    }
     assert scalings == {"down_proj": (8, 3 / 8), "gate_up_proj": (16, 3 / 8)}
     with pytest.raises(ValueError, match="w1 without also targeting w3"):
         get_peft_model(mixtral(), WaRAConfig(target_modules=["w1"]))
@@ -252,10 +262,11 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.largest = 0
-        self.known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        inputs = {
+            leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in inputs:
@@ -299,7 +310,7 @@ def test_a_new_adapter_changes_nothing_and_trains_everything(make):
     for _ in range(6):
         loss = model(TOKENS, labels=TOKENS).loss
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
@@ -316,8 +327,9 @@ def test_first_values_are_drawn_as_loras_for_every_expert():
     factor_a, factor_b = model.base_model.model.experts.weight.factors("default")
     assert factor_a.level1.shape == (32, 16, 32) and factor_b.level1.shape == (32, 20, 16)
     bound = 32**-0.5  # of kaiming_uniform with a = √5 and fan-in n_1
-    assert factor_a.level1.abs().max() <= bound and factor_a.level1.std() == pytest.approx(bound / 3**0.5, rel=0.02)
-    assert (factor_a().square().sum(-1).mean() - 1 / 3).abs() < 0.01
+    drawn = factor_a.level1.detach()
+    assert drawn.abs().max() <= bound and float(drawn.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert (factor_a().detach().square().sum(-1).mean() - 1 / 3).abs() < 0.01
     assert factor_b.level1.abs().max() == 0
 
 
@@ -326,16 +338,15 @@ def test_keys_shapes_and_config_on_disk(tmp_path):
     saved = SavedAdapter(tmp_path)
     name = "model.layers.1.mlp.experts.gate_up_proj"
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert fields["module_shapes"][name] == ["Experts", 16, 16, 4, 0]
-    assert fields["module_shapes"]["model.layers.1.mlp.experts.down_proj"] == ["Experts", 16, 8, 4, 1]
-    shapes = {key: shape for key, shape in saved._contents.factors[name].items()}
-    assert shapes == {
+    assert fields["module_shapes"][name] == ["Experts", 32, 16, 4, 0]
+    assert fields["module_shapes"]["model.layers.1.mlp.experts.down_proj"] == ["Experts", 16, 16, 4, 1]
+    assert saved._contents.factors[name] == {
         f"{name}.wara_A.level0": (4, 1, 16),
         f"{name}.wara_A.level1": (4, 6, 8),
         f"{name}.wara_A.level2": (4, 8, 4),
-        f"{name}.wara_B.level0": (4, 16, 1),
-        f"{name}.wara_B.level1": (4, 8, 6),
-        f"{name}.wara_B.level2": (4, 4, 8),
+        f"{name}.wara_B.level0": (4, 32, 1),
+        f"{name}.wara_B.level1": (4, 16, 6),
+        f"{name}.wara_B.level2": (4, 8, 8),
     }
 
 
@@ -429,7 +440,9 @@ def test_merging_in_bfloat16_rounds_once_and_builds_one_experts_delta_at_a_time(
 
 def test_several_adapters_of_different_parameters():
     model = adapted(mixtral(), r=1)
-    model.add_adapter("other", WaRAConfig(r=2, target_modules=["q_proj"], target_parameters=["gate.weight", "down_proj"]))
+    model.add_adapter(
+        "other", WaRAConfig(r=2, target_modules=["q_proj"], target_parameters=["gate.weight", "down_proj"])
+    )
     layers = layers_of(model)
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if ".other." in name)
     first = logits(model)
@@ -473,9 +486,11 @@ def test_bfloat16_base_with_float32_factors():
     model = adapted(qwen3_moe().to(torch.bfloat16))
     assert model.base_model.model.model.layers[0].mlp.experts.down_proj.factors("default")[0].dtype == torch.float32
     exact = adapted(qwen3_moe())
-    torch.testing.assert_close(logits(model).float(), logits(exact), atol=0.02, rtol=0.05)
+    base = logits(qwen3_moe())
+    change = (logits(exact) - base).norm()
+    assert (logits(model).float() - logits(exact)).norm() < 0.15 * change
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(logits(exact).float(), logits(exact.merge_and_unload()).float(), atol=0.02, rtol=0.05)
+        assert (logits(exact).float() - logits(copy.deepcopy(exact).merge_and_unload()).float()).norm() < 0.15 * change
 
 
 def test_generation_and_checkpointing_and_router_logits():
@@ -484,16 +499,15 @@ def test_generation_and_checkpointing_and_router_logits():
     kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(input_ids=TOKENS, **kwargs), twin.generate(input_ids=TOKENS, **kwargs))
     model(TOKENS, labels=TOKENS).loss.backward()
-    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    grads = {name: parameter.grad.clone() for name, parameter in trained.items()}
     model.zero_grad()
     model.base_model.model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     model.train()
     model(TOKENS, labels=TOKENS).loss.backward()
-    assert grads.keys() == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, grads[name])
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, grads[name])
 
 
 def test_forwards_in_several_threads():
@@ -530,7 +544,11 @@ class Owner(nn.Module):
         (mixtral, {"form": "shared"}, "form='shared'.*use form='subband'"),
         (mixtral, {"init_weights": "orthogonal"}, "init_weights='orthogonal'"),
         (mixtral, {"target_parameters": ["q_proj.weight"]}, "Name the layer, .*q_proj'.* in `target_modules`"),
-        (mixtral, {"rank_pattern": {"down_proj": dict.fromkeys(("aa1", "ad1", "da1", "dd1"), 0)}}, "without|every subband out"),
+        (
+            mixtral,
+            {"rank_pattern": {"down_proj": dict.fromkeys(("aa1", "ad1", "da1", "dd1"), 0)}},
+            "without|every subband out",
+        ),
         (lambda: Owner(nn.Parameter(torch.zeros(3))), {"target_parameters": ["inner.weight"]}, r"its shape is \(3,\)"),
         (
             lambda: Owner(nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)),
@@ -542,7 +560,11 @@ class Owner(nn.Module):
             {"target_parameters": ["inner.weight"], "target_modules": ["layer"]},
             "'inner' is adapted too, 'inner.layer'",
         ),
-        (lambda: Owner(nn.Parameter(torch.zeros(2, 3))).inner, {"target_parameters": ["weight"]}, "No|belongs to the model"),
+        (
+            lambda: Owner(nn.Parameter(torch.zeros(2, 3))).inner,
+            {"target_parameters": ["weight"]},
+            "No|belongs to the model",
+        ),
     ],
 )
 def test_refusals_name_parameter_and_remedy(model, fields, message):
@@ -563,12 +585,12 @@ def test_parametrized_experts_are_refused():
 
 def test_what_does_not_go_with_parameters_says_so():
     model = adapted(mixtral())
-    with pytest.raises(ValueError, match="adapted parameters .*set_adapter"):
+    with pytest.raises(ValueError, match=r"adapted parameters .*set_adapter"):
         model(TOKENS, adapter_names=["default", "default"])
     model.add_adapter("other", WaRAConfig(target_modules=[], target_parameters=EXPERTS))
     with pytest.raises(ValueError, match="cannot be combined"):
         model.base_model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
-    with pytest.raises(TypeError, match="gate.weight .*target_parameters"):
+    with pytest.raises(TypeError, match=r"gate\.weight .*target_parameters"):
         config = WaRAConfig(target_modules="all-linear")
         wara_peft.allocate_ranks(mixtral(), config, [{"input_ids": TOKENS, "labels": TOKENS}])
 
@@ -585,7 +607,7 @@ def test_merging_on_disk(tmp_path):
 def test_merging_on_disk_where_transformers_splits_the_experts_is_refused(tmp_path):
     adapted(mixtral()).save_pretrained(tmp_path / "adapter")
     mixtral().save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="down_proj.*use `merge_and_unload`"):
+    with pytest.raises(ValueError, match=r"down_proj.*use `merge_and_unload`"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 
@@ -605,7 +627,9 @@ def test_transformers_own_adapters(tmp_path):
 def test_dense_reference_is_not_the_layers_own():
     """`dense_by_pywavelets` agrees with the reference for linear layers on one of the experts."""
     layer = next(iter(layers_of(adapted(mixtral().double())).values()))
-    single = get_peft_model(nn.Sequential(nn.Linear(16, 48, bias=False, dtype=torch.float64)), WaRAConfig(r=2, target_modules=["0"]))
+    single = get_peft_model(
+        nn.Sequential(nn.Linear(16, 48, bias=False, dtype=torch.float64)), WaRAConfig(r=2, target_modules=["0"])
+    )
     linear = single.base_model.model[0]
     for own, other in zip(linear.factors("default"), layer.factors("default"), strict=True):
         own.level1.data.copy_(other.level1[2])

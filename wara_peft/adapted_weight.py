@@ -75,7 +75,9 @@ class AdaptedWeight:
         if self.ndim < 3 or not isinstance(index, (int, slice, Tensor)) or getattr(index, "ndim", 0) > 1:
             raise self._refusal(f"an index of type {type(index).__name__}")
         if isinstance(index, slice) or getattr(index, "ndim", 0) == 1:
-            return self._like(lambda weight: weight[index], tuple(up.changed(lambda t: t[index]) for up in self.updates))
+            return self._like(
+                lambda weight: weight[index], tuple(up.changed(lambda t: t[index]) for up in self.updates)
+            )
         if self._apart is None:
             # Taken apart at once: the gradient of each single expert's part would be as large as all of them.
             sides = [(up, up.left.unbind(), up.right.unbind()) for up in self.updates]
@@ -98,11 +100,11 @@ class AdaptedWeight:
         return self._like(lambda weight: weight.mT, tuple(update.transposed() for update in self.updates))
 
     @property
-    def mT(self) -> AdaptedWeight:  # noqa: N802  # as of tensors
+    def mT(self) -> AdaptedWeight:  # as of tensors
         return self.transpose(-2, -1)
 
     @property
-    def T(self) -> AdaptedWeight:  # noqa: N802
+    def T(self) -> AdaptedWeight:
         return self.transpose(0, 1)
 
     def to(self, *args: Any, **kwargs: Any) -> AdaptedWeight:
@@ -125,10 +127,10 @@ class AdaptedWeight:
         raise self._refusal(f"its attribute {name!r}")
 
     def __matmul__(self, other: Tensor) -> Tensor:
-        return torch.matmul(self, other)  # type: ignore[call-overload, no-any-return]
+        return _matmul(torch.matmul, self, other)
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
-        return torch.matmul(other, self)  # type: ignore[call-overload, no-any-return]
+        return _matmul(torch.matmul, other, self)
 
     @classmethod
     def __torch_function__(
@@ -144,9 +146,9 @@ class AdaptedWeight:
 
     def _refusal(self, use: str) -> NotImplementedError:
         return NotImplementedError(
-            f"The forward around {self.name!r} uses {use}, and an adapter of this parameter lies beside it for products "
-            "alone. Choose another implementation (`model.set_experts_implementation('grouped_mm')`), merge the adapter "
-            "first, or leave the parameter out of `target_parameters`."
+            f"The forward around {self.name!r} uses {use}, and the adapter of this parameter lies beside it for "
+            "products alone. Choose another implementation (`model.set_experts_implementation('grouped_mm')`), merge "
+            "the adapter first, or leave the parameter out of `target_parameters`."
         )
 
 
@@ -175,7 +177,7 @@ def _matmul(func: Any, one: Any, other: Any) -> Tensor:
 
 
 def _grouped(func: Any, x: Tensor, weight: AdaptedWeight, offs: Tensor, **kwargs: Any) -> Tensor:
-    """Rows of x, (S, p), sorted by expert, times W of each row's expert, (E, p, q); `offs` says where each one ends."""
+    """Rows of x, (S, p), sorted by expert, times W, (E, p, q), of each row's expert; `offs` says where each ends."""
     result: Tensor = func(x, weight.weight, offs=offs, **kwargs)
     for update in map(Update.padded, weight.updates):
         left, right = update.left.to(x.dtype), update.right.to(x.dtype)

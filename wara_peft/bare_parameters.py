@@ -138,7 +138,9 @@ def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None
     if isinstance(parameter.module, BaseTunerLayer) or isinstance(owner, (nn.Linear, nn.Embedding)):
         return f"it is the weight of a layer. Name the layer, {module_name!r}, in `target_modules`."
     if parameter.name not in owner._parameters:
-        return "it is parametrized, as quantized experts are. Adapt the model that is not quantized, or use LoraConfig."
+        return (
+            "it is parametrized, as quantized experts are. Adapt the model that is not quantized, or use LoraConfig."
+        )
     weight = owner._parameters[parameter.name]
     if weight is None or weight.dtype not in FLOATS:
         dtype = weight.dtype if weight is not None else None

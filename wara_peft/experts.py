@@ -1,4 +1,4 @@
-"""WaRA beside bare parameters, such as the weights of a mixture's experts: applied inside their module's own forward."""
+"""WaRA beside bare parameters, such as the weights of a mixture's experts, in their module's own forward."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def _of_expert(update: LowRankUpdate, expert: int | None) -> LowRankUpdate:
 class AdaptedModule(nn.Module):
     """A module of which bare parameters are adapted, in its place in the model.
 
-    Its children are the module itself, `base_layer`, and for each adapted parameter a `ParameterLayer` of that name. In
-    forward the module finds an `AdaptedWeight` where it looks for the parameter, and computes as it always does: the
-    experts of transformers in whichever of their implementations multiplies by the weights ("grouped_mm",
+    Its children are the module itself, `base_layer`, and for each adapted parameter a `ParameterLayer` of that name.
+    In forward the module finds an `AdaptedWeight` where it looks for the parameter, and computes as it always does:
+    the experts of transformers in whichever of their implementations multiplies by the weights ("grouped_mm",
     "batched_mm", "eager"). Neither ΔW nor W + ΔW of any expert is built.
 
     Args:
@@ -125,7 +125,7 @@ class AdaptedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Result of the module with its adapted parameters, computed outside of the graphs of torch.compile."""
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(self._forward)(*args, **kwargs)
+            return torch.compiler.disable(self._forward)(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self._forward(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:

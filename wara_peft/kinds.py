@@ -85,8 +85,8 @@ class BareParameter(nn.Module):
     @property
     def module_shape(self) -> ModuleShape:
         """The parameter as something that is adapted."""
-        lengths = self.shape[-2:][::-1] if self.kind.keeps_in_first else self.shape[-2:]
-        return ModuleShape(self.kind, *lengths, experts=self.experts, position=self.position)
+        out_features, in_features = self.shape[-2:][::-1] if self.kind.keeps_in_first else self.shape[-2:]
+        return ModuleShape(self.kind, out_features, in_features, experts=self.experts, position=self.position)
 
     @property
     def experts(self) -> int:
@@ -127,10 +127,11 @@ class ModuleShape:
     @classmethod
     def of_list(cls, kind: Kind, sizes: list[int]) -> ModuleShape:
         """What `as_list` describes, without the kind's name."""
+        out_features, in_features = sizes[:2]
         if kind.is_parameter:
-            out_features, in_features, experts, position = (*sizes, 0, 0)[:4]
+            experts, position = (*sizes[2:], 0, 0)[:2]
             return cls(kind, out_features, in_features, experts=experts, position=position)
-        return cls(kind, *sizes[:3])
+        return cls(kind, out_features, in_features, sizes[2] if len(sizes) > 2 else 1)
 
     @property
     def lengths(self) -> tuple[int, int]:

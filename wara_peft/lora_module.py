@@ -20,7 +20,8 @@ class LoraModule:
     Attributes:
         name: of the adapted module.
         update: its ΔW.
-        pairs: for each group of a convolution, for each expert, or once, the factors (rank, n · kernel) and (m / groups, rank).
+        pairs: for each group of a convolution, for each expert, or once, the factors (rank, n · kernel) and
+            (m / groups, rank).
         lost, whole: ‖ΔW − B A‖² and ‖ΔW‖²; of an exact one the second is not computed, and zero too.
     """
 

@@ -19,7 +19,6 @@ from peft.tuners.tuners_utils import (
     find_parameter_name_by_module,
 )
 from peft.utils import (
-    INCLUDE_LINEAR_LAYERS_SHORTHAND,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
@@ -40,7 +39,7 @@ from .layer import Linear, WaRALayer
 from .messages import first
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_ranks
+from .targets import check_adapter_name, check_ranks, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
@@ -88,9 +87,8 @@ class WaRAModel(BaseTuner):
             check_adapter_name(adapter_name)
             self.peft_config[adapter_name] = copy.deepcopy(given)
             with warnings.catch_warnings():
-                # PEFT looks for the patterns' matches among modules alone.
-                if given.target_parameters or given.target_modules == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-                    warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+                # PEFT looks for the patterns' matches among modules alone; `warn_of_unmatched` says the same of all.
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
@@ -105,6 +103,7 @@ class WaRAModel(BaseTuner):
             for name, module in model.named_modules()
             if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
         }
+        warn_of_unmatched(config)
         if given.module_shapes is not None:
             awaited = AwaitedAdapter(given, trained)
             awaited.warn_if_another(config)
@@ -154,7 +153,7 @@ class WaRAModel(BaseTuner):
         nn.Module.__init__(tuner)
         tuner.model = model
         resolved = tuner._prepare_adapter_config(copy.deepcopy(config), cls.get_model_config(model))
-        return tuner._checked_bases(cast(WaRAConfig, resolved), model)
+        return tuner._checked_bases(resolved, model)
 
     def _checked_bases(self, peft_config: WaRAConfig, model: nn.Module) -> dict[str, nn.Module]:
         """The base layers that are to be adapted, by name; they are of kinds that can be."""
@@ -217,13 +216,13 @@ class WaRAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
         """As PEFT resolves targets, and in the experts of a mixture as it does for LoRA."""
         if peft_config.target_modules is None and peft_config.target_parameters:
-            peft_config.target_modules = set(self.target_module_mapping.get(model_config["model_type"], ()))
-        else:
-            super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[no-untyped-call]
+            default = self.target_module_mapping.get(model_config["model_type"], ())
+            peft_config.target_modules = default if isinstance(default, str) else list(default)
+        super()._prepare_adapter_config(peft_config, model_config)
         use_loras_targets(peft_config, self.model)
         return peft_config
 
-    def _inject_parameters(
+    def _inject_parameters(  # type: ignore[override]
         self, peft_config: WaRAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Adapt the parameters that the config names, which `_prepare_model` has checked."""

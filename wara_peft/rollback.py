@@ -12,6 +12,7 @@ from torch import nn
 
 from .experts import AdaptedModule, ParameterLayer
 
+
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """Put base weights and adapter layers of the model back as they are now if the block raises."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 
-from .config import WaRAConfig
+from .config import WaRAConfig, value_for
 from .messages import first
 
 
@@ -34,3 +35,19 @@ def check_ranks(config: WaRAConfig, names: Iterable[str]) -> None:
             f"rank_pattern leaves every subband out in module {first(empty)}. Give at least one a rank, or leave the "
             "module out with `exclude_modules`."
         )
+
+
+def warn_of_unmatched(config: WaRAConfig) -> None:
+    """Warn, as PEFT does of modules alone, of patterns that match nothing that has been adapted."""
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field_name)
+        unmatched = [
+            pattern
+            for pattern in sorted(patterns)
+            if not any(value_for(name, field_name, {pattern: True}, False) for name in config.module_shapes or {})
+        ]
+        if unmatched:
+            warnings.warn(
+                f"The following {field_name} keys did not match any targeted module and were ignored: {unmatched}.",
+                RuntimeWarning,
+            )
