@@ -39,10 +39,6 @@ class ExpertsFactor(SubbandFactor):
     def rank_dim(self) -> int:
         return super().rank_dim + 1
 
-    def matrices(self) -> list[Tensor]:
-        """The parameters' values with the experts' rows below each other, (E · R_j, d_j) or (E · d_j, R_j)."""
-        return [values.flatten(0, 1) for values in super().matrices()]
-
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
         """The factor of every expert, computed in `dtype`; None means the parameters' dtype."""
         order = (1, 2, 0) if self.dim == IN_DIM else (2, 1, 0)  # to (R_j, d_j, E)

@@ -95,10 +95,6 @@ class SubbandFactor(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def matrices(self) -> list[Tensor]:
-        """The parameters' values, to be filled in place: their fan-in is that of all dimensions but the first."""
-        return [parameter.detach() for parameter in self.parameters()]
-
     def subband(self, name: str) -> Tensor:
         """View of one subband's A_s, of shape (r_s, n_j), or B_s, of shape (m_j, r_s).
 
