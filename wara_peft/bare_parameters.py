@@ -59,12 +59,14 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
     alpha where two layers became one. Asked with a LoRA's config, it says what these are.
 
     Args:
-        config: the tuner's own copy of the config.
+        config: the tuner's own copy of the config. A saved adapter's names what it adapts already.
         model: the model.
 
     Raises:
         ValueError: one of two layers that became one parameter is named without the other.
     """
+    if config.module_shapes is not None:
+        return
     lora = LoraConfig(
         r=1,
         lora_alpha=1,
