@@ -380,6 +380,24 @@ def test_saved_adapters_load_and_export_to_loras_target_parameters(make, tmp_pat
         torch.testing.assert_close(logits(lora), expected, atol=3e-6, rtol=1e-5)
 
 
+def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path):
+    adapted(qwen3_moe()).save_pretrained(tmp_path)
+    message = r"gate_up_proj' \(saved \(32, 16, 4, 0\), here \(32, 16, 8, 0\)\)"
+    with pytest.warns(UserWarning, match=message), pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(qwen3_moe(num_experts=8), tmp_path)
+
+
+@pytest.mark.parametrize("entry", [["Experts", 32, 16], ["Experts", 32, 16, 0, 0], ["Linear", 32, 16, 4, 0]])
+def test_a_description_with_other_numbers_is_refused(tmp_path, entry):
+    adapted(qwen3_moe()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    fields["module_shapes"]["model.layers.0.mlp.experts.gate_up_proj"] = entry
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="not the numbers of such a kind"):
+        SavedAdapter(tmp_path)
+
+
 def test_export_with_modules_beside_parameters_and_of_a_lower_rank(tmp_path):
     config = WaRAConfig(r=2, target_modules="all-linear", rank_pattern={"down_proj": 1})
     model = adapted(mixtral(), config)
