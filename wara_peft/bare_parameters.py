@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from .config import WaRAConfig
@@ -67,6 +66,9 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
     """
     if config.module_shapes is not None:
         return
+    # as PEFT imports it, which takes a while, and transformers 5
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     lora = LoraConfig(
         r=1,
         lora_alpha=1,
