@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,6 +91,19 @@ class AdaptedWeight:
     def __iter__(self) -> Iterator[AdaptedWeight]:
         return (self[expert] for expert in range(len(self)))
 
+    def chunk(self, parts: int) -> list[AdaptedWeight]:
+        """The weight's rows in so many equal parts."""
+        size = len(self) // parts
+        rows = [slice(start, start + size) for start in range(0, len(self), size)]
+        return [
+            AdaptedWeight(
+                partial(lambda self, own: self.weight[own], self, own),
+                tuple(replace(update, left=update.left[own]) for update in self.updates),
+                self.name,
+            )
+            for own in rows
+        ]
+
     def __len__(self) -> int:
         return len(self.weight)
 
@@ -138,6 +152,8 @@ class AdaptedWeight:
     ) -> Any:
         """A product with the weight as its one factor."""
         name = getattr(func, "__name__", str(func)).removesuffix(".default").rpartition(".")[2]
+        if name == "multi_head_attention_forward":
+            return _attention(func, *args, **(kwargs or {}))
         found = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, AdaptedWeight)]
         product = _PRODUCTS.get(name)
         if product is None or len(found) != 1 or not any(found[0] is value for value in args[:2]):
@@ -184,6 +200,50 @@ def _grouped(func: Any, x: Tensor, weight: AdaptedWeight, offs: Tensor, **kwargs
         hidden = func(update.dropout(x), left, offs=offs)
         result = result + func(hidden, right, offs=offs).to(result.dtype)
     return result
+
+
+def _attention(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    in_proj_weight: Tensor | AdaptedWeight,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor | AdaptedWeight,
+    out_proj_bias: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's attention, (T, B, d) or (T, d), with adapted projections.
+
+    It takes those of q, k and v as weights of their own, with which it multiplies. That of the output it takes only if
+    it is a tensor: so it gets W_o over the rows of right, or, where their input is dropped out, the identity, and what
+    it puts out is finished here.
+    """
+    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+    kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, in_proj_weight.chunk(3), strict=True))}
+    before = (query, key, value, embed_dim, num_heads, None, in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p)
+    if not isinstance(out_proj_weight, AdaptedWeight):
+        result: tuple[Tensor, Tensor | None] = func(*before, out_proj_weight, out_proj_bias, **kwargs)
+        return result
+    weight, updates = out_proj_weight.weight, out_proj_weight.updates
+    if any(isinstance(update.dropout, nn.Dropout) and update.dropout.training for update in updates):
+        identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+        attended, weights = func(*before, identity, None, **kwargs)
+        return _linear(F.linear, attended, out_proj_weight, out_proj_bias), weights
+    rights = [update.right.to(weight.dtype) for update in updates]
+    sizes = [len(rows) for rows in (weight, *rights)]
+    bias = None if out_proj_bias is None else F.pad(out_proj_bias, (0, sum(sizes[1:])))
+    output, weights = func(*before, torch.cat([weight, *rights]), bias, **kwargs)
+    output, *hidden = output.split(sizes, dim=-1)
+    for update, channels in zip(updates, hidden, strict=True):
+        output = _plus(output, channels, update.left.to(channels.dtype).T)
+    return output, weights
 
 
 _PRODUCTS: dict[str, Callable[..., Tensor]] = {

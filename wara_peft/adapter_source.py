@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .config import WaRAConfig, suffix_matches
 from .conv import Conv
 from .disk.adapter import SavedAdapter
 from .disk.contents import PEFT_PREFIX
-from .kinds import Kind
+from .kinds import IN_PROJ, Kind
 from .layer import WaRALayer
 from .low_rank_update import LowRankUpdate
 from .messages import first
@@ -24,6 +24,10 @@ from .messages import first
 TIED_IN_MODEL = (
     "This adapter is shared by the input embedding and layers tied to it. The exported LoRA computes alike, but "
     "PEFT's LoRA merges it twice into the one tied weight: to merge, merge the WaRA adapter."
+)
+ATTENTION = (
+    "PEFT's LoRA of nn.MultiheadAttention adds the update of out_proj twice (0.21 and before; its pull request 3774 "
+    "mends that). Where such a version is to load it, halve each `out_proj.lora_B.weight`, or merge the adapter instead."
 )
 TIED_ON_DISK = f"If its base model ties layers to the input embedding, the following holds. {TIED_IN_MODEL}"
 
@@ -84,7 +88,10 @@ def _in_directory(path: Path) -> AdapterSource:
         update=saved.update,
         others={PEFT_PREFIX + key: saved.other(key) for key in saved.others},
         positions={name: shape.position for name, shape in saved.modules.items() if shape.kind.is_parameter},
-        warnings=[TIED_ON_DISK] if saved.tied else [],
+        warnings=[
+            *([TIED_ON_DISK] if saved.tied else []),
+            *_about_attentions(shape.kind for shape in saved.modules.values()),
+        ],
     )
 
 
@@ -109,8 +116,16 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
         others={key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value for key, value in others.items()},
         exclude_modules=suffix_matches(layers, [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]),
         positions={name: layer.shape.position for name, layer in layers.items() if layer.kind.is_parameter},
-        warnings=[*_about_convolutions(layers), *([TIED_IN_MODEL] if len(layers) < len(adapted) else [])],
+        warnings=[
+            *_about_convolutions(layers),
+            *([TIED_IN_MODEL] if len(layers) < len(adapted) else []),
+            *_about_attentions(layer.kind for layer in layers.values()),
+        ],
     )
+
+
+def _about_attentions(kinds: Iterable[Kind]) -> list[str]:
+    return [ATTENTION] if IN_PROJ in kinds else []
 
 
 def _about_convolutions(layers: dict[str, WaRALayer]) -> Iterator[str]:

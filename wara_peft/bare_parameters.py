@@ -12,7 +12,7 @@ from torch import nn
 
 from .config import WaRAConfig
 from .experts import AdaptedModule
-from .kinds import BareParameter
+from .kinds import IN_PROJ, LINEAR, BareParameter, Kind
 from .messages import first
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -25,29 +25,63 @@ class NamedParameter:
     Attributes:
         module_name: the model's name of the module that has it.
         module: that module, or what adapters have put in its place.
-        name: the parameter's name in the module.
+        name: the parameter's name in the module that has it.
+        inside: where that lies in the module, if it is another one.
+        kind: what the parameter is, if that is not told by its shape.
     """
 
     module_name: str
     module: nn.Module
     name: str
+    inside: str = ""
+    kind: Kind | None = None
+
+    @property
+    def child_name(self) -> str:
+        """The name that its layer has beside the module."""
+        return self.inside or self.name
 
     @property
     def full_name(self) -> str:
-        return f"{self.module_name}.{self.name}"
+        return f"{self.module_name}.{self.child_name}"
 
     @property
     def owner(self) -> nn.Module:
-        """The module itself."""
-        module = self.module
-        while isinstance(module, (BaseTunerLayer, AdaptedModule)):
-            module = module.base_layer
-        return module
+        """The module that has the parameter."""
+        return original(self.module).get_submodule(self.inside)
 
     @property
     def bare(self) -> BareParameter:
         """The parameter as the weight of a layer."""
-        return BareParameter(self.owner, self.name)
+        return BareParameter(self.owner, self.name, self.kind, self.inside)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module in whose place adapters are."""
+    while isinstance(module, (BaseTunerLayer, AdaptedModule)):
+        module = module.base_layer
+    return module
+
+
+def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
+    """The weights of an `nn.MultiheadAttention`, which its forward reads itself: q, k, v in one, and the output's.
+
+    Raises:
+        ValueError: keys or values have another width than queries, so that there is no such weight.
+    """
+    attention = original(module)
+    if not isinstance(attention, nn.MultiheadAttention):
+        return []
+    if not attention._qkv_same_embed_dim:
+        raise ValueError(
+            f"Target module {module_name!r} is an nn.MultiheadAttention with kdim={attention.kdim} and vdim="
+            f"{attention.vdim} beside embed_dim={attention.embed_dim}, whose projections have no weight in common. "
+            "Leave it out with `exclude_modules`."
+        )
+    return [
+        NamedParameter(module_name, module, "in_proj_weight", kind=IN_PROJ),
+        NamedParameter(module_name, module, "weight", inside="out_proj", kind=LINEAR),
+    ]
 
 
 def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
@@ -125,26 +159,27 @@ def check_parameters(config: WaRAConfig, parameters: list[NamedParameter], targe
     names = first([repr(parameter.full_name) for parameter in parameters])
     if not config.form_object.adapts_parameters or not isinstance(config.init_weights, bool):
         raise ValueError(
-            f"target_parameters names {names}, which form={config.form!r} with init_weights={config.init_weights!r} "
-            "does not adapt: use form='subband' with True or False, or leave the parameters out."
+            f"{names}, bare parameters, are not adapted by form={config.form!r} with init_weights="
+            f"{config.init_weights!r}: use form='subband' with True or False, or leave them out."
         )
     if config.ordered_dropout:
         raise ValueError(
-            f"target_parameters names {names}, whose components ordered_dropout=True does not order. Train without "
-            "it, or leave the parameters out."
+            f"{names}, bare parameters, have no order of components for ordered_dropout=True. Train without it, or "
+            "leave them out."
         )
     targets = list(targets)
     for parameter in parameters:
         reason = _reason_against(parameter, targets)
         if reason is not None:
-            raise ValueError(f"The parameter {parameter.full_name!r} in target_parameters cannot be adapted: {reason}")
+            raise ValueError(f"The parameter {parameter.full_name!r} cannot be adapted: {reason}")
 
 
 def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None:
     owner, module_name = parameter.owner, parameter.module_name
     if not module_name:
         return "it belongs to the model itself, and not to one of its modules. Put the model into another module."
-    if isinstance(parameter.module, BaseTunerLayer) or isinstance(owner, (nn.Linear, nn.Embedding)):
+    is_layer = isinstance(parameter.module, BaseTunerLayer) or isinstance(owner, (nn.Linear, nn.Embedding))
+    if is_layer and not parameter.inside:
         return f"it is the weight of a layer. Name the layer, {module_name!r}, in `target_modules`."
     if parameter.name not in owner._parameters:
         return (

@@ -48,7 +48,7 @@ class ParameterLayer(WaRALayer):
         """The parameter with the active adapters' updates; None where none of them is of this parameter.
 
         Args:
-            owner: the module that is to use it, which has a parameter of this name.
+            owner: the module that has it, here or in a replica of the model.
         """
         name = self.bare.name
         adapters = [adapter for adapter in self.active_adapters if adapter in self.wara_A]
@@ -87,6 +87,11 @@ class ParameterLayer(WaRALayer):
                 )
             self.set_base_weight(merged)
 
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Tell PyTorch's Transformer layers, which look for this, that it is no tensor for their fused kernel."""
+        return NotImplemented
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Not to be called.
 
@@ -103,10 +108,11 @@ def _of_expert(update: LowRankUpdate, expert: int | None) -> LowRankUpdate:
 class AdaptedModule(nn.Module):
     """A module of which bare parameters are adapted, in its place in the model.
 
-    Its children are the module itself, `base_layer`, and for each adapted parameter a `ParameterLayer` of that name.
-    In forward the module finds an `AdaptedWeight` where it looks for the parameter, and computes as it always does:
-    the experts of transformers in whichever of their implementations multiplies by the weights ("grouped_mm",
-    "batched_mm", "eager"). Neither ΔW nor W + ΔW of any expert is built.
+    Its children are the module itself, `base_layer`, and for each adapted parameter a `ParameterLayer` of that name;
+    for the weight of `nn.MultiheadAttention`'s output projection, which is inside of another module, one of that
+    module's name. In forward the module finds an `AdaptedWeight` where it looks for the parameter, and computes as it
+    always does: the experts of transformers in whichever of their implementations multiplies by the weights
+    ("grouped_mm", "batched_mm", "eager"). Neither ΔW nor W + ΔW of any expert is built.
 
     Args:
         base_layer: the module.
@@ -132,33 +138,37 @@ class AdaptedModule(nn.Module):
         for layer in self.layers.values():
             if layer.disable_adapters and layer.merged:
                 layer.unmerge()
-        found = {name: layer.adapted_weight(self.base_layer) for name, layer in self.layers.items()}
-        with self._in_place({name: weight for name, weight in found.items() if weight is not None}):
+        places: list[tuple[nn.Module, str, AdaptedWeight]] = []
+        for layer in self.layers.values():
+            owner = self.base_layer.get_submodule(layer.bare.inside)
+            weight = layer.adapted_weight(owner)
+            if weight is not None:
+                places.append((owner, layer.bare.name, weight))
+        with self._in_place(places):
             return self.base_layer(*args, **kwargs)
 
     @contextmanager
-    def _in_place(self, weights: dict[str, AdaptedWeight]) -> Iterator[None]:
-        """Scope in which the module finds these in place of its parameters.
+    def _in_place(self, places: list[tuple[nn.Module, str, AdaptedWeight]]) -> Iterator[None]:
+        """Scope in which modules find these in place of their parameters.
 
         Attributes go before parameters. Forwards in several threads at once have the same adapters, so the later ones
         use what the first has put there.
         """
-        if not weights:
+        if not places:
             yield
             return
-        attributes = vars(self.base_layer)
         with _change:
             self._inside += 1
-            for name, weight in weights.items():
-                attributes.setdefault(name, weight)
+            for owner, name, weight in places:
+                vars(owner).setdefault(name, weight)
         try:
             yield
         finally:
             with _change:
                 self._inside -= 1
                 if not self._inside:
-                    for name in weights:
-                        attributes.pop(name, None)
+                    for owner, name, _ in places:
+                        vars(owner).pop(name, None)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

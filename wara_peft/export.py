@@ -20,7 +20,7 @@ from .disk.adapter import Track, untracked
 from .disk.contents import PEFT_PREFIX
 from .disk.directory import written_at_once
 from .disk.tensors import FLOATS
-from .kinds import KINDS, Kind
+from .kinds import IN_PROJ, KINDS, Kind, attention_of, loras_targets
 from .lora_module import LoraModule, common_rank
 from .messages import first
 
@@ -187,9 +187,13 @@ def lora_name(source: AdapterSource, name: str) -> str:
 
     Of a bare parameter that is around its module; where several are adapted, around the wrapper of the one before.
     """
+    module = name.rpartition(".")[0]
+    if source.kinds[name] is IN_PROJ:
+        return module
+    if source.kinds.get(f"{attention_of(name)}.in_proj_weight") is IN_PROJ:
+        return f"{module}.base_layer.out_proj"
     if name not in source.positions:
         return name
-    module = name.rpartition(".")[0]
     beside = [other for other in source.positions if other.rpartition(".")[0] == module]
     return module + ".base_layer" * sum(source.positions[other] > source.positions[name] for other in beside)
 
@@ -251,11 +255,12 @@ def _check_prefix(prefix: int, rank: int | float | None) -> None:
 
 def _lora_config(source: AdapterSource, rank: int) -> LoraConfig:
     config = source.config
+    target_modules, target_parameters = loras_targets(source.kinds)
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=[name for name in source.kinds if name not in source.positions],
-        target_parameters=list(source.positions) or None,
+        target_modules=target_modules,
+        target_parameters=target_parameters or None,
         exclude_modules=source.exclude_modules,
         fan_in_fan_out=all(kind is KINDS["Conv1D"] for kind in source.kinds.values()),
         bias="lora_only" if config.bias == "wara_only" else config.bias,

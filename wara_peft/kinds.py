@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,32 +45,36 @@ _BY_CLASS: dict[type[nn.Module], Kind] = {
     nn.Conv3d: Kind("Conv3d", kernel_dimensions=3),
 }
 MATRIX = Kind("Parameter", is_parameter=True)
+IN_PROJ = Kind("MultiheadAttention", is_parameter=True)
 EXPERTS = Kind("Experts", is_parameter=True, has_experts=True)
 EXPERTS_IN_FIRST = Kind("ExpertsInFirst", keeps_in_first=True, is_parameter=True, has_experts=True)
-KINDS = {kind.name: kind for kind in (LINEAR, *_BY_CLASS.values(), MATRIX, EXPERTS, EXPERTS_IN_FIRST)}
+KINDS = {kind.name: kind for kind in (LINEAR, *_BY_CLASS.values(), MATRIX, IN_PROJ, EXPERTS, EXPERTS_IN_FIRST)}
 
 
 class BareParameter(nn.Module):
     """A parameter of a module as if it were the weight of a layer; it owns neither of the two.
 
     Args:
-        owner: the module whose own forward uses the parameter.
+        owner: the module that has the parameter.
         name: the parameter's name in it.
+        kind: what it is, if that is not told by its shape.
+        inside: where the owner lies in the module whose own forward uses the parameter, if that is another one.
 
     Attributes:
-        kind: "Parameter" for a matrix (m, n), "Experts" for (experts, m, n), and "ExpertsInFirst" for
+        kind: if not given, "Parameter" for a matrix (m, n), "Experts" for (experts, m, n), and "ExpertsInFirst" for
             (experts, n, m), as modules say of themselves by an attribute `is_transposed`.
         shape: that of the parameter, also where DeepSpeed has partitioned it.
         position: how many of the owner's parameters come before it.
     """
 
-    def __init__(self, owner: nn.Module, name: str) -> None:
+    def __init__(self, owner: nn.Module, name: str, kind: Kind | None = None, inside: str = "") -> None:
         super().__init__()
         self._owner = [owner]  # in a list, so that it is not registered as a part of this module
-        self.name = name
+        self.name, self.inside = name, inside
         self.shape = tuple(getattr(self.weight, "ds_shape", self.weight.shape))
         in_first = bool(getattr(owner, "is_transposed", False))
-        self.kind = MATRIX if len(self.shape) == 2 else EXPERTS_IN_FIRST if in_first else EXPERTS
+        by_shape = MATRIX if len(self.shape) == 2 else EXPERTS_IN_FIRST if in_first else EXPERTS
+        self.kind = kind or by_shape
         self.position = list(owner._parameters).index(name)
 
     @property
@@ -83,6 +88,11 @@ class BareParameter(nn.Module):
         return parameter
 
     @property
+    def bias(self) -> nn.Parameter | None:
+        """That of the owner, which is what it is for where the owner is a layer."""
+        return getattr(self.owner, "bias", None)
+
+    @property
     def module_shape(self) -> ModuleShape:
         """The parameter as something that is adapted."""
         out_features, in_features = self.shape[-2:][::-1] if self.kind.keeps_in_first else self.shape[-2:]
@@ -92,6 +102,19 @@ class BareParameter(nn.Module):
     def experts(self) -> int:
         """Number of experts, 0 for a matrix."""
         return self.shape[0] if self.kind.has_experts else 0
+
+
+def loras_targets(kinds: Mapping[str, Kind]) -> tuple[list[str], list[str]]:
+    """By what PEFT targets all that is adapted: modules, parameters; an attention stands for its weights."""
+    attentions = {name.rpartition(".")[0] for name, kind in kinds.items() if kind is IN_PROJ}
+    modules = [name for name, kind in kinds.items() if not kind.is_parameter and attention_of(name) not in attentions]
+    parameters = [name for name, kind in kinds.items() if kind.is_parameter and kind is not IN_PROJ]
+    return [*modules, *sorted(attentions)], parameters
+
+
+def attention_of(name: str) -> str | None:
+    """The `nn.MultiheadAttention` whose output projection would have this name."""
+    return name.removesuffix(".out_proj") if name.endswith(".out_proj") else None
 
 
 def kind_of(base_layer: nn.Module) -> Kind:

@@ -27,14 +27,21 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from .awaited import AwaitedAdapter
-from .bare_parameters import NamedParameter, check_parameters, named_parameters, use_loras_targets
+from .bare_parameters import (
+    NamedParameter,
+    check_parameters,
+    named_parameters,
+    original,
+    projections,
+    use_loras_targets,
+)
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
 from .forms import Target, one_call
-from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
+from .kinds import LINEAR, BareParameter, ModuleShape, attention_of, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
 from .nested import add_penalty, set_rank
@@ -45,7 +52,7 @@ from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
-    " and `transformers.pytorch_utils.Conv1D`"
+    ", `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
 )
 
 
@@ -166,7 +173,19 @@ class WaRAModel(BaseTuner):
         bases: dict[str, nn.Module] = {}
         unsupported = []
         only_linear = form.linear_only or not isinstance(peft_config.init_weights, bool)
-        for name, module in self._targets(peft_config, model):
+        parameters: list[NamedParameter] = []
+        targets = dict(self._targets(peft_config, model))
+        for name, module in targets.items():
+            of_attention = projections(name, module)
+            if of_attention:
+                parameters += of_attention
+                continue
+            attention = attention_of(name)
+            if isinstance(attention and model.get_submodule(attention), nn.MultiheadAttention):
+                raise ValueError(
+                    f"Target module {name!r} is never called: nn.MultiheadAttention reads its weight. Name the "
+                    f"attention, {attention!r}, to adapt all its projections, or leave it out with `exclude_modules`."
+                )
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             layer_class = self._layer_class(base)
             if layer_class is None or (only_linear and layer_class is not Linear):
@@ -181,7 +200,7 @@ class WaRAModel(BaseTuner):
                 f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
-        parameters = list(named_parameters(peft_config, model))
+        parameters += named_parameters(peft_config, model)
         check_parameters(peft_config, parameters, bases)
         bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
         check_ranks(peft_config, bases)
@@ -244,14 +263,14 @@ class WaRAModel(BaseTuner):
             parent, _, child_name = parameter.module_name.rpartition(".")
             module = AdaptedModule(module)
             setattr(model.get_submodule(parent), child_name, module)
-        layer = module.layers.get(parameter.name)
+        layer = module.layers.get(parameter.child_name)
         if layer is not None:
             layer.update_layer(adapter_name, config, parameter.full_name)
             return
         layer = ParameterLayer(parameter.bare, adapter_name, parameter.full_name, config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        setattr(module, parameter.name, layer)
+        setattr(module, parameter.child_name, layer)
 
     def _create_and_replace(  # type: ignore[override]  # only WaRA's configs come here
         self,
@@ -263,6 +282,10 @@ class WaRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(original(target), nn.MultiheadAttention):
+            for parameter in projections(current_key, target):
+                self._adapt_parameter(peft_config, adapter_name, self.model, parameter)
+            return
         tied_to = None
         if self._check_tied_module_exists(peft_config, current_key):
             tied_to = cast(WaRALayer, self.model.get_input_embeddings())

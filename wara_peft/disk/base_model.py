@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from ..config import WaRAConfig, suffix_matches
+from ..kinds import loras_targets
 from ..layer import WaRALayer
 from ..messages import first
 from .adapter import SavedAdapter
@@ -173,10 +174,10 @@ class AdaptedModel:
         targets = config.target_modules if ties and not isinstance(config.target_modules, str) else None
         # By its names of embeddings, which may be those of tied layers alone, PEFT knows that it has something to tie.
         embeddings = [name for name in targets or () if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
-        parameters = [name for name, shape in saved.modules.items() if shape.kind.is_parameter]
+        modules, parameters = loras_targets({name: shape.kind for name, shape in saved.modules.items()})
         small = WaRAConfig(
             r=1,
-            target_modules=[*(name for name in saved.modules if name not in parameters), *embeddings],
+            target_modules=[*modules, *embeddings],
             target_parameters=parameters or None,
             exclude_modules=suffix_matches(saved.modules, names),
             bias=config.bias,
