@@ -25,6 +25,7 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from .awaited import AwaitedAdapter
+from .bypassed import check_called, keep_called
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
@@ -56,9 +57,9 @@ class WaRAModel(BaseTuner):
 
     Raises:
         TypeError: a target module is of a kind that WaRA does not adapt.
-        ValueError: the adapter's name is reserved, no module matches, or a module is left without any rank. All of
-            this is found before the first module is replaced. A saved adapter that was made for modules of other
-            shapes is refused when its file is loaded, and then removed again.
+        ValueError: the adapter's name is reserved, no module matches, or a module is never called or left without any
+            rank. All of this is found before the first module is replaced. A saved adapter that was made for modules
+            of other shapes is refused when its file is loaded, and then removed again.
 
     Attributes:
         peft_config: the tuner's own copy of each adapter's config, on which it writes what it finds out; the object
@@ -142,7 +143,7 @@ class WaRAModel(BaseTuner):
 
         Raises:
             TypeError: one is of a kind that WaRA does not adapt.
-            ValueError: one has no rank, or PEFT has no default targets for this model.
+            ValueError: one has no rank or is never called, or PEFT has no default targets for this model.
         """
         tuner = cls.__new__(cls)  # which is not initialised, for that would inject
         nn.Module.__init__(tuner)
@@ -172,6 +173,7 @@ class WaRAModel(BaseTuner):
                 f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
+        check_called(model, bases)
         check_ranks(peft_config, bases)
         return bases
 
@@ -231,6 +233,7 @@ class WaRAModel(BaseTuner):
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        keep_called(layer, parent)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in another's place; adapter layers have moved to their base layer's device already."""
