@@ -271,7 +271,7 @@ class WaRAModel(BaseTuner):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: str = "cat",
+        combination_type: str = "svd",
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = False,
@@ -279,19 +279,20 @@ class WaRAModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Add an adapter that combines others, with ΔW = Σ_i weights[i] ΔW_i for "cat".
+        """Add an adapter that combines others; by default the best approximation of Σ_i weights[i] ΔW_i of their rank.
 
         Args:
-            adapters: names of the adapters to combine.
+            adapters: names of the adapters to combine. A single one is scaled, exactly, whatever the type.
             weights: a weight for each, negative ones included.
             adapter_name: name of the new adapter, which is not activated.
-            combination_type: "cat" is exact and adds up the ranks; adapters that share wavelet, levels and form
-                `subband` keep their subbands, others meet as rows of the undecomposed matrix `aa0`. "linear" adds up
-                the factors, Σ ±√(|weight| scaling) A_i and Σ √(|weight| scaling) B_i, as in LoRA, which needs equal
-                layouts, keeps the rank and is not ΔW's sum. All others of LoRA ("svd", "ties", "ties_svd",
-                "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
-                "magnitude_prune_svd") are PEFT's own, computed on the adapters as exact LoRAs; the result lies in
-                `aa0`. Modules that an adapter trains in full (`modules_to_save`) are not part of the combination.
+            combination_type: "svd", LoRA's default, keeps the rank. "cat" is exact and adds up the ranks; adapters
+                that share wavelet, levels and form `subband` keep their subbands, others meet as rows of the
+                undecomposed matrix `aa0`. "linear" adds up the factors, Σ ±√(|weight| scaling) A_i and
+                Σ √(|weight| scaling) B_i, as in LoRA, which needs equal layouts, keeps the rank and is not ΔW's sum.
+                "svd" and all others of LoRA ("ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
+                "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd") are PEFT's own, computed on the adapters as
+                exact LoRAs; the result lies in `aa0`. Modules that an adapter trains in full (`modules_to_save`) are
+                not part of the combination.
             svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: of PEFT's types, as in
                 `LoraModel.add_weighted_adapter`; without `svd_rank` the largest R. Full matrices, the default there,
                 give the same ΔW, take longer, and fail in PEFT where the rank is larger than a side of the weight.
