@@ -9,6 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
     ("messages", "kinds", "field_types", "registration", "model_card", "svd", "calibration", "moments", "heatmaps"),
+    ("bypassed",),
     ("wavelet",),
     ("forms", "lora_fields"),
     ("config",),

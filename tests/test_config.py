@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import time
+import warnings
 
 import pytest
 import torch
 from huggingface_hub import metadata_load
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.other import get_pattern_key
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
@@ -74,6 +75,38 @@ def test_alpha_pattern():
     config = WaRAConfig(wara_alpha=8, alpha_pattern={"q": 2.5})
     assert (config.alpha_of("layer.q"), config.alpha_of("layer.k")) == (2.5, 8)
     assert WaRAConfig().alpha_of("q") is None
+
+
+class TestNumbersOfALora:
+    @pytest.mark.parametrize(
+        ("r", "alpha", "fields", "scale"),
+        [(16, 32, {}, "0.5"), (8, 8, {}, "0.25"), (8, 16.0, {"levels": 3, "wavelet": "db2"}, "0.2")],
+    )
+    def test_that_would_scale_otherwise_warn(self, r, alpha, fields, scale):
+        lora = rf"scales by {alpha / r:g}; WaRAConfig.from_lora\(LoraConfig\(r={r}, lora_alpha={alpha:g}\)\) keeps"
+        with pytest.warns(UserWarning, match=rf"with r={r} scales by {scale}, for R = .* {lora}"):
+            config = WaRAConfig(r=r, wara_alpha=alpha, **fields)
+        assert config.wara_alpha / config.total_rank == float(scale)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            WaRAConfig.from_lora(LoraConfig(r=r, lora_alpha=alpha), **fields)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"wara_alpha": 8},  # an r that was not set was not copied
+            {"r": 8, "wara_alpha": 24},
+            {"r": 8, "wara_alpha": 16, "form": "shared"},
+            {"r": 8, "wara_alpha": 16, "use_rslora": True},
+            {"r": 8, "wara_alpha": 16, "subband_ranks": {"ad1": 0, "da1": 0}},
+            {"r": 8, "wara_alpha": 8, "inference_mode": True},  # as saved ones are
+            {"r": 8, "wara_alpha": 8, "module_shapes": {"up": ["Linear", 4, 4]}},
+        ],
+    )
+    def test_others_do_not(self, fields):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            WaRAConfig(**fields)
 
 
 def test_every_field_survives_json(tmp_path):

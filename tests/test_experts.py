@@ -153,7 +153,10 @@ def test_other_implementations_are_refused_by_name():
     experts = model.base_model.model.model.layers[0].mlp.experts
     weight = experts.gate_up_proj.adapted_weight(experts.base_layer)
     message = r"layers\.0\.mlp\.experts\.gate_up_proj.* uses torch's 'einsum'.*set_experts_implementation"
-    with experts._in_place([(experts.base_layer, "gate_up_proj", weight)]), pytest.raises(NotImplementedError, match=message):
+    with (
+        experts._in_place([(experts.base_layer, "gate_up_proj", weight)]),
+        pytest.raises(NotImplementedError, match=message),
+    ):
         torch.einsum("eij->ei", experts.base_layer.gate_up_proj)
     assert isinstance(experts.base_layer.gate_up_proj, nn.Parameter)
 

@@ -264,7 +264,7 @@ def test_a_view_is_refreshed():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"'attn\.out_proj' is never called.*'attn'"):
+    with pytest.raises(ValueError, match=r"'attn\.out_proj': MultiheadAttention reads .*whole can be a target"):
         adapted(Attention(), target_modules=["out_proj"])
     with pytest.raises(ValueError, match=r"'attn' .*kdim=8 .*exclude_modules"):
         adapted(Attention(kdim=8, vdim=8))

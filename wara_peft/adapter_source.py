@@ -27,7 +27,7 @@ TIED_IN_MODEL = (
 )
 ATTENTION = (
     "PEFT's LoRA of nn.MultiheadAttention adds the update of out_proj twice (0.21 and before; its pull request 3774 "
-    "mends that). Where such a version is to load it, halve each `out_proj.lora_B.weight`, or merge the adapter instead."
+    "mends that). For such a version, halve each `out_proj.lora_B.weight`, or merge the adapter instead."
 )
 TIED_ON_DISK = f"If its base model ties layers to the input embedding, the following holds. {TIED_IN_MODEL}"
 

@@ -31,6 +31,8 @@ def combine(
 ) -> None:
     """Add the combination to the tuner; arguments and errors are those of `WaRAModel.add_weighted_adapter`."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
+    if len(adapters) == 1:  # of which "cat" is the exact multiple, of the same rank
+        combination_type = "cat"
     layers = {
         name: module
         for name, module in tuner.model.named_modules()

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -43,9 +44,12 @@ class WaRAConfig(PeftConfig):
     only the core R_s trains.
 
     Args:
-        r: rank of every subband's factor pair. The default of 4 has, at one level, R = 16 and as many parameters as a
-            LoRA of rank 8.
-        wara_alpha: numerator of the scaling; None means R of each module, which makes the scaling 1. One Adam step
+        r: rank of every subband's factor pair, not LoRA's r. The default of 4 has, at one level, R = 16 and as many
+            parameters as a LoRA of rank 8; a LoRA's r=16 kept as it is has R = 64, and twice its parameters.
+        wara_alpha: numerator of the scaling; None means R of each module, which makes the scaling 1. It is divided by
+            R, not by r: LoRA's lora_alpha=32 with r=16 is a scaling of 2, which wara_alpha=32 is for R = 16 (r=4), and
+            wara_alpha=64 for as many parameters (r=8). `from_lora` works both out, and a warning says where an r
+            with an alpha of r or 2r, as LoRAs have it, makes a scaling below 1. One Adam step
             moves ΔW less than in LoRA (about 0.7 of it at one level, 0.5 at three). At LoRA's learning rate an alpha
             of 1.4 R, or 2 R, made up for that in short trainings, and mattered little elsewhere (benchmarks/quality).
         use_rslora: scaling = wara_alpha / √R in place of wara_alpha / R.
@@ -105,8 +109,15 @@ class WaRAConfig(PeftConfig):
         TypeError: a field that WaRA does not have, or a value of the wrong type.
     """
 
-    r: int = field(default=4, metadata={"help": "Rank of every subband's factor pair; in all R = (3 levels + 1) r."})
-    wara_alpha: float | None = field(default=None, metadata={"help": "Numerator of the scaling; None means R."})
+    r: int = field(
+        default=4,
+        metadata={
+            "help": "Rank of every subband's pair; R = (3 levels + 1) r. At one level r=4 has LoRA r=8's parameters."
+        },
+    )
+    wara_alpha: float | None = field(
+        default=None, metadata={"help": "Numerator of the scaling, which is divided by R, not by r; None means R."}
+    )
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(R) in place of alpha / R."})
     wavelet: str = field(default="haar", metadata={"help": "Name of an orthogonal PyWavelets wavelet."})
     levels: int = field(default=1, metadata={"help": "Number of wavelet decomposition levels."})
@@ -223,6 +234,21 @@ class WaRAConfig(PeftConfig):
         self._check_ranks()
         self._check_targets()
         self._check_shapes()
+        self._warn_of_loras_alpha()
+
+    def _warn_of_loras_alpha(self) -> None:
+        """An r of one's own with an alpha of r or 2r is how LoRAs are set up; here it may be a scaling below 1."""
+        rank, alpha = self.total_rank, self.wara_alpha
+        saved = self.module_shapes is not None or self.inference_mode
+        own_rank = self.r != type(self).__dataclass_fields__["r"].default
+        if saved or self.use_rslora or self.form != "subband" or not own_rank or alpha not in (self.r, 2 * self.r):
+            return
+        if alpha < rank:
+            warnings.warn(
+                f"wara_alpha={alpha:g} with r={self.r} scales by {alpha / rank:g}, for R = {rank}. A LoRA of these "
+                f"numbers scales by {alpha / self.r:g}; WaRAConfig.from_lora(LoraConfig(r={self.r}, "
+                f"lora_alpha={alpha:g})) keeps its scaling and its number of parameters."
+            )
 
     def _check_values(self) -> None:
         filters(self.wavelet)

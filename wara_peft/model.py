@@ -35,13 +35,14 @@ from .bare_parameters import (
     projections,
     use_loras_targets,
 )
+from .bypassed import check_called, keep_called
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
 from .forms import Target, one_call
-from .kinds import LINEAR, BareParameter, ModuleShape, attention_of, kind_of
+from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
 from .nested import add_penalty, set_rank
@@ -67,9 +68,9 @@ class WaRAModel(BaseTuner):
 
     Raises:
         TypeError: a target module is of a kind that WaRA does not adapt.
-        ValueError: the adapter's name is reserved, no module matches, or a module is left without any rank. All of
-            this is found before the first module is replaced. A saved adapter that was made for modules of other
-            shapes is refused when its file is loaded, and then removed again.
+        ValueError: the adapter's name is reserved, no module matches, or a module is never called or left without any
+            rank. All of this is found before the first module is replaced. A saved adapter that was made for modules
+            of other shapes is refused when its file is loaded, and then removed again.
 
     Attributes:
         peft_config: the tuner's own copy of each adapter's config, on which it writes what it finds out; the object
@@ -158,7 +159,7 @@ class WaRAModel(BaseTuner):
 
         Raises:
             TypeError: one is of a kind that WaRA does not adapt.
-            ValueError: one has no rank, or PEFT has no default targets for this model.
+            ValueError: one has no rank or is never called, or PEFT has no default targets for this model.
         """
         tuner = cls.__new__(cls)  # which is not initialised, for that would inject
         nn.Module.__init__(tuner)
@@ -180,12 +181,6 @@ class WaRAModel(BaseTuner):
             if of_attention:
                 parameters += of_attention
                 continue
-            attention = attention_of(name)
-            if isinstance(attention and model.get_submodule(attention), nn.MultiheadAttention):
-                raise ValueError(
-                    f"Target module {name!r} is never called: nn.MultiheadAttention reads its weight. Name the "
-                    f"attention, {attention!r}, to adapt all its projections, or leave it out with `exclude_modules`."
-                )
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             layer_class = self._layer_class(base)
             if layer_class is None or (only_linear and layer_class is not Linear):
@@ -200,6 +195,7 @@ class WaRAModel(BaseTuner):
                 f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
+        check_called(model, bases)
         parameters += named_parameters(peft_config, model)
         check_parameters(peft_config, parameters, bases)
         bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
@@ -302,6 +298,7 @@ class WaRAModel(BaseTuner):
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        keep_called(layer, parent)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in another's place; adapter layers have moved to their base layer's device already."""
@@ -339,7 +336,7 @@ class WaRAModel(BaseTuner):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: str = "cat",
+        combination_type: str = "svd",
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = False,
@@ -347,19 +344,20 @@ class WaRAModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Add an adapter that combines others, with ΔW = Σ_i weights[i] ΔW_i for "cat".
+        """Add an adapter that combines others; by default the best approximation of Σ_i weights[i] ΔW_i of their rank.
 
         Args:
-            adapters: names of the adapters to combine.
+            adapters: names of the adapters to combine. A single one is scaled, exactly, whatever the type.
             weights: a weight for each, negative ones included.
             adapter_name: name of the new adapter, which is not activated.
-            combination_type: "cat" is exact and adds up the ranks; adapters that share wavelet, levels and form
-                `subband` keep their subbands, others meet as rows of the undecomposed matrix `aa0`. "linear" adds up
-                the factors, Σ ±√(|weight| scaling) A_i and Σ √(|weight| scaling) B_i, as in LoRA, which needs equal
-                layouts, keeps the rank and is not ΔW's sum. All others of LoRA ("svd", "ties", "ties_svd",
-                "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
-                "magnitude_prune_svd") are PEFT's own, computed on the adapters as exact LoRAs; the result lies in
-                `aa0`. Modules that an adapter trains in full (`modules_to_save`) are not part of the combination.
+            combination_type: "svd", LoRA's default, keeps the rank. "cat" is exact and adds up the ranks; adapters
+                that share wavelet, levels and form `subband` keep their subbands, others meet as rows of the
+                undecomposed matrix `aa0`. "linear" adds up the factors, Σ ±√(|weight| scaling) A_i and
+                Σ √(|weight| scaling) B_i, as in LoRA, which needs equal layouts, keeps the rank and is not ΔW's sum.
+                "svd" and all others of LoRA ("ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
+                "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd") are PEFT's own, computed on the adapters as
+                exact LoRAs; the result lies in `aa0`. Modules that an adapter trains in full (`modules_to_save`) are
+                not part of the combination.
             svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: of PEFT's types, as in
                 `LoraModel.add_weighted_adapter`; without `svd_rank` the largest R. Full matrices, the default there,
                 give the same ΔW, take longer, and fail in PEFT where the rank is larger than a side of the weight.

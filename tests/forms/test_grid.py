@@ -395,7 +395,7 @@ class TestNotMergeable:
         with pytest.raises(
             ValueError, match="Adapter 'grid' cannot be combined by 'cat': it has form='grid', and mixes tokens"
         ):
-            model.add_weighted_adapter(["default", "grid"], [1.0, 1.0], "both")
+            model.add_weighted_adapter(["default", "grid"], [1.0, 1.0], "both", "cat")
         with pytest.raises(ValueError, match=r"Adapter 'grid' has form='grid', .* mixes tokens"):
-            model.add_weighted_adapter(["default", "grid"], [1.0, 1.0], "both", "svd")
+            model.add_weighted_adapter(["default", "grid"], [1.0, 1.0], "both")
         assert set(model.state_dict()) == before
