@@ -9,7 +9,14 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from references import dense_coefficients, inverse_transform
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +56,9 @@ SIZES = {
 
 def mixtral(**fields):
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, **fields)).eval()
+    return MixtralForCausalLM(
+        MixtralConfig(**{**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, **fields})
+    ).eval()
 
 
 def qwen3_moe(**fields):
@@ -644,11 +653,35 @@ def test_refusals_name_parameter_and_remedy(model, fields, message):
     assert [name for name, _ in base.named_modules()] == before
 
 
-def test_parametrized_experts_are_refused():
-    base = mixtral()
-    nn.utils.parametrize.register_parametrization(base.model.layers[0].mlp.experts, "down_proj", nn.Identity())
-    with pytest.raises(ValueError, match="parametrized, as quantized experts are"):
-        adapted(base)
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_experts_in_four_bits_compute_as_what_they_stand_for(implementation):
+    """Beside a model whose weights are the dequantized ones, and LoRA in the same quantized model."""
+    quantized = mixtral(hidden_size=64, intermediate_size=64)
+    plain = copy.deepcopy(quantized)
+    for model in (quantized, plain):
+        model.set_experts_implementation(implementation)
+    for layer, same in zip(quantized.model.layers, plain.model.layers, strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+            same.mlp.experts.get_parameter(name).data = getattr(layer.mlp.experts, name).clone()
+    model, expected = adapted(quantized), adapted(plain)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(expected))
+    torch.testing.assert_close(logits(model), logits(expected))
+    for each in (model, expected):
+        each(TOKENS, labels=TOKENS).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in expected.named_parameters() if parameter.grad is not None}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == gradients.keys()
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+    keys = model.state_dict().keys()
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj' is parametrized.*without quantization"):
+        model.merge_adapter()
+    assert model.state_dict().keys() == keys
+    with model.disable_adapter():
+        before = logits(model)
+    assert not torch.allclose(logits(model), before, atol=1e-2)
+    torch.testing.assert_close(logits(model.unload()), before)
 
 
 def test_what_does_not_go_with_parameters_says_so():

@@ -181,17 +181,12 @@ def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None
     is_layer = isinstance(parameter.module, BaseTunerLayer) or isinstance(owner, (nn.Linear, nn.Embedding))
     if is_layer and not parameter.inside:
         return f"it is the weight of a layer. Name the layer, {module_name!r}, in `target_modules`."
-    if parameter.name not in owner._parameters:
-        return (
-            "it is parametrized, as quantized experts are. Adapt the model that is not quantized, or use LoraConfig."
-        )
-    weight = owner._parameters[parameter.name]
-    if weight is None or weight.dtype not in FLOATS:
-        dtype = weight.dtype if weight is not None else None
-        return f"it is quantized, to {dtype}. Adapt the model that is not quantized."
-    if len(parameter.bare.shape) not in (2, 3):
-        shape = parameter.bare.shape
-        return f"its shape is {shape}. It must be (out, in) or, for experts, (experts, out, in) or (experts, in, out)."
+    bare = parameter.bare
+    if bare.dtype not in FLOATS:
+        return f"it is quantized, to {bare.dtype}. Adapt the model that is not quantized."
+    if len(bare.shape) not in (2, 3):
+        stacks = "(experts, out, in) or (experts, in, out)"
+        return f"its shape is {bare.shape}. It must be (out, in) or, for experts, {stacks}."
     if getattr(owner, "_is_expert_parallel", False):
         return "its experts are spread over processes. Load the model without expert parallelism."
     nested = [target for target in targets if target.startswith(f"{module_name}.")]

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .adapted_weight import AdaptedWeight, Update
 from .kinds import BareParameter, ModuleShape
@@ -50,13 +51,11 @@ class ParameterLayer(WaRALayer):
         Args:
             owner: the module that has it, here or in a replica of the model.
         """
-        name = self.bare.name
         adapters = [adapter for adapter in self.active_adapters if adapter in self.wara_A]
         if self.disable_adapters or self.merged or not adapters:
             return None
-        dtype = owner._parameters[name].dtype  # type: ignore[union-attr]
-        updates = tuple(self._update(adapter, dtype) for adapter in adapters)
-        return AdaptedWeight(lambda: cast(Tensor, owner._parameters[name]), updates, self.module_name)
+        updates = tuple(self._update(adapter, self.bare.dtype) for adapter in adapters)
+        return AdaptedWeight(lambda: cast(Tensor, owner._parameters[self.bare.name]), updates, self.module_name)
 
     def _update(self, adapter: str, dtype: torch.dtype) -> Update:
         factor_a, factor_b = (factor().to(dtype) for factor in self.factors(adapter))  # (E, R, n), (E, m, R)
@@ -67,6 +66,11 @@ class ParameterLayer(WaRALayer):
 
     def _add_to_base_weight(self, adapter_names: list[str], sign: int, check_finite: bool) -> None:
         """One expert after the other, so that no ΔW of all of them is there at once."""
+        if is_parametrized(self.bare.owner, self.bare.name):
+            raise ValueError(
+                f"Parameter {self.module_name!r} is parametrized, as quantized experts are, and has no weight to "
+                "merge into. Load the model without quantization, and merge the saved adapter into that."
+            )
         with torch.no_grad():
             weight = self.get_base_weight()
             dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -99,6 +103,17 @@ class ParameterLayer(WaRALayer):
             RuntimeError: always.
         """
         raise RuntimeError(f"{self.module_name!r} is a parameter; its module computes with it, and is what to call.")
+
+
+class _Adapted(nn.Module):
+    """Parametrization of a parametrized weight that puts the updates beside what the others make of it."""
+
+    def __init__(self, weight: AdaptedWeight) -> None:
+        super().__init__()
+        self.adapted = weight
+
+    def forward(self, weight: Tensor) -> AdaptedWeight:
+        return AdaptedWeight(lambda: weight, self.adapted.updates, self.adapted.name)
 
 
 def _of_expert(update: LowRankUpdate, expert: int | None) -> LowRankUpdate:
@@ -151,8 +166,8 @@ class AdaptedModule(nn.Module):
     def _in_place(self, places: list[tuple[nn.Module, str, AdaptedWeight]]) -> Iterator[None]:
         """Scope in which modules find these in place of their parameters.
 
-        Attributes go before parameters. Forwards in several threads at once have the same adapters, so the later ones
-        use what the first has put there.
+        Attributes go before parameters, and of parametrizations the last one has its way. Forwards in several threads
+        at once have the same adapters, so the later ones use what the first has put there.
         """
         if not places:
             yield
@@ -160,7 +175,10 @@ class AdaptedModule(nn.Module):
         with _change:
             self._inside += 1
             for owner, name, weight in places:
-                vars(owner).setdefault(name, weight)
+                if not is_parametrized(owner, name):
+                    vars(owner).setdefault(name, weight)
+                elif self._inside == 1:
+                    owner.parametrizations[name].append(_Adapted(weight))  # type: ignore[union-attr, index]
         try:
             yield
         finally:
@@ -168,6 +186,8 @@ class AdaptedModule(nn.Module):
                 self._inside -= 1
                 if not self._inside:
                     for owner, name, _ in places:
+                        if is_parametrized(owner, name):
+                            owner.parametrizations[name].pop(-1)  # type: ignore[union-attr, index]
                         vars(owner).pop(name, None)
 
     def unload_and_optionally_merge_module(

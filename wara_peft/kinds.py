@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
@@ -63,7 +64,7 @@ class BareParameter(nn.Module):
     Attributes:
         kind: if not given, "Parameter" for a matrix (m, n), "Experts" for (experts, m, n), and "ExpertsInFirst" for
             (experts, n, m), as modules say of themselves by an attribute `is_transposed`.
-        shape: that of the parameter, also where DeepSpeed has partitioned it.
+        shape, dtype: those of the parameter, also where DeepSpeed has partitioned it.
         position: how many of the owner's parameters come before it.
     """
 
@@ -71,21 +72,21 @@ class BareParameter(nn.Module):
         super().__init__()
         self._owner = [owner]  # in a list, so that it is not registered as a part of this module
         self.name, self.inside = name, inside
-        self.shape = tuple(getattr(self.weight, "ds_shape", self.weight.shape))
+        weight = self.weight
+        self.shape, self.dtype = tuple(getattr(weight, "ds_shape", weight.shape)), weight.dtype
         in_first = bool(getattr(owner, "is_transposed", False))
         by_shape = MATRIX if len(self.shape) == 2 else EXPERTS_IN_FIRST if in_first else EXPERTS
         self.kind = kind or by_shape
-        self.position = list(owner._parameters).index(name)
+        self.position = [*owner._parameters, *getattr(owner, "parametrizations", ())].index(name)
 
     @property
     def owner(self) -> nn.Module:
         return self._owner[0]
 
     @property
-    def weight(self) -> nn.Parameter:
-        parameter = self.owner._parameters[self.name]
-        assert parameter is not None
-        return parameter
+    def weight(self) -> Tensor:
+        """The parameter; where it is parametrized, as quantized experts are, what it stands for, computed anew."""
+        return cast(Tensor, getattr(self.owner, self.name))
 
     @property
     def bias(self) -> nn.Parameter | None:
