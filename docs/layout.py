@@ -12,7 +12,7 @@ ORDER = (
     ("wavelet",),
     ("forms", "lora_fields"),
     ("config",),
-    ("layer", "conv", "embedding", "disk"),
+    ("layer", "conv", "embedding", "experts", "disk"),
     ("components", "combine", "initialization", "rescaling"),
     ("nested", "model"),
     ("export", "lora_view", "checkpoint_callback", "inspection", "allocation"),

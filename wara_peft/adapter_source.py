@@ -38,6 +38,7 @@ class AdapterSource:
         dtypes: dtype of each module's parameters.
         update: gives ΔW of a module of that name, computed in a dtype.
         others: what it holds in full, by PEFT's keys.
+        positions: of each adapted bare parameter the position among those of its module.
         exclude_modules: modules that PEFT would take for targets, and are none.
         warnings: what a LoRA made of it does otherwise.
     """
@@ -48,6 +49,7 @@ class AdapterSource:
     update: Callable[[str, torch.dtype], LowRankUpdate]
     others: dict[str, Tensor]
     exclude_modules: str | None = None
+    positions: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -81,6 +83,7 @@ def _in_directory(path: Path) -> AdapterSource:
         dtypes={name: saved.dtype(name) for name in saved.modules},
         update=saved.update,
         others={PEFT_PREFIX + key: saved.other(key) for key in saved.others},
+        positions={name: shape.position for name, shape in saved.modules.items() if shape.kind.is_parameter},
         warnings=[TIED_ON_DISK] if saved.tied else [],
     )
 
@@ -105,6 +108,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
         update=lambda name, dtype: layers[name].low_rank_update(adapter_name, dtype),
         others={key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value for key, value in others.items()},
         exclude_modules=suffix_matches(layers, [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]),
+        positions={name: layer.shape.position for name, layer in layers.items() if layer.kind.is_parameter},
         warnings=[*_about_convolutions(layers), *([TIED_IN_MODEL] if len(layers) < len(adapted) else [])],
     )
 

@@ -113,7 +113,9 @@ def export(
             lora = convert(source, kept, prefix=prefix, dtype=dtype, strict=strict, track=_tracked("Exporting"))
             write_lora(directory, lora.config, lora.state_dict)
         config = lora.config
-        _say(f"Wrote {path}: LoRA of rank {config.r}, {len(config.target_modules or ())} modules.")
+        parameters = len(config.target_parameters or ())
+        beside = f" and {parameters} parameters" if parameters else ""
+        _say(f"Wrote {path}: LoRA of rank {config.r}, {len(config.target_modules or ())} modules{beside}.")
         rounding = f", but for the rounding to {str(dtype).removeprefix('torch.')}" if lora.rounded else ""
         if prefix is not None:
             out.print(f"It is the first {prefix} components of each module{rounding}.")

@@ -87,6 +87,11 @@ def _check(
             raise ValueError(f"Adapter {adapter!r} cannot be combined by {combination_type!r}: {reason}")
     for name, module in tuner.model.named_modules():
         if isinstance(module, WaRALayer):
+            if module.kind.is_parameter and any(adapter in module.wara_A for adapter in adapters):
+                raise ValueError(
+                    f"Adapters of bare parameters, as of {name!r}, cannot be combined. Merge one after the other "
+                    "(`merge_adapter([...])`), or activate several at once: `base_model.set_adapter([...])`."
+                )
             present = [adapter for adapter in adapters if adapter in module.wara_A]
             if 0 < sum(adapter in module.tied_to for adapter in present) < len(present):
                 raise ValueError(

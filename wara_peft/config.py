@@ -76,6 +76,9 @@ class WaRAConfig(PeftConfig):
             again from the base model's weights, which must be the same ones.
         target_modules: names of modules to adapt, a regular expression, or "all-linear"; None picks PEFT's defaults
             for the architecture.
+        target_parameters: names of bare parameters to adapt, or ends of names, as in LoraConfig: the weights of
+            experts, such as "mlp.experts.gate_up_proj", each of whose experts gets factors of its own, or matrices,
+            such as a router's "gate.weight". For `form="subband"`.
         exclude_modules: names or a regular expression of modules not to adapt.
         bias: which biases train: "none", "all" or "wara_only" (those of the adapted modules).
         modules_to_save: further modules to train and save in full, such as a new classification head.
@@ -92,7 +95,9 @@ class WaRAConfig(PeftConfig):
         rank_penalty: with it, λ of the hierarchical group lasso λ Σ_b (‖A[b:]‖ + ‖B[:, b:]‖) over the components in
             order, which is added to the loss that the model returns while it trains.
         module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`. For a
-            convolution `in` is that of one group, and `[kind, out, in, groups]` tells if there are several.
+            convolution `in` is that of one group, and `[kind, out, in, groups]` tells if there are several. Of a bare
+            parameter it is `[kind, out, in, experts, position]`, with 0 experts for a matrix and its position among
+            the parameters of its module.
         base_weight_hashes: written by the library where `save_basis` is False, `{module: SHA-256 of its weight}`.
 
     Raises:
@@ -144,6 +149,10 @@ class WaRAConfig(PeftConfig):
     save_basis: bool = field(default=True, metadata={"help": "form='tiny': save the fixed factors with the adapter."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of bare parameters to adapt, such as 'mlp.experts.down_proj', as in LoraConfig."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or regex of the modules not to adapt."}
@@ -288,10 +297,13 @@ class WaRAConfig(PeftConfig):
     def _check_shapes(self) -> None:
         for name, entry in (self.module_shapes or {}).items():
             kind, *sizes = entry or [None]
+            # The least of each: a parameter may have no experts, and be the first.
+            least = zip(sizes, (1, 1, 1) if len(sizes) < 4 else (1, 1, 0, 0), strict=False)
             whole = all(
-                isinstance(size, int) and not isinstance(size, bool) and 0 < size <= MAX_LENGTH for size in sizes
+                isinstance(size, int) and not isinstance(size, bool) and low <= size <= MAX_LENGTH
+                for size, low in least
             )
-            if not isinstance(kind, str) or len(sizes) not in (2, 3) or not whole:
+            if not isinstance(kind, str) or len(sizes) not in (2, 3, 4) or not whole:
                 raise ValueError(f"module_shapes has {entry!r} for {name!r}; [kind, out, in] was expected.")
 
     @classmethod

@@ -166,7 +166,7 @@ def convert(
     state_dict = dict(source.others)
     for part in modules:
         for key, value in part.tensors(common, dtype or source.dtypes[part.name]).items():
-            state_dict[f"{PEFT_PREFIX}{part.name}.{key}"] = value
+            state_dict[f"{PEFT_PREFIX}{lora_name(source, part.name)}.{key}"] = value
     rounded = dtype is not None and any(_wider(own, dtype) != dtype for own in source.dtypes.values())
     return Lora(_lora_config(source, common), state_dict, _errors(modules), rounded)
 
@@ -180,6 +180,18 @@ def _modules(
         update = source.update(name, _wider(source.dtypes[name], dtype))
         modules.append(LoraModule.of(name, update.first(orders[name]) if orders else update, rank))
     return modules
+
+
+def lora_name(source: AdapterSource, name: str) -> str:
+    """Where PEFT's LoRA keeps the tensors of what is adapted under this name.
+
+    Of a bare parameter that is around its module; where several are adapted, around the wrapper of the one before.
+    """
+    if name not in source.positions:
+        return name
+    module = name.rpartition(".")[0]
+    beside = [other for other in source.positions if other.rpartition(".")[0] == module]
+    return module + ".base_layer" * sum(source.positions[other] > source.positions[name] for other in beside)
 
 
 def _wider(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
@@ -203,7 +215,7 @@ def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
         if not kind.is_linear:
             kinds.setdefault(kind, []).append(repr(name))
     for kind, names in kinds.items():
-        refused.append(f"adapters of {kind.name} layers ({first(names)})")
+        refused.append(f"adapters of {kind.name}{'' if kind.is_parameter else ' layers'} ({first(names)})")
     others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
     if others:
         refused.append(f"weights trained or saved in full ({first(others)})")
@@ -242,7 +254,8 @@ def _lora_config(source: AdapterSource, rank: int) -> LoraConfig:
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=list(source.kinds),
+        target_modules=[name for name in source.kinds if name not in source.positions],
+        target_parameters=list(source.positions) or None,
         exclude_modules=source.exclude_modules,
         fan_in_fan_out=all(kind is KINDS["Conv1D"] for kind in source.kinds.values()),
         bias="lora_only" if config.bias == "wara_only" else config.bias,

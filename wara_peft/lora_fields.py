@@ -20,7 +20,6 @@ LORA_FIELDS = {
     "lora_dropout": "its name here is 'wara_dropout'",
     "init_lora_weights": "its name here is 'init_weights'",
     "fan_in_fan_out": "leave it out, the orientation of a weight is read off its layer",
-    "target_parameters": "WaRA adapts modules; for bare parameters, such as experts of a mixture, use LoraConfig",
     "megatron_config": "Megatron's parallel layers are adapted by LoraConfig alone",
     "megatron_core": "Megatron's parallel layers are adapted by LoraConfig alone",
     "loftq_config": "quantize the base model without LoftQ; ΔW starts at zero",
@@ -45,6 +44,8 @@ RENAMED = {"lora_alpha": "wara_alpha", "lora_dropout": "wara_dropout", "init_lor
 """Fields whose values are carried over under another name."""
 IMPLIED = frozenset(("peft_type", "peft_version", "fan_in_fan_out"))
 """Fields that need no carrying: WaRA has its own value, or reads it off the layers."""
+BOTH = "^(?="
+"""How a pattern begins that `from_lora` makes of two, for alpha and rank; there may be no module that matches both."""
 
 Match = Literal["parameters", "rank"]
 
@@ -135,7 +136,7 @@ def _alphas(config: LoraConfig, total: Mapping[int, int]) -> tuple[float, dict[s
     # The first match counts, so of two patterns, one for alpha and one for the rank, both together come first.
     for alpha_key, alpha in (config.alpha_pattern or {}).items():
         for rank_key, rank in by_rank.items():
-            pattern[rf"^(?=(?:.*\.)?(?:{rank_key})$)(?:.*\.)?(?:{alpha_key})"] = alpha_for(alpha, rank)
+            pattern[rf"{BOTH}(?:.*\.)?(?:{rank_key})$)(?:.*\.)?(?:{alpha_key})"] = alpha_for(alpha, rank)
         pattern[alpha_key] = alpha_for(alpha, config.r)
     for rank_key, rank in by_rank.items():
         pattern.setdefault(rank_key, alpha_for(config.lora_alpha, rank))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -25,18 +27,20 @@ from peft.utils import (
 from torch import Tensor, nn
 
 from .awaited import AwaitedAdapter
+from .bare_parameters import NamedParameter, check_parameters, named_parameters, use_loras_targets
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
+from .experts import AdaptedModule, ParameterLayer
 from .forms import Target, one_call
-from .kinds import LINEAR, ModuleShape, kind_of
+from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_ranks
+from .targets import check_adapter_name, check_ranks, targeted_names, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
@@ -83,7 +87,10 @@ class WaRAModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             self.peft_config[adapter_name] = copy.deepcopy(given)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # PEFT looks for the patterns' matches among modules alone; `warn_of_unmatched` says the same of all.
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
@@ -97,6 +104,8 @@ class WaRAModel(BaseTuner):
             for name, module in model.named_modules()
             if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
         }
+        named = targeted_names(given) if given.module_shapes is None else ()
+        warn_of_unmatched(config, named, [name for name, _ in model.named_modules()])
         if given.module_shapes is not None:
             awaited = AwaitedAdapter(given, trained)
             awaited.warn_if_another(config)
@@ -138,7 +147,7 @@ class WaRAModel(BaseTuner):
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
-        """The modules that the config would adapt, by name, found and checked as when it adapts them.
+        """The modules, and bare parameters, that the config would adapt, by name, found and checked as when it does.
 
         Raises:
             TypeError: one is of a kind that WaRA does not adapt.
@@ -148,7 +157,7 @@ class WaRAModel(BaseTuner):
         nn.Module.__init__(tuner)
         tuner.model = model
         resolved = tuner._prepare_adapter_config(copy.deepcopy(config), cls.get_model_config(model))
-        return tuner._checked_bases(cast(WaRAConfig, resolved), model)
+        return tuner._checked_bases(resolved, model)
 
     def _checked_bases(self, peft_config: WaRAConfig, model: nn.Module) -> dict[str, nn.Module]:
         """The base layers that are to be adapted, by name; they are of kinds that can be."""
@@ -172,6 +181,9 @@ class WaRAModel(BaseTuner):
                 f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
+        parameters = list(named_parameters(peft_config, model))
+        check_parameters(peft_config, parameters, bases)
+        bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
         check_ranks(peft_config, bases)
         return bases
 
@@ -204,6 +216,42 @@ class WaRAModel(BaseTuner):
             return Linear
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
         return Linear if backend is not None and backend.layer_type == "linear" else None
+
+    def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
+        """As PEFT resolves targets, and in the experts of a mixture as it does for LoRA."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            default = self.target_module_mapping.get(model_config["model_type"], ())
+            peft_config.target_modules = default if isinstance(default, str) else list(default)
+        super()._prepare_adapter_config(peft_config, model_config)
+        use_loras_targets(peft_config, self.model)
+        return peft_config
+
+    def _inject_parameters(  # type: ignore[override]
+        self, peft_config: WaRAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the parameters that the config names, which `_prepare_model` has checked."""
+        found = list(named_parameters(peft_config, model))
+        for parameter in found:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt_parameter(peft_config, adapter_name, model, parameter)
+        return [parameter.full_name for parameter in found]
+
+    def _adapt_parameter(
+        self, config: WaRAConfig, adapter_name: str, model: nn.Module, parameter: NamedParameter
+    ) -> None:
+        module = model.get_submodule(parameter.module_name)
+        if not isinstance(module, AdaptedModule):
+            parent, _, child_name = parameter.module_name.rpartition(".")
+            module = AdaptedModule(module)
+            setattr(model.get_submodule(parent), child_name, module)
+        layer = module.layers.get(parameter.name)
+        if layer is not None:
+            layer.update_layer(adapter_name, config, parameter.full_name)
+            return
+        layer = ParameterLayer(parameter.bare, adapter_name, parameter.full_name, config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        setattr(module, parameter.name, layer)
 
     def _create_and_replace(  # type: ignore[override]  # only WaRA's configs come here
         self,
@@ -325,7 +373,8 @@ class WaRAModel(BaseTuner):
         Within one generate, whose weights do not change, factors are synthesised twice at most.
 
         Raises:
-            ValueError: the model is training, or no layer has an adapter of one of these names.
+            ValueError: the model is training, no layer has an adapter of one of these names, or bare parameters are
+                adapted.
         """
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
@@ -339,6 +388,12 @@ class WaRAModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        parameters = [layer.module_name for layer in layers if isinstance(layer, ParameterLayer)]
+        if parameters:
+            raise ValueError(
+                f"Cannot pass `adapter_names` to a model with adapted parameters ({first(parameters)}), which are the "
+                "same for all samples of a batch. Activate one adapter by `set_adapter`, and run a batch for each."
+            )
         # Beam search repeats each sample, except in the encoder, which runs before.
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in adapter_names for _ in range(beams)]
@@ -413,6 +468,8 @@ def _pass_adapter_names(
 
 def _shape(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
+    if isinstance(base_layer, BareParameter):
+        return base_layer.module_shape
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
     groups = int(getattr(base_layer, "groups", 1))
     return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups)

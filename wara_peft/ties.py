@@ -53,10 +53,11 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
     layers = {name: module for name, module in model.named_modules() if name in merged}
     for name, layer in layers.items():
         weight = getattr(layer.get_base_layer(), "weight", None)
+        own = name.rpartition(".")[0] if layer.kind.is_parameter else name  # the module that has the weight
         others = [
             repr(other)
             for other in users.get(id(weight), [])
-            if other != name
+            if other != own
             and not other.endswith(".original_module")  # whose place a trained copy has taken
             and not (other in layers and _share_adapters(layer, layers[other], merged[name]))
         ]

@@ -196,7 +196,7 @@ def _targets(model: nn.Module, config: WaRAConfig, min_rank: Ranks, max_rank: Ra
     if others:
         raise TypeError(
             f"Ranks are allocated to linear layers alone, and {first(others)} is none. Leave it out of "
-            "`target_modules`, or put it into `exclude_modules`."
+            "`target_modules` and `target_parameters`, or put it into `exclude_modules`."
         )
     targets = {}
     for name, base in bases.items():

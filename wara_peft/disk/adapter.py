@@ -22,7 +22,7 @@ from torch import Tensor
 from ..config import WaRAConfig, scaling
 from ..forms import Form, Parts, SubbandFactor
 from ..kinds import KINDS
-from ..low_rank_update import LowRankUpdate
+from ..low_rank_update import ExpertsUpdate, LowRankUpdate
 from .checkpoint import read_json
 from .contents import PEFT_PREFIX, Contents, module_shapes
 from .tensors import FLOATS, TensorFile
@@ -148,7 +148,10 @@ class SavedAdapter:
         factors = self.factors(module)
         with torch.no_grad():
             factor_a, factor_b = (factor.synthesise(dtype or self.dtype(module)).to(device) for factor in factors)
-            return LowRankUpdate(shape.kind, factor_a, factor_b * self.scaling(module), shape.groups)
+            scaled = factor_b * self.scaling(module)
+            if shape.experts:
+                return ExpertsUpdate(shape.kind, factor_a, scaled)
+            return LowRankUpdate(shape.kind, factor_a, scaled, shape.groups)
 
     def token_indices(self, key: str) -> list[int]:
         """The tokens whose rows are kept under one of the keys in `others`."""

@@ -173,9 +173,11 @@ class AdaptedModel:
         targets = config.target_modules if ties and not isinstance(config.target_modules, str) else None
         # By its names of embeddings, which may be those of tied layers alone, PEFT knows that it has something to tie.
         embeddings = [name for name in targets or () if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        parameters = [name for name, shape in saved.modules.items() if shape.kind.is_parameter]
         small = WaRAConfig(
             r=1,
-            target_modules=[*saved.modules, *embeddings],
+            target_modules=[*(name for name in saved.modules if name not in parameters), *embeddings],
+            target_parameters=parameters or None,
             exclude_modules=suffix_matches(saved.modules, names),
             bias=config.bias,
             modules_to_save=copy.copy(config.modules_to_save),
@@ -208,7 +210,9 @@ def _may_tie(config: WaRAConfig) -> bool:
 def _owned(wrapped: nn.Module) -> Iterator[str]:
     for name, module in wrapped.named_modules():
         inner = name.removeprefix(PEFT_PREFIX)
-        if isinstance(module, (WaRALayer, TrainableTokensWrapper)):
+        if isinstance(module, WaRALayer):
+            yield module.shape.parameter_of(inner)
+        elif isinstance(module, TrainableTokensWrapper):
             yield f"{inner}.weight"
         elif isinstance(module, ModulesToSaveWrapper):
             yield from (f"{inner}.{key}" for key in module.original_module.state_dict())

@@ -230,7 +230,10 @@ def module_shapes(config: WaRAConfig, path: Path) -> dict[str, ModuleShape]:
     for name, (kind, *sizes) in sorted(config.module_shapes.items(), key=_natural_order):
         if kind not in KINDS:
             raise ValueError(f"{where} names the kind {kind!r} for {name!r}; it is one of {', '.join(KINDS)}.")
-        shapes[name] = ModuleShape(KINDS[kind], *sizes)
+        shapes[name] = ModuleShape.of_list(KINDS[kind], sizes)
+        if KINDS[kind].is_parameter != (len(sizes) > 3) or KINDS[kind].has_experts != (shapes[name].experts > 0):
+            entry = [kind, *sizes]
+            raise ValueError(f"{where} has {entry!r} for {name!r}, which are not the numbers of such a kind.")
         if shapes[name].out_features % shapes[name].groups:
             entry = [kind, *sizes]
             raise ValueError(f"{where} has {entry!r} for {name!r}, whose groups do not divide its out channels.")
