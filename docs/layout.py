@@ -13,7 +13,7 @@ ORDER = (
     ("forms", "lora_fields"),
     ("config",),
     ("layer", "conv", "embedding", "experts", "disk"),
-    ("components", "combine", "initialization", "rescaling"),
+    ("components", "combine", "initialization", "rescaling", "optimizer_groups"),
     ("nested", "model"),
     ("export", "lora_view", "checkpoint_callback", "inspection", "allocation"),
     ("cli", "__init__"),

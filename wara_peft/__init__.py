@@ -13,6 +13,7 @@ from .initialization import initialize_from_data  # noqa: E402
 from .lora_view import LoraView, lora_view  # noqa: E402
 from .model import WaRAModel  # noqa: E402
 from .nested import RankShrinking, rank_penalty, shrink_ranks  # noqa: E402
+from .optimizer_groups import optimizer_groups  # noqa: E402
 from .rescaling import rescale_adapter_scale  # noqa: E402
 
 registration.register(WaRAConfig, WaRAModel)
@@ -29,6 +30,7 @@ __all__ = [
     "initialize_from_data",
     "lora_error",
     "lora_view",
+    "optimizer_groups",
     "rank_penalty",
     "rescale_adapter_scale",
     "save_as_lora",
