@@ -10,6 +10,7 @@ from .config import WaRAConfig  # noqa: E402
 from .export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
 from .initialization import initialize_from_data  # noqa: E402
+from .load_lora import load_lora  # noqa: E402
 from .lora_view import LoraView, lora_view  # noqa: E402
 from .model import WaRAModel  # noqa: E402
 from .nested import RankShrinking, rank_penalty, shrink_ranks  # noqa: E402
@@ -28,6 +29,7 @@ __all__ = [
     "allocate_ranks",
     "frozen_factors",
     "initialize_from_data",
+    "load_lora",
     "lora_error",
     "lora_view",
     "optimizer_groups",
