@@ -14,9 +14,9 @@ ORDER = (
     ("forms", "lora_fields"),
     ("config",),
     ("layer", "conv", "embedding", "experts", "disk"),
-    ("components", "combine", "initialization", "rescaling"),
+    ("components", "combine", "initialization", "rescaling", "optimizer_groups"),
     ("nested", "model"),
-    ("export", "lora_view", "checkpoint_callback", "inspection", "allocation"),
+    ("export", "load_lora", "lora_view", "checkpoint_callback", "inspection", "allocation"),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, TypeVar
 
 import regex
@@ -19,7 +19,7 @@ from peft.utils import PeftType
 
 from .field_types import check_types
 from .forms import FORMS, Form, importance_order, turns_of
-from .lora_fields import Match, fields_from_lora, hint, warn_of_left_out
+from .lora_fields import Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
 from .model_card import add_loading_section
 from .wavelet import filters
 
@@ -366,7 +366,8 @@ class WaRAConfig(PeftConfig):
             )
         levels = fields.get("levels", 1)
         _check_range("levels", levels, 1, MAX_LEVELS)
-        own, left_out = fields_from_lora(lora_config, match, levels, cls.__dataclass_fields__)
+        ranks_for = partial(subband_ranks, match=match, levels=levels)
+        own, left_out = fields_from_lora(lora_config, ranks_for, cls.__dataclass_fields__)
         warn_of_left_out(left_out)
         return cls(**{**own, **fields})
 

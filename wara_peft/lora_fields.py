@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from peft import LoraConfig
@@ -37,6 +37,7 @@ LORA_FIELDS = {
     "lora_bias": "ΔW has no bias of its own; train those of the adapted modules with bias='wara_only'",
     "use_bdlora": "factors are not block-diagonal; for sharded serving export with `wara_peft.save_as_lora`",
     "arrow_config": "export the experts with `wara_peft.save_as_lora`, and route between these LoRAs",
+    "loraplus_lr_ratio": "it is not a config's: see `wara_peft.optimizer_groups(model, lr, lr_ratio)`",
     "kasa_config": "there are no trained singular values; leave it out, or use LoraConfig",
 }
 """Fields of `LoraConfig`, and spellings of them, that `WaRAConfig` may not have: what to use instead."""
@@ -65,21 +66,20 @@ def carried_fields(own_fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fields_from_lora(
-    config: LoraConfig, match: Match, levels: int, own_fields: Mapping[str, Any]
+    config: LoraConfig, ranks_for: Callable[[int], dict[str, int]], own_fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """The fields of the `WaRAConfig` that corresponds to a LoRA's, and what of the LoRA's is left out.
 
     Args:
         config: LoRA's.
-        match: "parameters" or "rank".
-        levels: number of decomposition levels.
+        ranks_for: gives the ranks by subband that stand for a rank of the LoRA.
         own_fields: the fields of `WaRAConfig`.
     """
     carried = carried_fields(own_fields)
     rank_pattern = config.rank_pattern or {}
     fields = {ours: getattr(config, name) for name, ours in carried.items()}
-    ranks = {rank: subband_ranks(rank, match, levels) for rank in {config.r, *rank_pattern.values()}}
-    even = all(len(set(of_bands.values())) == 1 for of_bands in ranks.values())
+    ranks = {rank: ranks_for(rank) for rank in {config.r, *rank_pattern.values()}}
+    even = all("aa0" not in of_bands and len(set(of_bands.values())) == 1 for of_bands in ranks.values())
     of_config = ranks[config.r]
     fields["r"] = next(iter(of_config.values())) if even else max(1, min(of_config.values()))
     fields["subband_ranks"] = None if even else of_config
@@ -95,7 +95,8 @@ def fields_from_lora(
     fields["bias"] = "wara_only" if config.bias == "lora_only" else config.bias
     if not (isinstance(config.init_lora_weights, bool) or config.init_lora_weights == "orthogonal"):
         fields["init_weights"] = True
-        left_out.append(f"init_lora_weights={config.init_lora_weights!r} (init_weights=True in its place: {_INIT})")
+        why = ", whose A is uniform" if config.init_lora_weights == "gaussian" else f": {_INIT}"
+        left_out.append(f"init_lora_weights={config.init_lora_weights!r} (init_weights=True in its place{why})")
     return fields, left_out
 
 
@@ -149,7 +150,7 @@ def _is_default(config: LoraConfig, item: dataclasses.Field[Any]) -> bool:
     return bool(value == default) or value is None
 
 
-def warn_of_left_out(left_out: list[str]) -> None:
+def warn_of_left_out(left_out: list[str], by: str = "WaRAConfig.from_lora") -> None:
     """One warning that names what a `WaRAConfig` made of a LoRA's does not have."""
     if left_out:
-        warnings.warn(f"WaRAConfig.from_lora does not carry over {'; '.join(left_out)}.", stacklevel=3)
+        warnings.warn(f"{by} does not carry over {'; '.join(left_out)}.", stacklevel=3)

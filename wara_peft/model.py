@@ -148,7 +148,7 @@ class WaRAModel(BaseTuner):
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
         targets = {
-            name: Target(_shape(base), partial(self._base_weight, peft_config, name, base))
+            name: Target(shape_of(base), partial(self._base_weight, peft_config, name, base))
             for name, base in self._checked_bases(peft_config, model).items()
         }
         peft_config.form_object.check_targets(peft_config, model, targets)
@@ -487,10 +487,10 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def _shape(base_layer: nn.Module) -> ModuleShape:
+def shape_of(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
     if isinstance(base_layer, BareParameter):
         return base_layer.module_shape
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
-    groups = int(getattr(base_layer, "groups", 1))
-    return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups)
+    groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
+    return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups, tuple(kernel))

@@ -12,8 +12,10 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from .checkpoint import read_json
 from .contents import PEFT_PREFIX, Contents, module_shapes
 from .tensors import FLOATS, TensorFile
 
+_Config = TypeVar("_Config", bound=PeftConfig)
 Track = Callable[[Collection[str]], Iterable[str]]
 """Wraps a loop over names to show its progress, as `rich.progress.track` does."""
 
@@ -53,26 +56,14 @@ class SavedAdapter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"There is no adapter directory {str(path)!r}.")
-        self.config = _read_config(self.path / CONFIG_NAME)
+        self.config = read_config(self.path, "WaRA", WaRAConfig)
         modules = module_shapes(self.config, self.path / CONFIG_NAME)
         if not self.config.save_basis:
             raise ValueError(
                 f"The adapter in {str(self.path)!r} was saved without its basis (save_basis=False), which only its "
                 "base model can give again: load it on that, and use the model."
             )
-        path_of_file = self.path / SAFETENSORS_WEIGHTS_NAME
-        if not path_of_file.is_file():
-            pickled = self.path / WEIGHTS_NAME
-            remedy = (
-                f"; {str(pickled)!r} is a pickle, which may run any code and is not opened. Load the adapter where "
-                "you trust it, and save it again with `safe_serialization=True`."
-                if pickled.exists()
-                else "."
-            )
-            raise FileNotFoundError(f"There is no file {str(path_of_file)!r}{remedy}")
-        self._file = TensorFile(path_of_file)
+        self._file = open_weights(self.path)
         self._contents = Contents(self.config, modules, self._file)
         self.modules = self._contents.modules
         self.others, self.unmentioned = self._contents.others, self._contents.unmentioned
@@ -171,15 +162,7 @@ class SavedAdapter:
         return next(iter(self._read([key])))
 
     def _read(self, keys: Iterable[str]) -> list[Tensor]:
-        keys = list(keys)
-        tensors = self._file.read(PEFT_PREFIX + key for key in keys)
-        for key, tensor in zip(keys, tensors, strict=True):
-            if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"{self._contents.name} is broken: {key!r} holds values that are not finite. Use an earlier "
-                    "checkpoint."
-                )
-        return tensors
+        return read_finite(self._file, keys)
 
 
 def untracked(names: Collection[str]) -> Iterable[str]:
@@ -187,15 +170,65 @@ def untracked(names: Collection[str]) -> Iterable[str]:
     return names
 
 
-def _read_config(path: Path) -> WaRAConfig:
+def read_config(directory: Path, method: str, config_class: type[_Config]) -> _Config:
+    """The config of the adapter in a directory.
+
+    Args:
+        directory: the adapter's.
+        method: its method's name, which in capitals is PEFT's type.
+        config_class: the method's class of configs.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or no config.
+        ValueError: it is another method's, or broken.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"There is no adapter directory {str(directory)!r}.")
+    path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     fields = read_json(path)
-    if fields.get("peft_type") != "WARA":
-        raise ValueError(f"{str(path)!r} is not of a WaRA adapter: its peft_type is {fields.get('peft_type')!r}.")
+    if fields.get("peft_type") != method.upper():
+        raise ValueError(f"{str(path)!r} is not of a {method} adapter: its peft_type is {fields.get('peft_type')!r}.")
     try:
-        config = WaRAConfig.from_peft_type(**fields)
+        config = config_class.from_peft_type(**fields)
     except Exception as error:  # whatever a damaged config leads to
         raise ValueError(f"{str(path)!r}: {type(error).__name__}: {error}") from error
-    assert isinstance(config, WaRAConfig)
+    assert isinstance(config, config_class)
     return config
+
+
+def open_weights(directory: Path) -> TensorFile:
+    """The file of an adapter's tensors.
+
+    Raises:
+        FileNotFoundError: it is missing, or a pickle.
+        ValueError: it is broken.
+    """
+    path = directory / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        pickled = directory / WEIGHTS_NAME
+        remedy = (
+            f"; {str(pickled)!r} is a pickle, which may run any code and is not opened. Load the adapter where "
+            "you trust it, and save it again with `safe_serialization=True`."
+            if pickled.exists()
+            else "."
+        )
+        raise FileNotFoundError(f"There is no file {str(path)!r}{remedy}")
+    return TensorFile(path)
+
+
+def read_finite(file: TensorFile, keys: Iterable[str]) -> list[Tensor]:
+    """The tensors of these keys, which are without PEFT's prefix.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    keys = list(keys)
+    tensors = file.read(PEFT_PREFIX + key for key in keys)
+    for key, tensor in zip(keys, tensors, strict=True):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{str(file.path)!r} is broken: {key!r} holds values that are not finite. Use an earlier checkpoint."
+            )
+    return tensors
