@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import regex
 from peft import LoraConfig
@@ -19,7 +19,7 @@ from peft.utils import PeftType
 
 from .field_types import Json, check_types, read_json
 from .forms import FORMS, Form, importance_order, turns_of
-from .lora_fields import Match, fields_from_lora, hint, warn_of_left_out
+from .lora_fields import LORA_FIELDS, Match, fields_from_lora, hint, warn_of_left_out
 from .model_card import add_loading_section
 from .wavelet import filters
 
@@ -202,6 +202,19 @@ class WaRAConfig(PeftConfig):
                 # PEFT looks for these words to ignore unknown fields of a saved config.
                 raise TypeError(f"WaRAConfig got an unexpected keyword argument {name!r}; {remedy}.")
         return super().__new__(cls)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Tell what reads a field of LoRA's alone, such as PEFT's XLoRA or EVA, what to give it instead."""
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            remedy = LORA_FIELDS.get(name)
+            if remedy is not None:
+                message = (
+                    f"{message}, which is LoRA's: {remedy}. What reads it takes LoRA alone; give it the adapter as "
+                    "one, by `wara_peft.save_as_lora` or `wara_peft.lora_view`"
+                )
+            raise AttributeError(message)
 
     def __post_init__(self) -> None:
         read_json(self)
