@@ -10,16 +10,16 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import regex
 from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .field_types import check_types
+from .field_types import Json, check_types, read_json
 from .forms import FORMS, Form, importance_order, turns_of
-from .lora_fields import Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
+from .lora_fields import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
 from .model_card import add_loading_section
 from .wavelet import filters
 
@@ -128,17 +128,17 @@ class WaRAConfig(PeftConfig):
             "subband of the patch tokens; 'tiny': fixed pairs and a trained core."
         },
     )
-    subband_ranks: dict[str, int] | None = field(
+    subband_ranks: dict[str, int] | Json | None = field(
         default=None, metadata={"help": "Ranks by subband in place of r, such as {'aa1': 8, 'dd1': 0}."}
     )
-    rank_pattern: dict[str, int | dict[str, int]] = field(
+    rank_pattern: dict[str, int | dict[str, int]] | Json = field(
         default_factory=dict, metadata={"help": "Ranks by module name or regex: an int, or a dict by subband."}
     )
-    alpha_pattern: dict[str, float] = field(
+    alpha_pattern: dict[str, float] | Json = field(
         default_factory=dict, metadata={"help": "Alphas by module name or regex, in place of wara_alpha."}
     )
     wara_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
-    init_weights: bool | Literal["orthogonal", "activation"] = field(
+    init_weights: Literal[True, False, "orthogonal", "activation"] = field(
         default=True,
         metadata={
             "help": "True: a new adapter changes nothing; False: random A and B; 'orthogonal': orthonormal rows of "
@@ -148,7 +148,7 @@ class WaRAConfig(PeftConfig):
     grid_pairs: Literal["separate", "shared"] = field(
         default="separate", metadata={"help": "form='grid': a pair for each subband, or one with gains."}
     )
-    grid_size: tuple[int, int] | None = field(
+    grid_size: tuple[int, int] | Json | None = field(
         default=None, metadata={"help": "form='grid': rows and columns of patches; None infers them."}
     )
     num_prefix_tokens: int | None = field(
@@ -174,13 +174,13 @@ class WaRAConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save in full, such as a new head."}
     )
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: list[int] | Json | int | None = field(
         default=None, metadata={"help": "Index or indices of the layers to adapt."}
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts."}
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+    trainable_token_indices: list[int] | Json | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token indices to train in the embedding, as in LoraConfig."}
     )
     ensure_weight_tying: bool = field(
@@ -212,7 +212,21 @@ class WaRAConfig(PeftConfig):
                 raise TypeError(f"WaRAConfig got an unexpected keyword argument {name!r}; {remedy}.")
         return super().__new__(cls)
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Tell what reads a field of LoRA's alone, such as PEFT's XLoRA or EVA, what to give it instead."""
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            remedy = LORA_FIELDS.get(name)
+            if remedy is not None:
+                message = (
+                    f"{message}, which is LoRA's: {remedy}. What reads it takes LoRA alone; give it the adapter as "
+                    "one, by `wara_peft.save_as_lora` or `wara_peft.lora_view`"
+                )
+            raise AttributeError(message)
+
     def __post_init__(self) -> None:
+        read_json(self)
         check_types(self)
         super().__post_init__()
         self.peft_type = PeftType.WARA  # type: ignore[attr-defined]
@@ -421,8 +435,8 @@ class WaRAConfig(PeftConfig):
             ranks: of each module by its full name, by subband; those that are left out are 0.
             names: names of all modules of the model.
         """
-        rank_pattern: dict[str, int | dict[str, int]] = {}
-        alpha_pattern: dict[str, float] = {}
+        rank_pattern: dict[str, int | dict[str, int]] | Json = {}
+        alpha_pattern: dict[str, float] | Json = {}
         chosen = [name for name, of_module in ranks.items() if any(of_module.values())]
         for name in chosen:
             by_subband = {band.name: 0 for band in self.form_object.subbands(self)} | dict(ranks[name])

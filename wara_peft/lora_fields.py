@@ -18,7 +18,8 @@ LORA_FIELDS = {
     "`WaRAConfig.from_lora(lora_config)` keeps the scaling and the number of parameters",
     "alpha": "its name here is 'wara_alpha'",
     "lora_dropout": "its name here is 'wara_dropout'",
-    "init_lora_weights": "its name here is 'init_weights'",
+    "init_lora_weights": "its name here is 'init_weights', whose 'activation' is from data as EVA is, by "
+    "`wara_peft.initialize_from_data`",
     "fan_in_fan_out": "leave it out, the orientation of a weight is read off its layer",
     "megatron_config": "Megatron's parallel layers are adapted by LoraConfig alone",
     "megatron_core": "Megatron's parallel layers are adapted by LoraConfig alone",
@@ -32,7 +33,8 @@ LORA_FIELDS = {
     "use_qalora": "quantized base layers are adapted as they are; leave it out",
     "qalora_group_size": "quantized base layers are adapted as they are; leave it out",
     "monteclora_config": "factors are not sampled; leave it out, or use LoraConfig",
-    "layer_replication": "replicate the layers in the base model, then adapt it",
+    "layer_replication": "replicate the layers in the base model first, by "
+    "`peft.tuners.tuners_utils.replicate_layers(model, layer_map)`, also before loading the adapter",
     "runtime_config": "nothing is offloaded per layer; leave it out",
     "lora_bias": "ΔW has no bias of its own; train those of the adapted modules with bias='wara_only'",
     "use_bdlora": "factors are not block-diagonal; for sharded serving export with `wara_peft.save_as_lora`",

@@ -387,6 +387,18 @@ class WaRAModel(BaseTuner):
         """
         set_rank(self, adapter_name, rank)
 
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Refuse `save_pretrained(path_initial_model_for_weight_conversion=…)`, which PEFT has for PiSSA and its kind.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for adapters that change the base weights when they are "
+            "made; WaRA's leave them as they are, so there is nothing to convert: save without it."
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample of the batch, to all adapter layers during a forward or generate.
