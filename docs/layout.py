@@ -8,13 +8,25 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
-    ("messages", "kinds", "field_types", "registration", "model_card", "svd", "calibration", "moments", "heatmaps"),
+    (
+        "messages",
+        "kinds",
+        "field_types",
+        "registration",
+        "model_card",
+        "patterns",
+        "svd",
+        "calibration",
+        "moments",
+        "heatmaps",
+    ),
     ("bypassed",),
     ("wavelet",),
     ("forms", "lora_fields"),
+    ("config_checks",),
     ("config",),
     ("layer", "conv", "embedding", "experts", "disk"),
-    ("components", "combine", "initialization", "rescaling", "optimizer_groups"),
+    ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
     ("nested", "model"),
     ("export", "load_lora", "lora_view", "checkpoint_callback", "inspection", "allocation"),
     ("cli", "__init__"),

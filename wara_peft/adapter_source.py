@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .components import wara_config
-from .config import WaRAConfig, suffix_matches
+from .config import WaRAConfig
 from .conv import Conv
 from .disk.adapter import SavedAdapter
 from .disk.contents import PEFT_PREFIX
@@ -20,6 +20,7 @@ from .kinds import IN_PROJ, Kind
 from .layer import WaRALayer
 from .low_rank_update import LowRankUpdate
 from .messages import first
+from .patterns import suffix_matches
 
 TIED_IN_MODEL = (
     "This adapter is shared by the input embedding and layers tied to it. The exported LoRA computes alike, but "

@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -45,6 +44,7 @@ from .forms import Target, one_call
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
+from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
@@ -409,41 +409,9 @@ class WaRAModel(BaseTuner):
             ValueError: the model is training, no layer has an adapter of one of these names, or bare parameters are
                 adapted.
         """
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
-            with one_call(self):
-                yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, WaRALayer)]
-        known = {"__base__"}.union(*(layer.wara_A.keys() for layer in layers))
-        unknown = sorted(set(adapter_names) - known)
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        parameters = [layer.module_name for layer in layers if isinstance(layer, ParameterLayer)]
-        if parameters:
-            raise ValueError(
-                f"Cannot pass `adapter_names` to a model with adapted parameters ({first(parameters)}), which are the "
-                "same for all samples of a batch. Activate one adapter by `set_adapter`, and run a batch for each."
-            )
-        # Beam search repeats each sample, except in the encoder, which runs before.
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        encoder = getattr(self.model, "get_encoder", lambda: None)()
-        in_encoder = set() if encoder in (None, self.model) else set(encoder.modules())
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, (WaRALayer, AuxiliaryTrainingWrapper)):
-                    names = list(adapter_names) if module in in_encoder else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            with one_call(self):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        names = kwargs.get("adapter_names")
+        with one_call(self) if names is None else mixed_batch(self, names, kwargs.get("num_beams") or 1):
+            yield
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -491,12 +459,6 @@ class WaRAModel(BaseTuner):
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
         return unloaded
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def shape_of(base_layer: nn.Module) -> ModuleShape:

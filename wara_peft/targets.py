@@ -6,9 +6,10 @@ import re
 import warnings
 from collections.abc import Iterable
 
-from .config import WaRAConfig, value_for
+from .config import WaRAConfig
 from .lora_fields import BOTH
 from .messages import first
+from .patterns import value_for
 
 
 def check_adapter_name(adapter_name: str) -> None:

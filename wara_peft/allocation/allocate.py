@@ -22,10 +22,11 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 from ..calibration import evaluating
-from ..config import WaRAConfig, value_for
+from ..config import WaRAConfig
 from ..kinds import kind_of
 from ..messages import first
 from ..model import WaRAModel
+from ..patterns import value_for
 from ..quantization import keep_unpacked
 from ..wavelet import Subband, subbands
 from .blocks import Spectrum, of_gradient, of_inputs

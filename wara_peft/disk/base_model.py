@@ -19,10 +19,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from ..config import WaRAConfig, suffix_matches
+from ..config import WaRAConfig
 from ..kinds import loras_targets
 from ..layer import WaRALayer
 from ..messages import first
+from ..patterns import suffix_matches
 from .adapter import SavedAdapter
 from .checkpoint import Checkpoint, read_json
 from .contents import PEFT_INTERNAL, PEFT_PREFIX, parameter_of

@@ -14,9 +14,10 @@ from typing import cast
 from peft import LoraConfig
 from torch import Tensor
 
-from ..config import WaRAConfig, value_for
+from ..config import WaRAConfig
 from ..kinds import ModuleShape
 from ..messages import first
+from ..patterns import value_for
 from .adapter import open_weights, read_config, read_finite
 from .contents import PEFT_INTERNAL, PEFT_PREFIX, TOKENS, Contents, parameter_of
 from .tensors import TensorFile, TensorInfo
