@@ -15,7 +15,7 @@ ORDER = (
     ("layer", "conv", "embedding", "disk"),
     ("components", "combine", "initialization", "rescaling"),
     ("nested", "model"),
-    ("export", "lora_view", "checkpoint_callback", "inspection", "allocation"),
+    ("diffusion", "export", "lora_view", "checkpoint_callback", "inspection", "allocation"),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ class AdapterSource:
         update: gives ΔW of a module of that name, computed in a dtype.
         others: what it holds in full, by PEFT's keys.
         exclude_modules: modules that PEFT would take for targets, and are none.
+        base_class: name and module of the base model's class, if it is known.
         warnings: what a LoRA made of it does otherwise.
     """
 
@@ -48,6 +50,7 @@ class AdapterSource:
     update: Callable[[str, torch.dtype], LowRankUpdate]
     others: dict[str, Tensor]
     exclude_modules: str | None = None
+    base_class: tuple[str, str] | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -81,8 +84,16 @@ def _in_directory(path: Path) -> AdapterSource:
         dtypes={name: saved.dtype(name) for name in saved.modules},
         update=saved.update,
         others={PEFT_PREFIX + key: saved.other(key) for key in saved.others},
+        base_class=_recorded_class(saved.config),
         warnings=[TIED_ON_DISK] if saved.tied else [],
     )
+
+
+def _recorded_class(config: WaRAConfig) -> tuple[str, str] | None:
+    """What PEFT records of the base model where there is no task type."""
+    recorded = config.auto_mapping or {}
+    name, module = recorded.get("base_model_class"), recorded.get("parent_library")
+    return (name, module) if isinstance(name, str) and isinstance(module, str) else None
 
 
 def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
@@ -96,6 +107,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
         if isinstance(module, WaRALayer) and adapter_name in module.wara_A
     }
     layers = {name: layer for name, layer in adapted.items() if adapter_name not in layer.tied_to}
+    base_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     others = {key: value for key, value in state_dict.items() if ".wara_" not in key}
     return AdapterSource(
@@ -105,6 +117,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
         update=lambda name, dtype: layers[name].low_rank_update(adapter_name, dtype),
         others={key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value for key, value in others.items()},
         exclude_modules=suffix_matches(layers, [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]),
+        base_class=(base_class.__name__, base_class.__module__),
         warnings=[*_about_convolutions(layers), *([TIED_IN_MODEL] if len(layers) < len(adapted) else [])],
     )
 
