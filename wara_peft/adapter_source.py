@@ -41,6 +41,7 @@ class AdapterSource:
         others: what it holds in full, by PEFT's keys.
         exclude_modules: modules that PEFT would take for targets, and are none.
         base_class: name and module of the base model's class, if it is known.
+        component: of a diffusion pipeline, whose model the base model is, if the adapter's file says so.
         warnings: what a LoRA made of it does otherwise.
     """
 
@@ -51,11 +52,14 @@ class AdapterSource:
     others: dict[str, Tensor]
     exclude_modules: str | None = None
     base_class: tuple[str, str] | None = None
+    component: str | None = None
     warnings: list[str] = field(default_factory=list)
 
 
-def adapter_source(model: nn.Module | str | os.PathLike[str], adapter_name: str) -> AdapterSource:
-    """The adapter of that name, of a model or in a directory.
+def adapter_source(
+    model: nn.Module | str | os.PathLike[str], adapter_name: str, component: str | None = None
+) -> AdapterSource:
+    """The adapter of that name, of a model or in a directory, there that of a component where it has several.
 
     Raises:
         ValueError: the model has no adapter of that name, or it has no ΔW; for a path, see `SavedAdapter`.
@@ -64,7 +68,7 @@ def adapter_source(model: nn.Module | str | os.PathLike[str], adapter_name: str)
     if isinstance(model, nn.Module):
         return _of_model(model, adapter_name)
     if isinstance(model, (str, os.PathLike)):
-        return _in_directory(adapter_directory(model, adapter_name))
+        return _in_directory(adapter_directory(model, adapter_name), component)
     raise TypeError(f"model={model!r} must be a model with WaRA adapters, or the path of a saved one.")
 
 
@@ -74,8 +78,8 @@ def adapter_directory(path: str | os.PathLike[str], adapter_name: str) -> Path:
     return inner if inner.is_dir() else Path(path)
 
 
-def _in_directory(path: Path) -> AdapterSource:
-    saved = SavedAdapter(path)
+def _in_directory(path: Path, component: str | None) -> AdapterSource:
+    saved = SavedAdapter(path, component)
     for name in saved.modules:
         saved.check_has_delta_weight(name)
     return AdapterSource(
@@ -85,6 +89,7 @@ def _in_directory(path: Path) -> AdapterSource:
         update=saved.update,
         others={PEFT_PREFIX + key: saved.other(key) for key in saved.others},
         base_class=_recorded_class(saved.config),
+        component=saved.component,
         warnings=[TIED_ON_DISK] if saved.tied else [],
     )
 

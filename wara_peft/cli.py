@@ -277,7 +277,9 @@ def _local(path: Path, weights: bool = False) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*"]
+    patterns = (
+        ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*", "pytorch_lora_*"]
+    )
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=["*/*", "*.bin"]))
     except Exception as error:

@@ -1,8 +1,9 @@
 """LoRAs of a diffusion pipeline's components, in one file under the keys by which diffusers loads them.
 
 A pipeline is several models, its components. diffusers keeps their LoRAs in `pytorch_lora_weights.safetensors`, each
-key after the name of the component that it is of, and takes no notice of keys without such a name. This is the one
-module that imports diffusers, when it is called.
+key after the name of the component that it is of, and takes no notice of keys without such a name. (What it saves of
+WaRA adapters in a file of that name is read by `disk/component_file.py`.) This is the one module that imports
+diffusers, when it is called.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def component_of(source: AdapterSource, component: str | None = None) -> str:
             "own. Adapt each component by itself, and export them together: {component: adapter, ...}."
         )
     kind, told = _kind(source)
+    told = told or source.component
     if component is None and told is None:
         of = source.base_class[0] if source.base_class else "a model that its config does not name"
         raise ValueError(

@@ -200,7 +200,7 @@ def convert(
         raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, get_args(FileFormat)))}.")
     if format == "peft" and component is not None:
         raise ValueError(f"component={component!r} has no meaning with format='peft', only with 'diffusers'.")
-    source = adapter_source(model, adapter_name)
+    source = adapter_source(model, adapter_name, component)
     if format == "diffusers":
         component = component_of(source, component)
     else:
