@@ -16,7 +16,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from tests.diffusion_models import TINY, Tiny, flux_transformer, sd3_transformer, text_encoder, unet
@@ -271,6 +271,12 @@ def _llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
 
 
+def _clip() -> CLIPModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=text_encoder().config.to_dict(), vision_config=vision))
+
+
 def _wrapped(model: nn.Module, *targets: str, **fields: object) -> nn.Module:
     return get_peft_model(model, WaRAConfig(target_modules=list(targets), r=1, **fields))
 
@@ -306,6 +312,11 @@ REFUSED = {
         lambda: _wrapped(Both(), "to_q", "fc1"),
         "unet",
         "has modules of 'text_encoder' and 'unet', which",
+    ),
+    "text and images in one": (
+        lambda: _wrapped(_clip(), "fc1"),
+        "text_encoder",
+        r"has modules that see images \('vision_model\.encoder\.layers\.0\.mlp\.fc1'\)",
     ),
     "weights in full": (
         lambda: _wrapped(unet(), "to_q", modules_to_save=["conv_out"]),

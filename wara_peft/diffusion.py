@@ -162,6 +162,12 @@ def _check_loadable(source: AdapterSource, component: str) -> None:
             f"diffusers loads LoRAs alone, not what this adapter holds in full ({first(others)}). Export it in PEFT's "
             "format (format='peft'), or train it without."
         )
+    images = [repr(name) for name in source.kinds if re.search(r"(^|\.)(vision|visual)", name)]
+    if component.startswith(TEXT_ENCODER) and images:
+        raise ValueError(
+            f"The adapter has modules that see images ({first(images)}), which no text encoder has. Adapt the text "
+            "encoder alone."
+        )
     if component.startswith(TEXT_ENCODER) and not any(kind.is_linear for kind in source.kinds.values()):
         raise ValueError(
             f"diffusers loads no LoRA of a text encoder that is not of linear layers too, and this one is of "
