@@ -28,7 +28,7 @@ ORDER = (
     ("layer", "conv", "embedding", "experts", "disk"),
     ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
     ("nested", "model"),
-    ("export", "load_lora", "lora_view", "checkpoint_callback", "inspection", "allocation"),
+    ("diffusion", "export", "load_lora", "lora_view", "checkpoint_callback", "inspection", "allocation"),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

@@ -1,8 +1,9 @@
 """Reading a saved adapter by itself, without its base model, and without trusting it.
 
 An adapter directory holds `adapter_config.json`, whose `module_shapes` give the dimensions, and
-`adapter_model.safetensors`. Names, shapes and ranks are compared from the file's header before anything is allocated,
-values when they are read. Pickles are never opened.
+`adapter_model.safetensors`; or, if diffusers saved it, `pytorch_lora_weights.safetensors` with both. Names, shapes and
+ranks are compared from the file's header before anything is allocated, values when they are read. Pickles are never
+opened.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft.config import PeftConfig
@@ -24,6 +25,7 @@ from ..forms import Form, Parts, SubbandFactor
 from ..kinds import KINDS
 from ..low_rank_update import ExpertsUpdate, LowRankUpdate
 from .checkpoint import read_json
+from .component_file import FILE_NAME, ComponentFile
 from .contents import PEFT_PREFIX, Contents, module_shapes
 from .tensors import FLOATS, TensorFile
 
@@ -36,7 +38,9 @@ class SavedAdapter:
     """A WaRA adapter on disk.
 
     Args:
-        path: the directory that holds `adapter_config.json` and `adapter_model.safetensors`.
+        path: the directory that holds `adapter_config.json` and `adapter_model.safetensors`, or, without these,
+            `pytorch_lora_weights.safetensors` of diffusers.
+        component: which one of a pipeline's components to read, where diffusers saved several in one file.
 
     Attributes:
         config: its `WaRAConfig`.
@@ -44,6 +48,7 @@ class SavedAdapter:
         others: shape and dtype of what else it holds (fully trained modules, biases, tokens, embeddings) by key,
             without PEFT's prefix.
         unmentioned: those keys of `others` that the config does not explain.
+        component: the component that it is of, where the file says so.
 
     Raises:
         FileNotFoundError: there is no such directory, or a file is missing.
@@ -54,16 +59,23 @@ class SavedAdapter:
         UserWarning: it holds what its config does not mention, or no biases where its config says that they train.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], component: str | None = None) -> None:
         self.path = Path(path)
-        self.config = read_config(self.path, "WaRA", WaRAConfig)
-        modules = module_shapes(self.config, self.path / CONFIG_NAME)
+        config_path, by_diffusers = self.path / CONFIG_NAME, None
+        if not config_path.is_file() and (self.path / FILE_NAME).is_file():
+            config_path = self.path / FILE_NAME
+            by_diffusers = ComponentFile(config_path, component)
+            self.config = parse_config(by_diffusers.config, config_path, "WaRA", WaRAConfig)
+        else:
+            self.config = read_config(self.path, "WaRA", WaRAConfig)
+        self.component = by_diffusers.component if by_diffusers else None
+        modules = module_shapes(self.config, config_path)
         if not self.config.save_basis:
             raise ValueError(
                 f"The adapter in {str(self.path)!r} was saved without its basis (save_basis=False), which only its "
                 "base model can give again: load it on that, and use the model."
             )
-        self._file = open_weights(self.path)
+        self._file = by_diffusers or open_weights(self.path)
         self._contents = Contents(self.config, modules, self._file)
         self.modules = self._contents.modules
         self.others, self.unmentioned = self._contents.others, self._contents.unmentioned
@@ -187,7 +199,11 @@ def read_config(directory: Path, method: str, config_class: type[_Config]) -> _C
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    fields = read_json(path)
+    return parse_config(read_json(path), path, method, config_class)
+
+
+def parse_config(fields: dict[str, Any], path: Path, method: str, config_class: type[_Config]) -> _Config:
+    """The config of these fields, which were read from that path; see `read_config`."""
     if fields.get("peft_type") != method.upper():
         raise ValueError(f"{str(path)!r} is not of a {method} adapter: its peft_type is {fields.get('peft_type')!r}.")
     try:
