@@ -8,14 +8,25 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
-    ("messages", "kinds", "field_types", "registration", "model_card", "svd", "calibration", "moments", "heatmaps"),
-    ("wavelet",),
+    (
+        "messages",
+        "kinds",
+        "field_types",
+        "registration",
+        "model_card",
+        "svd",
+        "calibration",
+        "moments",
+        "heatmaps",
+        "factorized",
+    ),
+    ("wavelet", "factorized", "attention"),
     ("forms", "lora_fields"),
     ("config",),
     ("layer", "conv", "embedding", "disk"),
     ("components", "combine", "initialization", "rescaling"),
     ("nested", "model"),
-    ("export", "lora_view", "checkpoint_callback", "inspection", "allocation"),
+    ("export", "lora_view", "checkpoint_callback", "inspection", "allocation", "compression"),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

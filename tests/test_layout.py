@@ -31,10 +31,10 @@ def test_no_arrow_upward():
     assert upward == []
 
 
-@pytest.mark.parametrize("apart", ["attention", "wavelet"])
+@pytest.mark.parametrize("apart", ["attention", "factorized", "wavelet"])
 def test_what_knows_nothing_of_adapters(apart):
     reached = {room(target) for module, targets in imports().items() if room(module) == apart for target in targets}
-    assert reached <= {apart, "messages"}
+    assert reached <= {apart, "factorized", "messages"}
 
 
 def test_forms_are_named_in_their_own_files_and_the_configs_list_alone():

@@ -1,0 +1,5 @@
+"""Linear layers whose weight is a product of smaller matrices; they know nothing of how they came about."""
+
+from .low_rank_linear import LowRankLinear, factorize_linear
+
+__all__ = ["LowRankLinear", "factorize_linear"]
