@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from ..factorized.low_rank_linear import check_values, checked_linear
 
 Layer = TypeVar("Layer", bound=nn.Module)
 LINEAR = (nn.Linear, Conv1D)
@@ -90,3 +92,27 @@ def tied_to_others(model: nn.Module) -> Callable[[nn.Module], bool]:
     """Tells of a layer whether one of its parameters belongs to another module too."""
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     return lambda layer: any(owners[id(weight)] > 1 for weight in layer.parameters())
+
+
+def linear_targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers that are asked for; None means all but the output layer, as PEFT's "all-linear" does."""
+    candidates = linear_layers(model)
+    if target_modules is None:
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if get_head is not None else None
+        candidates = {name: layer for name, layer in candidates.items() if layer is not head}
+    return chosen(candidates, target_modules)
+
+
+def checked(name: str, layer: nn.Linear | Conv1D) -> Tensor:
+    """The weight of a layer, (m, n), if it can be factorised.
+
+    Raises:
+        ValueError: it is quantized, on the meta device or not finite, or the layer computes something of its own.
+    """
+    try:
+        layer = checked_linear(layer)
+        check_values(layer.weight)
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be factorised: {error}") from error
+    return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
