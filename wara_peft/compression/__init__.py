@@ -1,0 +1,23 @@
+"""Low-rank factorisation of whole models; it knows nothing of adapters, which may target what it makes."""
+
+from ..factorized import DictionaryLinear, LowRankLinear, factorize_linear
+from .calibrate import calibrate
+from .compress import compress
+from .factorize import Factorization, factorize
+from .report import CompressionReport, LayerReport
+from .statistics import LayerStatistics, load_statistics, save_statistics
+
+__all__ = [
+    "CompressionReport",
+    "DictionaryLinear",
+    "Factorization",
+    "LayerReport",
+    "LayerStatistics",
+    "LowRankLinear",
+    "calibrate",
+    "compress",
+    "factorize",
+    "factorize_linear",
+    "load_statistics",
+    "save_statistics",
+]
