@@ -370,7 +370,9 @@ class WaRAConfig(PeftConfig):
         _check_range("levels", levels, 1, MAX_LEVELS)
         own, left_out = fields_from_lora(lora_config, match, levels, cls.__dataclass_fields__)
         warn_of_left_out(left_out)
-        return cls(**{**own, **fields})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "wara_alpha=.* scales by")  # as the LoRA does
+            return cls(**{**own, **fields})
 
     @property
     def form_object(self) -> Form:
