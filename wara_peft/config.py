@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -271,7 +272,9 @@ class WaRAConfig(PeftConfig):
         ranks_for = partial(subband_ranks, match=match, levels=levels)
         own, left_out = fields_from_lora(lora_config, ranks_for, cls.__dataclass_fields__)
         warn_of_left_out(left_out)
-        return cls(**{**own, **fields})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "wara_alpha=.* scales by")  # as the LoRA does
+            return cls(**{**own, **fields})
 
     @property
     def form_object(self) -> Form:

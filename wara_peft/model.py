@@ -34,7 +34,7 @@ from .bare_parameters import (
     projections,
     use_loras_targets,
 )
-from .bypassed import check_called, keep_called
+from .bypassed import check_called, keep_called, let_go
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
@@ -119,6 +119,7 @@ class WaRAModel(BaseTuner):
             awaited.warn_if_another(config)
             self._awaited = {**self._awaited, adapter_name: awaited}
         keep_ties_in_replicas(model)
+        keep_called(model)
         if config.rank_penalty and add_penalty not in model._forward_hooks.values():
             model.register_forward_hook(add_penalty)
 
@@ -298,7 +299,6 @@ class WaRAModel(BaseTuner):
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-        keep_called(layer, parent)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in another's place; adapter layers have moved to their base layer's device already."""
@@ -458,6 +458,7 @@ class WaRAModel(BaseTuner):
             )
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
+        let_go(self.model)
         return unloaded
 
 
