@@ -40,7 +40,7 @@ from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
-from .forms import Target, one_call
+from .forms import Target, one_call, watch_no_more
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
@@ -459,6 +459,7 @@ class WaRAModel(BaseTuner):
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
         let_go(self.model)
+        watch_no_more(self.model)
         return unloaded
 
 
