@@ -260,7 +260,7 @@ class TestDamage:
             load_compressed(path)
 
     def test_what_is_not_compressed(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="no factorised layer; compress"):
+        with pytest.raises(ValueError, match="no factorised layer; compress it"):
             save_compressed(llama(), tmp_path / "a")
         llama().save_pretrained(tmp_path / "b")
         with pytest.raises(ValueError, match="no factorised layer; load it with from_pretrained"):

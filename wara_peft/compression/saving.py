@@ -61,18 +61,27 @@ def save_compressed(
     ]
     if adapted:
         raise ValueError(f"The model has adapters, in {first(adapted)}. Merge them, or save them by themselves.")
+    with written_at_once(path, "replace" if overwrite else "refuse") as directory:
+        write_compressed(model, directory, max_shard_size)
+
+
+def write_compressed(model: PreTrainedModel, directory: Path, max_shard_size: str = "5GB") -> None:
+    """Write the files of a compressed model into a directory.
+
+    Raises:
+        ValueError: it has no factorised layer.
+    """
     layers = describe(model)
     if not layers:
-        raise ValueError("The model has no factorised layer; compress it first, or use its save_pretrained.")
+        raise ValueError("The model has no factorised layer; compress it further, or use its save_pretrained.")
     report = getattr(model, "compression_report", None)
-    with written_at_once(path, "replace" if overwrite else "refuse") as directory:
-        cast(Any, model).save_pretrained(directory, max_shard_size=max_shard_size)
-        record = {
-            "version": VERSION,
-            "layers": layers,
-            "report": report.as_dict() if isinstance(report, CompressionReport) else None,
-        }
-        (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = {
+        "version": VERSION,
+        "layers": layers,
+        "report": report.as_dict() if isinstance(report, CompressionReport) else None,
+    }
+    cast(Any, model).save_pretrained(directory, max_shard_size=max_shard_size)
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def load_compressed(
@@ -99,7 +108,7 @@ def load_compressed(
         raise ValueError(f"{str(base)!r} holds {ADAPTER!r}: load an adapter onto its base model.")
     record = read_record(base)
     skeleton = Skeleton(checkpoint)
-    chosen = _class_of(skeleton) if model_class is None else model_class
+    chosen = class_of(skeleton) if model_class is None else model_class
     empty = skeleton.make(chosen)
     _check_fit(checkpoint, empty)
     _check_record(base, record, describe(empty))
@@ -147,6 +156,18 @@ def read_record(base: Path) -> dict[str, Any] | None:
     return record
 
 
+def saved_layers(base: Path) -> dict[str, dict[str, object]]:
+    """Kind and sizes of the factorised layers in a directory, by the headers of its files, which the JSON must match.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_compressed`.
+    """
+    skeleton = Skeleton(Checkpoint(base))
+    layers = describe(skeleton.make(class_of(skeleton)))
+    _check_record(base, read_record(base), layers)
+    return layers
+
+
 def saved_report(base: Path) -> CompressionReport | None:
     """What `compress` said when it made the model, if that was saved.
 
@@ -166,7 +187,12 @@ def _report_of(base: Path, record: dict[str, Any] | None) -> CompressionReport |
         raise ValueError(f"{str(base / RECORD)!r} has a broken report: {type(error).__name__}: {error}") from error
 
 
-def _class_of(skeleton: Skeleton) -> type[PreTrainedModel]:
+def class_of(skeleton: Skeleton) -> type[PreTrainedModel]:
+    """The class of transformers that a config names.
+
+    Raises:
+        ValueError: there is none.
+    """
     names = skeleton.config.architectures or []
     for name in names if isinstance(names, list) else []:
         found = getattr(transformers, str(name), None)
