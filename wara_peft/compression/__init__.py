@@ -6,6 +6,7 @@ from .compress import compress
 from .factorize import Factorization, factorize
 from .report import CompressionReport, LayerReport
 from .statistics import LayerStatistics, load_statistics, save_statistics
+from .truncate import truncate
 
 __all__ = [
     "CompressionReport",
@@ -20,4 +21,5 @@ __all__ = [
     "factorize_linear",
     "load_statistics",
     "save_statistics",
+    "truncate",
 ]
