@@ -40,6 +40,7 @@ from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
+from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
@@ -48,12 +49,12 @@ from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_ranks, targeted_names, warn_of_unmatched
+from .targets import check_adapter_name, check_factors, check_ranks, targeted_names, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
-    "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
-    ", `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
+    "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
+    "`torch.nn.Conv3d`, `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
 )
 
 
@@ -184,7 +185,7 @@ class WaRAModel(BaseTuner):
                 continue
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             layer_class = self._layer_class(base)
-            if layer_class is None or (only_linear and layer_class is not Linear):
+            if layer_class is None or (only_linear and not issubclass(layer_class, Linear)):
                 unsupported.append(f"{name} ({type(base).__name__})")
             bases[name] = base
         if unsupported:
@@ -197,6 +198,7 @@ class WaRAModel(BaseTuner):
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
         check_called(model, bases)
+        check_factors(peft_config, bases)
         parameters += named_parameters(peft_config, model)
         check_parameters(peft_config, parameters, bases)
         bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
@@ -228,6 +230,8 @@ class WaRAModel(BaseTuner):
             return Conv
         if not kind.is_linear:
             return Embedding
+        if kind.is_factorized:
+            return FactorizedLinear
         if isinstance(base_layer, nn.Linear) or kind is not LINEAR:
             return Linear
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
@@ -467,6 +471,9 @@ def shape_of(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
     if isinstance(base_layer, BareParameter):
         return base_layer.module_shape
+    kind = kind_of(base_layer)
+    if kind.is_factorized:  # of which PEFT's function would warn
+        return ModuleShape(kind, cast(int, base_layer.out_features), cast(int, base_layer.in_features))
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
     groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
-    return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups, tuple(kernel))
+    return ModuleShape(kind, out_features, in_features // groups, groups, tuple(kernel))

@@ -7,6 +7,7 @@ from .factorize import Factorization, factorize
 from .report import CompressionReport, LayerReport
 from .saving import load_compressed, save_compressed
 from .statistics import LayerStatistics, load_statistics, save_statistics
+from .truncate import truncate
 
 __all__ = [
     "CompressionReport",
@@ -23,4 +24,5 @@ __all__ = [
     "load_statistics",
     "save_compressed",
     "save_statistics",
+    "truncate",
 ]
