@@ -15,6 +15,7 @@ from torch import nn
 
 from tests.references import WAVELETS, grid_parts, tiny_vit
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora, to_lora
+from wara_peft.forms.seen_grids import SeenGrids
 from wara_peft.forms.token_grid import TokenGrid
 from wara_peft.forms.token_mixing import TokenMixing, grid_subbands
 from wara_peft.layer import Linear
@@ -210,6 +211,20 @@ def test_gradients(pairs):
 )
 def test_splits(grid, tokens, expected):
     assert grid.split(tokens) == expected
+
+
+def test_what_a_model_makes_goes_before_what_its_config_says():
+    seen = SeenGrids()
+    grid = TokenGrid((4, 4), 1, square=False, seen=seen)
+    convolution = nn.Conv2d(1, 1, 1)
+    convolution.register_forward_hook(seen.see_output)
+    assert (grid.split(17), grid.split(26)) == ((1, 4, 4), None)  # nothing has been seen
+    for rows, columns, after_prefix, alone in ((3, 5, (1, 3, 5), (0, 3, 5)), (4, 4, (1, 4, 4), (0, 4, 4))) * 2:
+        convolution(torch.zeros(1, 1, rows, columns))
+        # 16 tokens are a prefix token before 3 x 5 patches, or 4 x 4 patches whose prefix is gone: the latest decides
+        assert grid.split(rows * columns + 1) == after_prefix
+        assert grid.split(rows * columns) == alone
+    assert grid.split(26) is None
 
 
 class TestModels:

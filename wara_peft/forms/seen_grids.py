@@ -24,28 +24,35 @@ _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 class SeenGrids:
     """Layouts of token sequences by their number of tokens: of each number the latest, or None where it is no grid.
 
-    They are never forgotten, for a checkpointed layer runs again when its convolution does not.
+    Numbers are in the order in which they were last seen, and never forgotten: a checkpointed layer runs again when
+    its convolution does not.
     """
 
     def __init__(self) -> None:
         self.layouts: dict[int, Layout | None] = {}
 
     def find(self, tokens: int, prefixes: Iterable[int]) -> Layout | None:
-        """The layout of a sequence, its patches after one of these numbers of prefix tokens, the first that fits."""
-        for prefix in prefixes:
-            layout = self.layouts.get(tokens - prefix)
-            if layout is not None:
+        """The layout of a sequence, its patches after one of these numbers of prefix tokens: the latest that fits."""
+        fitting = {tokens - prefix: prefix for prefix in prefixes}
+        for number in reversed(list(self.layouts)):
+            layout = self.layouts[number]
+            if number in fitting and layout is not None:
                 before, rows, columns = layout
-                return before + prefix, rows, columns
+                return before + fitting[number], rows, columns
         return None
+
+    def _see(self, tokens: int, layout: Layout) -> None:
+        """Note the layout of that number of tokens, if its grid has as many places as tokens come after the prefix."""
+        prefix, rows, columns = layout
+        self.layouts.pop(tokens, None)  # so that it is the last
+        self.layouts[tokens] = layout if prefix + rows * columns == tokens else None
 
     def see_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of a convolution whose output is (batch, channels, ..., rows, columns)."""
         if isinstance(output, Tensor):
             # index: a graph of torch.compile is for one grid, and made anew for another
             *frames, rows, columns = (index(length) for length in output.shape[2:])
-            tokens = math.prod(frames) * rows * columns
-            self.layouts[tokens] = (0, rows, columns) if tokens == rows * columns else None
+            self._see(math.prod(frames) * rows * columns, (0, rows, columns))
 
     def see_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of a transformer that takes `img_ids`, (tokens, 3 or more): something, row, column, …
@@ -59,11 +66,10 @@ class SeenGrids:
         positions = positions[0] if positions.ndim == 3 else positions
         tokens = len(positions)
         rows, columns = (int(length) + 1 for length in (positions.amax(0) - positions.amin(0))[1:3].tolist())
-        on_grid = rows * columns == tokens
-        self.layouts[tokens] = (0, rows, columns) if on_grid else None
+        self._see(tokens, (0, rows, columns))
         if text is not None:
             prefix = text.shape[-2]
-            self.layouts[prefix + tokens] = (prefix, rows, columns) if on_grid else None
+            self._see(prefix + tokens, (prefix, rows, columns))
 
 
 def seen_grids(model: nn.Module) -> SeenGrids | None:

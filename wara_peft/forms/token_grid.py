@@ -24,8 +24,13 @@ PREFIX_PARAMETERS = (
     "reg_token",
 )
 """Names under which vision models keep the embeddings of tokens that come before the patches."""
-SHUFFLING = ("vit_mae",)
-"""Types of models whose encoder sees patches in random order."""
+OTHER_ORDERS = {
+    "hiera": "it orders its patches by the windows that it pools. Use form='subband'.",
+    "llama4_vision_model": "its class token comes after the patches. Use form='subband'.",
+    "vit_mae": "it shuffles its patches. Use form='subband', or load the encoder's weights into the model that it is "
+    "made for (vit).",
+}
+"""Types of models whose tokens are as many as a grid has, but in another order."""
 WITHOUT_PATCHES = re.compile(
     r"add_[qkv]_proj|to_add_out|encoder_hid_proj|.*context.*|caption_.*|(text|txt)_.*", re.IGNORECASE
 )
@@ -40,20 +45,21 @@ class TokenGrid:
         size: rows and columns of patches at the image size that the model is made for, or None.
         prefix: number of tokens before the patches, or None.
         fixed: no other size is right, because the user has named this one.
+        square: whether other sizes are taken for squares where nothing tells.
         seen: what the model's own modules make of its inputs as it runs, or None where none tells.
     """
 
     size: tuple[int, int] | None = None
     prefix: int | None = None
     fixed: bool = False
+    square: bool = True
     seen: SeenGrids | None = None
 
     def split(self, tokens: int) -> Layout | None:
         """Prefix tokens, rows and columns of a sequence of that many tokens, or None if it fits no grid.
 
-        What the model has been seen to make goes first. If nothing has been seen it is the known size, and images of
-        other sizes have square grids. Where the prefix is not known it is what a fixed size leaves, or else none or
-        one.
+        What the model has been seen to make goes first. If nothing has been seen it is the known size, or a square.
+        Where the prefix is not known it is what a fixed size leaves, or else none or one.
         """
         if self._tells is not None:
             return self._tells.find(tokens, (0, 1) if self.prefix is None else (self.prefix, 0))
@@ -66,33 +72,34 @@ class TokenGrid:
                 return prefix, *self.size
         for prefix in prefixes:
             side = math.isqrt(max(tokens - prefix, 0))
-            if not self.fixed and side and side * side == tokens - prefix:
+            if self.square and not self.fixed and side and side * side == tokens - prefix:
                 return prefix, side, side
         return None
 
     @property
     def _tells(self) -> SeenGrids | None:
         """What the model has been seen to make, where that counts."""
-        return self.seen if self.seen is not None and self.seen.layouts and not self.fixed else None
+        return self.seen if self.seen is not None and self.seen.layouts else None
 
     def __str__(self) -> str:
         """What fits, for messages."""
         before = "0 or 1" if self.prefix is None else str(self.prefix)
-        size = [] if self.size is None else ["{} x {}".format(*self.size)]
-        known = size if self.fixed else [*size, "a square"]
+        known = [] if self.size is None else ["{} x {}".format(*self.size)]
+        if self.square and not self.fixed:
+            known.append("a square")
         if self._tells is not None:
             seen = [layout for layout in self._tells.layouts.values() if layout is not None]
-            known = [f"{rows} x {columns}" for _, rows, columns in reversed(seen)] or ["a grid"]
-        return f"{first(known)} of patches after {before} prefix tokens"
+            known = [f"{rows} x {columns}" for _, rows, columns in reversed(seen)]
+        return f"{first(known) or 'a grid'} of patches after {before} prefix tokens"
 
 
 def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGrid:
     """What is known of the tokens of one module.
 
     The size comes from `grid_size`, or while the model runs from its convolutions and positions, which are watched
-    from now on; before it has run, from the sizes of image and patch in the nearest config around the module. The
-    prefix comes from `num_prefix_tokens`, or from class, distillation and register tokens among the parameters of
-    that config's model.
+    from now on; before it has run, from the sizes of image and patch in the nearest config around the module. In a
+    model without a config other sizes are squares. The prefix comes from `num_prefix_tokens`, or from class,
+    distillation and register tokens among the parameters of the config's model.
     """
     around, model_config = _surroundings(model, module_name)
     scope = [module for module in around if model_config is None or _config_of(module) is model_config]
@@ -101,7 +108,7 @@ def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGri
         prefix = _prefix_tokens(scope[-1] if scope else model)
     if config.grid_size is not None:
         return TokenGrid(config.grid_size, prefix, fixed=True)
-    return TokenGrid(_size(model_config), prefix, seen=seen_grids(model))
+    return TokenGrid(_size(model_config), prefix, square=model_config is None, seen=seen_grids(model))
 
 
 def known_size(model: nn.Module, module_name: str, config: Settings) -> tuple[int, int] | None:
@@ -114,7 +121,7 @@ def check_on_grid(model: nn.Module, module_names: Iterable[str]) -> None:
 
     Raises:
         ValueError: a module is part of a causal or other language model, or of a model whose layers see windows or
-            shuffled patches, or sees text alone.
+            patches in another order, or sees text alone.
     """
     names = list(module_names)
     text = []
@@ -182,16 +189,14 @@ def _refuse(around: list[nn.Module], config: Any, module_name: str) -> None:
             "wavelet over time would leak the future. Use form='subband', or leave the module out with "
             "`exclude_modules`."
         )
-    if getattr(config, "window_size", 0):
+    if getattr(config, "window_size", 0) or getattr(config, "num_windows", 1) > 1:
         raise ValueError(
             f"{where} of a {config.model_type} model: its layers see windows of patches, not their grid. Use "
             "form='subband'."
         )
-    if getattr(config, "model_type", None) in SHUFFLING:
-        raise ValueError(
-            f"{where} of a {config.model_type} model: it shuffles its patches. Use form='subband', or load the "
-            "encoder's weights into the model that it is made for (vit)."
-        )
+    model_type = getattr(config, "model_type", None)
+    if model_type in OTHER_ORDERS:
+        raise ValueError(f"{where} of a {model_type} model: {OTHER_ORDERS[model_type]}")
 
 
 def _size(config: Any) -> tuple[int, int] | None:
