@@ -1,4 +1,4 @@
-"""The `wara-peft` command: export an adapter to LoRA, merge it into a checkpoint, look into it, run programs with it.
+"""The `wara-peft` command: export an adapter to LoRA, merge it, look into it, compress a model, run programs with it.
 
 Each subcommand imports what it needs when it runs, so that what one of them uses cannot stop the others. All text that
 comes from elsewhere (paths, names in files, errors) is printed as it is, with control characters as escapes.
@@ -12,7 +12,7 @@ import re
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from .compression import CompressionReport
     from .disk.adapter import Track
     from .inspection import AdapterReport
 
@@ -61,6 +62,16 @@ def _device(value: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
     return value
+
+
+def _budget(value: str) -> float | int | str:
+    """A share if it has a point, a number of parameters if it has digits alone, else bytes."""
+    if re.fullmatch(r"\d+", value):
+        return int(value)
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a saved WaRA adapter, or a Hub name.")]
@@ -188,13 +199,84 @@ def merge(
             overwrite=overwrite,
             track=_tracked("Merging"),
         )
-        _say(f"Wrote {path}; load it with from_pretrained.")
+        compressed = (path / "compression.json").is_file()
+        loader = "wara_peft.compression.load_compressed" if compressed else "from_pretrained"
+        _say(f"Wrote {path}; load it with {loader}.")
+
+
+@app.command(
+    epilog=f"""Examples:\n
+    {PROGRAM} compress my-base-model my-small-model --budget 0.6 --texts texts.txt\n
+    {PROGRAM} compress my-base-model my-small-model --budget 48MB --solver svd\n
+    {PROGRAM} compress my-base-model my-small-model --budget 0.5 --texts texts.txt --statistics my-statistics"""
+)
+def compress(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the base model, or a Hub name.")],
+    path: Out,
+    budget: Annotated[
+        Any,
+        typer.Option(
+            "--budget",
+            parser=_budget,
+            metavar="SHARE|NUMBER|SIZE",
+            help="What the layers may have: a share such as 0.6, a number of parameters, or bytes such as 48MB.",
+        ),
+    ],
+    solver: Annotated[
+        str, typer.Option(help="svd, fisher, activation, activation-fisher, dictionary or dictionary-oneshot.")
+    ] = "activation",
+    allocation: Annotated[str, typer.Option(help="uniform, greedy, cost or depth.")] = "greedy",
+    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="A text in each line, to calibrate with.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Take statistics from there, or leave them there.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Layers to compress, by ends of names; may be repeated.")
+    ] = None,
+    cost: Annotated[str, typer.Option(help="For --allocation cost: flops, bytes or latency.")] = "flops",
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Take statistics anew as layers are compressed.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts that are run together.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each text that count at most.")] = 512,
+    batches: Annotated[int | None, typer.Option(min=1, help="Batches to use at most.")] = None,
+    memory: Annotated[int, typer.Option(min=1, metavar="BYTES", help="What statistics may take at a time.")] = 2**31,
+    device: Annotated[str, typer.Option(callback=_device, help="Where the model runs.")] = "cpu",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a model that comes with a tokenizer: factorise its linear layers under a budget."""
+    with _failures_in_a_line(debug):
+        from .compression.checkpoint import compress_checkpoint
+
+        report = compress_checkpoint(
+            _local(base, weights=True),
+            path,
+            budget,
+            solver=solver,
+            allocation=allocation,  # type: ignore[arg-type]
+            texts=texts,
+            statistics=statistics,
+            target_modules=target,
+            cost=cost,
+            sequential=sequential,
+            batch_size=batch_size,
+            length=length,
+            batches=batches,
+            max_bytes=memory,
+            device=device,
+            overwrite=overwrite,
+            show_progress_bar=err.is_terminal,
+        )
+        _print_compression(report)
+        _say(f"Wrote {path}; load it with wara_peft.compression.load_compressed.")
 
 
 @app.command(
     epilog=f"""Examples:\n
     {PROGRAM} inspect my-adapter\n
     {PROGRAM} inspect my-adapter --plot energy.png\n
+    {PROGRAM} inspect my-small-model\n
     {PROGRAM} inspect my-adapter --json"""
 )
 def inspect(
@@ -203,8 +285,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show an adapter's modules, ranks, parameters, and the share of its energy in each subband and level."""
+    """Show an adapter's ranks, and its energy by subband and level, or the ranks and losses of a compressed model."""
     with _failures_in_a_line(debug):
+        if (adapter / "config.json").is_file() and not (adapter / "adapter_config.json").is_file():
+            _inspect_compressed(adapter, plot, as_json)
+            return
         from .disk.adapter import SavedAdapter
         from .inspection import inspect_adapter
 
@@ -237,6 +322,39 @@ def run(
         os.execve(words[0], words, environment(os.environ))  # its exit code, signals and tracebacks are its own
 
 
+def _inspect_compressed(path: Path, plot: Path | None, as_json: bool) -> None:
+    from .compression.saving import saved_layers, saved_report
+
+    if plot is not None:
+        raise ValueError(f"{str(path)!r} is a compressed model, which has no subbands to plot.")
+    report, layers = saved_report(path), saved_layers(path)
+    if as_json:
+        print(json.dumps({"layers": layers, "report": report and report.as_dict()}, indent=2))
+    elif report is not None:
+        _print_compression(report)
+    else:
+        for name, sizes in layers.items():
+            _say(f"{name}: {_pairs(sizes)}")
+
+
+def _print_compression(report: CompressionReport) -> None:
+    table = Table(Column("layer", overflow="fold"), "out x in", "rank", "parameters", "before", "lost")
+    for layer in report.layers:
+        values = "" if layer.nonzeros is None else f", {layer.nonzeros} values a row"
+        table.add_row(
+            _visible(layer.name),
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            f"dense: {_visible(layer.reason)}" if layer.rank is None else f"{layer.rank}{values}",
+            f"{layer.parameters_after:,}",
+            f"{layer.parameters_before:,}",
+            f"{layer.lost:.2%}",
+        )
+    out.print(table)
+    for name, reason in report.left.items():
+        _say(f"{name} is left as it is: {reason}.")
+    _say(report.summary)
+
+
 def _print_report(report: AdapterReport) -> None:
     _say(f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}")
     table = Table(Column("module", overflow="fold"), "kind", "out x in", "ranks", "R", "trained", "as LoRA")
@@ -264,7 +382,7 @@ def _print_report(report: AdapterReport) -> None:
         _say(f"It also holds, in full: {', '.join(report.others)}")
 
 
-def _pairs(values: dict[str, int]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     return " ".join(f"{name}:{value}" for name, value in values.items())
 
 

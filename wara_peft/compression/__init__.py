@@ -5,6 +5,7 @@ from .calibrate import calibrate
 from .compress import compress
 from .factorize import Factorization, factorize
 from .report import CompressionReport, LayerReport
+from .saving import load_compressed, save_compressed
 from .statistics import LayerStatistics, load_statistics, save_statistics
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "compress",
     "factorize",
     "factorize_linear",
+    "load_compressed",
     "load_statistics",
+    "save_compressed",
     "save_statistics",
 ]
