@@ -40,7 +40,7 @@ class Replacement:
             made[name] = self._solved(name, self.statistics.get(name, nothing_of(self.targets[name])))
             done()
         for name, solution in made.items():
-            self._replace(self.targets[name], solution.layer)
+            replace_everywhere(self.model, {self.targets[name]: solution.layer})
         return {name: solution.lost for name, solution in made.items()}
 
     def in_order(self, batches: list[Any], loss_fn: LossFunction | None, done: Callable[[], Any]) -> dict[str, float]:
@@ -54,7 +54,7 @@ class Replacement:
                     entry = self.statistics.get(name, nothing_of(self.targets[name]))
                     entry = replace(entry, moment=fresh.moment, mean=fresh.mean, count=fresh.count)
                     solution = self._solved(name, entry)
-                    self._replace(self.targets[name], solution.layer)
+                    replace_everywhere(self.model, {self.targets[name]: solution.layer})
                     lost[name] = solution.lost
                     done()
         return lost
@@ -99,13 +99,6 @@ class Replacement:
             )
         return groups
 
-    def _replace(self, old: nn.Module, new: nn.Module) -> None:
-        """Under all its names."""
-        for parent in list(self.model.modules()):
-            for name, child in list(parent._modules.items()):
-                if child is old:
-                    setattr(parent, name, new)
-
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:
         places = [
@@ -120,3 +113,16 @@ class Replacement:
             for parent, name, child in places:
                 setattr(parent, name, child)
             raise
+
+
+def replace_everywhere(model: nn.Module, made: Mapping[Any, nn.Module]) -> None:
+    """Put modules in the place of others, under all their names.
+
+    Args:
+        model: not itself among those replaced.
+        made: by the module that each replaces.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in made:
+                setattr(parent, name, made[child])

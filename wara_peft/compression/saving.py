@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from ..disk.checkpoint import Checkpoint, read_json
 from ..disk.directory import written_at_once
 from ..disk.skeleton import Skeleton, keys_of_parameters
-from ..factorized import DictionaryLinear
+from ..factorized import DictionaryLinear, LowRankPlusSparseLinear
 from ..factorized.dictionary_linear import unpacked
+from ..factorized.low_rank_plus_sparse_linear import check_places
 from ..factorized.saved import FACTORIZED, describe, put_in_place
 from ..messages import first
 from .report import CompressionReport
@@ -247,6 +248,11 @@ def _check_values(base: Path, model: nn.Module) -> None:
         for parameter in layer.parameters():
             if not parameter.is_meta and not bool(parameter.isfinite().all()):
                 raise ValueError(f"{str(base)!r} is broken: {name!r} has values that are not finite.")
+        if isinstance(layer, LowRankPlusSparseLinear) and not layer.indices.is_meta:
+            try:
+                check_places(name, layer.indices, layer.nonzeros, layer.in_features * layer.out_features)
+            except ValueError as error:
+                raise ValueError(f"{str(base)!r} is broken: {error}") from error
         if isinstance(layer, DictionaryLinear) and not layer.support.is_meta:
             counts = unpacked(layer.support, layer.support.shape[1] * 8).sum(1)
             within = unpacked(layer.support, layer.atoms).sum(1)

@@ -2,5 +2,6 @@
 
 from .dictionary_linear import DictionaryLinear
 from .low_rank_linear import LowRankLinear, factorize_linear
+from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
 
-__all__ = ["DictionaryLinear", "LowRankLinear", "factorize_linear"]
+__all__ = ["DictionaryLinear", "LowRankLinear", "LowRankPlusSparseLinear", "factorize_linear"]

@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .dictionary_linear import DictionaryLinear
 from .low_rank_linear import LowRankLinear, linear_shape
+from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
 
-FACTORIZED = (LowRankLinear, DictionaryLinear)
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def put_in_place(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+class Kind(NamedTuple):
+    """How a kind of layer is told by its tensors, and made again.
+
+    Attributes:
+        parts: names of the tensors that it has in any case.
+        bias: the name of its bias.
+        make: from n, m, the shapes of its parts and whether there is a bias to a layer of such inner sizes.
+        sizes: the names of its inner sizes.
+    """
+
+    parts: frozenset[str]
+    bias: str
+    make: Callable[[int, int, Shapes, bool], nn.Module]
+    sizes: tuple[str, ...]
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    LowRankLinear: Kind(
+        frozenset({"down.weight", "up.weight"}),
+        "up.bias",
+        lambda n, m, shapes, bias: LowRankLinear(n, m, _size(shapes["down.weight"], 0), bias),
+        ("rank",),
+    ),
+    DictionaryLinear: Kind(
+        frozenset({"down.weight", "values", "support"}),
+        "bias",
+        lambda n, m, shapes, bias: DictionaryLinear(
+            n, m, _size(shapes["down.weight"], 0), _size(shapes["values"], 1), bias
+        ),
+        ("atoms", "nonzeros"),
+    ),
+    LowRankPlusSparseLinear: Kind(
+        frozenset({"down", "up", "values", "indices", "alpha"}),
+        "bias",
+        lambda n, m, shapes, bias: LowRankPlusSparseLinear(
+            n, m, _size(shapes["down"], 0), _size(shapes["values"], 0), bias=bias, seed=None
+        ),
+        ("rank", "nonzeros"),
+    ),
+}
+FACTORIZED = tuple(KINDS)
+
+
+def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
     """Replace linear layers, in place, by the factorised ones that a checkpoint has in their stead.
 
     Args:
@@ -46,40 +90,39 @@ def describe(model: nn.Module) -> dict[str, dict[str, object]]:
     """Kind and sizes of each factorised layer of a model, by name."""
     found: dict[str, dict[str, object]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, LowRankLinear):
-            found[name] = {"kind": "LowRankLinear", "rank": layer.rank}
-        elif isinstance(layer, DictionaryLinear):
-            found[name] = {"kind": "DictionaryLinear", "atoms": layer.atoms, "nonzeros": layer.nonzeros}
+        for kind, known in KINDS.items():
+            if isinstance(layer, kind):
+                found[name] = {"kind": kind.__name__, **{size: _plain(layer, size) for size in known.sizes}}
     return found
 
 
-def _of(
-    key: str, layer: nn.Linear | Conv1D, shapes: Mapping[str, tuple[int, ...]]
-) -> LowRankLinear | DictionaryLinear | None:
-    down = shapes.get(f"{key}.down.weight")
-    is_low_rank, is_dictionary = f"{key}.up.weight" in shapes, f"{key}.values" in shapes
-    if down is None or not (is_low_rank or is_dictionary):
+def _of(key: str, layer: nn.Linear | Conv1D, shapes: Shapes) -> nn.Module | None:
+    there = {part for known in KINDS.values() for part in known.parts if f"{key}.{part}" in shapes}
+    complete = [kind for kind, known in KINDS.items() if known.parts <= there]
+    if not complete:
         return None
-    if f"{key}.weight" in shapes or (is_low_rank and is_dictionary):
+    known = KINDS[complete[0]]
+    if len(complete) > 1 or f"{key}.weight" in shapes:
         raise ValueError(f"{key!r} has factors of several kinds in the checkpoint, or a dense weight beside them.")
     n, m = linear_shape(layer)
-    inner = down[0] if down else 0
-    expected: dict[str, tuple[int, ...]] = {f"{key}.down.weight": (inner, n)}
-    if is_low_rank:
-        bias = f"{key}.up.bias"
-        expected[f"{key}.up.weight"] = (m, inner)
-    else:
-        bias = f"{key}.bias"
-        nonzeros = shapes[f"{key}.values"][-1] if shapes[f"{key}.values"] else 0
-        expected |= {f"{key}.values": (m, nonzeros), f"{key}.support": (m, math.ceil(inner / 8))}
-    if bias in shapes:
-        expected[bias] = (m,)
-    for part, shape in expected.items():
-        if shapes.get(part) != shape:
+    own = {part: shapes[f"{key}.{part}"] for part in known.parts}
+    bias = f"{key}.{known.bias}" in shapes
+    try:
+        made = known.make(n, m, own, bias)
+    except ValueError as error:
+        raise ValueError(f"The checkpoint has factors of {key!r} that no layer has: {error}") from error
+    for part, tensor in made.state_dict().items():
+        if shapes.get(f"{key}.{part}") != tensor.shape:
             raise ValueError(
-                f"The checkpoint has {part!r} of shape {shapes.get(part)}, where a layer of {n} inputs and {m} "
-                f"outputs with the other factors of {key!r} needs {shape}."
+                f"The checkpoint has {f'{key}.{part}'!r} of shape {shapes.get(f'{key}.{part}')}, where a layer of {n} "
+                f"inputs and {m} outputs with the other factors of {key!r} needs {tuple(tensor.shape)}."
             )
-    if is_low_rank:
-        return LowRankLinear(n, m, inner, bias=bias in shapes)
-    return DictionaryLinear(n, m, inner, nonzeros, bias=bias in shapes)
+    return made
+
+
+def _size(shape: tuple[int, ...], axis: int) -> int:
+    return shape[axis] if axis < len(shape) else 0
+
+
+def _plain(layer: Any, size: str) -> int:
+    return int(getattr(layer, size))
