@@ -8,25 +8,25 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
-    (
-        "messages",
-        "kinds",
-        "field_types",
-        "registration",
-        "model_card",
-        "svd",
-        "calibration",
-        "moments",
-        "heatmaps",
-        "factorized",
-    ),
+    ("messages", "kinds", "field_types", "patterns", "registration", "model_card"),
+    ("svd", "calibration", "moments", "heatmaps", "bypassed"),
     ("wavelet", "factorized", "attention"),
-    ("forms", "lora_fields"),
+    ("forms",),
+    ("config_checks", "lora_fields"),
     ("config",),
-    ("layer", "conv", "embedding", "disk"),
-    ("components", "combine", "initialization", "rescaling"),
+    ("layer", "conv", "embedding", "experts", "disk"),
+    ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
     ("nested", "model"),
-    ("export", "lora_view", "checkpoint_callback", "inspection", "allocation", "compression"),
+    (
+        "diffusion",
+        "export",
+        "load_lora",
+        "lora_view",
+        "checkpoint_callback",
+        "inspection",
+        "allocation",
+        "compression",
+    ),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

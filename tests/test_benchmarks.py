@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,33 @@ def check_grid_step(result: dict[str, Any], _: dict[str, Any]) -> None:
     assert result["tokens"] == (224 // 16) ** 2 + 1
     assert (result["R"], result["blocks"], result["batch"]) == (16, 1, 1)
     check_ratios(result["methods"], "LoRA r=16", ["LoRA r=16", "WaRA grid", "WaRA grid, shared pair"])
+
+
+def check_experts_step(result: dict[str, Any], script: dict[str, Any]) -> None:
+    assert list(result["layers"]) == ["tiny", "64 experts"]
+    for found in result["layers"].values():
+        experts, hidden, inner = (found["sizes"][name] for name in ("experts", "hidden", "intermediate"))
+        assert found["weight_bytes"] == 4 * experts * hidden * 2 * inner
+        pairs = [(2 * inner, hidden), (hidden, inner)]
+        for implementation in ("grouped_mm", "eager"):
+            rows = found[implementation]
+            check_ratios(rows, "LoRA r=8", ["LoRA r=8", "LoRA r=16", "WaRA haar L1", "WaRA db4 L1"])
+            counts = {name: row["parameters"] for name, row in rows.items()}
+            for name, count in counts.items():
+                assert count == experts * sum(PARAMETERS[name](m, n) for m, n in pairs)
+            assert all(row["peak_bytes"] > 0 for row in rows.values())
+
+    class Doubled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1000))
+
+        def forward(self, input_ids: torch.Tensor) -> Any:
+            kept = self.weight * 2.0  # 4000 bytes; the square keeps them for backward
+            return SimpleNamespace(last_hidden_state=kept)
+
+    # kept, its square (4000), the gradients of the two and of the weight: 4 or 5 of 4000 bytes, and some scalars
+    assert 16_000 <= script["peak_bytes"](Doubled(), torch.zeros(1)) <= 20_500
 
 
 def check_injection_time(result: dict[str, Any], _: dict[str, Any]) -> None:
@@ -220,6 +248,7 @@ def check_transform_time(result: dict[str, Any], _: dict[str, Any]) -> None:
 # script: the options that make it small, and what its result must say
 SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], None]]] = {
     "decode": (SMOKE, check_decode),
+    "experts_step": (SMOKE, check_experts_step),
     "export_time": (SMOKE, check_export_time),
     "grid_step": (SMOKE, check_grid_step),
     "import_time": (["--processes", "1"], check_import_time),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import time
+import warnings
 
 import pytest
 import torch
 from huggingface_hub import metadata_load
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.other import get_pattern_key
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from wara_peft import WaRAConfig
 
@@ -74,6 +75,44 @@ def test_alpha_pattern():
     config = WaRAConfig(wara_alpha=8, alpha_pattern={"q": 2.5})
     assert (config.alpha_of("layer.q"), config.alpha_of("layer.k")) == (2.5, 8)
     assert WaRAConfig().alpha_of("q") is None
+
+
+class TestNumbersOfALora:
+    @pytest.mark.parametrize(
+        ("r", "alpha", "fields", "scale"),
+        [(16, 32, {}, "0.5"), (8, 8, {}, "0.25"), (8, 16.0, {"levels": 3, "wavelet": "db2"}, "0.2")],
+    )
+    def test_that_would_scale_otherwise_warn(self, r, alpha, fields, scale):
+        lora = rf"scales by {alpha / r:g}; WaRAConfig.from_lora\(LoraConfig\(r={r}, lora_alpha={alpha:g}\)\) keeps"
+        with pytest.warns(UserWarning, match=rf"with r={r} scales by {scale}, for R = .* {lora}"):
+            config = WaRAConfig(r=r, wara_alpha=alpha, **fields)
+        assert config.wara_alpha / config.total_rank == float(scale)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            WaRAConfig.from_lora(LoraConfig(r=r, lora_alpha=alpha), **fields)
+
+    def test_what_from_lora_works_out_does_not(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            config = WaRAConfig.from_lora(LoraConfig(r=16, lora_alpha=4))
+        assert (config.r, config.wara_alpha, config.total_rank) == (8, 8, 32)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"wara_alpha": 8},  # an r that was not set was not copied
+            {"r": 8, "wara_alpha": 24},
+            {"r": 8, "wara_alpha": 16, "form": "shared"},
+            {"r": 8, "wara_alpha": 16, "use_rslora": True},
+            {"r": 8, "wara_alpha": 16, "subband_ranks": {"ad1": 0, "da1": 0}},
+            {"r": 8, "wara_alpha": 8, "inference_mode": True},  # as saved ones are
+            {"r": 8, "wara_alpha": 8, "module_shapes": {"up": ["Linear", 4, 4]}},
+        ],
+    )
+    def test_others_do_not(self, fields):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            WaRAConfig(**fields)
 
 
 def test_every_field_survives_json(tmp_path):
@@ -212,7 +251,7 @@ def test_fields_of_one_form_survive_json(fields, tmp_path):
         ({"lora_dropout": 0.1}, TypeError, "'lora_dropout'; its name here is 'wara_dropout'"),
         ({"init_lora_weights": True}, TypeError, "'init_lora_weights'; its name here is 'init_weights'"),
         ({"fan_in_fan_out": True}, TypeError, "'fan_in_fan_out'; leave it out"),
-        ({"target_parameters": ["experts.weight"]}, TypeError, "WaRA adapts modules; .* use LoraConfig"),
+        ({"target_parameters": "experts.weight"}, TypeError, "target_parameters"),
         ({"no_such_field": 1}, TypeError, "unexpected keyword argument 'no_such_field'"),
         ({"target_modules": "q", "layers_to_transform": 1}, ValueError, "`layers_to_transform` cannot be used"),
         ({"target_modules": ["q"], "layers_pattern": "h"}, ValueError, "`layers_to_transform` must also be"),
@@ -322,3 +361,72 @@ class TestModelCard:
         tokens = torch.arange(1, 7)[None]
         with torch.no_grad():
             assert torch.equal(names["model"].eval()(tokens)[0], model(tokens)[0])
+
+
+class TestCommandLine:
+    """`HfArgumentParser`, as scripts and TRL's parser use it."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "fields"),
+        [
+            ([], {}),
+            (["--r", "2", "--wara_alpha", "5", "--use_rslora"], {"r": 2, "wara_alpha": 5.0, "use_rslora": True}),
+            (["--wavelet", "db2", "--levels=2", "--form", "subband"], {"wavelet": "db2", "levels": 2}),
+            (["--subband-ranks", '{"aa1": 8, "dd1": 0}'], {"subband_ranks": {"aa1": 8, "dd1": 0}}),
+            (
+                ["--rank_pattern", '{"q": 2, "k": {"dd1": 0}}', "--alpha_pattern", '{"q": 2.5}'],
+                {"rank_pattern": {"q": 2, "k": {"dd1": 0}}, "alpha_pattern": {"q": 2.5}},
+            ),
+            (["--init_weights", "False"], {"init_weights": False}),
+            (["--init_weights", "orthogonal"], {"init_weights": "orthogonal"}),
+            (["--form", "grid", "--grid_size", "[7, 5]"], {"form": "grid", "grid_size": (7, 5)}),
+            (["--form", "tiny", "--no_save_basis"], {"form": "tiny", "save_basis": False}),
+            (["--target_modules", "all-linear"], {"target_modules": "all-linear"}),
+            (["--target_modules", "[qv]_proj"], {"target_modules": "[qv]_proj"}),
+            (["--target_modules", '["q_proj", "v_proj"]'], {"target_modules": ["q_proj", "v_proj"]}),
+            (
+                ["--modules_to_save", "head", "norm", "--bias", "all"],
+                {"modules_to_save": ["head", "norm"], "bias": "all"},
+            ),
+            (
+                ["--target_modules", '["q"]', "--layers_to_transform", "0", "--layers_pattern", "h"],
+                {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"},
+            ),
+            (
+                ["--target_modules", '["q"]', "--layers_to_transform", "[0, 2]"],
+                {"target_modules": ["q"], "layers_to_transform": [0, 2]},
+            ),
+            (["--trainable_token_indices", "[1, 5]"], {"trainable_token_indices": [1, 5]}),
+            (["--trainable_token_indices", '{"wte": [2]}'], {"trainable_token_indices": {"wte": [2]}}),
+            (["--task_type", "CAUSAL_LM", "--revision", "12"], {"task_type": "CAUSAL_LM", "revision": "12"}),
+        ],
+    )
+    def test_it_is_the_config_of_the_same_values(self, arguments, fields):
+        (config,) = HfArgumentParser(WaRAConfig).parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        assert config.to_dict() == WaRAConfig(**fields).to_dict()
+
+    def test_help_and_bad_values(self, capsys):
+        parser = HfArgumentParser(WaRAConfig)
+        assert "--subband_ranks" in parser.format_help()
+        for arguments, error, message in [
+            (["--subband_ranks", "{'aa1': 8}"], TypeError, "must be a dict from strings to ints or None"),
+            (["--rank_pattern", "5"], TypeError, "rank_pattern=5 must be a dict from strings to ints or a dict"),
+            (["--layers_to_transform", '["a"]'], TypeError, r"must be a list of ints or an int or None"),
+        ]:
+            with pytest.raises(error, match=message):
+                parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        with pytest.raises(SystemExit):
+            parser.parse_args_into_dataclasses(["--init_weights", "gaussian"], look_for_args_file=False)
+        assert "invalid choice: 'gaussian'" in capsys.readouterr().err
+
+    def test_loras_config_is_not_taken(self):
+        with pytest.raises((TypeError, ValueError)):
+            HfArgumentParser(LoraConfig)
+
+    @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 10_000])
+    def test_strings_in_files_do_no_harm(self, value):
+        assert WaRAConfig(target_modules=value, init_weights=True).target_modules == value
+        with pytest.raises(TypeError, match="subband_ranks="):
+            WaRAConfig(subband_ranks=value)
+        with pytest.raises(TypeError, match="r='4' must be an int"):
+            WaRAConfig(r="4")

@@ -154,7 +154,7 @@ class TestWeightedAdapters:
     def test_cat_is_exact(self, others, tmp_path):
         model = self.with_twin()
         names, weights = ["default", *others], [0.7, -1.5, 2.0][: 1 + len(others)]
-        model.add_weighted_adapter(names, weights, "combined")
+        model.add_weighted_adapter(names, weights, "combined", "cat")
         deltas = {name: self.delta_of(model, name) for name in [*names, "combined"]}
         for layer_name, found in deltas["combined"].items():
             expected = sum(

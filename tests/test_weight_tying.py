@@ -214,7 +214,9 @@ def test_embeddings_tied_to_an_embedding(kind, tmp_path):
     torch.testing.assert_close(outputs(model.merge_and_unload()), outputs(dense), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("fields", [{}, {"combination_type": "svd", "svd_rank": 100}])  # more than ΔW's rank: exact
+@pytest.mark.parametrize(
+    "fields", [{"combination_type": "cat"}, {"combination_type": "svd", "svd_rank": 100}]
+)  # more than ΔW's rank: exact
 @pytest.mark.parametrize("order", [["default", "plain"], ["plain", "default"]])
 def test_combining_keeps_the_tie(order, fields):
     model = tied(FIELDS[0])

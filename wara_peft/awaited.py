@@ -76,7 +76,7 @@ def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
         ValueError: shapes differ.
     """
     different = [
-        f"{name!r} (saved {tuple(saved[name][1:3])}, here {tuple(shape[1:3])})"
+        f"{name!r} (saved {tuple(saved[name][1:])}, here {tuple(shape[1:])})"
         for name, shape in found.items()
         if saved.get(name, shape)[1:] != shape[1:]
     ]

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -89,10 +89,17 @@ Debug = Annotated[bool, typer.Option("--debug", help="On failure show the whole 
     {PROGRAM} export my-adapter my-lora --dtype bf16 --strict\n
     {PROGRAM} export my-adapter my-lora --rank 8\n
     {PROGRAM} export my-adapter my-lora --energy 0.99\n
-    {PROGRAM} export my-nested-adapter my-lora --prefix 8"""
+    {PROGRAM} export my-nested-adapter my-lora --prefix 8\n
+    {PROGRAM} export unet-adapter text-adapter my-lora --format diffusers"""
 )
 def export(
-    adapter: Adapter,
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER",
+            help="Directory of a saved WaRA adapter, or a Hub name; one a component for diffusers.",
+        ),
+    ],
     path: Out,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Best approximation of this rank; exact if left out.")
@@ -106,6 +113,16 @@ def export(
     ] = None,
     dtype: Dtype = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if engines cannot take all of the adapter.")] = False,
+    format: Annotated[
+        Literal["peft", "diffusers"], typer.Option(help="Whose files to write; diffusers' hold several adapters.")
+    ] = "peft",
+    component: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="unet, transformer, text_encoder...: which one ADAPTER is of, if its config does not say.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -114,25 +131,41 @@ def export(
         raise typer.BadParameter("give one of --rank, --energy and --prefix.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter(f"--energy {energy} is a share: more than 0, at most 1.")
+    if format == "peft" and (component or len(adapters) > 1):
+        raise typer.BadParameter("several adapters, and --component, are for --format diffusers.")
+    if component and len(component) != len(adapters):
+        raise typer.BadParameter(f"give --component once for each of the {len(adapters)} adapters, in their order.")
     with _failures_in_a_line(debug):
         from .disk.directory import written_at_once
-        from .export import convert, vllm_max_lora_rank, write_lora
+        from .export import convert, vllm_max_lora_rank, write_loras
 
-        source = _local(adapter)
+        sources = [_local(adapter) for adapter in adapters]
+        names: list[str | None] = [*component] if component else [None] * len(sources)
         kept = energy if rank is None else rank
-        with written_at_once(path, "replace" if overwrite else "refuse", inputs=[source]) as directory:
-            lora = convert(source, kept, prefix=prefix, dtype=dtype, strict=strict, track=_tracked("Exporting"))
-            write_lora(directory, lora.config, lora.state_dict)
-        config = lora.config
-        _say(f"Wrote {path}: LoRA of rank {config.r}, {len(config.target_modules or ())} modules.")
-        rounding = f", but for the rounding to {str(dtype).removeprefix('torch.')}" if lora.rounded else ""
-        if prefix is not None:
-            out.print(f"It is the first {prefix} components of each module{rounding}.")
-        elif kept is None:
-            out.print(f"It is exact{rounding}.")
-        else:
-            out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")
-        allowed = vllm_max_lora_rank(config.r)
+        to_format = partial(convert, rank=kept, prefix=prefix, dtype=dtype, strict=strict, format=format)
+        with written_at_once(path, "replace" if overwrite else "refuse", inputs=sources) as directory:
+            loras = [
+                to_format(source, component=name, track=_tracked("Exporting"))
+                for source, name in zip(sources, names, strict=True)
+            ]
+            write_loras(directory, loras)
+        for lora in loras:
+            of_component = f" of {lora.component}" if lora.component else ""
+            modules = len(lora.config.target_modules or ())
+            parameters = len(lora.config.target_parameters or ())
+            beside = f" and {parameters} parameters" if parameters else ""
+            _say(f"Wrote {path}: LoRA of rank {lora.config.r}, {modules} modules{beside}{of_component}.")
+            rounding = f", but for the rounding to {str(dtype).removeprefix('torch.')}" if lora.rounded else ""
+            if prefix is not None:
+                out.print(f"It is the first {prefix} components of each module{rounding}.")
+            elif kept is None:
+                out.print(f"It is exact{rounding}.")
+            else:
+                out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")
+        if format == "diffusers":
+            _say(f"Load it by pipeline.load_lora_weights({str(path)!r}).")
+            return
+        allowed = vllm_max_lora_rank(loras[0].config.r)
         if allowed is None:
             out.print("vLLM serves no LoRA of this rank: export with --rank 512 or less, or merge the adapter.")
         else:
@@ -364,7 +397,9 @@ def _local(path: Path, weights: bool = False) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*"]
+    patterns = (
+        ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*", "pytorch_lora_*"]
+    )
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=["*/*", "*.bin"]))
     except Exception as error:

@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from .config import WaRAConfig, exact_pattern, suffix_matches
+from .config import WaRAConfig
 from .forms import SUBBAND
 from .layer import WaRALayer
 from .lora_arithmetic import OF_DELTA_WEIGHTS, OF_FACTORS, combine_as_lora
+from .patterns import exact_pattern, suffix_matches
 from .wavelet import subbands
 
 COMBINATION_TYPES = ("cat", "linear", *OF_FACTORS, *OF_DELTA_WEIGHTS)
@@ -31,6 +32,8 @@ def combine(
 ) -> None:
     """Add the combination to the tuner; arguments and errors are those of `WaRAModel.add_weighted_adapter`."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
+    if len(adapters) == 1:  # of which "cat" is the exact multiple, of the same rank
+        combination_type = "cat"
     layers = {
         name: module
         for name, module in tuner.model.named_modules()
@@ -87,6 +90,11 @@ def _check(
             raise ValueError(f"Adapter {adapter!r} cannot be combined by {combination_type!r}: {reason}")
     for name, module in tuner.model.named_modules():
         if isinstance(module, WaRALayer):
+            if module.kind.is_parameter and any(adapter in module.wara_A for adapter in adapters):
+                raise ValueError(
+                    f"Adapters of bare parameters, as of {name!r}, cannot be combined. Merge one after the other "
+                    "(`merge_adapter([...])`), or activate several at once: `base_model.set_adapter([...])`."
+                )
             present = [adapter for adapter in adapters if adapter in module.wara_A]
             if 0 < sum(adapter in module.tied_to for adapter in present) < len(present):
                 raise ValueError(

@@ -38,13 +38,19 @@ def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
     """As `wara_config`, of an adapter whose components can be told apart.
 
     Raises:
-        ValueError: its subbands have no pairs of their own, or see `wara_config`.
+        ValueError: its subbands have no pairs of their own, it is of bare parameters, or see `wara_config`.
     """
     config = wara_config(model, adapter_name)
     if not config.form_object.keeps_subbands:
         raise ValueError(
             f"Adapter {adapter_name!r} is of form={config.form!r}, in which a subband has no pairs of its own that "
             "could be left out. Use form='subband'."
+        )
+    parameters = [repr(name) for name, layer in layers_of(model, adapter_name).items() if layer.kind.is_parameter]
+    if parameters:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is of bare parameters, such as {parameters[0]}, all experts of which have one "
+            "rank. Choose ranks beforehand by `r` and `rank_pattern`, or leave parameters out of `target_parameters`."
         )
     return config
 

@@ -29,6 +29,7 @@ class ModuleReport:
         lora_parameters: numbers in the LoRA of rank R that it exports to; None for `form="grid"`, which is none.
         energy: for each subband ‖scaling · B_s A_s‖², the squared Frobenius norm of its coefficients. They add up to
             ‖ΔW‖² where 2^L divides both lengths and `aa0` has no rank.
+        experts: number of experts of a stack of matrices, each of which has these ranks; 0 for all else.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ModuleReport:
     parameters: int
     lora_parameters: int | None
     energy: dict[str, float]
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,28 +140,32 @@ def inspect_adapter(adapter: SavedAdapter, track: Track = untracked) -> AdapterR
 
 def _inspect_module(adapter: SavedAdapter, name: str) -> ModuleReport:
     shape, coefficients = adapter.modules[name], adapter.coefficients(name)
-    kernel = math.prod(next(iter(coefficients.values()))[0].shape[2:])
+    kernel = 1 if shape.experts else math.prod(next(iter(coefficients.values()))[0].shape[2:])
     rank = adapter.rank(name)
+    lora_parameters = rank * (shape.groups**2 * shape.in_features * kernel + shape.out_features)
     return ModuleReport(
         name=name,
         kind=shape.kind.name,
         out_features=shape.out_features,
         in_features=shape.in_features,
         groups=shape.groups,
-        ranks={band: len(rows) for band, (rows, _) in coefficients.items()},
+        ranks={band: columns.shape[-1] for band, (_, columns) in coefficients.items()},
         rank=rank * shape.groups,
         parameters=adapter.parameters(name),
-        lora_parameters=None
-        if not adapter.config.form_object.has_delta_weight
-        else rank * (shape.groups**2 * shape.in_features * kernel + shape.out_features),
+        lora_parameters=lora_parameters * max(shape.experts, 1)
+        if adapter.config.form_object.has_delta_weight
+        else None,
         energy={band: _energy(*pair) for band, pair in coefficients.items()},
+        experts=shape.experts,
     )
 
 
 def _energy(rows: Tensor, columns: Tensor) -> float:
-    """‖B_s A_s‖² = ⟨B_sᵀ B_s, A_s A_sᵀ⟩, from two r × r matrices."""
-    rows, columns = rows.double().flatten(1), columns.double()
-    return float(((columns.T @ columns) * (rows @ rows.T)).sum())
+    """‖B_s A_s‖² = ⟨B_sᵀ B_s, A_s A_sᵀ⟩, from two r × r matrices; of experts the sum over all of them."""
+    rows, columns = rows.double(), columns.double()
+    if columns.ndim == 2:
+        rows = rows.flatten(1)
+    return float(((columns.mT @ columns) * (rows @ rows.mT)).sum())
 
 
 def _shares(sums: dict[str, float]) -> dict[str, float]:

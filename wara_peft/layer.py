@@ -104,10 +104,12 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        # The model has refused layers whose features are unknown.
-        features = cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
-        self.in_features, self.out_features = features
+        self.in_features, self.out_features = self._base_features()
         self.update_layer(adapter_name, config, module_name, tied_to, context)
+
+    def _base_features(self) -> tuple[int, int]:
+        """in_features and out_features; the model has refused layers of which they are unknown."""
+        return cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
 
     @property
     def kind(self) -> Kind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -59,6 +60,8 @@ def combine_as_lora(
     names = [f"adapter{index}" for index in range(len(adapters))]  # free of what PEFT refuses in a LoRA's name
     loras = [_lora(model, adapter, places) for adapter in adapters]
     _check_ranks(adapters, [config for config, _ in loras], combination_type)
+    if combination_type in OF_DELTA_WEIGHTS:
+        _check_sides(layers, options["svd_rank"] or max(config.r for config, _ in loras), combination_type)
     gpus = {value.device for _, tensors in loras for value in tensors.values() if value.is_cuda}
     with torch.random.fork_rng(gpus):  # the values that LoRA's initialisation draws are replaced
         host = nn.ModuleList([_stand_in(layer, _some(loras, places[name])) for name, layer in layers.items()])
@@ -138,4 +141,19 @@ def _check_ranks(adapters: Sequence[str], configs: Sequence[LoraConfig], combina
         raise ValueError(
             f"combination_type={combination_type!r} needs adapters of one rank R, but {ranks}. Use "
             f"'{combination_type}_svd', which takes any."
+        )
+
+
+def _check_sides(layers: Mapping[str, WaRALayer], rank: int, combination_type: str) -> None:
+    """PEFT gives a convolution the factors of all ranks, also where its ΔW has fewer."""
+    sides = {
+        name: min(layer.shape.out_features, layer.shape.in_features * math.prod(layer.shape.kernel))
+        for name, layer in layers.items()
+        if layer.kind.kernel_dimensions
+    }
+    smaller = [f"{name!r} (at most {side})" for name, side in sides.items() if side < rank]
+    if smaller:
+        raise ValueError(
+            f"PEFT's combination_type={combination_type!r} does not take rank {rank} for convolutions such as "
+            f"{first(smaller)}. Give a lower `svd_rank`, or use 'cat', which is exact."
         )

@@ -20,7 +20,8 @@ class LoraModule:
     Attributes:
         name: of the adapted module.
         update: its ΔW.
-        pairs: for each group of a convolution, or once, the factors (rank, n · kernel) and (m / groups, rank).
+        pairs: for each group of a convolution, for each expert, or once, the factors (rank, n · kernel) and
+            (m / groups, rank).
         lost, whole: ‖ΔW − B A‖² and ‖ΔW‖²; of an exact one the second is not computed, and zero too.
     """
 
@@ -58,21 +59,25 @@ class LoraModule:
         """PEFT's LoRA parameters of this module, filled up with zeros to that rank.
 
         In a grouped convolution LoRA's A sees all in channels and its B is grouped: each group gets its share of the
-        rank, and rows of A that are zero on the other groups' channels.
+        rank, and rows of A that are zero on the other groups' channels. Of experts it has (experts · rank, n) and
+        (m, rank · experts).
 
         Raises:
             ValueError: a value is too large for `dtype`.
         """
         update = self.update
-        share, channels = rank // update.groups, update.factor_a.shape[1]
+        share, channels = rank // update.groups, self.pairs[0][0].shape[1] // math.prod(update.kernel)
         padded_a, padded_b = [], []
         for group, (factor_a, factor_b) in enumerate(self.pairs):
             missing = share - len(factor_a)
             rows = F.pad(factor_a, (0, 0, 0, missing)).view(share, channels, *update.kernel)
-            around = (group * channels, (update.groups - 1 - group) * channels)
+            before = 0 if update.kind.has_experts else group * channels
+            around = (before, (update.groups - 1) * channels - before)
             padded_a.append(F.pad(rows, (*(0 for _ in update.kernel for _ in range(2)), *around)))
             padded_b.append(F.pad(factor_b, (0, missing)))
         lora_a, lora_b = torch.cat(padded_a), torch.cat(padded_b)
+        if update.kind.has_experts:  # LoRA's columns of B are all experts' first ones, then all their second ones, …
+            lora_b = torch.stack(padded_b, dim=2).flatten(1)
         name_a, name_b = update.kind.lora_names
         named = {name_a: lora_a, name_b: lora_b.view(*lora_b.shape, *(1 for _ in update.kernel))}
         rounded = {key: value.to(update.factor_a.device, dtype).contiguous() for key, value in named.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .adapter_source import adapter_source
 from .disk.contents import PEFT_PREFIX
 from .disk.directory import written_at_once
-from .export import to_lora, write_lora
+from .export import lora_name, to_lora, write_lora
 from .layer import WaRALayer
 from .lora_module import LoraModule
 
@@ -44,7 +44,7 @@ class LoraView:
         for name, module in model.named_modules():
             name = name.removeprefix(PEFT_PREFIX)
             if name in source.kinds and isinstance(module, WaRALayer):
-                keys = [f"{PEFT_PREFIX}{name}.{key}" for key in source.kinds[name].lora_names]
+                keys = [f"{PEFT_PREFIX}{lora_name(source, name)}.{key}" for key in source.kinds[name].lora_names]
                 own = {key: tensors[key] for key in keys}
                 self._places[name] = _Place(module, module.total_rank(adapter_name), own)
 
@@ -79,7 +79,7 @@ class LoraView:
 
     def _write(self, name: str, place: _Place) -> None:
         layer, (lora_a, lora_b) = place.layer, place.tensors.values()
-        if layer.kind.kernel_dimensions:  # whose groups have shares of A and B, see LoraModule
+        if layer.kind.kernel_dimensions or layer.kind.is_parameter:  # groups and experts lie apart, see LoraModule
             update = layer.low_rank_update(self._adapter_name)
             values = LoraModule.of(name, update, None).tensors(self.config.r, lora_a.dtype)
             for target, value in zip((lora_a, lora_b), values.values(), strict=True):

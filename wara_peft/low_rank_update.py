@@ -63,6 +63,30 @@ class LowRankUpdate:
         return [decompose(*pair) for pair in self.pairs()]
 
 
+class ExpertsUpdate(LowRankUpdate):
+    """ΔW_e = B̂_e Â_e of each expert e: Â of shape (experts, R, n), scaling · B̂ of shape (experts, m, R)."""
+
+    @property
+    def rank(self) -> int:
+        """R of each expert."""
+        return self.factor_a.shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return ()
+
+    def of_expert(self, expert: int) -> LowRankUpdate:
+        """ΔW of one expert."""
+        return LowRankUpdate(self.kind, self.factor_a[expert], self.factor_b[expert])
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.stack([self.of_expert(expert).dense(dtype) for expert in range(len(self.factor_a))])
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """For each expert Â_e, (R, n), and B̂_e, (m, R)."""
+        return list(zip(self.factor_a, self.factor_b, strict=True))
+
+
 @dataclass(frozen=True)
 class Decomposition:
     """ΔW = left · diag(values) · right, in float64 on the CPU: (m, k), (k,) in descending order, (k, n)."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -18,30 +20,40 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
 
 from .awaited import AwaitedAdapter
+from .bare_parameters import (
+    NamedParameter,
+    check_parameters,
+    named_parameters,
+    original,
+    projections,
+    use_loras_targets,
+)
+from .bypassed import check_called, keep_called, let_go
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
-from .forms import Target, one_call
-from .kinds import LINEAR, ModuleShape, kind_of
+from .experts import AdaptedModule, ParameterLayer
+from .forms import Target, one_call, watch_no_more
+from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
+from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_ranks
+from .targets import check_adapter_name, check_ranks, targeted_names, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
-    " and `transformers.pytorch_utils.Conv1D`"
+    ", `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
 )
 
 
@@ -56,9 +68,9 @@ class WaRAModel(BaseTuner):
 
     Raises:
         TypeError: a target module is of a kind that WaRA does not adapt.
-        ValueError: the adapter's name is reserved, no module matches, or a module is left without any rank. All of
-            this is found before the first module is replaced. A saved adapter that was made for modules of other
-            shapes is refused when its file is loaded, and then removed again.
+        ValueError: the adapter's name is reserved, no module matches, or a module is never called or left without any
+            rank. All of this is found before the first module is replaced. A saved adapter that was made for modules
+            of other shapes is refused when its file is loaded, and then removed again.
 
     Attributes:
         peft_config: the tuner's own copy of each adapter's config, on which it writes what it finds out; the object
@@ -83,7 +95,10 @@ class WaRAModel(BaseTuner):
         try:
             check_adapter_name(adapter_name)
             self.peft_config[adapter_name] = copy.deepcopy(given)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                # PEFT looks for the patterns' matches among modules alone; `warn_of_unmatched` says the same of all.
+                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
@@ -97,11 +112,14 @@ class WaRAModel(BaseTuner):
             for name, module in model.named_modules()
             if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
         }
+        named = targeted_names(given) if given.module_shapes is None else ()
+        warn_of_unmatched(config, named, [name for name, _ in model.named_modules()])
         if given.module_shapes is not None:
             awaited = AwaitedAdapter(given, trained)
             awaited.warn_if_another(config)
             self._awaited = {**self._awaited, adapter_name: awaited}
         keep_ties_in_replicas(model)
+        keep_called(model)
         if config.rank_penalty and add_penalty not in model._forward_hooks.values():
             model.register_forward_hook(add_penalty)
 
@@ -131,24 +149,24 @@ class WaRAModel(BaseTuner):
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
         targets = {
-            name: Target(_shape(base), partial(self._base_weight, peft_config, name, base))
+            name: Target(shape_of(base), partial(self._base_weight, peft_config, name, base))
             for name, base in self._checked_bases(peft_config, model).items()
         }
         peft_config.form_object.check_targets(peft_config, model, targets)
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
-        """The modules that the config would adapt, by name, found and checked as when it adapts them.
+        """The modules, and bare parameters, that the config would adapt, by name, found and checked as when it does.
 
         Raises:
             TypeError: one is of a kind that WaRA does not adapt.
-            ValueError: one has no rank, or PEFT has no default targets for this model.
+            ValueError: one has no rank or is never called, or PEFT has no default targets for this model.
         """
         tuner = cls.__new__(cls)  # which is not initialised, for that would inject
         nn.Module.__init__(tuner)
         tuner.model = model
         resolved = tuner._prepare_adapter_config(copy.deepcopy(config), cls.get_model_config(model))
-        return tuner._checked_bases(cast(WaRAConfig, resolved), model)
+        return tuner._checked_bases(resolved, model)
 
     def _checked_bases(self, peft_config: WaRAConfig, model: nn.Module) -> dict[str, nn.Module]:
         """The base layers that are to be adapted, by name; they are of kinds that can be."""
@@ -157,7 +175,13 @@ class WaRAModel(BaseTuner):
         bases: dict[str, nn.Module] = {}
         unsupported = []
         only_linear = form.linear_only or not isinstance(peft_config.init_weights, bool)
-        for name, module in self._targets(peft_config, model):
+        parameters: list[NamedParameter] = []
+        targets = dict(self._targets(peft_config, model))
+        for name, module in targets.items():
+            of_attention = projections(name, module)
+            if of_attention:
+                parameters += of_attention
+                continue
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             layer_class = self._layer_class(base)
             if layer_class is None or (only_linear and layer_class is not Linear):
@@ -172,6 +196,10 @@ class WaRAModel(BaseTuner):
                 f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
+        check_called(model, bases)
+        parameters += named_parameters(peft_config, model)
+        check_parameters(peft_config, parameters, bases)
+        bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
         check_ranks(peft_config, bases)
         return bases
 
@@ -205,6 +233,42 @@ class WaRAModel(BaseTuner):
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
+    def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
+        """As PEFT resolves targets, and in the experts of a mixture as it does for LoRA."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            default = self.target_module_mapping.get(model_config["model_type"], ())
+            peft_config.target_modules = default if isinstance(default, str) else list(default)
+        super()._prepare_adapter_config(peft_config, model_config)
+        use_loras_targets(peft_config, self.model)
+        return peft_config
+
+    def _inject_parameters(  # type: ignore[override]
+        self, peft_config: WaRAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the parameters that the config names, which `_prepare_model` has checked."""
+        found = list(named_parameters(peft_config, model))
+        for parameter in found:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt_parameter(peft_config, adapter_name, model, parameter)
+        return [parameter.full_name for parameter in found]
+
+    def _adapt_parameter(
+        self, config: WaRAConfig, adapter_name: str, model: nn.Module, parameter: NamedParameter
+    ) -> None:
+        module = model.get_submodule(parameter.module_name)
+        if not isinstance(module, AdaptedModule):
+            parent, _, child_name = parameter.module_name.rpartition(".")
+            module = AdaptedModule(module)
+            setattr(model.get_submodule(parent), child_name, module)
+        layer = module.layers.get(parameter.child_name)
+        if layer is not None:
+            layer.update_layer(adapter_name, config, parameter.full_name)
+            return
+        layer = ParameterLayer(parameter.bare, adapter_name, parameter.full_name, config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        setattr(module, parameter.child_name, layer)
+
     def _create_and_replace(  # type: ignore[override]  # only WaRA's configs come here
         self,
         peft_config: WaRAConfig,
@@ -215,6 +279,10 @@ class WaRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(original(target), nn.MultiheadAttention):
+            for parameter in projections(current_key, target):
+                self._adapt_parameter(peft_config, adapter_name, self.model, parameter)
+            return
         tied_to = None
         if self._check_tied_module_exists(peft_config, current_key):
             tied_to = cast(WaRALayer, self.model.get_input_embeddings())
@@ -268,7 +336,7 @@ class WaRAModel(BaseTuner):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: str = "cat",
+        combination_type: str = "svd",
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
         svd_full_matrices: bool = False,
@@ -276,19 +344,20 @@ class WaRAModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: Literal["total", "frequency"] = "total",
     ) -> None:
-        """Add an adapter that combines others, with ΔW = Σ_i weights[i] ΔW_i for "cat".
+        """Add an adapter that combines others; by default the best approximation of Σ_i weights[i] ΔW_i of their rank.
 
         Args:
-            adapters: names of the adapters to combine.
+            adapters: names of the adapters to combine. A single one is scaled, exactly, whatever the type.
             weights: a weight for each, negative ones included.
             adapter_name: name of the new adapter, which is not activated.
-            combination_type: "cat" is exact and adds up the ranks; adapters that share wavelet, levels and form
-                `subband` keep their subbands, others meet as rows of the undecomposed matrix `aa0`. "linear" adds up
-                the factors, Σ ±√(|weight| scaling) A_i and Σ √(|weight| scaling) B_i, as in LoRA, which needs equal
-                layouts, keeps the rank and is not ΔW's sum. All others of LoRA ("svd", "ties", "ties_svd",
-                "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
-                "magnitude_prune_svd") are PEFT's own, computed on the adapters as exact LoRAs; the result lies in
-                `aa0`. Modules that an adapter trains in full (`modules_to_save`) are not part of the combination.
+            combination_type: "svd", LoRA's default, keeps the rank. "cat" is exact and adds up the ranks; adapters
+                that share wavelet, levels and form `subband` keep their subbands, others meet as rows of the
+                undecomposed matrix `aa0`. "linear" adds up the factors, Σ ±√(|weight| scaling) A_i and
+                Σ √(|weight| scaling) B_i, as in LoRA, which needs equal layouts, keeps the rank and is not ΔW's sum.
+                "svd" and all others of LoRA ("ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
+                "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd") are PEFT's own, computed on the adapters as
+                exact LoRAs; the result lies in `aa0`. Modules that an adapter trains in full (`modules_to_save`) are
+                not part of the combination.
             svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: of PEFT's types, as in
                 `LoraModel.add_weighted_adapter`; without `svd_rank` the largest R. Full matrices, the default there,
                 give the same ΔW, take longer, and fail in PEFT where the rank is larger than a side of the weight.
@@ -318,6 +387,18 @@ class WaRAModel(BaseTuner):
         """
         set_rank(self, adapter_name, rank)
 
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Refuse `save_pretrained(path_initial_model_for_weight_conversion=…)`, which PEFT has for PiSSA and its kind.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for adapters that change the base weights when they are "
+            "made; WaRA's leave them as they are, so there is nothing to convert: save without it."
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample of the batch, to all adapter layers during a forward or generate.
@@ -325,37 +406,12 @@ class WaRAModel(BaseTuner):
         Within one generate, whose weights do not change, factors are synthesised twice at most.
 
         Raises:
-            ValueError: the model is training, or no layer has an adapter of one of these names.
+            ValueError: the model is training, no layer has an adapter of one of these names, or bare parameters are
+                adapted.
         """
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
-            with one_call(self):
-                yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, WaRALayer)]
-        known = {"__base__"}.union(*(layer.wara_A.keys() for layer in layers))
-        unknown = sorted(set(adapter_names) - known)
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        # Beam search repeats each sample, except in the encoder, which runs before.
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        encoder = getattr(self.model, "get_encoder", lambda: None)()
-        in_encoder = set() if encoder in (None, self.model) else set(encoder.modules())
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, (WaRALayer, AuxiliaryTrainingWrapper)):
-                    names = list(adapter_names) if module in in_encoder else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            with one_call(self):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        names = kwargs.get("adapter_names")
+        with one_call(self) if names is None else mixed_batch(self, names, kwargs.get("num_beams") or 1):
+            yield
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -402,17 +458,15 @@ class WaRAModel(BaseTuner):
             )
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
+        let_go(self.model)
+        watch_no_more(self.model)
         return unloaded
 
 
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _shape(base_layer: nn.Module) -> ModuleShape:
+def shape_of(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
+    if isinstance(base_layer, BareParameter):
+        return base_layer.module_shape
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
-    groups = int(getattr(base_layer, "groups", 1))
-    return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups)
+    groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
+    return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups, tuple(kernel))

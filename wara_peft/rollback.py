@@ -10,6 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .experts import AdaptedModule, ParameterLayer
+
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
@@ -19,7 +21,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper, AdaptedModule))
     ]
     try:
         yield
@@ -43,7 +45,8 @@ class _LayerState:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.merged_adapters = list(layer.merged_adapters)
-        self.inner, self.base_layer = layer.base_layer, layer.get_base_layer()
+        self.inner = layer.base_layer
+        self.base_layer = layer.bare.owner if isinstance(layer, ParameterLayer) else layer.get_base_layer()
         self.parameters = {
             name: (parameter, parameter.data if parameter.device.type in ("cpu", "meta") else parameter.data.cpu())
             for name, parameter in self.base_layer.named_parameters(recurse=False)

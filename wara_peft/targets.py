@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 
 from .config import WaRAConfig
+from .lora_fields import BOTH
 from .messages import first
+from .patterns import value_for
 
 
 def check_adapter_name(adapter_name: str) -> None:
@@ -34,3 +37,40 @@ def check_ranks(config: WaRAConfig, names: Iterable[str]) -> None:
             f"rank_pattern leaves every subband out in module {first(empty)}. Give at least one a rank, or leave the "
             "module out with `exclude_modules`."
         )
+
+
+def warn_of_unmatched(config: WaRAConfig, named: Iterable[str], modules: Iterable[str]) -> None:
+    """Warn of names and patterns that match nothing: PEFT does so where none matches, and of patterns for modules.
+
+    Args:
+        config: the config, resolved for the model.
+        named: names that its user has given as `target_modules` or `target_parameters`.
+        modules: names of all modules of the model, adapted parameters included.
+    """
+    still_named = targeted_names(config) & set(named)
+    matched = {name for name in still_named if any(f".{module}".endswith(f".{name}") for module in modules)}
+    if still_named - matched:
+        warnings.warn(
+            f"Nothing in the model is called {first([repr(name) for name in sorted(still_named - matched)])}, which "
+            "target_modules or target_parameters names; only the other names are adapted.",
+            RuntimeWarning,
+        )
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field_name)
+        unmatched = [
+            pattern
+            for pattern in sorted(patterns)
+            if not pattern.startswith(BOTH)
+            and not any(value_for(name, field_name, {pattern: True}, False) for name in config.module_shapes or {})
+        ]
+        if unmatched:
+            warnings.warn(
+                f"The following {field_name} keys did not match any targeted module and were ignored: {unmatched}.",
+                RuntimeWarning,
+            )
+
+
+def targeted_names(config: WaRAConfig) -> set[str]:
+    """The names, in place of a pattern, that a config has for modules and parameters."""
+    modules = config.target_modules
+    return {*(() if modules is None or isinstance(modules, str) else modules), *(config.target_parameters or ())}

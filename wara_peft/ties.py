@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .kinds import BareParameter
 from .layer import WaRALayer
 from .messages import first
 
@@ -47,16 +48,20 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
         ValueError: the weight of such a module is tied to that of one that does not have the same adapters.
     """
     users: dict[int, list[str]] = {}
+    names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
+        names[module] = name.removesuffix(".base_layer")
         for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+            users.setdefault(id(parameter), []).append(names[module])
     layers = {name: module for name, module in model.named_modules() if name in merged}
     for name, layer in layers.items():
-        weight = getattr(layer.get_base_layer(), "weight", None)
+        base = layer.get_base_layer()
+        weight = getattr(base, "weight", None)
+        own = names[base.owner] if isinstance(base, BareParameter) else name  # the module that has the weight
         others = [
             repr(other)
             for other in users.get(id(weight), [])
-            if other != name
+            if other != own
             and not other.endswith(".original_module")  # whose place a trained copy has taken
             and not (other in layers and _share_adapters(layer, layers[other], merged[name]))
         ]

@@ -265,7 +265,7 @@ class TestSaving:
         model.add_adapter("other", other)
         with pytest.raises(ValueError, match=r"by 'linear': those factors of form='tiny' are fixed. Use 'cat'"):
             model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", combination_type="linear")
-        model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
+        model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum", "cat")
         up = model.base_model.model.up
         expected = 0.5 * up.get_delta_weight("default") - 2.0 * up.get_delta_weight("other")
         torch.testing.assert_close(up.get_delta_weight("sum"), expected, atol=1e-5, rtol=1e-5)

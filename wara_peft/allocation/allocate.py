@@ -22,10 +22,11 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 from ..calibration import LossFunction, evaluating, frozen, groups_within
-from ..config import WaRAConfig, value_for
+from ..config import WaRAConfig
 from ..kinds import kind_of
 from ..messages import first
 from ..model import WaRAModel
+from ..patterns import value_for
 from ..quantization import keep_unpacked
 from ..wavelet import Subband, subbands
 from .blocks import Spectrum, of_gradient, of_inputs
@@ -196,7 +197,7 @@ def _targets(model: nn.Module, config: WaRAConfig, min_rank: Ranks, max_rank: Ra
     if others:
         raise TypeError(
             f"Ranks are allocated to linear layers alone, and {first(others)} is none. Leave it out of "
-            "`target_modules`, or put it into `exclude_modules`."
+            "`target_modules` and `target_parameters`, or put it into `exclude_modules`."
         )
     targets = {}
     for name, base in bases.items():

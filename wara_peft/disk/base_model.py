@@ -14,9 +14,11 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, match_target_against_key
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..config import WaRAConfig, suffix_matches
+from ..config import WaRAConfig
+from ..kinds import loras_targets
 from ..layer import WaRALayer
 from ..messages import first
+from ..patterns import suffix_matches
 from .adapter import SavedAdapter
 from .checkpoint import Checkpoint
 from .contents import PEFT_INTERNAL, PEFT_PREFIX, parameter_of
@@ -114,9 +116,11 @@ class AdaptedModel:
         targets = config.target_modules if ties and not isinstance(config.target_modules, str) else None
         # By its names of embeddings, which may be those of tied layers alone, PEFT knows that it has something to tie.
         embeddings = [name for name in targets or () if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        modules, parameters = loras_targets({name: shape.kind for name, shape in saved.modules.items()})
         small = WaRAConfig(
             r=1,
-            target_modules=[*saved.modules, *embeddings],
+            target_modules=[*modules, *embeddings],
+            target_parameters=parameters or None,
             exclude_modules=suffix_matches(saved.modules, names),
             bias=config.bias,
             modules_to_save=copy.copy(config.modules_to_save),
@@ -149,7 +153,9 @@ def _may_tie(config: WaRAConfig) -> bool:
 def _owned(wrapped: nn.Module) -> Iterator[str]:
     for name, module in wrapped.named_modules():
         inner = name.removeprefix(PEFT_PREFIX)
-        if isinstance(module, (WaRALayer, TrainableTokensWrapper)):
+        if isinstance(module, WaRALayer):
+            yield module.shape.parameter_of(inner)
+        elif isinstance(module, TrainableTokensWrapper):
             yield f"{inner}.weight"
         elif isinstance(module, ModulesToSaveWrapper):
             yield from (f"{inner}.{key}" for key in module.original_module.state_dict())

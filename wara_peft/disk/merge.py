@@ -120,7 +120,8 @@ class _Plan:
             self._place(change, [keys_of.get(name, []) for name in self._tied_to(change.parameter)])
 
     def _changes_by_parameter(self) -> dict[str, _Change]:
-        changes = {f"{name}.weight": _Change(f"{name}.weight", name) for name in self.saved.modules}
+        parameters = {name: shape.parameter_of(name) for name, shape in self.saved.modules.items()}
+        changes = {parameter: _Change(parameter, name) for name, parameter in parameters.items()}
         for key in self.saved.others:
             if not PEFT_INTERNAL.search(key):
                 name = parameter_of(key)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..kinds import ModuleShape
 from ..messages import first
 from ..wavelet import Subband, max_useful_level, subbands
+from .experts import ExpertsFactor
 from .factors import SubbandFactor
 
 Parts = Mapping[str, Any]
@@ -62,6 +63,7 @@ class Form:
         name: the form's name in the config.
         own_fields: fields of the config that have a meaning in this form alone.
         linear_only: whether it adapts linear layers alone.
+        adapts_parameters: whether it adapts bare parameters, such as the weights of experts.
         factors_are_parts: whether the parts `wara_A` and `wara_B` are what hands out Â and B̂, as they stand.
         has_delta_weight: whether the adapter is a change of the layer's weight.
         initialisations: values of `init_weights` beside True and False.
@@ -72,6 +74,7 @@ class Form:
     name: str
     own_fields: tuple[str, ...] = ()
     linear_only = False
+    adapts_parameters = False
     factors_are_parts = True
     has_delta_weight = True
     initialisations: tuple[str, ...] = ()
@@ -147,9 +150,9 @@ class Form:
 
         Then ‖row of Â‖² is about 1/3, as in LoRA, and ΔW = 0.
         """
-        for rows in parts["wara_A"].parameters():
+        for rows in _to_fill(parts["wara_A"]):
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
-        for columns in parts["wara_B"].parameters():
+        for columns in _to_fill(parts["wara_B"]):
             if init_weights:
                 nn.init.zeros_(columns)
             else:
@@ -206,6 +209,12 @@ class Form:
                 part.load_state_dict(own, assign=True)
         bare = {name: nn.Parameter(tensors[name]) for name, part in parts.items() if isinstance(part, nn.Parameter)}
         return {**parts, **bare}
+
+
+def _to_fill(factor: nn.Module) -> list[Tensor]:
+    """The values of a factor's parameters, to be drawn in place: those of all experts as rows of one matrix."""
+    values = [parameter.detach() for parameter in factor.parameters()]
+    return [value.flatten(0, 1) for value in values] if isinstance(factor, ExpertsFactor) else values
 
 
 def warn_about_levels(settings: Settings, axes: Mapping[str, Mapping[str, int]]) -> None:

@@ -87,6 +87,11 @@ class SubbandFactor(nn.Module):
         return tuple(self.ranks)
 
     @property
+    def rank_dim(self) -> int:
+        """Dimension of the parameters along which their rows, or columns, are counted."""
+        return 1 - self.dim
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
@@ -104,7 +109,7 @@ class SubbandFactor(nn.Module):
         """View of one subband's part of a tensor that is shaped as its level's parameter."""
         before = [band.name for band in self._bands_of[int(name[2:])]]
         start = sum(self.ranks.get(other, 0) for other in before[: before.index(name)])
-        return rows.narrow(1 - self.dim, start, self.ranks[name])
+        return rows.narrow(self.rank_dim, start, self.ranks[name])
 
     def _rows(self, level: int) -> Tensor:
         """All rows of a level that has ranks."""

@@ -32,6 +32,7 @@ class SharedForm(SubbandForm):
     initialisations: tuple[str, ...] = ()
     keeps_subbands = False
     own_fields: tuple[str, ...] = ()
+    adapts_parameters = False
     factor = SharedFactor
 
     def check(self, settings: Settings) -> None:

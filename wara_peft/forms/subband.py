@@ -9,6 +9,7 @@ from torch import nn
 
 from ..kinds import ModuleShape
 from .base import Form, Parts, Settings
+from .experts import ExpertsFactor
 from .factors import IN_DIM, OUT_DIM, SubbandFactor
 from .ordered import OrderedFactor, turns_of
 
@@ -20,6 +21,7 @@ class SubbandForm(Form):
     initialisations: tuple[str, ...] = ("orthogonal", "activation")
     keeps_subbands = True
     own_fields: tuple[str, ...] = ("ordered_dropout", "component_order", "rank_penalty")
+    adapts_parameters = True
     factor: type[SubbandFactor] = SubbandFactor
 
     def check(self, settings: Settings) -> None:
@@ -40,6 +42,12 @@ class SubbandForm(Form):
         self, settings: Settings, module_name: str, shape: ModuleShape, ranks: Mapping[str, int], context: Any = None
     ) -> Parts:
         out, in_ = shape.lengths
+        if shape.experts:
+            sides = (("wara_A", in_, IN_DIM), ("wara_B", out, OUT_DIM))
+            return {
+                part: ExpertsFactor(settings.wavelet, settings.levels, length, ranks, dim, shape.experts)
+                for part, length, dim in sides
+            }
         of_a = (settings.wavelet, settings.levels, in_, ranks, IN_DIM, shape.kernel)
         turns = settings.component_order
         return {

@@ -1,0 +1,97 @@
+"""Layers that their parents never call, but whose weights they read: an adapter beside one would have no effect."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
+from torch import nn
+
+from .messages import first
+
+_KERNELS = ("causal_conv1d_fn", "causal_conv1d_update")
+"""Functions by which transformers' state space layers pass a depthwise convolution, and beside it `dt_proj`."""
+
+_BEFORE = "_use_nested_tensor_without_adapters"
+
+
+def check_called(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse target modules that compute nothing themselves.
+
+    These are `out_proj` and `conv1d` of Mamba's kind of models, as PEFT refuses them for LoRA, with what else their
+    kernels are given as a weight, and `out_proj` of `nn.MultiheadAttention`.
+
+    Args:
+        model: the model.
+        targets: base layers that are to be adapted, by name.
+
+    Raises:
+        ValueError: there are some.
+    """
+    found = {name: _reason(model, name, base) for name, base in targets.items()}
+    reasons = {name: reason for name, reason in found.items() if reason is not None}
+    if not reasons:
+        return
+    reason = next(iter(reasons.values()))
+    called = {_own_name(name) for name in targets.keys() - reasons.keys()}
+    to_exclude = sorted({name if _own_name(name) in called else _own_name(name) for name in reasons})
+    alike = [repr(name) for name, other in reasons.items() if other == reason]
+    raise ValueError(
+        f"An adapter would have no effect in target module {first(alike)}: {reason}. Leave such modules out with "
+        f"`exclude_modules={to_exclude}`, or name other modules in `target_modules`."
+    )
+
+
+def _own_name(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _reason(model: nn.Module, name: str, base: nn.Module) -> str | None:
+    own_name = _own_name(name)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    kind = type(parent).__name__
+    if own_name == "out_proj" and type(parent).forward is nn.MultiheadAttention.forward:
+        return f"{kind} reads its weight and never calls it; the {kind} as a whole can be a target"
+    depthwise = isinstance(base, nn.Conv1d) and base.groups == base.in_channels > 1
+    has_kernels = any(hasattr(sys.modules.get(type(parent).__module__), kernel) for kernel in _KERNELS)
+    if has_kernels and (depthwise or own_name == "dt_proj"):
+        return f"{kind} passes its weight to a kernel and never calls it"
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, own_name)
+    except ValueError:
+        return f"the fused kernel of {kind} reads its weight in place of calling it, which PEFT refuses for LoRA too"
+    return None
+
+
+def keep_called(model: nn.Module) -> None:
+    """See to it that PyTorch's encoder layers call their adapted layers in eval mode too, until `let_go`.
+
+    There an `nn.TransformerEncoderLayer` hands all its weights to one fused kernel, unless one of its layers has a
+    hook, and an `nn.TransformerEncoder` leaves padding out by nested tensors, which that kernel alone takes.
+    Without these padded positions are computed, as in training mode.
+    """
+    parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    adapted = {layer for parent in parents for layer in parent.children() if isinstance(layer, BaseTunerLayer)}
+    for layer in adapted:
+        if _change_nothing not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_change_nothing)
+    for module in model.modules():
+        is_new = isinstance(module, nn.TransformerEncoder) and not hasattr(module, _BEFORE)
+        if is_new and not adapted.isdisjoint(module.modules()):
+            setattr(module, _BEFORE, module.use_nested_tensor)
+            module.use_nested_tensor = False  # type: ignore[assignment]  # no stub knows it
+
+
+def let_go(model: nn.Module) -> None:
+    """Undo what `keep_called` has done beside adapters' layers, once these are gone."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and hasattr(module, _BEFORE):
+            module.use_nested_tensor = getattr(module, _BEFORE)
+            delattr(module, _BEFORE)
+
+
+def _change_nothing(module: nn.Module, args: Any) -> None:
+    """A hook that is there to be seen."""
