@@ -8,15 +8,26 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
-    ("messages", "kinds", "field_types", "registration", "model_card", "svd", "calibration", "moments", "heatmaps"),
-    ("bypassed",),
-    ("wavelet",),
-    ("forms", "lora_fields"),
+    ("factorized",),
+    ("messages", "kinds", "field_types", "patterns", "registration", "model_card"),
+    ("svd", "calibration", "moments", "heatmaps", "bypassed"),
+    ("wavelet", "attention"),
+    ("forms",),
+    ("config_checks", "lora_fields"),
     ("config",),
-    ("layer", "conv", "embedding", "experts", "disk"),
-    ("components", "combine", "initialization", "rescaling"),
+    ("layer", "conv", "embedding", "experts", "factorized_linear", "disk"),
+    ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
     ("nested", "model"),
-    ("export", "lora_view", "checkpoint_callback", "inspection", "allocation"),
+    (
+        "diffusion",
+        "export",
+        "load_lora",
+        "lora_view",
+        "checkpoint_callback",
+        "inspection",
+        "allocation",
+        "compression",
+    ),
     ("cli", "__init__"),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""

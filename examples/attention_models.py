@@ -21,8 +21,8 @@ from wara_peft.attention import (
     RecurrentClassifier,
     StructuredSelfAttentionPooling,
     TransformerPooling,
-    factorize,
 )
+from wara_peft.compression import factorize
 
 SCRATCH, FROZEN, TUNED = "from scratch", "MiniLM, frozen", "MiniLM, attention trained"
 # Chosen by accuracy on the validation split with seed 0, from two or three values each: the peak learning rates of

@@ -325,7 +325,7 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["export", "a"], "Missing argument 'OUT'"),
+            (["export", "a"], "Missing argument 'ADAPTER'"),
             (["frobnicate"], "No such command 'frobnicate'"),
             (["export", "a", "b", "--rank", "2", "--energy", "0.5"], "give one of --rank, --energy and --prefix"),
             (["export", "a", "b", "--rank", "0"], "Invalid value for '--rank'"),

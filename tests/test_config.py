@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import metadata_load
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.other import get_pattern_key
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from wara_peft import WaRAConfig
 
@@ -90,6 +90,12 @@ class TestNumbersOfALora:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             WaRAConfig.from_lora(LoraConfig(r=r, lora_alpha=alpha), **fields)
+
+    def test_what_from_lora_works_out_does_not(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            config = WaRAConfig.from_lora(LoraConfig(r=16, lora_alpha=4))
+        assert (config.r, config.wara_alpha, config.total_rank) == (8, 8, 32)
 
     @pytest.mark.parametrize(
         "fields",
@@ -355,3 +361,72 @@ class TestModelCard:
         tokens = torch.arange(1, 7)[None]
         with torch.no_grad():
             assert torch.equal(names["model"].eval()(tokens)[0], model(tokens)[0])
+
+
+class TestCommandLine:
+    """`HfArgumentParser`, as scripts and TRL's parser use it."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "fields"),
+        [
+            ([], {}),
+            (["--r", "2", "--wara_alpha", "5", "--use_rslora"], {"r": 2, "wara_alpha": 5.0, "use_rslora": True}),
+            (["--wavelet", "db2", "--levels=2", "--form", "subband"], {"wavelet": "db2", "levels": 2}),
+            (["--subband-ranks", '{"aa1": 8, "dd1": 0}'], {"subband_ranks": {"aa1": 8, "dd1": 0}}),
+            (
+                ["--rank_pattern", '{"q": 2, "k": {"dd1": 0}}', "--alpha_pattern", '{"q": 2.5}'],
+                {"rank_pattern": {"q": 2, "k": {"dd1": 0}}, "alpha_pattern": {"q": 2.5}},
+            ),
+            (["--init_weights", "False"], {"init_weights": False}),
+            (["--init_weights", "orthogonal"], {"init_weights": "orthogonal"}),
+            (["--form", "grid", "--grid_size", "[7, 5]"], {"form": "grid", "grid_size": (7, 5)}),
+            (["--form", "tiny", "--no_save_basis"], {"form": "tiny", "save_basis": False}),
+            (["--target_modules", "all-linear"], {"target_modules": "all-linear"}),
+            (["--target_modules", "[qv]_proj"], {"target_modules": "[qv]_proj"}),
+            (["--target_modules", '["q_proj", "v_proj"]'], {"target_modules": ["q_proj", "v_proj"]}),
+            (
+                ["--modules_to_save", "head", "norm", "--bias", "all"],
+                {"modules_to_save": ["head", "norm"], "bias": "all"},
+            ),
+            (
+                ["--target_modules", '["q"]', "--layers_to_transform", "0", "--layers_pattern", "h"],
+                {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"},
+            ),
+            (
+                ["--target_modules", '["q"]', "--layers_to_transform", "[0, 2]"],
+                {"target_modules": ["q"], "layers_to_transform": [0, 2]},
+            ),
+            (["--trainable_token_indices", "[1, 5]"], {"trainable_token_indices": [1, 5]}),
+            (["--trainable_token_indices", '{"wte": [2]}'], {"trainable_token_indices": {"wte": [2]}}),
+            (["--task_type", "CAUSAL_LM", "--revision", "12"], {"task_type": "CAUSAL_LM", "revision": "12"}),
+        ],
+    )
+    def test_it_is_the_config_of_the_same_values(self, arguments, fields):
+        (config,) = HfArgumentParser(WaRAConfig).parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        assert config.to_dict() == WaRAConfig(**fields).to_dict()
+
+    def test_help_and_bad_values(self, capsys):
+        parser = HfArgumentParser(WaRAConfig)
+        assert "--subband_ranks" in parser.format_help()
+        for arguments, error, message in [
+            (["--subband_ranks", "{'aa1': 8}"], TypeError, "must be a dict from strings to ints or None"),
+            (["--rank_pattern", "5"], TypeError, "rank_pattern=5 must be a dict from strings to ints or a dict"),
+            (["--layers_to_transform", '["a"]'], TypeError, r"must be a list of ints or an int or None"),
+        ]:
+            with pytest.raises(error, match=message):
+                parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        with pytest.raises(SystemExit):
+            parser.parse_args_into_dataclasses(["--init_weights", "gaussian"], look_for_args_file=False)
+        assert "invalid choice: 'gaussian'" in capsys.readouterr().err
+
+    def test_loras_config_is_not_taken(self):
+        with pytest.raises((TypeError, ValueError)):
+            HfArgumentParser(LoraConfig)
+
+    @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 10_000])
+    def test_strings_in_files_do_no_harm(self, value):
+        assert WaRAConfig(target_modules=value, init_weights=True).target_modules == value
+        with pytest.raises(TypeError, match="subband_ranks="):
+            WaRAConfig(subband_ranks=value)
+        with pytest.raises(TypeError, match="r='4' must be an int"):
+            WaRAConfig(r="4")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, LoraRuntimeConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, replicate_layers
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from wara_peft import WaRAConfig
 from wara_peft.layer import WaRALayer
@@ -84,6 +87,39 @@ def test_what_is_not_carried_is_named_in_one_warning(name):
 def test_wrong_names_get_a_hint(name):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; .*[a-z]{{3}}"):
         WaRAConfig(**{name: 1})
+
+
+@pytest.mark.parametrize("name", sorted(LORA_FIELDS.keys() - OWN.keys()))
+def test_reading_a_field_of_lora_says_what_to_do(name):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}', which is LoRA's: .*wara_peft.save_as_lora"):
+        getattr(WaRAConfig(), name)
+
+
+def test_other_attributes_are_missing_as_ever():
+    config = WaRAConfig()
+    assert getattr(config, "layer_replication", None) is None and not hasattr(config, "nothing")
+    with pytest.raises(AttributeError, match=r"'WaRAConfig' object has no attribute 'nothing'$"):
+        _ = config.nothing
+    assert copy.deepcopy(config).to_dict() == pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+
+
+def test_replicating_layers_first_is_what_lora_does():
+    def llama() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)).eval()
+
+    layer_map = [[0, 2], [1, 3]]
+    lora = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], layer_replication=layer_map)).eval()
+    base = llama()
+    replicate_layers(base, layer_map)
+    model = get_peft_model(base, WaRAConfig(target_modules=["q_proj"])).eval()
+    names = [
+        {name for name, module in each.named_modules() if isinstance(module, BaseTunerLayer)} for each in (model, lora)
+    ]
+    assert names[0] == names[1] and len(names[0]) == 4
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(model(tokens, use_cache=False).logits, lora(tokens, use_cache=False).logits)
 
 
 def test_loras_value_of_bias_gets_a_hint():

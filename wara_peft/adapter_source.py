@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .components import wara_config
-from .config import WaRAConfig, suffix_matches
+from .config import WaRAConfig
 from .conv import Conv
 from .disk.adapter import SavedAdapter
 from .disk.contents import PEFT_PREFIX
@@ -20,6 +21,7 @@ from .kinds import IN_PROJ, Kind
 from .layer import WaRALayer
 from .low_rank_update import LowRankUpdate
 from .messages import first
+from .patterns import suffix_matches
 
 TIED_IN_MODEL = (
     "This adapter is shared by the input embedding and layers tied to it. The exported LoRA computes alike, but "
@@ -44,6 +46,8 @@ class AdapterSource:
         others: what it holds in full, by PEFT's keys.
         positions: of each adapted bare parameter the position among those of its module.
         exclude_modules: modules that PEFT would take for targets, and are none.
+        base_class: name and module of the base model's class, if it is known.
+        component: of a diffusion pipeline, whose model the base model is, if the adapter's file says so.
         warnings: what a LoRA made of it does otherwise.
     """
 
@@ -54,11 +58,15 @@ class AdapterSource:
     others: dict[str, Tensor]
     exclude_modules: str | None = None
     positions: dict[str, int] = field(default_factory=dict)
+    base_class: tuple[str, str] | None = None
+    component: str | None = None
     warnings: list[str] = field(default_factory=list)
 
 
-def adapter_source(model: nn.Module | str | os.PathLike[str], adapter_name: str) -> AdapterSource:
-    """The adapter of that name, of a model or in a directory.
+def adapter_source(
+    model: nn.Module | str | os.PathLike[str], adapter_name: str, component: str | None = None
+) -> AdapterSource:
+    """The adapter of that name, of a model or in a directory, there that of a component where it has several.
 
     Raises:
         ValueError: the model has no adapter of that name, or it has no ΔW; for a path, see `SavedAdapter`.
@@ -67,7 +75,7 @@ def adapter_source(model: nn.Module | str | os.PathLike[str], adapter_name: str)
     if isinstance(model, nn.Module):
         return _of_model(model, adapter_name)
     if isinstance(model, (str, os.PathLike)):
-        return _in_directory(adapter_directory(model, adapter_name))
+        return _in_directory(adapter_directory(model, adapter_name), component)
     raise TypeError(f"model={model!r} must be a model with WaRA adapters, or the path of a saved one.")
 
 
@@ -77,8 +85,8 @@ def adapter_directory(path: str | os.PathLike[str], adapter_name: str) -> Path:
     return inner if inner.is_dir() else Path(path)
 
 
-def _in_directory(path: Path) -> AdapterSource:
-    saved = SavedAdapter(path)
+def _in_directory(path: Path, component: str | None) -> AdapterSource:
+    saved = SavedAdapter(path, component)
     for name in saved.modules:
         saved.check_has_delta_weight(name)
     return AdapterSource(
@@ -88,11 +96,20 @@ def _in_directory(path: Path) -> AdapterSource:
         update=saved.update,
         others={PEFT_PREFIX + key: saved.other(key) for key in saved.others},
         positions={name: shape.position for name, shape in saved.modules.items() if shape.kind.is_parameter},
+        base_class=_recorded_class(saved.config),
+        component=saved.component,
         warnings=[
             *([TIED_ON_DISK] if saved.tied else []),
             *_about_attentions(shape.kind for shape in saved.modules.values()),
         ],
     )
+
+
+def _recorded_class(config: WaRAConfig) -> tuple[str, str] | None:
+    """What PEFT records of the base model where there is no task type."""
+    recorded = config.auto_mapping or {}
+    name, module = recorded.get("base_model_class"), recorded.get("parent_library")
+    return (name, module) if isinstance(name, str) and isinstance(module, str) else None
 
 
 def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
@@ -106,6 +123,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
         if isinstance(module, WaRALayer) and adapter_name in module.wara_A
     }
     layers = {name: layer for name, layer in adapted.items() if adapter_name not in layer.tied_to}
+    base_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     others = {key: value for key, value in state_dict.items() if ".wara_" not in key}
     return AdapterSource(
@@ -116,6 +134,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
         others={key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value for key, value in others.items()},
         exclude_modules=suffix_matches(layers, [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]),
         positions={name: layer.shape.position for name, layer in layers.items() if layer.kind.is_parameter},
+        base_class=(base_class.__name__, base_class.__module__),
         warnings=[
             *_about_convolutions(layers),
             *([TIED_IN_MODEL] if len(layers) < len(adapted) else []),

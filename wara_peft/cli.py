@@ -1,4 +1,4 @@
-"""The `wara-peft` command: export an adapter to LoRA, merge it into a checkpoint, look into it, run programs with it.
+"""The `wara-peft` command: export an adapter to LoRA, merge it, look into it, compress a model, run programs with it.
 
 Each subcommand imports what it needs when it runs, so that what one of them uses cannot stop the others. All text that
 comes from elsewhere (paths, names in files, errors) is printed as it is, with control characters as escapes.
@@ -12,11 +12,11 @@ import re
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from .compression import CompressionReport
     from .disk.adapter import Track
     from .inspection import AdapterReport
 
@@ -63,6 +64,16 @@ def _device(value: str) -> str:
     return value
 
 
+def _budget(value: str) -> float | int | str:
+    """A share if it has a point, a number of parameters if it has digits alone, else bytes."""
+    if re.fullmatch(r"\d+", value):
+        return int(value)
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of a saved WaRA adapter, or a Hub name.")]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write. It is empty until it is complete.")]
 Dtype = Annotated[
@@ -78,10 +89,17 @@ Debug = Annotated[bool, typer.Option("--debug", help="On failure show the whole 
     {PROGRAM} export my-adapter my-lora --dtype bf16 --strict\n
     {PROGRAM} export my-adapter my-lora --rank 8\n
     {PROGRAM} export my-adapter my-lora --energy 0.99\n
-    {PROGRAM} export my-nested-adapter my-lora --prefix 8"""
+    {PROGRAM} export my-nested-adapter my-lora --prefix 8\n
+    {PROGRAM} export unet-adapter text-adapter my-lora --format diffusers"""
 )
 def export(
-    adapter: Adapter,
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="ADAPTER",
+            help="Directory of a saved WaRA adapter, or a Hub name; one a component for diffusers.",
+        ),
+    ],
     path: Out,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Best approximation of this rank; exact if left out.")
@@ -95,6 +113,16 @@ def export(
     ] = None,
     dtype: Dtype = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if engines cannot take all of the adapter.")] = False,
+    format: Annotated[
+        Literal["peft", "diffusers"], typer.Option(help="Whose files to write; diffusers' hold several adapters.")
+    ] = "peft",
+    component: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="unet, transformer, text_encoder...: which one ADAPTER is of, if its config does not say.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
@@ -103,27 +131,41 @@ def export(
         raise typer.BadParameter("give one of --rank, --energy and --prefix.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter(f"--energy {energy} is a share: more than 0, at most 1.")
+    if format == "peft" and (component or len(adapters) > 1):
+        raise typer.BadParameter("several adapters, and --component, are for --format diffusers.")
+    if component and len(component) != len(adapters):
+        raise typer.BadParameter(f"give --component once for each of the {len(adapters)} adapters, in their order.")
     with _failures_in_a_line(debug):
         from .disk.directory import written_at_once
-        from .export import convert, vllm_max_lora_rank, write_lora
+        from .export import convert, vllm_max_lora_rank, write_loras
 
-        source = _local(adapter)
+        sources = [_local(adapter) for adapter in adapters]
+        names: list[str | None] = [*component] if component else [None] * len(sources)
         kept = energy if rank is None else rank
-        with written_at_once(path, "replace" if overwrite else "refuse", inputs=[source]) as directory:
-            lora = convert(source, kept, prefix=prefix, dtype=dtype, strict=strict, track=_tracked("Exporting"))
-            write_lora(directory, lora.config, lora.state_dict)
-        config = lora.config
-        parameters = len(config.target_parameters or ())
-        beside = f" and {parameters} parameters" if parameters else ""
-        _say(f"Wrote {path}: LoRA of rank {config.r}, {len(config.target_modules or ())} modules{beside}.")
-        rounding = f", but for the rounding to {str(dtype).removeprefix('torch.')}" if lora.rounded else ""
-        if prefix is not None:
-            out.print(f"It is the first {prefix} components of each module{rounding}.")
-        elif kept is None:
-            out.print(f"It is exact{rounding}.")
-        else:
-            out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")
-        allowed = vllm_max_lora_rank(config.r)
+        to_format = partial(convert, rank=kept, prefix=prefix, dtype=dtype, strict=strict, format=format)
+        with written_at_once(path, "replace" if overwrite else "refuse", inputs=sources) as directory:
+            loras = [
+                to_format(source, component=name, track=_tracked("Exporting"))
+                for source, name in zip(sources, names, strict=True)
+            ]
+            write_loras(directory, loras)
+        for lora in loras:
+            of_component = f" of {lora.component}" if lora.component else ""
+            modules = len(lora.config.target_modules or ())
+            parameters = len(lora.config.target_parameters or ())
+            beside = f" and {parameters} parameters" if parameters else ""
+            _say(f"Wrote {path}: LoRA of rank {lora.config.r}, {modules} modules{beside}{of_component}.")
+            rounding = f", but for the rounding to {str(dtype).removeprefix('torch.')}" if lora.rounded else ""
+            if prefix is not None:
+                out.print(f"It is the first {prefix} components of each module{rounding}.")
+            elif kept is None:
+                out.print(f"It is exact{rounding}.")
+            else:
+                out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")
+        if format == "diffusers":
+            _say(f"Load it by pipeline.load_lora_weights({str(path)!r}).")
+            return
+        allowed = vllm_max_lora_rank(loras[0].config.r)
         if allowed is None:
             out.print("vLLM serves no LoRA of this rank: export with --rank 512 or less, or merge the adapter.")
         else:
@@ -157,13 +199,84 @@ def merge(
             overwrite=overwrite,
             track=_tracked("Merging"),
         )
-        _say(f"Wrote {path}; load it with from_pretrained.")
+        compressed = (path / "compression.json").is_file()
+        loader = "wara_peft.compression.load_compressed" if compressed else "from_pretrained"
+        _say(f"Wrote {path}; load it with {loader}.")
+
+
+@app.command(
+    epilog=f"""Examples:\n
+    {PROGRAM} compress my-base-model my-small-model --budget 0.6 --texts texts.txt\n
+    {PROGRAM} compress my-base-model my-small-model --budget 48MB --solver svd\n
+    {PROGRAM} compress my-base-model my-small-model --budget 0.5 --texts texts.txt --statistics my-statistics"""
+)
+def compress(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the base model, or a Hub name.")],
+    path: Out,
+    budget: Annotated[
+        Any,
+        typer.Option(
+            "--budget",
+            parser=_budget,
+            metavar="SHARE|NUMBER|SIZE",
+            help="What the layers may have: a share such as 0.6, a number of parameters, or bytes such as 48MB.",
+        ),
+    ],
+    solver: Annotated[
+        str, typer.Option(help="svd, fisher, activation, activation-fisher, dictionary or dictionary-oneshot.")
+    ] = "activation",
+    allocation: Annotated[str, typer.Option(help="uniform, greedy, cost or depth.")] = "greedy",
+    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="A text in each line, to calibrate with.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Take statistics from there, or leave them there.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Layers to compress, by ends of names; may be repeated.")
+    ] = None,
+    cost: Annotated[str, typer.Option(help="For --allocation cost: flops, bytes or latency.")] = "flops",
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Take statistics anew as layers are compressed.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts that are run together.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each text that count at most.")] = 512,
+    batches: Annotated[int | None, typer.Option(min=1, help="Batches to use at most.")] = None,
+    memory: Annotated[int, typer.Option(min=1, metavar="BYTES", help="What statistics may take at a time.")] = 2**31,
+    device: Annotated[str, typer.Option(callback=_device, help="Where the model runs.")] = "cpu",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a model that comes with a tokenizer: factorise its linear layers under a budget."""
+    with _failures_in_a_line(debug):
+        from .compression.checkpoint import compress_checkpoint
+
+        report = compress_checkpoint(
+            _local(base, weights=True),
+            path,
+            budget,
+            solver=solver,
+            allocation=allocation,  # type: ignore[arg-type]
+            texts=texts,
+            statistics=statistics,
+            target_modules=target,
+            cost=cost,
+            sequential=sequential,
+            batch_size=batch_size,
+            length=length,
+            batches=batches,
+            max_bytes=memory,
+            device=device,
+            overwrite=overwrite,
+            show_progress_bar=err.is_terminal,
+        )
+        _print_compression(report)
+        _say(f"Wrote {path}; load it with wara_peft.compression.load_compressed.")
 
 
 @app.command(
     epilog=f"""Examples:\n
     {PROGRAM} inspect my-adapter\n
     {PROGRAM} inspect my-adapter --plot energy.png\n
+    {PROGRAM} inspect my-small-model\n
     {PROGRAM} inspect my-adapter --json"""
 )
 def inspect(
@@ -172,8 +285,11 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show an adapter's modules, ranks, parameters, and the share of its energy in each subband and level."""
+    """Show an adapter's ranks, and its energy by subband and level, or the ranks and losses of a compressed model."""
     with _failures_in_a_line(debug):
+        if (adapter / "config.json").is_file() and not (adapter / "adapter_config.json").is_file():
+            _inspect_compressed(adapter, plot, as_json)
+            return
         from .disk.adapter import SavedAdapter
         from .inspection import inspect_adapter
 
@@ -206,6 +322,39 @@ def run(
         os.execve(words[0], words, environment(os.environ))  # its exit code, signals and tracebacks are its own
 
 
+def _inspect_compressed(path: Path, plot: Path | None, as_json: bool) -> None:
+    from .compression.saving import saved_layers, saved_report
+
+    if plot is not None:
+        raise ValueError(f"{str(path)!r} is a compressed model, which has no subbands to plot.")
+    report, layers = saved_report(path), saved_layers(path)
+    if as_json:
+        print(json.dumps({"layers": layers, "report": report and report.as_dict()}, indent=2))
+    elif report is not None:
+        _print_compression(report)
+    else:
+        for name, sizes in layers.items():
+            _say(f"{name}: {_pairs(sizes)}")
+
+
+def _print_compression(report: CompressionReport) -> None:
+    table = Table(Column("layer", overflow="fold"), "out x in", "rank", "parameters", "before", "lost")
+    for layer in report.layers:
+        values = "" if layer.nonzeros is None else f", {layer.nonzeros} values a row"
+        table.add_row(
+            _visible(layer.name),
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            f"dense: {_visible(layer.reason)}" if layer.rank is None else f"{layer.rank}{values}",
+            f"{layer.parameters_after:,}",
+            f"{layer.parameters_before:,}",
+            f"{layer.lost:.2%}",
+        )
+    out.print(table)
+    for name, reason in report.left.items():
+        _say(f"{name} is left as it is: {reason}.")
+    _say(report.summary)
+
+
 def _print_report(report: AdapterReport) -> None:
     _say(f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}")
     table = Table(Column("module", overflow="fold"), "kind", "out x in", "ranks", "R", "trained", "as LoRA")
@@ -233,7 +382,7 @@ def _print_report(report: AdapterReport) -> None:
         _say(f"It also holds, in full: {', '.join(report.others)}")
 
 
-def _pairs(values: dict[str, int]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     return " ".join(f"{name}:{value}" for name, value in values.items())
 
 
@@ -248,7 +397,9 @@ def _local(path: Path, weights: bool = False) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*"]
+    patterns = (
+        ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*", "pytorch_lora_*"]
+    )
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=["*/*", "*.bin"]))
     except Exception as error:

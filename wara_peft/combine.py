@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from .config import WaRAConfig, exact_pattern, suffix_matches
+from .config import WaRAConfig
 from .forms import SUBBAND
 from .layer import WaRALayer
 from .lora_arithmetic import OF_DELTA_WEIGHTS, OF_FACTORS, combine_as_lora
+from .patterns import exact_pattern, suffix_matches
 from .wavelet import subbands
 
 COMBINATION_TYPES = ("cat", "linear", *OF_FACTORS, *OF_DELTA_WEIGHTS)

@@ -5,32 +5,22 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
-import regex
 from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .field_types import check_types
+from .config_checks import MAX_LEVELS, check_config, check_range
+from .field_types import Json, check_types, read_json
 from .forms import FORMS, Form, importance_order, turns_of
-from .lora_fields import Match, fields_from_lora, hint, warn_of_left_out
+from .lora_fields import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
 from .model_card import add_loading_section
-from .wavelet import filters
-
-MAX_LEVELS = 64
-"""No axis is long enough for more; a config from elsewhere may ask for any number."""
-MAX_RANK = 2**16
-"""Likewise for the rank of a subband."""
-MAX_LENGTH = 2**31
-"""And for the lengths of a module's axes."""
-PATTERN_SECONDS = 1.0
-"""How long matching one pattern against one name may take."""
+from .patterns import exact_pattern, suffix_matches, value_for
 
 
 @dataclass(repr=False)
@@ -128,17 +118,17 @@ class WaRAConfig(PeftConfig):
             "subband of the patch tokens; 'tiny': fixed pairs and a trained core."
         },
     )
-    subband_ranks: dict[str, int] | None = field(
+    subband_ranks: dict[str, int] | Json | None = field(
         default=None, metadata={"help": "Ranks by subband in place of r, such as {'aa1': 8, 'dd1': 0}."}
     )
-    rank_pattern: dict[str, int | dict[str, int]] = field(
+    rank_pattern: dict[str, int | dict[str, int]] | Json = field(
         default_factory=dict, metadata={"help": "Ranks by module name or regex: an int, or a dict by subband."}
     )
-    alpha_pattern: dict[str, float] = field(
+    alpha_pattern: dict[str, float] | Json = field(
         default_factory=dict, metadata={"help": "Alphas by module name or regex, in place of wara_alpha."}
     )
     wara_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
-    init_weights: bool | Literal["orthogonal", "activation"] = field(
+    init_weights: Literal[True, False, "orthogonal", "activation"] = field(
         default=True,
         metadata={
             "help": "True: a new adapter changes nothing; False: random A and B; 'orthogonal': orthonormal rows of "
@@ -148,7 +138,7 @@ class WaRAConfig(PeftConfig):
     grid_pairs: Literal["separate", "shared"] = field(
         default="separate", metadata={"help": "form='grid': a pair for each subband, or one with gains."}
     )
-    grid_size: tuple[int, int] | None = field(
+    grid_size: tuple[int, int] | Json | None = field(
         default=None, metadata={"help": "form='grid': rows and columns of patches; None infers them."}
     )
     num_prefix_tokens: int | None = field(
@@ -174,13 +164,13 @@ class WaRAConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save in full, such as a new head."}
     )
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: list[int] | Json | int | None = field(
         default=None, metadata={"help": "Index or indices of the layers to adapt."}
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts."}
     )
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+    trainable_token_indices: list[int] | Json | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token indices to train in the embedding, as in LoraConfig."}
     )
     ensure_weight_tying: bool = field(
@@ -212,7 +202,21 @@ class WaRAConfig(PeftConfig):
                 raise TypeError(f"WaRAConfig got an unexpected keyword argument {name!r}; {remedy}.")
         return super().__new__(cls)
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Tell what reads a field of LoRA's alone, such as PEFT's XLoRA or EVA, what to give it instead."""
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            remedy = LORA_FIELDS.get(name)
+            if remedy is not None:
+                message = (
+                    f"{message}, which is LoRA's: {remedy}. What reads it takes LoRA alone; give it the adapter as "
+                    "one, by `wara_peft.save_as_lora` or `wara_peft.lora_view`"
+                )
+            raise AttributeError(message)
+
     def __post_init__(self) -> None:
+        read_json(self)
         check_types(self)
         super().__post_init__()
         self.peft_type = PeftType.WARA  # type: ignore[attr-defined]
@@ -227,110 +231,9 @@ class WaRAConfig(PeftConfig):
         self.target_modules_to_tie: set[str] | None = None
         if isinstance(self.grid_size, list):  # as JSON keeps it
             self.grid_size = tuple(self.grid_size)
-        self._check_values()
-        self._check_form()
+        check_config(self)
         if self.ordered_dropout and self.component_order is None:
             self.component_order = turns_of(self.form_object.subbands(self))
-        self._check_ranks()
-        self._check_targets()
-        self._check_shapes()
-        self._warn_of_loras_alpha()
-
-    def _warn_of_loras_alpha(self) -> None:
-        """An r of one's own with an alpha of r or 2r is how LoRAs are set up; here it may be a scaling below 1."""
-        rank, alpha = self.total_rank, self.wara_alpha
-        saved = self.module_shapes is not None or self.inference_mode
-        own_rank = self.r != type(self).__dataclass_fields__["r"].default
-        if saved or self.use_rslora or self.form != "subband" or not own_rank or alpha not in (self.r, 2 * self.r):
-            return
-        if alpha < rank:
-            warnings.warn(
-                f"wara_alpha={alpha:g} with r={self.r} scales by {alpha / rank:g}, for R = {rank}. A LoRA of these "
-                f"numbers scales by {alpha / self.r:g}; WaRAConfig.from_lora(LoraConfig(r={self.r}, "
-                f"lora_alpha={alpha:g})) keeps its scaling and its number of parameters."
-            )
-
-    def _check_values(self) -> None:
-        filters(self.wavelet)
-        _check_range("levels", self.levels, 1, MAX_LEVELS)
-        if not 0.0 <= self.wara_dropout < 1.0:
-            raise ValueError(f"wara_dropout={self.wara_dropout!r} must be a probability, at least 0 and less than 1.")
-        _check_finite("wara_alpha", self.wara_alpha or 0.0)
-        _check_finite("rank_penalty", self.rank_penalty)
-        if self.rank_penalty < 0:
-            raise ValueError(f"rank_penalty={self.rank_penalty!r} must be at least 0.")
-        for pattern, alpha in self.alpha_pattern.items():
-            where = f"alpha_pattern[{pattern!r}]"
-            _check_pattern(where, pattern)
-            _check_finite(where, alpha)
-
-    def _check_form(self) -> None:
-        for other in FORMS.values():
-            for name in other.own_fields if other is not self.form_object else ():
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} has no meaning with form={self.form!r}, only with "
-                        f"{other.name!r}."
-                    )
-        if not isinstance(self.init_weights, bool) and self.init_weights not in self.form_object.initialisations:
-            able = [repr(form.name) for form in FORMS.values() if self.init_weights in form.initialisations]
-            raise ValueError(
-                f"init_weights={self.init_weights!r} is for form={' or '.join(able)}; form={self.form!r} takes True "
-                "or False."
-            )
-        self.form_object.check(self)
-
-    def _check_ranks(self) -> None:
-        _check_range("r", self.r, 1, MAX_RANK)
-        single_pair = self.form_object.single_pair(self)
-        if single_pair and self.subband_ranks is not None:
-            raise ValueError(f"{single_pair} has one pair for its subbands: set `r`, and leave subband_ranks None.")
-        self._check_subband_ranks("subband_ranks", self.subband_ranks or {})
-        for pattern, rank in self.rank_pattern.items():
-            where = f"rank_pattern[{pattern!r}]"
-            _check_pattern(where, pattern)
-            if isinstance(rank, int):
-                _check_range(where, rank, 1, MAX_RANK)
-            elif single_pair:
-                raise ValueError(f"{where}={rank!r} must be an int with {single_pair}, which has a single pair.")
-            else:
-                self._check_subband_ranks(where, rank)
-        if self.total_rank == 0 and not self.rank_pattern:
-            raise ValueError(
-                f"subband_ranks={self.subband_ranks!r} leaves every subband out, and nothing would be trained. "
-                "Give at least one subband a rank."
-            )
-
-    def _check_subband_ranks(self, where: str, ranks: dict[str, int]) -> None:
-        names = [band.name for band in self.form_object.subbands(self)]
-        for name, rank in ranks.items():
-            if name not in names:
-                raise ValueError(
-                    f"{where} names the subband {name!r}; with form={self.form!r} and levels={self.levels} there are "
-                    f"{', '.join(names)}."
-                )
-            _check_range(f"{where}[{name!r}]", rank, 0, MAX_RANK)
-
-    def _check_targets(self) -> None:
-        by_regex = isinstance(self.target_modules, str)
-        if by_regex and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if by_regex and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-
-    def _check_shapes(self) -> None:
-        for name, entry in (self.module_shapes or {}).items():
-            kind, *sizes = entry or [None]
-            # The least of each: a parameter may have no experts, and be the first.
-            least = zip(sizes, (1, 1, 1) if len(sizes) < 4 else (1, 1, 0, 0), strict=False)
-            whole = all(
-                isinstance(size, int) and not isinstance(size, bool) and low <= size <= MAX_LENGTH
-                for size, low in least
-            )
-            if not isinstance(kind, str) or len(sizes) not in (2, 3, 4) or not whole:
-                raise ValueError(f"module_shapes has {entry!r} for {name!r}; [kind, out, in] was expected.")
 
     @classmethod
     def from_lora(cls, lora_config: LoraConfig, match: Match = "parameters", **fields: Any) -> WaRAConfig:
@@ -365,10 +268,13 @@ class WaRAConfig(PeftConfig):
                 "the WaRAConfig by its own fields."
             )
         levels = fields.get("levels", 1)
-        _check_range("levels", levels, 1, MAX_LEVELS)
-        own, left_out = fields_from_lora(lora_config, match, levels, cls.__dataclass_fields__)
+        check_range("levels", levels, 1, MAX_LEVELS)
+        ranks_for = partial(subband_ranks, match=match, levels=levels)
+        own, left_out = fields_from_lora(lora_config, ranks_for, cls.__dataclass_fields__)
         warn_of_left_out(left_out)
-        return cls(**{**own, **fields})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "wara_alpha=.* scales by")  # as the LoRA does
+            return cls(**{**own, **fields})
 
     @property
     def form_object(self) -> Form:
@@ -420,8 +326,8 @@ class WaRAConfig(PeftConfig):
             ranks: of each module by its full name, by subband; those that are left out are 0.
             names: names of all modules of the model.
         """
-        rank_pattern: dict[str, int | dict[str, int]] = {}
-        alpha_pattern: dict[str, float] = {}
+        rank_pattern: dict[str, int | dict[str, int]] | Json = {}
+        alpha_pattern: dict[str, float] | Json = {}
         chosen = [name for name, of_module in ranks.items() if any(of_module.values())]
         for name in chosen:
             by_subband = {band.name: 0 for band in self.form_object.subbands(self)} | dict(ranks[name])
@@ -459,76 +365,3 @@ class WaRAConfig(PeftConfig):
 def scaling(alpha: float | None, rank: int, use_rslora: bool) -> float:
     """Factor of B̂ Â: alpha / R, or alpha / √R with `use_rslora`; an alpha of None means R."""
     return (rank if alpha is None else alpha) / (math.sqrt(rank) if use_rslora else rank)
-
-
-def exact_pattern(module_name: str) -> str:
-    """The key of `rank_pattern` and `alpha_pattern` that names one module, and no other whose name ends as its."""
-    return f"^{re.escape(module_name)}"
-
-
-def suffix_matches(targets: Iterable[str], names: Iterable[str]) -> str | None:
-    """Modules that PEFT would also take for these targets, as it compares the ends of names.
-
-    Args:
-        targets: full names of modules.
-        names: names of all modules of the model.
-
-    Returns:
-        A regular expression of those that are not targets themselves, for `exclude_modules`, or None.
-    """
-    targets = set(targets)
-    ends = tuple(f".{target}" for target in targets)
-    return "|".join(re.escape(name) for name in names if name.endswith(ends) and name not in targets) or None
-
-
-_Value = TypeVar("_Value")
-
-
-def value_for(module_name: str, field_name: str, patterns: Mapping[str, _Value], default: _Value) -> _Value:
-    """The value of the first pattern that PEFT's `get_pattern_key` would find for a module, in bounded time."""
-    for pattern, value in patterns.items():
-        try:
-            if _compiled(rf"(.*\.)?({pattern})$").match(module_name, timeout=PATTERN_SECONDS):
-                return value
-        except TimeoutError:
-            raise ValueError(
-                f"{field_name}[{pattern!r}] takes more than {PATTERN_SECONDS} s to match against module "
-                f"{module_name!r}. Write it without repetitions inside of repetitions."
-            ) from None
-    return default
-
-
-@lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> regex.Pattern[str]:
-    return regex.compile(pattern)
-
-
-def _check_range(name: str, value: int, minimum: int, maximum: int) -> None:
-    if value < minimum:
-        raise ValueError(f"{name}={_shown(value)} must be at least {minimum}.")
-    if value > maximum:
-        raise ValueError(f"{name}={_shown(value)} must be at most {maximum}.")
-
-
-def _check_finite(name: str, value: float) -> None:
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int beyond the floats
-        finite = False
-    if not finite:
-        raise ValueError(f"{name}={_shown(value)} must be finite, as a float is.")
-
-
-def _shown(value: float) -> str:
-    """A number for a message; Python does not print the longest of ints."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1}…"
-    return repr(value)
-
-
-def _check_pattern(where: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-        _compiled(pattern)
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{where} is not a valid regular expression: {error}.") from error

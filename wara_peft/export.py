@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from peft import LoraConfig
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import id_tensor_storage
 
 from .adapter_source import AdapterSource, adapter_directory, adapter_source
+from .diffusion import check_together, component_of, write_components
 from .disk.adapter import Track, untracked
 from .disk.contents import PEFT_PREFIX
 from .disk.directory import written_at_once
@@ -24,12 +27,14 @@ from .kinds import IN_PROJ, KINDS, Kind, attention_of, loras_targets
 from .lora_module import LoraModule, common_rank
 from .messages import first
 
+Model = nn.Module | str | os.PathLike[str]
+FileFormat = Literal["peft", "diffusers"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM takes for `--max-lora-rank`."""
 
 
 def to_lora(
-    model: nn.Module | str | os.PathLike[str],
+    model: Model,
     rank: int | float | None = None,
     adapter_name: str = "default",
     *,
@@ -73,27 +78,59 @@ def to_lora(
 
 def save_as_lora(
     path: str | os.PathLike[str],
-    model: nn.Module | str | os.PathLike[str],
+    model: Model | Mapping[str, Model],
     rank: int | float | None = None,
     adapter_name: str = "default",
     *,
     prefix: int | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = False,
+    format: FileFormat = "peft",
+    component: str | None = None,
 ) -> None:
-    """Save a WaRA adapter as a LoRA checkpoint (`adapter_model.safetensors`, `adapter_config.json`) that PEFT loads.
+    """Save a WaRA adapter as a LoRA checkpoint that PEFT, or a pipeline of diffusers, loads.
 
     Args:
-        path: directory to write to, made if it is not there. Both files appear when they are complete; other files in
+        path: directory to write to, made if it is not there. Its files appear when they are complete; other files in
             it are left alone.
-        model, rank, adapter_name, prefix, dtype, strict: as in `to_lora`, whose errors apply; nothing is written then.
+        model: as in `to_lora`; with `format="diffusers"` also several, by component.
+        rank, adapter_name, prefix, dtype, strict: as in `to_lora`, whose errors apply; nothing is written then.
+        format: "peft" writes `adapter_model.safetensors` and `adapter_config.json`; "diffusers" (which must be
+            installed) `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(path)`.
+        component: with `format="diffusers"`, which model of the pipeline the adapter is of, such as "unet",
+            "transformer" or "text_encoder". None asks the class of the base model.
 
     Raises:
-        ValueError: `path` is a file, or the adapter's own directory.
+        ValueError: `path` is a file, or the adapter's own directory, or `format` and `component` do not fit; for
+            `format="diffusers"` also what `component_of` in `wara_peft.diffusion` raises.
+
+    Example:
+        >>> save_as_lora("my-lora", {"unet": unet, "text_encoder": "my-text-adapter"}, format="diffusers")
+        ... # doctest: +SKIP
     """
-    inputs = [model, adapter_directory(model, adapter_name)] if isinstance(model, (str, os.PathLike)) else []
+    models = model if isinstance(model, Mapping) else {component: model}
+    if isinstance(model, Mapping) and (format == "peft" or component is not None):
+        raise ValueError("Several models, by component, are for format='diffusers', without `component`.")
+    paths = [item for item in models.values() if isinstance(item, (str, os.PathLike))]
+    inputs = [*paths, *(adapter_directory(item, adapter_name) for item in paths)]
     with written_at_once(path, existing="update", inputs=inputs) as directory:
-        write_lora(directory, *to_lora(model, rank, adapter_name, prefix=prefix, dtype=dtype, strict=strict))
+        to_format = partial(convert, rank=rank, adapter_name=adapter_name, prefix=prefix, dtype=dtype, strict=strict)
+        write_loras(directory, [to_format(item, format=format, component=name) for name, item in models.items()])
+
+
+def write_loras(directory: Path, loras: Sequence[Lora]) -> None:
+    """Write one LoRA in PEFT's format, or those of a pipeline's components, into a directory, which is there.
+
+    Raises:
+        ValueError: the components do not belong together.
+    """
+    components = [lora.component for lora in loras if lora.component is not None]
+    if components:
+        check_together(components)
+        write_components(directory, {name: lora[:2] for name, lora in zip(components, loras, strict=True)})
+    else:
+        (lora,) = loras
+        write_lora(directory, lora.config, lora.state_dict)
 
 
 def write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
@@ -115,9 +152,7 @@ class LoraErrors(NamedTuple):
 
 
 @torch.no_grad()
-def lora_error(
-    model: nn.Module | str | os.PathLike[str], rank: int | float, adapter_name: str = "default"
-) -> LoraErrors:
+def lora_error(model: Model, rank: int | float, adapter_name: str = "default") -> LoraErrors:
     """How far a LoRA that `to_lora` makes with this rank is from the adapter.
 
     √(Σ_{i > rank} σ_i²) / √(Σ_i σ_i²) over the singular values σ_i of ΔW; zero where ΔW is zero.
@@ -137,17 +172,21 @@ class Lora(NamedTuple):
     error: LoraErrors
     rounded: bool
     """Whether `dtype` is less than that of the adapter."""
+    component: str | None
+    """Which model of a diffusion pipeline it is of, if it is to be written in diffusers' format."""
 
 
 @torch.no_grad()
 def convert(
-    model: nn.Module | str | os.PathLike[str],
+    model: Model,
     rank: int | float | None = None,
     adapter_name: str = "default",
     *,
     prefix: int | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = False,
+    format: FileFormat = "peft",
+    component: str | None = None,
     track: Track = untracked,
 ) -> Lora:
     """`to_lora` and `lora_error` at once: each tensor is read once, and decomposed once, if a rank is given."""
@@ -157,8 +196,15 @@ def convert(
         _check_prefix(prefix, rank)
     if dtype is not None and dtype not in FLOATS.values():
         raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more.")
-    source = adapter_source(model, adapter_name)
-    _tell_what_engines_refuse(source, strict)
+    if format not in get_args(FileFormat):
+        raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, get_args(FileFormat)))}.")
+    if format == "peft" and component is not None:
+        raise ValueError(f"component={component!r} has no meaning with format='peft', only with 'diffusers'.")
+    source = adapter_source(model, adapter_name, component)
+    if format == "diffusers":
+        component = component_of(source, component)
+    else:
+        _tell_what_engines_refuse(source, strict)
     for text in source.warnings:
         warnings.warn(text)
     modules = _modules(source, rank, prefix, dtype, track)
@@ -168,7 +214,7 @@ def convert(
         for key, value in part.tensors(common, dtype or source.dtypes[part.name]).items():
             state_dict[f"{PEFT_PREFIX}{lora_name(source, part.name)}.{key}"] = value
     rounded = dtype is not None and any(_wider(own, dtype) != dtype for own in source.dtypes.values())
-    return Lora(_lora_config(source, common), state_dict, _errors(modules), rounded)
+    return Lora(_lora_config(source, common), state_dict, _errors(modules), rounded, component)
 
 
 def _modules(
@@ -223,6 +269,15 @@ def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
     others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
     if others:
         refused.append(f"weights trained or saved in full ({first(others)})")
+    factorized = [repr(name) for name, kind in source.kinds.items() if kind.is_factorized]
+    if factorized:
+        text = (
+            f"Neither PEFT nor engines take a LoRA beside factorised layers, such as {first(factorized)}. This one is "
+            "exact where these layers are dense, as `nn.Linear` with the weight that they stand for."
+        )
+        if strict:
+            raise ValueError(f"{text} Merge the adapter instead, which stays factorised.")
+        warnings.warn(text)
     if refused:
         text = (
             f"PEFT loads all of this LoRA, but engines that serve LoRA take adapters of linear layers alone, not "

@@ -1,11 +1,53 @@
-"""Whether the values of a dataclass are of the types that its annotations name: the one table is the class itself."""
+"""Whether the values of a dataclass are of the types that its annotations name: the one table is the class itself.
+
+Command lines hold strings. `HfArgumentParser` makes one argument of a field, of the first type that it finds and can
+call, and of a union with strings in second place it makes a string: `Json` is what stands there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import types
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    Optional,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+_JSON = "JSON on a command line"
+if TYPE_CHECKING:
+    Json = NoReturn  # what has been read is of one of the other types
+else:
+    Json = Annotated[Optional[str], _JSON]  # noqa: UP045  # a parser drops None, and takes what then comes second
+"""In an annotation, second: the field's value may be written as JSON, which `read_json` reads."""
+
+
+def read_json(instance: Any) -> None:
+    """In a dataclass's fields, replace strings by what they are as JSON: any where `Json` is taken, else lists."""
+    annotations = get_type_hints(type(instance), include_extras=True)
+    for item in dataclasses.fields(instance):
+        value, annotation = getattr(instance, item.name), annotations[item.name]
+        if not isinstance(value, str):
+            continue
+        try:
+            read = json.loads(value)
+        except (ValueError, RecursionError):
+            continue
+        if _takes_json(annotation) or (isinstance(read, list) and _matches(read, annotation)):
+            setattr(instance, item.name, read)
+
+
+def _takes_json(annotation: Any) -> bool:
+    return any(_JSON in getattr(part, "__metadata__", ()) for part in get_args(annotation))
 
 
 def check_types(instance: Any) -> None:
@@ -17,7 +59,7 @@ def check_types(instance: Any) -> None:
         TypeError: a value is of another type than its field.
         ValueError: a field that takes one of several constants has another value of their type.
     """
-    annotations = get_type_hints(type(instance))
+    annotations = get_type_hints(type(instance), include_extras=True)
     for item in dataclasses.fields(instance):
         value, annotation = getattr(instance, item.name), annotations[item.name]
         if not _matches(value, annotation):
@@ -28,7 +70,8 @@ def check_types(instance: Any) -> None:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return tuple(part for part in parts if _JSON not in getattr(part, "__metadata__", ()))
 
 
 def _constants(annotation: Any) -> tuple[Any, ...]:

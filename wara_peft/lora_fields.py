@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from peft import LoraConfig
 
+from .forms import turns_of
 from .wavelet import subbands
 
 _INIT = "PEFT makes it from the base weights or from data; here `init_weights` has 'orthogonal' and 'activation'"
@@ -18,7 +19,8 @@ LORA_FIELDS = {
     "`WaRAConfig.from_lora(lora_config)` keeps the scaling and the number of parameters",
     "alpha": "its name here is 'wara_alpha'",
     "lora_dropout": "its name here is 'wara_dropout'",
-    "init_lora_weights": "its name here is 'init_weights'",
+    "init_lora_weights": "its name here is 'init_weights', whose 'activation' is from data as EVA is, by "
+    "`wara_peft.initialize_from_data`",
     "fan_in_fan_out": "leave it out, the orientation of a weight is read off its layer",
     "megatron_config": "Megatron's parallel layers are adapted by LoraConfig alone",
     "megatron_core": "Megatron's parallel layers are adapted by LoraConfig alone",
@@ -32,11 +34,13 @@ LORA_FIELDS = {
     "use_qalora": "quantized base layers are adapted as they are; leave it out",
     "qalora_group_size": "quantized base layers are adapted as they are; leave it out",
     "monteclora_config": "factors are not sampled; leave it out, or use LoraConfig",
-    "layer_replication": "replicate the layers in the base model, then adapt it",
+    "layer_replication": "replicate the layers in the base model first, by "
+    "`peft.tuners.tuners_utils.replicate_layers(model, layer_map)`, also before loading the adapter",
     "runtime_config": "nothing is offloaded per layer; leave it out",
     "lora_bias": "ΔW has no bias of its own; train those of the adapted modules with bias='wara_only'",
     "use_bdlora": "factors are not block-diagonal; for sharded serving export with `wara_peft.save_as_lora`",
     "arrow_config": "export the experts with `wara_peft.save_as_lora`, and route between these LoRAs",
+    "loraplus_lr_ratio": "it is not a config's: see `wara_peft.optimizer_groups(model, lr, lr_ratio)`",
     "kasa_config": "there are no trained singular values; leave it out, or use LoraConfig",
 }
 """Fields of `LoraConfig`, and spellings of them, that `WaRAConfig` may not have: what to use instead."""
@@ -65,21 +69,20 @@ def carried_fields(own_fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def fields_from_lora(
-    config: LoraConfig, match: Match, levels: int, own_fields: Mapping[str, Any]
+    config: LoraConfig, ranks_for: Callable[[int], dict[str, int]], own_fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
     """The fields of the `WaRAConfig` that corresponds to a LoRA's, and what of the LoRA's is left out.
 
     Args:
         config: LoRA's.
-        match: "parameters" or "rank".
-        levels: number of decomposition levels.
+        ranks_for: gives the ranks by subband that stand for a rank of the LoRA.
         own_fields: the fields of `WaRAConfig`.
     """
     carried = carried_fields(own_fields)
     rank_pattern = config.rank_pattern or {}
     fields = {ours: getattr(config, name) for name, ours in carried.items()}
-    ranks = {rank: subband_ranks(rank, match, levels) for rank in {config.r, *rank_pattern.values()}}
-    even = all(len(set(of_bands.values())) == 1 for of_bands in ranks.values())
+    ranks = {rank: ranks_for(rank) for rank in {config.r, *rank_pattern.values()}}
+    even = all("aa0" not in of_bands and len(set(of_bands.values())) == 1 for of_bands in ranks.values())
     of_config = ranks[config.r]
     fields["r"] = next(iter(of_config.values())) if even else max(1, min(of_config.values()))
     fields["subband_ranks"] = None if even else of_config
@@ -95,7 +98,8 @@ def fields_from_lora(
     fields["bias"] = "wara_only" if config.bias == "lora_only" else config.bias
     if not (isinstance(config.init_lora_weights, bool) or config.init_lora_weights == "orthogonal"):
         fields["init_weights"] = True
-        left_out.append(f"init_lora_weights={config.init_lora_weights!r} (init_weights=True in its place: {_INIT})")
+        why = ", whose A is uniform" if config.init_lora_weights == "gaussian" else f": {_INIT}"
+        left_out.append(f"init_lora_weights={config.init_lora_weights!r} (init_weights=True in its place{why})")
     return fields, left_out
 
 
@@ -104,7 +108,7 @@ def subband_ranks(rank: int, match: Match, levels: int) -> dict[str, int]:
 
     A pair of level j has (m + n) / 2^j parameters where 2^j divides m and n, LoRA's r pairs have r (m + n). Every
     subband gets the same rank, and what is left goes to some of them, one each: finer levels first where parameters
-    are matched, which always comes out even, and coarser first for the rank.
+    are matched, which always comes out even, and coarser first for the rank; in a level aa and dd first.
 
     Args:
         rank: r of the LoRA.
@@ -116,7 +120,7 @@ def subband_ranks(rank: int, match: Match, levels: int) -> dict[str, int]:
     budget = rank * 2**levels if match == "parameters" else rank
     each, left = divmod(budget, sum(cost.values()))
     ranks = dict.fromkeys(cost, each)
-    for name in sorted(cost, key=lambda name: -cost[name]):
+    for name in sorted(turns_of(bands), key=lambda name: -cost[name]):
         if cost[name] <= left:
             ranks[name] += 1
             left -= cost[name]
@@ -149,7 +153,7 @@ def _is_default(config: LoraConfig, item: dataclasses.Field[Any]) -> bool:
     return bool(value == default) or value is None
 
 
-def warn_of_left_out(left_out: list[str]) -> None:
+def warn_of_left_out(left_out: list[str], by: str = "WaRAConfig.from_lora") -> None:
     """One warning that names what a `WaRAConfig` made of a LoRA's does not have."""
     if left_out:
-        warnings.warn(f"WaRAConfig.from_lora does not carry over {'; '.join(left_out)}.", stacklevel=3)
+        warnings.warn(f"{by} does not carry over {'; '.join(left_out)}.", stacklevel=3)

@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -35,25 +34,27 @@ from .bare_parameters import (
     projections,
     use_loras_targets,
 )
-from .bypassed import check_called, keep_called
+from .bypassed import check_called, keep_called, let_go
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
+from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
+from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_ranks, targeted_names, warn_of_unmatched
+from .targets import check_adapter_name, check_factors, check_ranks, targeted_names, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
-    "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
-    ", `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
+    "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
+    "`torch.nn.Conv3d`, `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
 )
 
 
@@ -119,6 +120,7 @@ class WaRAModel(BaseTuner):
             awaited.warn_if_another(config)
             self._awaited = {**self._awaited, adapter_name: awaited}
         keep_ties_in_replicas(model)
+        keep_called(model)
         if config.rank_penalty and add_penalty not in model._forward_hooks.values():
             model.register_forward_hook(add_penalty)
 
@@ -148,7 +150,7 @@ class WaRAModel(BaseTuner):
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
         targets = {
-            name: Target(_shape(base), partial(self._base_weight, peft_config, name, base))
+            name: Target(shape_of(base), partial(self._base_weight, peft_config, name, base))
             for name, base in self._checked_bases(peft_config, model).items()
         }
         peft_config.form_object.check_targets(peft_config, model, targets)
@@ -183,7 +185,7 @@ class WaRAModel(BaseTuner):
                 continue
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             layer_class = self._layer_class(base)
-            if layer_class is None or (only_linear and layer_class is not Linear):
+            if layer_class is None or (only_linear and not issubclass(layer_class, Linear)):
                 unsupported.append(f"{name} ({type(base).__name__})")
             bases[name] = base
         if unsupported:
@@ -196,6 +198,7 @@ class WaRAModel(BaseTuner):
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
         check_called(model, bases)
+        check_factors(peft_config, bases)
         parameters += named_parameters(peft_config, model)
         check_parameters(peft_config, parameters, bases)
         bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
@@ -227,6 +230,8 @@ class WaRAModel(BaseTuner):
             return Conv
         if not kind.is_linear:
             return Embedding
+        if kind.is_factorized:
+            return FactorizedLinear
         if isinstance(base_layer, nn.Linear) or kind is not LINEAR:
             return Linear
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
@@ -298,7 +303,6 @@ class WaRAModel(BaseTuner):
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-        keep_called(layer, parent)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in another's place; adapter layers have moved to their base layer's device already."""
@@ -387,6 +391,18 @@ class WaRAModel(BaseTuner):
         """
         set_rank(self, adapter_name, rank)
 
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Refuse `save_pretrained(path_initial_model_for_weight_conversion=…)`, which PEFT has for PiSSA and its kind.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is for adapters that change the base weights when they are "
+            "made; WaRA's leave them as they are, so there is nothing to convert: save without it."
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample of the batch, to all adapter layers during a forward or generate.
@@ -397,41 +413,9 @@ class WaRAModel(BaseTuner):
             ValueError: the model is training, no layer has an adapter of one of these names, or bare parameters are
                 adapted.
         """
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
-            with one_call(self):
-                yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, WaRALayer)]
-        known = {"__base__"}.union(*(layer.wara_A.keys() for layer in layers))
-        unknown = sorted(set(adapter_names) - known)
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        parameters = [layer.module_name for layer in layers if isinstance(layer, ParameterLayer)]
-        if parameters:
-            raise ValueError(
-                f"Cannot pass `adapter_names` to a model with adapted parameters ({first(parameters)}), which are the "
-                "same for all samples of a batch. Activate one adapter by `set_adapter`, and run a batch for each."
-            )
-        # Beam search repeats each sample, except in the encoder, which runs before.
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        encoder = getattr(self.model, "get_encoder", lambda: None)()
-        in_encoder = set() if encoder in (None, self.model) else set(encoder.modules())
-        handles = []
-        try:
-            for module in self.modules():
-                if isinstance(module, (WaRALayer, AuxiliaryTrainingWrapper)):
-                    names = list(adapter_names) if module in in_encoder else repeated
-                    hook = partial(_pass_adapter_names, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            with one_call(self):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        names = kwargs.get("adapter_names")
+        with one_call(self) if names is None else mixed_batch(self, names, kwargs.get("num_beams") or 1):
+            yield
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -478,20 +462,18 @@ class WaRAModel(BaseTuner):
             )
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
+        let_go(self.model)
         watch_no_more(self.model)
         return unloaded
 
 
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _shape(base_layer: nn.Module) -> ModuleShape:
+def shape_of(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
     if isinstance(base_layer, BareParameter):
         return base_layer.module_shape
+    kind = kind_of(base_layer)
+    if kind.is_factorized:  # of which PEFT's function would warn
+        return ModuleShape(kind, cast(int, base_layer.out_features), cast(int, base_layer.in_features))
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
-    groups = int(getattr(base_layer, "groups", 1))
-    return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups)
+    groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
+    return ModuleShape(kind, out_features, in_features // groups, groups, tuple(kernel))

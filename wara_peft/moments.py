@@ -110,14 +110,19 @@ class Moments:
 
     def _counted(self, layer: nn.Module, inputs: Tensor) -> Tensor:
         """The positions that count, as rows, in float32 or better."""
-        mask = self._mask
-        if self.encoder is not None and layer not in self._in_encoder and not self._is_encoded(inputs):
-            mask = self._decoder_mask
-        if mask is not None and mask.shape == inputs.shape[:-1]:
-            inputs = inputs[mask.bool()]
+        counting = self.counting(layer, inputs)
+        if counting is not None:
+            inputs = inputs[counting]
         rows = inputs.reshape(-1, inputs.shape[-1])
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         return torch.cat((rows, rows.new_ones(len(rows), 1)), 1) if self.with_mean else rows
+
+    def counting(self, layer: nn.Module, inputs: Tensor) -> Tensor | None:
+        """Which positions of a layer's input the batch does not mask, or None where it masks none of these."""
+        mask = self._mask
+        if self.encoder is not None and layer not in self._in_encoder and not self._is_encoded(inputs):
+            mask = self._decoder_mask
+        return mask.bool() if mask is not None and mask.shape == inputs.shape[:-1] else None
 
     def _is_encoded(self, inputs: Tensor) -> bool:
         encoded = self._encoded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,18 +21,19 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from ..calibration import evaluating
-from ..config import WaRAConfig, value_for
+from ..calibration import LossFunction, evaluating, frozen, groups_within
+from ..config import WaRAConfig
 from ..kinds import kind_of
 from ..messages import first
 from ..model import WaRAModel
+from ..patterns import value_for
 from ..quantization import keep_unpacked
 from ..wavelet import Subband, subbands
 from .blocks import Spectrum, of_gradient, of_inputs
 from .budget import lora_parameters
 from .greedy import Item, spend
 from .report import AllocationReport, ModuleAllocation
-from .signals import LossFunction, covariances, frozen, gradients, processes
+from .signals import covariances, gradients, processes
 
 SCORES = ("gradient", "activation")
 MAX_BYTES = 2**31
@@ -259,7 +260,7 @@ def _spectra(
     max_bytes: int,
     counts: dict[str, dict[str, int]],
 ) -> dict[str, dict[str, Spectrum]]:
-    groups = list(_groups(targets, score, max_bytes))
+    groups = list(groups_within(max_bytes, {name: _needed(target, score) for name, target in targets.items()}))
     keep_unpacked(model)
     found: dict[str, dict[str, Spectrum]] = {}
     decompose = of_gradient if score == "gradient" else of_inputs
@@ -279,21 +280,9 @@ def _spectra(
     return found
 
 
-def _groups(targets: dict[str, _Target], score: str, max_bytes: int) -> Iterator[list[str]]:
-    """Names of targets whose matrices fit into the memory together."""
-    group: list[str] = []
-    size = 0
-    for name, target in targets.items():
-        # In float32; of the inputs there are two, the sum and what the last batch has added.
-        needed = 4 * math.prod(target.shape) if score == "gradient" else 8 * (target.shape[1] + 1) ** 2
-        if needed > max_bytes:
-            raise ValueError(f"max_bytes={max_bytes:,} is less than module {name!r} needs by itself, {needed:,}.")
-        if size + needed > max_bytes:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += needed
-    yield group
+def _needed(target: _Target, score: str) -> int:
+    """Bytes, in float32; of the inputs there are two, the sum and what the last batch has added."""
+    return 4 * math.prod(target.shape) if score == "gradient" else 8 * (target.shape[1] + 1) ** 2
 
 
 def _of_the_first(spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:

@@ -5,48 +5,15 @@ Matrices are summed over all processes where there are several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..calibration import arguments_of
+from ..calibration import LossFunction, arguments_of, loss_of, with_gradient
 from ..moments import Moments
-
-LossFunction = Callable[[nn.Module, Any], Tensor]
-"""Takes the model and a batch, and gives the loss, a scalar."""
-
-
-def _own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The `loss` of what the model returns for a batch.
-
-    Raises:
-        ValueError: it returns none.
-    """
-    args, kwargs = arguments_of(batch)
-    output = model(*args, **kwargs)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError(
-            "The model returns no loss for the batches. Give them labels, or pass `loss_fn(model, batch)`."
-        )
-    return loss  # type: ignore[no-any-return]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter is trained; each goes back to what it was."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, trains in before:
-            parameter.requires_grad_(trains)
 
 
 def gradients(
@@ -73,10 +40,7 @@ def gradients(
     handles = [layers[name][0].register_forward_hook(tap) for name, tap in taps.items()]
     try:
         for batch in batches:
-            loss = (loss_fn or _own_loss)(model, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise ValueError(f"The loss must be a scalar tensor, and is of {what}. Take its mean or sum.")
+            loss = loss_of(model, batch, loss_fn)
             if loss.requires_grad:  # or nothing that it depends on is a target
                 loss.backward()  # type: ignore[no-untyped-call]
     finally:
@@ -105,9 +69,6 @@ class _Tap:
         inputs: Tensor = args[0].detach()
         # Where the layer computes, and no less precisely.
         self.total = self.total.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
-        if not output.requires_grad:
-            # A copy, since what follows may change it in place, which autograd refuses for a leaf.
-            output = output.requires_grad_().clone()
         version = inputs._version
 
         def add(gradient: Tensor) -> None:
@@ -117,9 +78,7 @@ class _Tap:
             self.total.addmm_(rows.T, columns)
             self.calls += 1
 
-        if output.requires_grad:  # not so under `no_grad`
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-        return output
+        return with_gradient(output, add)
 
 
 def covariances(

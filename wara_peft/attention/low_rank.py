@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .low_rank_linear import LowRankLinear, Solver, factorize_linear, resolve_rank
+from ..factorized.low_rank_linear import LowRankLinear, Solver, factorize_linear, resolve_rank
 from .projected import ProjectedAttention
 
 

@@ -1,8 +1,9 @@
 """Reading a saved adapter by itself, without its base model, and without trusting it.
 
 An adapter directory holds `adapter_config.json`, whose `module_shapes` give the dimensions, and
-`adapter_model.safetensors`. Names, shapes and ranks are compared from the file's header before anything is allocated,
-values when they are read. Pickles are never opened.
+`adapter_model.safetensors`; or, if diffusers saved it, `pytorch_lora_weights.safetensors` with both. Names, shapes and
+ranks are compared from the file's header before anything is allocated, values when they are read. Pickles are never
+opened.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
@@ -22,9 +25,11 @@ from ..forms import Form, Parts, SubbandFactor
 from ..kinds import KINDS
 from ..low_rank_update import ExpertsUpdate, LowRankUpdate
 from .checkpoint import read_json
+from .component_file import FILE_NAME, ComponentFile
 from .contents import PEFT_PREFIX, Contents, module_shapes
 from .tensors import FLOATS, TensorFile
 
+_Config = TypeVar("_Config", bound=PeftConfig)
 Track = Callable[[Collection[str]], Iterable[str]]
 """Wraps a loop over names to show its progress, as `rich.progress.track` does."""
 
@@ -33,7 +38,9 @@ class SavedAdapter:
     """A WaRA adapter on disk.
 
     Args:
-        path: the directory that holds `adapter_config.json` and `adapter_model.safetensors`.
+        path: the directory that holds `adapter_config.json` and `adapter_model.safetensors`, or, without these,
+            `pytorch_lora_weights.safetensors` of diffusers.
+        component: which one of a pipeline's components to read, where diffusers saved several in one file.
 
     Attributes:
         config: its `WaRAConfig`.
@@ -41,6 +48,7 @@ class SavedAdapter:
         others: shape and dtype of what else it holds (fully trained modules, biases, tokens, embeddings) by key,
             without PEFT's prefix.
         unmentioned: those keys of `others` that the config does not explain.
+        component: the component that it is of, where the file says so.
 
     Raises:
         FileNotFoundError: there is no such directory, or a file is missing.
@@ -51,28 +59,23 @@ class SavedAdapter:
         UserWarning: it holds what its config does not mention, or no biases where its config says that they train.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], component: str | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"There is no adapter directory {str(path)!r}.")
-        self.config = _read_config(self.path / CONFIG_NAME)
-        modules = module_shapes(self.config, self.path / CONFIG_NAME)
+        config_path, by_diffusers = self.path / CONFIG_NAME, None
+        if not config_path.is_file() and (self.path / FILE_NAME).is_file():
+            config_path = self.path / FILE_NAME
+            by_diffusers = ComponentFile(config_path, component)
+            self.config = parse_config(by_diffusers.config, config_path, "WaRA", WaRAConfig)
+        else:
+            self.config = read_config(self.path, "WaRA", WaRAConfig)
+        self.component = by_diffusers.component if by_diffusers else None
+        modules = module_shapes(self.config, config_path)
         if not self.config.save_basis:
             raise ValueError(
                 f"The adapter in {str(self.path)!r} was saved without its basis (save_basis=False), which only its "
                 "base model can give again: load it on that, and use the model."
             )
-        path_of_file = self.path / SAFETENSORS_WEIGHTS_NAME
-        if not path_of_file.is_file():
-            pickled = self.path / WEIGHTS_NAME
-            remedy = (
-                f"; {str(pickled)!r} is a pickle, which may run any code and is not opened. Load the adapter where "
-                "you trust it, and save it again with `safe_serialization=True`."
-                if pickled.exists()
-                else "."
-            )
-            raise FileNotFoundError(f"There is no file {str(path_of_file)!r}{remedy}")
-        self._file = TensorFile(path_of_file)
+        self._file = by_diffusers or open_weights(self.path)
         self._contents = Contents(self.config, modules, self._file)
         self.modules = self._contents.modules
         self.others, self.unmentioned = self._contents.others, self._contents.unmentioned
@@ -171,15 +174,7 @@ class SavedAdapter:
         return next(iter(self._read([key])))
 
     def _read(self, keys: Iterable[str]) -> list[Tensor]:
-        keys = list(keys)
-        tensors = self._file.read(PEFT_PREFIX + key for key in keys)
-        for key, tensor in zip(keys, tensors, strict=True):
-            if not torch.isfinite(tensor).all():
-                raise ValueError(
-                    f"{self._contents.name} is broken: {key!r} holds values that are not finite. Use an earlier "
-                    "checkpoint."
-                )
-        return tensors
+        return read_finite(self._file, keys)
 
 
 def untracked(names: Collection[str]) -> Iterable[str]:
@@ -187,15 +182,69 @@ def untracked(names: Collection[str]) -> Iterable[str]:
     return names
 
 
-def _read_config(path: Path) -> WaRAConfig:
+def read_config(directory: Path, method: str, config_class: type[_Config]) -> _Config:
+    """The config of the adapter in a directory.
+
+    Args:
+        directory: the adapter's.
+        method: its method's name, which in capitals is PEFT's type.
+        config_class: the method's class of configs.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or no config.
+        ValueError: it is another method's, or broken.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"There is no adapter directory {str(directory)!r}.")
+    path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    fields = read_json(path)
-    if fields.get("peft_type") != "WARA":
-        raise ValueError(f"{str(path)!r} is not of a WaRA adapter: its peft_type is {fields.get('peft_type')!r}.")
+    return parse_config(read_json(path), path, method, config_class)
+
+
+def parse_config(fields: dict[str, Any], path: Path, method: str, config_class: type[_Config]) -> _Config:
+    """The config of these fields, which were read from that path; see `read_config`."""
+    if fields.get("peft_type") != method.upper():
+        raise ValueError(f"{str(path)!r} is not of a {method} adapter: its peft_type is {fields.get('peft_type')!r}.")
     try:
-        config = WaRAConfig.from_peft_type(**fields)
+        config = config_class.from_peft_type(**fields)
     except Exception as error:  # whatever a damaged config leads to
         raise ValueError(f"{str(path)!r}: {type(error).__name__}: {error}") from error
-    assert isinstance(config, WaRAConfig)
+    assert isinstance(config, config_class)
     return config
+
+
+def open_weights(directory: Path) -> TensorFile:
+    """The file of an adapter's tensors.
+
+    Raises:
+        FileNotFoundError: it is missing, or a pickle.
+        ValueError: it is broken.
+    """
+    path = directory / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        pickled = directory / WEIGHTS_NAME
+        remedy = (
+            f"; {str(pickled)!r} is a pickle, which may run any code and is not opened. Load the adapter where "
+            "you trust it, and save it again with `safe_serialization=True`."
+            if pickled.exists()
+            else "."
+        )
+        raise FileNotFoundError(f"There is no file {str(path)!r}{remedy}")
+    return TensorFile(path)
+
+
+def read_finite(file: TensorFile, keys: Iterable[str]) -> list[Tensor]:
+    """The tensors of these keys, which are without PEFT's prefix.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    keys = list(keys)
+    tensors = file.read(PEFT_PREFIX + key for key in keys)
+    for key, tensor in zip(keys, tensors, strict=True):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{str(file.path)!r} is broken: {key!r} holds values that are not finite. Use an earlier checkpoint."
+            )
+    return tensors

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -15,17 +12,17 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.other import EMBEDDING_LAYER_NAMES, match_target_against_key
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..config import WaRAConfig, suffix_matches
+from ..config import WaRAConfig
 from ..kinds import loras_targets
 from ..layer import WaRALayer
 from ..messages import first
+from ..patterns import suffix_matches
 from .adapter import SavedAdapter
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint
 from .contents import PEFT_INTERNAL, PEFT_PREFIX, parameter_of
+from .skeleton import Skeleton
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -36,8 +33,6 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """The class with which PEFT's `AutoPeftModel...` loads the base of an adapter of each task type."""
-MODULES_PER_TENSOR, SPARE_MODULES = 10, 10_000
-"""How many modules a model may have for each tensor in its files, and beyond: containers, activations, dropouts."""
 
 
 def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[str, str]) -> PreTrainedModel:
@@ -54,80 +49,27 @@ def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[st
         FileNotFoundError: the base has no config.
         ValueError: its config cannot be used, or no class has parameters of these names.
     """
-    path = checkpoint.base / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    most = MODULES_PER_TENSOR * (len(checkpoint.tensors) + len(parameters)) + SPARE_MODULES
-    _check_numbers_of_layers(read_json(path), path, most)
-    with _made_from(path):
-        config = AutoConfig.from_pretrained(checkpoint.base, local_files_only=True, trust_remote_code=False)
-        classes = _model_classes(config, saved)
-    if getattr(config, "quantization_config", None) is not None:
+    skeleton = Skeleton(checkpoint, len(parameters))
+    with skeleton.blamed():
+        classes = _model_classes(skeleton.config, saved)
+    if getattr(skeleton.config, "quantization_config", None) is not None:
         raise ValueError(
             f"{str(checkpoint.base)!r} is quantized. Merge into the model it was made from, and quantize the result."
         )
     problems = []
     for model_class in classes:
-        with _made_from(path), _at_most(most):
-            model = _on_meta(model_class, config)
-            shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            missing = [repr(name) for name in parameters if name not in shapes]
-            if not missing:
-                labels = _labels(saved, parameters, shapes)
-                if labels is None:
-                    return model
-                config.num_labels = labels
-                return _on_meta(model_class, config)
-            problems.append(f"{model_class.__name__} has no {first(missing)}")
+        model = skeleton.make(model_class)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        missing = [repr(name) for name in parameters if name not in shapes]
+        if not missing:
+            labels = _labels(saved, parameters, shapes)
+            if labels is None:
+                return model
+            skeleton.config.num_labels = labels
+            return skeleton.make(model_class)
+        problems.append(f"{model_class.__name__} has no {first(missing)}")
     reason = "; ".join(problems) or "its config names no class of transformers"
     raise ValueError(f"The adapter does not fit {str(checkpoint.base)!r}: {reason}.")
-
-
-def _check_numbers_of_layers(fields: Any, path: Path, most: int) -> None:
-    """Refuse numbers of layers that the files cannot fill, for which configs make lists before any model is there."""
-    open_fields = [fields]
-    while open_fields:
-        entry = open_fields.pop()
-        if isinstance(entry, dict):
-            for name, value in entry.items():
-                if "layer" in name and isinstance(value, int) and value > most:
-                    raise ValueError(f"{str(path)!r} has {name}={value!r}, far more than there are tensors beside it.")
-            open_fields.extend(entry.values())
-        elif isinstance(entry, list):
-            open_fields.extend(entry)
-
-
-@contextmanager
-def _made_from(path: Path) -> Iterator[None]:
-    """Say of whatever goes wrong while transformers makes something from a config that the config is to blame."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).partition("Exception raised from")[0]  # PyTorch goes on with its call stack
-        raise ValueError(f"Cannot use {str(path)!r}: {type(error).__name__}: {reason}") from error
-
-
-@contextmanager
-def _at_most(most: int) -> Iterator[None]:
-    """Stop as soon as more modules than this are made."""
-    count = 0
-
-    def check(*_: Any) -> None:
-        nonlocal count
-        count += 1
-        if count > most:
-            raise ValueError(f"its model has more than {most} modules, far more than there are tensors beside it.")
-
-    handle = register_module_module_registration_hook(check)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
 
 
 def _model_classes(config: PreTrainedConfig, saved: SavedAdapter) -> list[type[PreTrainedModel]]:

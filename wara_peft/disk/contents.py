@@ -49,6 +49,9 @@ class Contents:
         UserWarning: the file holds what the config does not mention, or no biases where they train.
     """
 
+    prefix = ".wara_"
+    """Which keys are of factors."""
+
     def __init__(self, config: WaRAConfig, modules: dict[str, ModuleShape], file: TensorFile) -> None:
         self.config, self.modules = config, modules
         self.name = repr(str(file.path))
@@ -57,11 +60,16 @@ class Contents:
         self.factors: dict[str, dict[str, tuple[int, ...]]] = {}
         self.trained: dict[str, list[str]] = {}
         for module in modules:
-            tensors = {f"{module}.{key}": value for key, value in config.form_object.saved(self.parts(module)).items()}
-            self.factors[module] = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-            self.trained[module] = [key for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
+            self.factors[module], self.trained[module] = self._factors_of(module)
         self.others = self._check_keys()
         self._check_promises()
+
+    def _factors_of(self, module: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        """Shapes of an adapted module's tensors by key, and the keys of those that train."""
+        saved = self.config.form_object.saved(self.parts(module))
+        tensors = {f"{module}.{key}": value for key, value in saved.items()}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        return shapes, [key for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
 
     def _check_dtypes(self, file: TensorFile) -> dict[str, TensorInfo]:
         """What is in the file, by key without PEFT's prefix."""
@@ -70,7 +78,7 @@ class Contents:
             if not key.startswith(PEFT_PREFIX):
                 raise ValueError(f"{self.name} has the key {key!r}, which does not start with {PEFT_PREFIX!r}.")
             # A module that trains in full may count, as the batches of a batch norm.
-            if info.dtype not in FLOATS and (".wara_" in key or info.dtype not in INTEGERS):
+            if info.dtype not in FLOATS and (self.prefix in key or info.dtype not in INTEGERS):
                 raise ValueError(
                     f"{self.name} has {key!r} of dtype {info.dtype}; one of {', '.join(FLOATS)} is allowed."
                 )
@@ -89,7 +97,7 @@ class Contents:
                     f"{self.name} has {key!r} of shape {self.tensors[key].shape}, but its config asks for {shape}."
                 )
         others = {key: info for key, info in self.tensors.items() if key not in expected}
-        stray = [repr(key) for key in others if ".wara_" in key]
+        stray = [repr(key) for key in others if self.prefix in key]
         if stray:
             raise ValueError(f"{self.name} holds {first(stray)}, of which its config says nothing.")
         self.unmentioned = {key for key in others if not self._is_known(key)}

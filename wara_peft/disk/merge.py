@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME
 
 from ..messages import first
@@ -22,6 +20,7 @@ from .base_model import AdaptedModel, empty_model
 from .checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
 from .contents import PEFT_INTERNAL, TOKENS, parameter_of
 from .directory import written_at_once
+from .skeleton import keys_of_parameters
 from .tensors import FLOATS, INTEGERS, TensorInfo
 
 
@@ -100,6 +99,13 @@ class _Plan:
         self.checkpoint, self.saved = checkpoint, saved
         for name in saved.modules:
             saved.check_has_delta_weight(name)
+        factorized = [repr(name) for name, shape in saved.modules.items() if shape.kind.is_factorized]
+        if factorized:
+            raise ValueError(
+                f"The adapter in {str(saved.path)!r} was trained beside factorised layers, such as "
+                f"{first(factorized)}, and the base's are dense. Load the compressed model and the adapter, and "
+                "call merge_and_unload."
+            )
         changes = self._changes_by_parameter()
         needed = {name: change.values for name, change in changes.items() if not self._may_be_missing(change)}
         self.model = empty_model(checkpoint, saved, needed)
@@ -116,7 +122,7 @@ class _Plan:
             warnings.warn(f"{type(self.model).__name__} has no {first(missing)}, which is left out, as by PEFT.")
         self.changes: dict[str, _Change] = {}
         self.added: list[_Change] = []
-        keys_of = self._keys_of_parameters()
+        keys_of = keys_of_parameters(self.model, checkpoint)
         for change in self._once_for_tied([change for name, change in changes.items() if name in self.parameters]):
             self._place(change, [keys_of.get(name, []) for name in self._tied_to(change.parameter)])
 
@@ -149,20 +155,6 @@ class _Plan:
         for key in keys:
             self._check_fit(change, self.checkpoint.tensors[key])
             self.changes[key] = change
-
-    def _keys_of_parameters(self) -> dict[str, list[str]]:
-        """The keys of the checkpoint that transformers loads, without conversion, as each parameter."""
-        mapping = get_model_conversion_mapping(self.model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        keys_of: dict[str, list[str]] = {}
-        for key in self.checkpoint.file_of:
-            name, converted = rename_source_key(
-                key, renamings, converters, self.model.base_model_prefix, self.parameters
-            )
-            if converted is None:
-                keys_of.setdefault(name, []).append(key)
-        return keys_of
 
     def _tied_to(self, parameter: str) -> list[str]:
         """The parameters that share one weight with this one, itself included."""

@@ -32,6 +32,7 @@ class TensorFile:
 
     Attributes:
         tensors: the `TensorInfo` of each tensor by key.
+        metadata: what else the header says.
 
     Raises:
         ValueError: the file is cut short, or is something else.
@@ -40,6 +41,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._open() as file:
+            self.metadata: dict[str, str] = file.metadata() or {}
             self.tensors = {key: self._info(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118  # no dict
 
     def _open(self) -> Any:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .low_rank import LowRankMultiheadAttention
-from .low_rank_linear import LowRankLinear, Solver, check_solver, factorize_linear, linear_shape, resolve_rank
+from ..attention import LowRankMultiheadAttention
+from ..factorized.low_rank_linear import (
+    LowRankLinear,
+    Solver,
+    check_solver,
+    factorize_linear,
+    linear_shape,
+    resolve_rank,
+)
+from .targets import TIED, check_base, chosen, tied_to_others, with_attentions
 
 Factorizable = nn.Linear | Conv1D | nn.MultiheadAttention
 
@@ -62,17 +68,9 @@ def factorize(
     """
     check_solver(solver)
     resolve_rank(rank, 1, 1)
-    if isinstance(model, (nn.Linear, Conv1D, nn.MultiheadAttention)):
-        raise ValueError(
-            f"model is itself a {type(model).__name__}, which cannot be replaced in place; use factorize_linear or "
-            "LowRankMultiheadAttention.from_multihead."
-        )
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "base_layer", None), nn.Module):
-            raise ValueError(f"{name!r} has a PEFT adapter; merge and unload it, factorise, then add adapters.")
-
-    targets = _targets(model, target_modules)
-    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    check_base(model)
+    targets = chosen(with_attentions(model), target_modules)
+    is_tied = tied_to_others(model)
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
     factorized: dict[int, LowRankLinear | LowRankMultiheadAttention] = {}  # by the id of the module replaced
     replaced: dict[str, int] = {}
@@ -85,8 +83,8 @@ def factorize(
                 f"rank {layer_rank} saves nothing: the break-even of ({out_features}, {in_features}) is "
                 f"{in_features * out_features / (in_features + out_features):.1f}"
             )
-        elif any(owners[id(weight)] > 1 for weight in module.parameters()):
-            left[name] = "its weight is tied to that of another module, which would keep it"
+        elif is_tied(module):
+            left[name] = TIED
         else:
             if id(module) not in factorized:
                 factorized[id(module)] = _factorized(name, module, rank, solver)
@@ -96,10 +94,10 @@ def factorize(
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, factorized[id(targets[name])])
     if any(isinstance(module, LowRankMultiheadAttention) for module in factorized.values()):
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoder):
+        for encoder in model.modules():
+            if isinstance(encoder, nn.TransformerEncoder):
                 # Its fused path in eval mode reads the weights that PyTorch's own attention has.
-                module.use_nested_tensor = False
+                encoder.use_nested_tensor = False
     parameters_after = sum(parameter.numel() for parameter in model.parameters())
     return Factorization(replaced, left, parameters_before, parameters_after)
 
@@ -118,42 +116,3 @@ def _factorized(
         return factorize_linear(module, rank, solver)
     except ValueError as error:
         raise ValueError(f"{name!r} cannot be factorised: {error}") from error
-
-
-def _targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, Factorizable]:
-    """The layers that may be replaced and are asked for, by name; a module with several names under each of them."""
-    candidates: dict[str, Factorizable] = {}
-    inside_attention: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.MultiheadAttention):
-            inside_attention += (f"{name}.",)  # it uses the weight of its out_proj, and does not call it
-        if isinstance(module, (nn.Linear, Conv1D, nn.MultiheadAttention)) and not name.startswith(inside_attention):
-            candidates[name] = module
-    if target_modules is None:
-        targets = candidates
-    elif isinstance(target_modules, str):
-        targets = {name: module for name, module in candidates.items() if re.fullmatch(target_modules, name)}
-    else:
-        for target in target_modules:
-            if not any(_ends_with(name, target) for name in candidates):
-                raise ValueError(_no_match(target, candidates))
-        targets = {
-            name: module
-            for name, module in candidates.items()
-            if any(_ends_with(name, target) for target in target_modules)
-        }
-    if not targets:
-        raise ValueError(_no_match(target_modules, candidates))
-    return targets
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
-
-
-def _no_match(target: object, candidates: dict[str, Factorizable]) -> str:
-    ends = sorted({name.rpartition(".")[2] for name in candidates})
-    return (
-        f"target_modules: {target!r} matches no linear layer or attention of the model; names of these end in "
-        f"{', '.join(ends) or 'nothing, as there are none'}."
-    )

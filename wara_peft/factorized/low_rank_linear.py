@@ -80,6 +80,29 @@ class LowRankLinear(nn.Module):
         result: Tensor = self.up(self.down(x))
         return result
 
+    def appended(self, left: Tensor, right: Tensor) -> LowRankLinear:
+        """The layer with left · right, (m, R) and (R, n), added to its weight: exactly, as R more units of rank.
+
+        Its factors are new ones, rounded to the dtype of these; the bias is the same parameter.
+
+        Raises:
+            ValueError: r + R is more than min(m, n).
+        """
+        up, down = self.up.weight.detach(), self.down.weight.detach()
+        return self._with(torch.cat((up, left.to(up)), 1), torch.cat((down, right.to(down))))
+
+    def without_last(self, units: int) -> LowRankLinear:
+        """The layer without its last units of rank: bit by bit what `appended` was called of."""
+        kept = self.rank - units
+        return self._with(self.up.weight.detach()[:, :kept].clone(), self.down.weight.detach()[:kept].clone())
+
+    def _with(self, up: Tensor, down: Tensor) -> LowRankLinear:
+        made = LowRankLinear(self.in_features, self.out_features, len(down), bias=False, device="meta")
+        made.up.weight = nn.Parameter(up, self.up.weight.requires_grad)
+        made.down.weight = nn.Parameter(down, self.down.weight.requires_grad)
+        made.up.bias = self.up.bias
+        return made.train(self.training)
+
 
 def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
     """The rank as an int: a float is the fraction of the break-even m n / (m + n), rounded down, at least 1.
@@ -99,7 +122,7 @@ def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
     )
 
 
-def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+def linear_shape(module: nn.Linear | Conv1D | LowRankLinear) -> tuple[int, int]:
     """(in, out) features."""
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
@@ -107,6 +130,43 @@ def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
 def check_solver(solver: str) -> None:
     if solver not in get_args(Solver):
         raise ValueError(f"solver={solver!r} is unknown; use one of {', '.join(map(repr, get_args(Solver)))}.")
+
+
+def checked_linear(module: nn.Module) -> nn.Linear | Conv1D:
+    """The layer itself, if it is a linear layer that can be factorised.
+
+    Raises:
+        TypeError: not a linear layer.
+        ValueError: a weight that is quantized or a subclass of tensor, or a subclass of `nn.Linear` that computes
+            something else; the message tells of the layer as "it".
+    """
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise TypeError(f"{type(module).__name__} is not an nn.Linear or a Conv1D, and only these can be factorised.")
+    weight = module.weight
+    # A quantized or sharded weight is an integer, or a subclass of Parameter or of Tensor, which reports a float.
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise ValueError(
+            f"its weight is a {type(weight).__name__} of dtype {weight.dtype}, quantized or not a plain parameter. "
+            "Factorise before you quantize, shard or parametrize, or leave the layer out of target_modules."
+        )
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+        raise ValueError(
+            f"{type(module).__name__} has a forward of its own, which two linear layers would not reproduce. Leave "
+            "the layer out of target_modules."
+        )
+    return module
+
+
+def check_values(weight: Tensor) -> None:
+    """Refuse a weight that has no SVD.
+
+    Raises:
+        ValueError: it is on the meta device, or not finite.
+    """
+    if weight.is_meta:
+        raise ValueError("its weight is on the meta device, without values. Load the model first, or use 'random'.")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("its weight holds NaN or infinity, which have no SVD. Repair it, or use solver='random'.")
 
 
 @torch.no_grad()
@@ -132,20 +192,8 @@ def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd
             or a subclass of `nn.Linear` that computes something else.
     """
     check_solver(solver)
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        raise TypeError(f"{type(module).__name__} is not an nn.Linear or a Conv1D, and only these can be factorised.")
+    module = checked_linear(module)
     weight = module.weight
-    # A quantized or sharded weight is an integer, or a subclass of Parameter or of Tensor, which reports a float.
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
-        raise ValueError(
-            f"its weight is a {type(weight).__name__} of dtype {weight.dtype}, quantized or not a plain parameter. "
-            "Factorise before you quantize, shard or parametrize, or leave the layer out of target_modules."
-        )
-    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
-        raise ValueError(
-            f"{type(module).__name__} has a forward of its own, which two linear layers would not reproduce. Leave "
-            "the layer out of target_modules."
-        )
     in_features, out_features = linear_shape(module)
     factorized = LowRankLinear(
         in_features,
@@ -167,10 +215,7 @@ def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd
 
 def _set_svd(layer: LowRankLinear, weight: Tensor) -> None:
     """Set the factors to the truncated SVD of a weight (m, n)."""
-    if weight.is_meta:
-        raise ValueError("its weight is on the meta device, without values. Load the model first, or use 'random'.")
-    if not bool(weight.isfinite().all()):
-        raise ValueError("its weight holds NaN or infinity, which have no SVD. Repair it, or use solver='random'.")
+    check_values(weight)
     # In float32 the errors of six encoder layers, at full rank, add up to more than 1e-5.
     left, singular_values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     roots = singular_values[: layer.rank].sqrt()

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
-from wara_peft.attention import LowRankLinear, factorize_linear
+from wara_peft.factorized import LowRankLinear, factorize_linear
 
 
 def linear(kind: str, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Module:

@@ -1,0 +1,32 @@
+"""Low-rank factorisation of whole models; it knows nothing of adapters, which may target what it makes."""
+
+from ..factorized import DictionaryLinear, LowRankLinear, LowRankPlusSparseLinear, factorize_linear
+from .calibrate import calibrate
+from .compress import compress
+from .factorize import Factorization, factorize
+from .pretraining import low_rank_plus_sparse, to_dense
+from .report import CompressionReport, LayerReport
+from .saving import load_compressed, save_compressed
+from .statistics import LayerStatistics, load_statistics, save_statistics
+from .truncate import truncate
+
+__all__ = [
+    "CompressionReport",
+    "DictionaryLinear",
+    "Factorization",
+    "LayerReport",
+    "LayerStatistics",
+    "LowRankLinear",
+    "LowRankPlusSparseLinear",
+    "calibrate",
+    "compress",
+    "factorize",
+    "factorize_linear",
+    "load_compressed",
+    "load_statistics",
+    "low_rank_plus_sparse",
+    "save_compressed",
+    "save_statistics",
+    "to_dense",
+    "truncate",
+]

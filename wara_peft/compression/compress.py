@@ -1,0 +1,249 @@
+"""`compress`: from a model, statistics and a budget to a model of factorised layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..calibration import LossFunction
+from ..factorized.low_rank_linear import linear_shape
+from ..messages import first
+from .allocation import ALLOCATIONS, Candidate, by_shares, check_budget, greedy, spent
+from .costs import COSTS, Cost, Latency, Shape, nonzeros_of, ranks_that_pay
+from .depth import KEYS_AND_VALUES, depth_shares
+from .layers import on
+from .needed import statistics_of
+from .replacement import Replacement
+from .report import CompressionReport, LayerReport
+from .solvers import SOLVERS, energies
+from .statistics import LayerStatistics
+from .targets import TIED, check_base, checked, linear_targets, tied_to_others
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    budget: float | int | str,
+    solver: str = "activation",
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    allocation: Literal["uniform", "greedy", "cost", "depth"] = "greedy",
+    *,
+    target_modules: str | list[str] | None = None,
+    cost: str | Cost = "flops",
+    compensate_bias: bool = True,
+    sequential: Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    show_progress_bar: bool = True,
+) -> CompressionReport:
+    """Replace linear layers of a model, in place, by factorised ones that cost no more than a budget together.
+
+    Each `nn.Linear` or transformers `Conv1D` among the targets becomes a `LowRankLinear` or, by a dictionary, a
+    `DictionaryLinear`, or stays dense where that is better or no rank pays. Nothing is changed before all arguments
+    and statistics are checked and, unless `sequential`, before all layers are made; if something raises, the model is
+    as it was.
+
+    Args:
+        model: the model, without adapters; a factorised one trains and takes adapters as before.
+        budget: how much the targets may cost: a share of what they cost, as 0.6; a number of parameters; or bytes as
+            text, as "48MB" or "1GiB". With allocation="cost" a share of, or an int in units of, that cost.
+        solver: "svd", "fisher", "activation", "activation-fisher", "dictionary" (K-SVD) or "dictionary-oneshot"; see
+            `SOLVERS` for what each minimises. A dictionary of k atoms has k/2 values in each row; bytes and parameters
+            count their places too.
+        statistics: what `calibrate` returns, or `load_statistics`; "svd" works without.
+        allocation: "uniform" gives all layers the same share of what they cost. "greedy" takes unit after unit of
+            rank by σ² over its cost, with σ² as a share of ‖T W S‖² where solvers do not estimate the loss itself.
+            "cost" is greedy with `cost` in place of parameters. "depth" is for keys and values (its default targets):
+            layers nearer to the input keep more, by the condition numbers κ of their weights from there to the top,
+            d_ℓ ∝ 1 − (max log κ̃ − log κ̃_ℓ)/(max log κ̃ − min log κ̃)/2 with κ̃_ℓ = Π_{j≥ℓ} κ_j; that formula of LoRC
+            (arXiv 2410.03111) is second-hand.
+        target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
+            linear layers but the output layer of a model of transformers.
+        cost: for allocation="cost": "flops" (of the positions seen in calibration), "latency" (timed here at a few
+            ranks), "bytes", or a function of (name, m, n, rank or None for dense).
+        compensate_bias: let the bias make up for the mean of the inputs where statistics have it. A layer without a
+            bias gets one, which counts.
+        sequential: batches with which to take moment and mean of the inputs anew, layer by layer in the order in which
+            they run, after the layers before have been compressed. Ranks come from `statistics`.
+        loss_fn: how to call the model with these batches, where `model(**batch)` will not do.
+        show_progress_bar: show progress over layers.
+
+    Returns:
+        What each layer got and lost. It is also kept as `model.compression_report`, for `save_compressed`.
+
+    Raises:
+        ValueError: an argument is unknown or out of range; a target matches nothing; the budget is less than rank 1
+            of all layers; statistics are missing, of another model, not finite, or of a layer that never ran; a weight
+            is quantized, on the meta device or not finite; or the model has adapters.
+    """
+    _check_arguments(solver, statistics, allocation, cost)
+    batches = None if sequential is None else list(sequential)
+    if batches == []:
+        raise ValueError("sequential gives no batches.")
+    check_base(model)
+    targets, left = _targets(model, target_modules, allocation)
+    entries = statistics or {}
+    shapes: dict[str, Shape] = {}
+    gains: dict[str, list[float]] = {}
+    for name, layer in tqdm(targets.items(), desc="Reading statistics", disable=not show_progress_bar):
+        weight = checked(name, layer)
+        entry = statistics_of(name, layer, entries, solver)
+        has_mean = entry.mean is not None or batches is not None
+        shapes[name] = _shape(layer, entry.count, solver, compensate_bias and has_mean)
+        gains[name] = _gains(weight, solver, entry, compensate_bias) if allocation in ("greedy", "cost") else []
+    unit, costs = _costs(shapes, budget, allocation, cost)
+    candidates = [
+        Candidate(name, ranks_that_pay(costs[name], shapes[name].most), costs[name](None), gains[name])
+        for name in targets
+    ]
+    before = sum(candidate.dense for candidate in candidates)
+    limit = _limit(budget, before, unit)
+    check_budget(candidates, limit, unit)
+    if allocation in ("greedy", "cost"):
+        ranks = greedy(candidates, limit)
+    else:
+        shares = depth_shares(targets) if allocation == "depth" else [1.0] * len(candidates)
+        ranks = by_shares(candidates, shares, limit)
+    ranked = {name: rank for name, rank in zip(targets, ranks, strict=True) if rank is not None}
+    replacement = Replacement(model, targets, ranked, solver, entries, compensate_bias)
+    with tqdm(total=len(ranked), desc="Compressing", disable=not show_progress_bar) as progress:
+        if batches is None:
+            lost = replacement.at_once(progress.update)
+        else:
+            lost = replacement.in_order(batches, loss_fn, progress.update)
+    report = CompressionReport(
+        solver,
+        allocation,
+        limit,
+        unit,
+        spent(candidates, ranks),
+        before,
+        [
+            LayerReport(
+                candidate.name,
+                (shapes[candidate.name].out_features, shapes[candidate.name].in_features),
+                rank,
+                nonzeros_of(rank) if rank is not None and SOLVERS[solver].is_dictionary else None,
+                shapes[candidate.name].parameters(None),
+                shapes[candidate.name].parameters(rank),
+                lost.get(candidate.name, 0.0),
+                "" if rank is not None else "dense is better" if candidate.costs else "no rank pays",
+            )
+            for candidate, rank in zip(candidates, ranks, strict=True)
+        ],
+        left,
+        batches is not None,
+    )
+    cast(Any, model).compression_report = report
+    return report
+
+
+def _check_arguments(
+    solver: str, statistics: Mapping[str, LayerStatistics] | None, allocation: str, cost: str | Cost
+) -> None:
+    for what, value, known in (("solver", solver, SOLVERS), ("allocation", allocation, ALLOCATIONS)):
+        if value not in known:
+            raise ValueError(f"{what}={value!r} is unknown; use one of {', '.join(map(repr, known))}.")
+    if not callable(cost) and cost not in COSTS:
+        raise ValueError(f"cost={cost!r} is unknown; use one of {', '.join(map(repr, COSTS))}, or a function.")
+    needs = SOLVERS[solver].needs
+    if statistics is None and needs:
+        raise ValueError(
+            f"solver={solver!r} needs statistics: pass calibrate(model, dataloader, statistics={list(needs)!r})."
+        )
+
+
+def _targets(
+    model: nn.Module, target_modules: str | list[str] | None, allocation: str
+) -> tuple[dict[str, nn.Linear | Conv1D], dict[str, str]]:
+    """The layers to compress, each under its first name, and why others are left."""
+    if allocation == "depth" and target_modules is None:
+        target_modules = rf"(.*\.)?({'|'.join(KEYS_AND_VALUES)})"
+    is_tied = tied_to_others(model)
+    targets: dict[str, nn.Linear | Conv1D] = {}
+    left: dict[str, str] = {}
+    for name, layer in linear_targets(model, target_modules).items():
+        if is_tied(layer):
+            left[name] = TIED
+        elif not any(layer is other for other in targets.values()):
+            targets[name] = layer
+    if not targets:
+        raise ValueError(f"{first([repr(name) for name in left])} cannot be compressed: {TIED}. Untie them.")
+    return targets, left
+
+
+def _shape(layer: nn.Linear | Conv1D, positions: int, solver: str, gets_bias: bool) -> Shape:
+    n, m = linear_shape(layer)
+    return Shape(
+        m,
+        n,
+        layer.weight.dtype,
+        layer.weight.device,
+        has_bias=layer.bias is not None,
+        gets_bias=gets_bias,
+        is_dictionary=SOLVERS[solver].is_dictionary,
+        positions=max(positions, 1),
+    )
+
+
+def _gains(weight: Tensor, solver: str, entry: LayerStatistics, compensate_bias: bool) -> list[float]:
+    """What each unit of rank takes off the loss, in numbers that can be compared between layers."""
+    kind = SOLVERS[solver]
+    found = energies(weight, kind.metric(on(entry, weight.device), compensate_bias and entry.mean is not None))
+    if kind.is_loss:  # of each position there is one term in the loss
+        return (found * (entry.count if "gradients" in kind.needs else 1)).tolist()
+    total = found.sum()
+    return (found / total if bool(total > 0) else found).tolist()
+
+
+def _costs(
+    shapes: Mapping[str, Shape], budget: float | int | str, allocation: str, cost: str | Cost
+) -> tuple[str, dict[str, Any]]:
+    """What is counted, and of each layer a function from a rank, or None for dense, to its cost."""
+    if allocation != "cost":
+        in_bytes = isinstance(budget, str)
+        unit = "bytes" if in_bytes else "parameters"
+        return unit, {name: shape.bytes if in_bytes else shape.parameters for name, shape in shapes.items()}
+    if callable(cost):
+        return "cost", {
+            name: lambda rank, name=name, shape=shape: cost(name, shape.out_features, shape.in_features, rank)
+            for name, shape in shapes.items()
+        }
+    if cost == "latency":
+        latency = Latency()
+        return "seconds", {name: lambda rank, shape=shape: latency(shape, rank) for name, shape in shapes.items()}
+    return cost, {name: getattr(shape, cost) for name, shape in shapes.items()}
+
+
+def _limit(budget: float | int | str, before: float, unit: str) -> float:
+    """The budget in its unit.
+
+    Raises:
+        ValueError: it is no share, no number of at least 1, and no size.
+    """
+    if isinstance(budget, str):
+        try:
+            size = convert_file_size_to_int(budget)
+        except ValueError:
+            size = 0
+        if size < 1 or unit != "bytes":
+            raise ValueError(
+                f"budget={budget!r} must be a size in bytes such as '48MB'"
+                f"{'' if unit == 'bytes' else f', and cannot be one where {unit} are counted'}."
+            )
+        return float(size)
+    if isinstance(budget, float) and 0 < budget < 1:
+        # An integer of parameters or bytes; a share of them is rounded down.
+        return budget * before if unit in ("seconds", "cost") else math.floor(budget * before)
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
+        return budget
+    raise ValueError(
+        f"budget={budget!r} must be a share between 0 and 1, as 0.6, an int of at least 1, or a size in bytes, as "
+        "'48MB'."
+    )

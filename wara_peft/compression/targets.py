@@ -1,0 +1,118 @@
+"""Which layers of a model are to be factorised."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..factorized.low_rank_linear import check_values, checked_linear
+
+Layer = TypeVar("Layer", bound=nn.Module)
+LINEAR = (nn.Linear, Conv1D)
+
+
+def check_base(model: nn.Module) -> None:
+    """Refuse a model whose layers cannot be replaced.
+
+    Raises:
+        ValueError: it has PEFT adapters, or is itself a linear layer or an attention.
+    """
+    if isinstance(model, (*LINEAR, nn.MultiheadAttention)):
+        raise ValueError(
+            f"model is itself a {type(model).__name__}, which cannot be replaced in place; use factorize_linear or "
+            "LowRankMultiheadAttention.from_multihead."
+        )
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            raise ValueError(f"{name!r} has a PEFT adapter; merge and unload it, factorise, then add adapters.")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of a model that are called as such, by name; one with several names under each of them."""
+    return {name: layer for name, layer in with_attentions(model).items() if isinstance(layer, LINEAR)}
+
+
+def with_attentions(model: nn.Module) -> dict[str, nn.Linear | Conv1D | nn.MultiheadAttention]:
+    """The same, and PyTorch's attentions, each as a whole."""
+    found: dict[str, nn.Linear | Conv1D | nn.MultiheadAttention] = {}
+    inside_attention: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            inside_attention += (f"{name}.",)  # it uses the weight of its out_proj, and does not call it
+        if isinstance(module, (*LINEAR, nn.MultiheadAttention)) and not name.startswith(inside_attention):
+            found[name] = module
+    return found
+
+
+def chosen(candidates: Mapping[str, Layer], target_modules: str | list[str] | None) -> dict[str, Layer]:
+    """Those that are asked for, as in PEFT: names or ends of names, or a regex for the full name; None means all.
+
+    Raises:
+        ValueError: a target matches nothing.
+    """
+    if target_modules is None:
+        targets = dict(candidates)
+    elif isinstance(target_modules, str):
+        targets = {name: module for name, module in candidates.items() if re.fullmatch(target_modules, name)}
+    else:
+        for target in target_modules:
+            if not any(_ends_with(name, target) for name in candidates):
+                raise ValueError(_no_match(target, candidates))
+        targets = {
+            name: module
+            for name, module in candidates.items()
+            if any(_ends_with(name, target) for target in target_modules)
+        }
+    if not targets:
+        raise ValueError(_no_match(target_modules, candidates))
+    return targets
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def _no_match(target: object, candidates: Mapping[str, nn.Module]) -> str:
+    ends = sorted({name.rpartition(".")[2] for name in candidates})
+    return (
+        f"target_modules: {target!r} matches no linear layer or attention of the model; names of these end in "
+        f"{', '.join(ends) or 'nothing, as there are none'}."
+    )
+
+
+TIED = "its weight is tied to that of another module, which would keep it"
+
+
+def tied_to_others(model: nn.Module) -> Callable[[nn.Module], bool]:
+    """Tells of a layer whether one of its parameters belongs to another module too."""
+    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    return lambda layer: any(owners[id(weight)] > 1 for weight in layer.parameters())
+
+
+def linear_targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers that are asked for; None means all but the output layer, as PEFT's "all-linear" does."""
+    candidates = linear_layers(model)
+    if target_modules is None:
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if get_head is not None else None
+        candidates = {name: layer for name, layer in candidates.items() if layer is not head}
+    return chosen(candidates, target_modules)
+
+
+def checked(name: str, layer: nn.Linear | Conv1D) -> Tensor:
+    """The weight of a layer, (m, n), if it can be factorised.
+
+    Raises:
+        ValueError: it is quantized, on the meta device or not finite, or the layer computes something of its own.
+    """
+    try:
+        layer = checked_linear(layer)
+        check_values(layer.weight)
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be factorised: {error}") from error
+    return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()

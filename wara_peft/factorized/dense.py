@@ -1,0 +1,33 @@
+"""A dense linear layer out of a factorised one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Factorized(Protocol):
+    """What every factorised linear layer has: sizes, and the weight (m, n) and bias (m,) that it stands for."""
+
+    in_features: int
+    out_features: int
+    training: bool
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+@torch.no_grad()
+def dense_linear(layer: Factorized) -> nn.Linear:
+    """`nn.Linear` of the same weight and bias, device, dtype and mode; the layer itself stays as it is."""
+    weight, bias = layer.weight, layer.bias
+    linear = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear.train(layer.training)

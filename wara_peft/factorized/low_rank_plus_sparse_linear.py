@@ -1,0 +1,184 @@
+"""A linear layer as low-rank factors and a sparse matrix, which trains without a dense tensor being kept."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+
+class LowRankPlusSparseLinear(nn.Module):
+    """A linear layer of a low-rank and a sparse part: y = W x + b with W = (α/r) B A + S.
+
+    S has values in fixed places alone, so that there are r (m + n) + s weights where W has m n. W is built anew in
+    forward and in backward and kept in neither: for backward there are x, A, B, the values and their places. B starts
+    at zero, so that W = S at first. Source: Han et al., "SLTrain", arXiv 2406.02214.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: r, at least 1.
+        nonzeros: s, how many values S has; r (m + n) + s must be less than m n.
+        alpha: α, a whole number, so that no dtype rounds it.
+        bias: whether there is b.
+        seed: of the places, drawn uniformly on the CPU; the same seed gives the same places on every device. None
+            takes the first ones, for a layer whose places are loaded.
+        device, dtype: as in `nn.Linear`.
+
+    Attributes:
+        down: A, (r, n).
+        up: B, (m, r).
+        values: (s,), what is not zero in S.
+        indices: (s,), their places in the flattened S, in ascending order: int32, or int64 from 2³¹ places on. They
+            are saved, as no random generator promises the same places in all its versions.
+        alpha: α, int64, of no dimension.
+
+    Raises:
+        ValueError: sizes out of their range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        nonzeros: int,
+        alpha: int = 16,
+        bias: bool = True,
+        seed: int | None = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        places = in_features * out_features
+        if rank < 1 or nonzeros < 1 or rank * (in_features + out_features) + nonzeros >= places:
+            raise ValueError(
+                f"rank={rank} and nonzeros={nonzeros} of a linear layer with {in_features} inputs and {out_features} "
+                f"outputs must be at least 1 and take fewer weights than the {places} of the dense layer; they take "
+                f"{rank * (in_features + out_features) + nonzeros}. Take a lower rank or fewer values."
+            )
+        if not isinstance(alpha, int) or alpha < 1:
+            raise ValueError(f"alpha={alpha!r} must be a whole number of at least 1.")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.empty(nonzeros, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        kind = torch.int32 if places < 2**31 else torch.int64
+        if seed is None:
+            indices = torch.arange(nonzeros, device=device, dtype=kind)
+        else:
+            generator = torch.Generator("cpu").manual_seed(seed)
+            drawn = torch.randperm(places, generator=generator, device="cpu")[:nonzeros].sort().values
+            indices = drawn.to(device=self.values.device, dtype=kind)
+        self.indices: Tensor
+        self.register_buffer("indices", indices)
+        self.alpha: Tensor
+        self.register_buffer("alpha", torch.tensor(alpha, device=self.values.device))
+        self.reset_parameters()
+
+    @property
+    def nonzeros(self) -> int:
+        return len(self.values)
+
+    def reset_parameters(self) -> None:
+        """Draw A and the values of S as `nn.Linear` draws W, from U(±1/√n), b too, and set B to zero."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.down, -bound, bound)
+        nn.init.zeros_(self.up)
+        nn.init.uniform_(self.values, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (m, n), dense and differentiable: for merging, and for code that looks at a linear layer's weight."""
+        return _dense(self.down, self.up * self._scaling, self.values, self.indices)
+
+    @property
+    def _scaling(self) -> Tensor:
+        return self.alpha.to(self.up.dtype) / self.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n) to (..., m), under autocast in its dtype."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        parts = self.down, self.up, self.values, self.indices
+        result: Tensor = _Product.apply(x, *parts, self._scaling)  # type: ignore[no-untyped-call]
+        return result if self.bias is None else result + self.bias.to(result.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"nonzeros={self.nonzeros}, bias={self.bias is not None}"
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        indices = state_dict.get(f"{prefix}indices")
+        if isinstance(indices, Tensor) and not indices.is_meta:
+            check_places(prefix.rstrip("."), indices, self.nonzeros, self.in_features * self.out_features)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_places(name: str, indices: Tensor, nonzeros: int, places: int) -> None:
+    """Refuse a support that is not one of the layer.
+
+    Raises:
+        ValueError: another number of places, or places that are out of range, double or out of order.
+    """
+    if indices.shape != (nonzeros,):
+        raise ValueError(
+            f"{name!r}: the support has shape {tuple(indices.shape)}, and this layer's has {(nonzeros,)}. Convert the "
+            "model with the same density before loading."
+        )
+    ascending = bool((indices[1:] > indices[:-1]).all())
+    if not ascending or int(indices[0]) < 0 or int(indices[-1]) >= places:
+        raise ValueError(
+            f"{name!r}: the support must be places from 0 to {places - 1} in ascending order. It is broken, or of "
+            "another layer."
+        )
+
+
+def _dense(down: Tensor, scaled_up: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    product = scaled_up @ down
+    # Each place gets one value at most, so the order of additions does not matter.
+    return product.flatten().index_add(0, indices, values).view_as(product)
+
+
+class _Product(torch.autograd.Function):
+    """y = x Wᵀ for W = s B A + S; W and its gradient are there for a moment each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, values: Tensor, indices: Tensor, scaling: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, down, up, values, indices)
+        ctx.scaling = scaling
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x, _dense(down, up * scaling, values, indices).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, up, values, indices = ctx.saved_tensors
+        needs_x, *needs_factors = ctx.needs_input_grad[:4]
+        of_x = of_down = of_up = of_values = None
+        with torch.autocast(x.device.type, enabled=False):
+            scaled_up = up * ctx.scaling
+            if needs_x:
+                of_x = gradient @ _dense(down, scaled_up, values, indices).to(gradient.dtype)
+            if any(needs_factors):
+                # (m, n), of W
+                of_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).to(down.dtype)
+                if needs_factors[0]:
+                    of_down = scaled_up.T @ of_weight
+                if needs_factors[1]:
+                    of_up = (of_weight @ down.T) * ctx.scaling
+                if needs_factors[2]:
+                    of_values = of_weight.flatten().index_select(0, indices)
+        return of_x, of_down, of_up, of_values, None, None

@@ -1,0 +1,128 @@
+"""Factorised layers in a checkpoint: known by the names and shapes of their tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .dictionary_linear import DictionaryLinear
+from .low_rank_linear import LowRankLinear, linear_shape
+from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Kind(NamedTuple):
+    """How a kind of layer is told by its tensors, and made again.
+
+    Attributes:
+        parts: names of the tensors that it has in any case.
+        bias: the name of its bias.
+        make: from n, m, the shapes of its parts and whether there is a bias to a layer of such inner sizes.
+        sizes: the names of its inner sizes.
+    """
+
+    parts: frozenset[str]
+    bias: str
+    make: Callable[[int, int, Shapes, bool], nn.Module]
+    sizes: tuple[str, ...]
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    LowRankLinear: Kind(
+        frozenset({"down.weight", "up.weight"}),
+        "up.bias",
+        lambda n, m, shapes, bias: LowRankLinear(n, m, _size(shapes["down.weight"], 0), bias),
+        ("rank",),
+    ),
+    DictionaryLinear: Kind(
+        frozenset({"down.weight", "values", "support"}),
+        "bias",
+        lambda n, m, shapes, bias: DictionaryLinear(
+            n, m, _size(shapes["down.weight"], 0), _size(shapes["values"], 1), bias
+        ),
+        ("atoms", "nonzeros"),
+    ),
+    LowRankPlusSparseLinear: Kind(
+        frozenset({"down", "up", "values", "indices", "alpha"}),
+        "bias",
+        lambda n, m, shapes, bias: LowRankPlusSparseLinear(
+            n, m, _size(shapes["down"], 0), _size(shapes["values"], 0), bias=bias, seed=None
+        ),
+        ("rank", "nonzeros"),
+    ),
+}
+FACTORIZED = tuple(KINDS)
+
+
+def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
+    """Replace linear layers, in place, by the factorised ones that a checkpoint has in their stead.
+
+    Args:
+        model: a model without values (their devices and dtypes are those of the default).
+        shapes: of each of the checkpoint's tensors by key. The prefix of a model's base may be there or not.
+
+    Returns:
+        Names of the layers replaced.
+
+    Raises:
+        ValueError: the shapes of factors do not fit the layer or each other, or the layer is there dense too.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    replaced = []
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, (nn.Linear, Conv1D)):
+            continue
+        for key in dict.fromkeys((name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")):
+            factorised = _of(key, layer, shapes)
+            if factorised is not None:
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, factorised.train(layer.training))
+                replaced.append(name)
+                break
+    return replaced
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, object]]:
+    """Kind and sizes of each factorised layer of a model, by name."""
+    found: dict[str, dict[str, object]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        for kind, known in KINDS.items():
+            if isinstance(layer, kind):
+                found[name] = {"kind": kind.__name__, **{size: _plain(layer, size) for size in known.sizes}}
+    return found
+
+
+def _of(key: str, layer: nn.Linear | Conv1D, shapes: Shapes) -> nn.Module | None:
+    there = {part for known in KINDS.values() for part in known.parts if f"{key}.{part}" in shapes}
+    complete = [kind for kind, known in KINDS.items() if known.parts <= there]
+    if not complete:
+        return None
+    known = KINDS[complete[0]]
+    if len(complete) > 1 or f"{key}.weight" in shapes:
+        raise ValueError(f"{key!r} has factors of several kinds in the checkpoint, or a dense weight beside them.")
+    n, m = linear_shape(layer)
+    own = {part: shapes[f"{key}.{part}"] for part in known.parts}
+    bias = f"{key}.{known.bias}" in shapes
+    try:
+        made = known.make(n, m, own, bias)
+    except ValueError as error:
+        raise ValueError(f"The checkpoint has factors of {key!r} that no layer has: {error}") from error
+    for part, tensor in made.state_dict().items():
+        if shapes.get(f"{key}.{part}") != tensor.shape:
+            raise ValueError(
+                f"The checkpoint has {f'{key}.{part}'!r} of shape {shapes.get(f'{key}.{part}')}, where a layer of {n} "
+                f"inputs and {m} outputs with the other factors of {key!r} needs {tuple(tensor.shape)}."
+            )
+    return made
+
+
+def _size(shape: tuple[int, ...], axis: int) -> int:
+    return shape[axis] if axis < len(shape) else 0
+
+
+def _plain(layer: Any, size: str) -> int:
+    return int(getattr(layer, size))
