@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.references import WAVELETS, grid_parts, tiny_vit
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora, to_lora
@@ -318,6 +319,20 @@ class TestModels:
         x = torch.randn(2, 50, 16)
         expected = model.base_model.model.vit.layers[0](x)
         torch.testing.assert_close(compiled(x), expected, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.slow
+    def test_a_graph_for_each_size(self):
+        """And no more when sizes come again, though grids are noted while the model runs."""
+        model = self.model()
+        sizes = ((14, 14), (10, 14), (14, 14), (10, 14), (14, 14))
+        with torch.no_grad():
+            batches = [torch.randn(2, 1, *size) for size in sizes]
+            expected = [model(x, interpolate_pos_encoding=True).logits for x in batches]
+            counter = CompileCounterWithBackend("eager")
+            model.base_model.model.compile(fullgraph=True, backend=counter)
+            for x, logits in zip(batches, expected, strict=True):
+                torch.testing.assert_close(model(x, interpolate_pos_encoding=True).logits, logits)
+        assert counter.frame_count == 2
 
     def test_mixed_batches_several_adapters_and_frozen_factors(self):
         model = self.model()

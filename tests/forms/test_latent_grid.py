@@ -253,17 +253,32 @@ def test_diffusers_own_adapters():
         assert torch.equal(call(model, 1), call(expected, 1))
 
 
-def test_recomputed_blocks_keep_their_grids():
+@pytest.mark.parametrize("name", ["DiT", "UNet of classes"])
+def test_recomputed_blocks_keep_their_grids(name):
     """Two sizes before one backward: each block runs again when the model has gone on to another size."""
     gradients = []
     for checkpointing in (False, True):
-        model, call = adapted("UNet of classes")
+        model, call = adapted(name)
         model.train()
         if checkpointing:
             model.base_model.model.enable_gradient_checkpointing()
         (call(model, 0).square().sum() + call(model, 1).square().sum()).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     torch.testing.assert_close(*gradients, atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_flux_compiles_with_its_grid_named():
+    """Positions are values, which a whole graph cannot look at."""
+    model, call = adapted("Flux", grid_size=(4, 9))
+    other, call_other = adapted("Flux")
+    with torch.no_grad():
+        expected = call(model, 0)
+        model.base_model.model.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(call(model, 0), expected)
+        other.base_model.model.compile(fullgraph=True, backend="eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            call_other(other, 0)
 
 
 class TestWhatSeesTheImage:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Layout = tuple[int, int, int]
@@ -25,7 +26,7 @@ class SeenGrids:
     """Layouts of token sequences by their number of tokens: of each number the latest, or None where it is no grid.
 
     Numbers are in the order in which they were last seen, and never forgotten: a checkpointed layer runs again when
-    its convolution does not.
+    its convolution does not. It then finds its grid, unless the model has meanwhile seen another of as many places.
     """
 
     def __init__(self) -> None:
@@ -47,10 +48,15 @@ class SeenGrids:
         self.layouts.pop(tokens, None)  # so that it is the last
         self.layouts[tokens] = layout if prefix + rows * columns == tokens else None
 
+    def start(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the model: a graph of torch.compile that is for one grid must not look at older ones."""
+        if torch.compiler.is_compiling():
+            self.layouts = {}
+
     def see_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of a convolution whose output is (batch, channels, ..., rows, columns)."""
         if isinstance(output, Tensor):
-            # index: a graph of torch.compile is for one grid, and made anew for another
+            # index: to torch.compile lengths are constants of a graph
             *frames, rows, columns = (index(length) for length in output.shape[2:])
             self._see(math.prod(frames) * rows * columns, (0, rows, columns))
 
@@ -78,6 +84,8 @@ def seen_grids(model: nn.Module) -> SeenGrids | None:
     if not watched:
         return None
     seen = next((seen for watchers in watched.values() for seen in watchers.values()), None) or SeenGrids()
+    if not _watchers(model):
+        model.register_forward_pre_hook(seen.start)
     for module, watchers in watched.items():
         if watchers:
             continue
