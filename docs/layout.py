@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
     ("messages", "kinds", "field_types", "patterns", "registration", "model_card"),
-    ("svd", "calibration", "moments", "heatmaps", "bypassed"),
+    ("svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
     ("wavelet", "factorized", "attention"),
     ("forms", "lora_fields"),
     ("config_checks",),
