@@ -19,6 +19,7 @@ from .pretraining import low_rank_plus_sparse, to_dense
 from .report import CompressionReport, LayerReport
 from .saving import load_compressed, save_compressed
 from .statistics import LayerStatistics, load_statistics, save_statistics
+from .trained_rank_pruning import TrainedRankPruning
 
 __all__ = [
     "CompressionReport",
@@ -33,6 +34,7 @@ __all__ = [
     "OrderedLowRankLinear",
     "OrderedRankTraining",
     "SpatialLowRankConv2d",
+    "TrainedRankPruning",
     "calibrate",
     "compress",
     "factorize",
