@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
     ("factorized",),
     ("messages", "kinds", "field_types", "patterns", "registration", "model_card"),
-    ("svd", "calibration", "moments", "heatmaps", "bypassed"),
+    ("svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
     ("wavelet", "attention"),
     ("forms",),
     ("config_checks", "lora_fields"),

@@ -208,6 +208,26 @@ def check_layer_cost(result: dict[str, Any], _: dict[str, Any]) -> None:
     assert list(result["difference_to_a_real_base"]) == ["32", "64"]
 
 
+def check_low_rank_memory(result: dict[str, Any], _: dict[str, Any]) -> None:
+    dense, low_rank, sparse = result["training_step"]
+    layers = DECODER[:4] + [(80, 32)] * 2 + [(32, 80)]
+    weights = {
+        "dense": [m * n for m, n in layers],
+        "low-rank": [8 * (m + n) for m, n in layers],
+        "sparse": [8 * (m + n) + int(0.03 * m * n) for m, n in layers],
+    }
+    for row, name in ((dense, "dense"), (low_rank, "low-rank"), (sparse, "sparse")):
+        others = 2 * 128 * 32 + 5 * 32  # embeddings, head and norms
+        numbers = 2 * sum(weights[name]) + others
+        assert row["gradients"] == 4 * numbers
+        places = 2 * sum(4 * int(0.03 * m * n) + 8 for m, n in layers) if name == "sparse" else 0
+        assert row["weights"] == 4 * numbers + places
+        assert row["optimizer"] >= 8 * numbers
+        assert row["all"] == sum(row[part] for part in ("weights", "gradients", "optimizer", "saved_for_backward"))
+    # Nothing but what a dense layer keeps, while a low-rank one keeps V x too.
+    assert sparse["saved_for_backward"] == dense["saved_for_backward"] < low_rank["saved_for_backward"]
+
+
 def check_memory(result: dict[str, Any], _: dict[str, Any]) -> None:
     found = {(row["width"], row["variant"]): row for row in result["saved_for_backward"]}
     assert len(found) == len(result["saved_for_backward"]) == 2 * 7
@@ -267,6 +287,7 @@ SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], N
     "joint_projections": (SMOKE, check_joint_projections),
     "launches": (["--smoke"], check_launches),
     "layer_cost": (SMOKE, check_layer_cost),
+    "low_rank_memory": (["--smoke"], check_low_rank_memory),
     "memory": (["--smoke"], check_memory),
     "merge_memory": (["--smoke"], check_merge_memory),
     "step_time": (SMOKE, check_step_time),

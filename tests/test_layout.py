@@ -35,7 +35,7 @@ def test_no_arrow_upward():
     ("apart", "others"),
     [
         ("attention", {"factorized"}),
-        ("compression", {"attention", "calibration", "disk", "factorized", "moments"}),
+        ("compression", {"attention", "calibration", "disk", "factorized", "moments", "ordered_components"}),
         ("factorized", set()),
         ("wavelet", set()),
     ],

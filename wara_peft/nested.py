@@ -16,9 +16,7 @@ from .components import config_of, keep_components, layers_of, subband_of
 from .config import WaRAConfig
 from .forms import OrderedFactor, SubbandFactor
 from .layer import WaRALayer
-
-TINY = 1e-12
-"""Under roots, whose gradient is then finite at zero."""
+from .ordered_components import group_lasso, moments_of, tails, worthy
 
 
 def set_rank(model: nn.Module, adapter_name: str, rank: int | None) -> None:
@@ -52,8 +50,7 @@ def rank_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:
         ValueError: the adapter was trained without `ordered_dropout`.
     """
     layers = _ordered(model, adapter_name)
-    total = sum((tails + TINY).sqrt().sum() for layer in layers.values() for tails in _tails(layer, adapter_name))
-    assert isinstance(total, Tensor)
+    total = group_lasso(tail for layer in layers.values() for tail in _tails(layer, adapter_name))
     return config_of(model, adapter_name).rank_penalty * total
 
 
@@ -88,7 +85,7 @@ def shrink_ranks(
     kept = {}
     for name, layer in layers.items():
         rows, columns = _tails(layer, adapter_name)
-        kept[name] = int(((rows * columns).sqrt() >= threshold).sum())
+        kept[name] = worthy(rows, columns, threshold)
         for row in config.order_of(name)[kept[name] :]:
             band, index = subband_of(layer.factors(adapter_name)[0], row)
             for factor in layer.factors(adapter_name):
@@ -169,9 +166,8 @@ def _ordered(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
 def _moments(factor: SubbandFactor, band: str, optimizer: torch.optim.Optimizer | None) -> Iterator[Tensor]:
     """A subband's part of what an optimizer keeps of its level's parameter, in that shape."""
     parameter = factor.get_parameter(f"level{band[2:]}")
-    for value in optimizer.state.get(parameter, {}).values() if optimizer is not None else ():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-            yield factor.part(band, value)
+    for value in moments_of(optimizer, parameter):
+        yield factor.part(band, value)
 
 
 def _tails(layer: WaRALayer, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -181,6 +177,5 @@ def _tails(layer: WaRALayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     assert isinstance(factor_a, OrderedFactor)
     for factor in (factor_a, factor_b):
         norms = [factor.subband(band).transpose(0, 1 - factor.dim).flatten(1).square().sum(1) for band in factor.ranks]
-        in_order = torch.cat(norms)[list(factor_a.order)]
-        found.append(in_order.flip(0).cumsum(0).flip(0))
+        found.append(tails(torch.cat(norms)[list(factor_a.order)]))
     return found[0], found[1]

@@ -138,7 +138,7 @@ def test_to_dense_of_all_kinds() -> None:
         torch.testing.assert_close(model(**batch).logits, before, rtol=1e-5, atol=1e-5)
     plain = llama()
     plain.load_state_dict(model.state_dict())
-    with pytest.raises(ValueError, match="no factorised linear layer"):
+    with pytest.raises(ValueError, match="no factorised layer"):
         to_dense(model)
 
 

@@ -1,13 +1,25 @@
 """Low-rank factorisation of whole models; it knows nothing of adapters, which may target what it makes."""
 
-from ..factorized import DictionaryLinear, LowRankLinear, LowRankPlusSparseLinear, factorize_linear
+from ..factorized import (
+    DictionaryLinear,
+    LowRankConv,
+    LowRankLinear,
+    LowRankPlusSparseLinear,
+    OrderedLowRankConv,
+    OrderedLowRankLinear,
+    SpatialLowRankConv2d,
+    factorize_conv,
+    factorize_linear,
+)
 from .calibrate import calibrate
 from .compress import compress
 from .factorize import Factorization, factorize
+from .ordered import OrderedRankTraining, ordered_low_rank
 from .pretraining import low_rank_plus_sparse, to_dense
 from .report import CompressionReport, LayerReport
 from .saving import load_compressed, save_compressed
 from .statistics import LayerStatistics, load_statistics, save_statistics
+from .trained_rank_pruning import TrainedRankPruning
 from .truncate import truncate
 
 __all__ = [
@@ -16,15 +28,23 @@ __all__ = [
     "Factorization",
     "LayerReport",
     "LayerStatistics",
+    "LowRankConv",
     "LowRankLinear",
     "LowRankPlusSparseLinear",
+    "OrderedLowRankConv",
+    "OrderedLowRankLinear",
+    "OrderedRankTraining",
+    "SpatialLowRankConv2d",
+    "TrainedRankPruning",
     "calibrate",
     "compress",
     "factorize",
+    "factorize_conv",
     "factorize_linear",
     "load_compressed",
     "load_statistics",
     "low_rank_plus_sparse",
+    "ordered_low_rank",
     "save_compressed",
     "save_statistics",
     "to_dense",

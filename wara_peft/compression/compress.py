@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
@@ -30,7 +31,7 @@ from .targets import TIED, check_base, checked, linear_targets, tied_to_others
 @torch.no_grad()
 def compress(
     model: nn.Module,
-    budget: float | int | str,
+    budget: float | int | str | Mapping[str, int],
     solver: str = "activation",
     statistics: Mapping[str, LayerStatistics] | None = None,
     allocation: Literal["uniform", "greedy", "cost", "depth"] = "greedy",
@@ -52,7 +53,8 @@ def compress(
     Args:
         model: the model, without adapters; a factorised one trains and takes adapters as before.
         budget: how much the targets may cost: a share of what they cost, as 0.6; a number of parameters; or bytes as
-            text, as "48MB" or "1GiB". With allocation="cost" a share of, or an int in units of, that cost.
+            text, as "48MB" or "1GiB". With allocation="cost" a share of, or an int in units of, that cost. Or the rank
+            of each layer by its full name, which are the targets then; a rank at which nothing is saved is dense.
         solver: "svd", "fisher", "activation", "activation-fisher", "dictionary" (K-SVD) or "dictionary-oneshot"; see
             `SOLVERS` for what each minimises. A dictionary of k atoms has k/2 values in each row; bytes and parameters
             count their places too.
@@ -87,6 +89,9 @@ def compress(
     if batches == []:
         raise ValueError("sequential gives no batches.")
     check_base(model)
+    given = budget if isinstance(budget, Mapping) else None
+    if given is not None:
+        allocation, target_modules = "uniform", "|".join(map(re.escape, given))
     targets, left = _targets(model, target_modules, allocation)
     entries = statistics or {}
     shapes: dict[str, Shape] = {}
@@ -103,13 +108,13 @@ def compress(
         for name in targets
     ]
     before = sum(candidate.dense for candidate in candidates)
-    limit = _limit(budget, before, unit)
-    check_budget(candidates, limit, unit)
-    if allocation in ("greedy", "cost"):
-        ranks = greedy(candidates, limit)
+    if given is not None:
+        ranks = _given(given, targets, shapes, candidates)
+        limit = spent(candidates, ranks)
     else:
-        shares = depth_shares(targets) if allocation == "depth" else [1.0] * len(candidates)
-        ranks = by_shares(candidates, shares, limit)
+        limit = _limit(cast(Any, budget), before, unit)
+        check_budget(candidates, limit, unit)
+        ranks = _allocated(allocation, candidates, targets, limit)
     ranked = {name: rank for name, rank in zip(targets, ranks, strict=True) if rank is not None}
     replacement = Replacement(model, targets, ranked, solver, entries, compensate_bias)
     with tqdm(total=len(ranked), desc="Compressing", disable=not show_progress_bar) as progress:
@@ -119,7 +124,7 @@ def compress(
             lost = replacement.in_order(batches, loss_fn, progress.update)
     report = CompressionReport(
         solver,
-        allocation,
+        allocation if given is None else "given",
         limit,
         unit,
         spent(candidates, ranks),
@@ -178,6 +183,35 @@ def _targets(
     return targets, left
 
 
+def _allocated(
+    allocation: str, candidates: list[Candidate], targets: Mapping[str, nn.Module], limit: float
+) -> list[int | None]:
+    if allocation in ("greedy", "cost"):
+        return greedy(candidates, limit)
+    shares = depth_shares(targets) if allocation == "depth" else [1.0] * len(candidates)
+    return by_shares(candidates, shares, limit)
+
+
+def _given(
+    given: Mapping[str, int], names: Iterable[str], shapes: Mapping[str, Shape], candidates: list[Candidate]
+) -> list[int | None]:
+    """The ranks that are given, None where one saves nothing.
+
+    Raises:
+        ValueError: a name is no target, or its rank is out of range.
+    """
+    missing = [repr(name) for name in given if name not in shapes]
+    if missing:
+        raise ValueError(f"There are ranks of {first(missing)}, which is no linear layer of its own in the model.")
+    ranks: list[int | None] = []
+    for name, candidate in zip(names, candidates, strict=True):
+        rank = given[name]
+        if not isinstance(rank, int) or not 1 <= rank <= shapes[name].most:
+            raise ValueError(f"The rank of {name!r}, {rank!r}, must be an int from 1 to {shapes[name].most}.")
+        ranks.append(rank if rank <= len(candidate.costs) else None)
+    return ranks
+
+
 def _shape(layer: nn.Linear | Conv1D, positions: int, solver: str, gets_bias: bool) -> Shape:
     n, m = linear_shape(layer)
     return Shape(
@@ -203,7 +237,7 @@ def _gains(weight: Tensor, solver: str, entry: LayerStatistics, compensate_bias:
 
 
 def _costs(
-    shapes: Mapping[str, Shape], budget: float | int | str, allocation: str, cost: str | Cost
+    shapes: Mapping[str, Shape], budget: float | int | str | Mapping[str, int], allocation: str, cost: str | Cost
 ) -> tuple[str, dict[str, Any]]:
     """What is counted, and of each layer a function from a rank, or None for dense, to its cost."""
     if allocation != "cost":

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..factorized import LowRankPlusSparseLinear
-from ..factorized.dense import dense_linear
+from ..factorized.dense import dense_layer
 from ..factorized.low_rank_linear import linear_shape
 from ..factorized.saved import FACTORIZED
 from ..messages import first
@@ -92,7 +92,7 @@ def low_rank_plus_sparse(
 
 
 def to_dense(model: nn.Module) -> list[str]:
-    """Replace all factorised linear layers of a model, in place, by `nn.Linear` of the same weight and bias.
+    """Replace all factorised layers of a model, in place, by linear layers and convolutions of the same weight.
 
     For deployment where that is faster or where nothing else is known. A layer that was a `Conv1D` is an `nn.Linear`
     now, so that `from_pretrained` of such a model (GPT-2) does not load it.
@@ -107,8 +107,8 @@ def to_dense(model: nn.Module) -> list[str]:
     names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, FACTORIZED)]
     if not names:
         kinds = [kind.__name__ for kind in FACTORIZED]
-        raise ValueError(f"The model has no factorised linear layer: no {first(kinds, len(kinds))}.")
+        raise ValueError(f"The model has no factorised layer: no {first(kinds, len(kinds))}.")
     layers = {model.get_submodule(name) for name in names}
-    made = {layer: dense_linear(cast(Any, layer)) for layer in layers}
+    made = {layer: dense_layer(cast(Any, layer)) for layer in layers}
     replace_everywhere(model, made)
     return names

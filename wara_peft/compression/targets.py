@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..factorized.low_rank_conv import CONVOLUTIONS, checked_conv
 from ..factorized.low_rank_linear import check_values, checked_linear
 from ..factorized.saved import FACTORIZED
 
@@ -104,6 +105,36 @@ def linear_targets(model: nn.Module, target_modules: str | list[str] | None) -> 
         head = get_head() if get_head is not None else None
         candidates = {name: layer for name, layer in candidates.items() if layer is not head}
     return chosen(candidates, target_modules)
+
+
+def layer_targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Module]:
+    """As `linear_targets`, with convolutions; None leaves those with groups out."""
+    candidates: dict[str, nn.Module] = {}
+    linear = linear_layers(model)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    for name, module in model.named_modules(remove_duplicate=False):
+        is_conv = isinstance(module, CONVOLUTIONS) and (target_modules is not None or module.groups == 1)
+        is_linear = name in linear and (target_modules is not None or module is not head)
+        if is_conv or is_linear:
+            candidates[name] = module
+    return chosen(candidates, target_modules)
+
+
+def checked_layer(name: str, layer: nn.Module) -> Tensor:
+    """The weight of a linear layer or a convolution, (m, n) or (m, n, *kernel), if it can be factorised.
+
+    Raises:
+        ValueError: as `checked`, or a convolution with groups.
+    """
+    if not isinstance(layer, CONVOLUTIONS):
+        return checked(name, cast(nn.Linear | Conv1D, layer))
+    try:
+        weight = checked_conv(layer).weight.detach()
+        check_values(weight)
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be factorised: {error}") from error
+    return weight
 
 
 def checked(name: str, layer: nn.Linear | Conv1D) -> Tensor:

@@ -1,7 +1,19 @@
-"""Linear layers whose weight is a product of smaller matrices; they know nothing of how they came about."""
+"""Layers whose weight is a product of smaller matrices; they know nothing of how they came about."""
 
 from .dictionary_linear import DictionaryLinear
+from .low_rank_conv import LowRankConv, SpatialLowRankConv2d, factorize_conv
 from .low_rank_linear import LowRankLinear, factorize_linear
 from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
+from .ordered import OrderedLowRankConv, OrderedLowRankLinear
 
-__all__ = ["DictionaryLinear", "LowRankLinear", "LowRankPlusSparseLinear", "factorize_linear"]
+__all__ = [
+    "DictionaryLinear",
+    "LowRankConv",
+    "LowRankLinear",
+    "LowRankPlusSparseLinear",
+    "OrderedLowRankConv",
+    "OrderedLowRankLinear",
+    "SpatialLowRankConv2d",
+    "factorize_conv",
+    "factorize_linear",
+]

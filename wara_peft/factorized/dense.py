@@ -1,4 +1,4 @@
-"""A dense linear layer out of a factorised one."""
+"""Dense layers out of factorised ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .low_rank_conv import Convolution, LowRankConv, SpatialLowRankConv2d
 
 
 class Factorized(Protocol):
@@ -20,6 +22,11 @@ class Factorized(Protocol):
 
     @property
     def bias(self) -> Tensor | None: ...
+
+
+def dense_layer(layer: Factorized | LowRankConv | SpatialLowRankConv2d) -> nn.Linear | Convolution:
+    """The linear layer or convolution of the same weight and bias; the layer itself stays as it is."""
+    return layer.dense() if isinstance(layer, (LowRankConv, SpatialLowRankConv2d)) else dense_linear(layer)
 
 
 @torch.no_grad()

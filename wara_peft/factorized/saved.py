@@ -9,10 +9,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .dictionary_linear import DictionaryLinear
+from .low_rank_conv import CONVOLUTIONS, Convolution, LowRankConv, SpatialLowRankConv2d
 from .low_rank_linear import LowRankLinear, linear_shape
 from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+Dense = nn.Linear | Conv1D | Convolution
 
 
 class Kind(NamedTuple):
@@ -21,41 +25,56 @@ class Kind(NamedTuple):
     Attributes:
         parts: names of the tensors that it has in any case.
         bias: the name of its bias.
-        make: from n, m, the shapes of its parts and whether there is a bias to a layer of such inner sizes.
+        make: from the layer that it replaces, the shapes of its parts and whether there is a bias to a layer of such
+            inner sizes.
         sizes: the names of its inner sizes.
     """
 
     parts: frozenset[str]
     bias: str
-    make: Callable[[int, int, Shapes, bool], nn.Module]
+    make: Callable[[Any, Shapes, bool], nn.Module]
     sizes: tuple[str, ...]
 
 
-KINDS: dict[type[nn.Module], Kind] = {
+LINEAR_KINDS: dict[type[nn.Module], Kind] = {
     LowRankLinear: Kind(
         frozenset({"down.weight", "up.weight"}),
         "up.bias",
-        lambda n, m, shapes, bias: LowRankLinear(n, m, _size(shapes["down.weight"], 0), bias),
+        lambda layer, shapes, bias: LowRankLinear(*linear_shape(layer), _size(shapes["down.weight"], 0), bias),
         ("rank",),
     ),
     DictionaryLinear: Kind(
         frozenset({"down.weight", "values", "support"}),
         "bias",
-        lambda n, m, shapes, bias: DictionaryLinear(
-            n, m, _size(shapes["down.weight"], 0), _size(shapes["values"], 1), bias
+        lambda layer, shapes, bias: DictionaryLinear(
+            *linear_shape(layer), _size(shapes["down.weight"], 0), _size(shapes["values"], 1), bias
         ),
         ("atoms", "nonzeros"),
     ),
     LowRankPlusSparseLinear: Kind(
         frozenset({"down", "up", "values", "indices", "alpha"}),
         "bias",
-        lambda n, m, shapes, bias: LowRankPlusSparseLinear(
-            n, m, _size(shapes["down"], 0), _size(shapes["values"], 0), bias=bias, seed=None
+        lambda layer, shapes, bias: LowRankPlusSparseLinear(
+            *linear_shape(layer), _size(shapes["down"], 0), _size(shapes["values"], 0), bias=bias, seed=None
         ),
         ("rank", "nonzeros"),
     ),
 }
-FACTORIZED = tuple(KINDS)
+CONVOLUTION_KINDS: dict[type[nn.Module], Kind] = {
+    LowRankConv: Kind(
+        frozenset({"down.weight", "up.weight"}),
+        "up.bias",
+        lambda layer, shapes, _: LowRankConv(layer, _size(shapes["down.weight"], 0)),
+        ("rank",),
+    ),
+    SpatialLowRankConv2d: Kind(
+        frozenset({"vertical.weight", "horizontal.weight"}),
+        "horizontal.bias",
+        lambda layer, shapes, _: SpatialLowRankConv2d(layer, _size(shapes["vertical.weight"], 0)),
+        ("rank",),
+    ),
+}
+FACTORIZED = (*LINEAR_KINDS, *CONVOLUTION_KINDS)
 
 
 def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
@@ -74,7 +93,7 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
     prefix = getattr(model, "base_model_prefix", "")
     replaced = []
     for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, (nn.Linear, Conv1D)):
+        if not isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)):
             continue
         for key in dict.fromkeys((name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")):
             factorised = _of(key, layer, shapes)
@@ -90,34 +109,40 @@ def describe(model: nn.Module) -> dict[str, dict[str, object]]:
     """Kind and sizes of each factorised layer of a model, by name."""
     found: dict[str, dict[str, object]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        for kind, known in KINDS.items():
+        for kind, known in {**LINEAR_KINDS, **CONVOLUTION_KINDS}.items():
             if isinstance(layer, kind):
                 found[name] = {"kind": kind.__name__, **{size: _plain(layer, size) for size in known.sizes}}
     return found
 
 
-def _of(key: str, layer: nn.Linear | Conv1D, shapes: Shapes) -> nn.Module | None:
-    there = {part for known in KINDS.values() for part in known.parts if f"{key}.{part}" in shapes}
-    complete = [kind for kind, known in KINDS.items() if known.parts <= there]
+def _of(key: str, layer: Dense, shapes: Shapes) -> nn.Module | None:
+    kinds = CONVOLUTION_KINDS if isinstance(layer, CONVOLUTIONS) else LINEAR_KINDS
+    there = {part for known in kinds.values() for part in known.parts if f"{key}.{part}" in shapes}
+    complete = [kind for kind, known in kinds.items() if known.parts <= there]
     if not complete:
         return None
-    known = KINDS[complete[0]]
+    known = kinds[complete[0]]
     if len(complete) > 1 or f"{key}.weight" in shapes:
         raise ValueError(f"{key!r} has factors of several kinds in the checkpoint, or a dense weight beside them.")
-    n, m = linear_shape(layer)
     own = {part: shapes[f"{key}.{part}"] for part in known.parts}
-    bias = f"{key}.{known.bias}" in shapes
     try:
-        made = known.make(n, m, own, bias)
+        made = known.make(layer, own, f"{key}.{known.bias}" in shapes)
     except ValueError as error:
         raise ValueError(f"The checkpoint has factors of {key!r} that no layer has: {error}") from error
     for part, tensor in made.state_dict().items():
         if shapes.get(f"{key}.{part}") != tensor.shape:
             raise ValueError(
-                f"The checkpoint has {f'{key}.{part}'!r} of shape {shapes.get(f'{key}.{part}')}, where a layer of {n} "
-                f"inputs and {m} outputs with the other factors of {key!r} needs {tuple(tensor.shape)}."
+                f"The checkpoint has {f'{key}.{part}'!r} of shape {shapes.get(f'{key}.{part}')}, where "
+                f"{_described(layer)} with the other factors of {key!r} needs {tuple(tensor.shape)}."
             )
     return made
+
+
+def _described(layer: Dense) -> str:
+    if isinstance(layer, CONVOLUTIONS):
+        return f"a convolution of weight {tuple(layer.weight.shape)}"
+    n, m = linear_shape(layer)
+    return f"a layer of {n} inputs and {m} outputs"
 
 
 def _size(shape: tuple[int, ...], axis: int) -> int:
