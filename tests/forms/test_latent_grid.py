@@ -325,6 +325,33 @@ class TestWhatSeesTheImage:
         assert len(names) == 2 * 6
         assert not any("context" in name or "add" in name for name in names)
 
+    def test_a_second_adapter_takes_the_text(self):
+        model, call = adapted("UNet")
+        text = WaRAConfig(target_modules=["attn2.to_k", "attn2.to_v"], init_weights=False, wara_alpha=64)
+        model.add_adapter("text", text)
+        model.double()
+        with torch.no_grad():
+            alone = call(model, 0)
+            model.base_model.set_adapter(["default", "text"])
+            together = call(model, 0)
+        assert not torch.allclose(together, alone, atol=1e-3)
+        call(model.train(), 0).square().sum().backward()
+        trained = {n.split(".wara_")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.grad is not None}
+        assert {"to_q", "to_k", "to_v"} <= trained
+
+    def test_a_part_of_a_watched_model(self):
+        """An adapter on a block, then one on the model around it: both know what the block's convolutions tell."""
+        model, call = make("UNet of classes")
+        block = get_peft_model(model.mid_block, grid_config("UNet of classes")).base_model.model
+        model.mid_block = block
+        whole = get_peft_model(model, grid_config("UNet of classes")).double()
+        grids = {
+            grid.grid.seen for m in whole.modules() if isinstance(m, WaRALayer) for grid in m.token_mixing.values()
+        }
+        assert len(grids) == 1
+        with torch.no_grad():
+            assert call(whole, 0).shape == (2, 2, 8, 12)
+
     def test_conditions_say_so_when_they_come(self):
         model, call = adapted("DiT", target_modules=["norm1.linear"])
         with pytest.raises(

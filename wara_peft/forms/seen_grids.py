@@ -80,12 +80,14 @@ class SeenGrids:
 
 def seen_grids(model: nn.Module) -> SeenGrids | None:
     """What is seen of a model, which is watched from the first call on; None where nothing would tell."""
+    at_root = next(iter(_watchers(model).values()), None)
+    if at_root is not None:  # so all of it is watched
+        return at_root
     watched = {module: _watchers(module) for module in model.modules() if _tells(module)}
     if not watched:
         return None
     seen = next((seen for watchers in watched.values() for seen in watchers.values()), None) or SeenGrids()
-    if not _watchers(model):
-        model.register_forward_pre_hook(seen.start)
+    model.register_forward_pre_hook(seen.start)
     for module, watchers in watched.items():
         if watchers:
             continue
