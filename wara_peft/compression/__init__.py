@@ -14,11 +14,13 @@ from ..factorized import (
 from .calibrate import calibrate
 from .compress import compress
 from .factorize import Factorization, factorize
+from .kv_cache import LowRankCache, cache_bases, cache_bytes
 from .ordered import OrderedRankTraining, ordered_low_rank
 from .pretraining import low_rank_plus_sparse, to_dense
 from .report import CompressionReport, LayerReport
 from .saving import load_compressed, save_compressed
 from .statistics import LayerStatistics, load_statistics, save_statistics
+from .text_head import LowRankTextHead
 from .trained_rank_pruning import TrainedRankPruning
 from .truncate import truncate
 
@@ -28,14 +30,18 @@ __all__ = [
     "Factorization",
     "LayerReport",
     "LayerStatistics",
+    "LowRankCache",
     "LowRankConv",
     "LowRankLinear",
     "LowRankPlusSparseLinear",
+    "LowRankTextHead",
     "OrderedLowRankConv",
     "OrderedLowRankLinear",
     "OrderedRankTraining",
     "SpatialLowRankConv2d",
     "TrainedRankPruning",
+    "cache_bases",
+    "cache_bytes",
     "calibrate",
     "compress",
     "factorize",

@@ -1,0 +1,210 @@
+"""A key-value cache that keeps few numbers of each head's values, and of keys where nothing rotates these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from .depth import depth_shares
+from .statistics import LayerStatistics
+
+
+@dataclass(frozen=True, eq=False)
+class HeadBases:
+    """Of one projection: E, (heads, d, r), with orthonormal columns, and an offset c, (heads, 1, d)."""
+
+    basis: Tensor
+    offset: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[-1]
+
+    def compress(self, states: Tensor) -> Tensor:
+        """Eᵀ (v − c) of states (batch, heads, length, d): (batch, heads, length, r)."""
+        return (states - self.offset.to(states)) @ self.basis.to(states)
+
+    def restore(self, kept: Tensor) -> Tensor:
+        """E z + c again."""
+        return kept @ self.basis.to(kept).mT + self.offset.to(kept)
+
+
+@dataclass(frozen=True)
+class LayerBases:
+    """Of one layer of a model; None keeps states as they are."""
+
+    values: HeadBases | None
+    keys: HeadBases | None = None
+
+
+@torch.no_grad()
+def cache_bases(
+    model: PreTrainedModel,
+    rank: int,
+    statistics: Mapping[str, LayerStatistics] | None = None,
+    *,
+    keys: bool = False,
+    by_depth: bool = False,
+) -> list[LayerBases]:
+    """Find for each head the r directions in which its values vary most, to make a `LowRankCache` of.
+
+    With W_h, (d, n), the head's rows of the projection and G the moment of its inputs about their mean μ, E has the
+    first eigenvectors of W_h G W_hᵀ, and c = W_h μ + b: then E Eᵀ (v − c) + c is the best approximation of that rank
+    of the values v that calibration saw. Without statistics G = I and c = b. The model itself stays as it is, and no
+    head has more than its own rank, also where heads share values (grouped queries).
+
+    After Zhang et al., "LoRC", arXiv 2410.03111, which truncates the weights of all heads together, without inputs.
+
+    Args:
+        model: a decoder with `v_proj` (and `k_proj`) in its attentions, as Llama, Qwen, OPT and others.
+        rank: r of each head.
+        statistics: what `calibrate` returns, of these projections.
+        keys: whether keys are kept so too. Rotary embeddings turn keys after their projection, each position
+            otherwise, so that models with these are refused.
+        by_depth: let r be the most that a layer gets, and layers nearer to the output get less, down to r / 2, by the
+            condition numbers from their block to the top, as in `compress(allocation="depth")`.
+
+    Returns:
+        Bases by layer.
+
+    Raises:
+        ValueError: a rank out of range, statistics that are missing or of another layer, keys of a model with rotary
+            embeddings, or a model whose values are not those of its `v_proj` in a cache that only grows.
+    """
+    projections = _projections(model, "v_proj")
+    if keys and _is_rotary(model):
+        raise ValueError(
+            f"The keys of {type(model).__name__} are turned by rotary embeddings after their projection, and are of "
+            "no low rank together. Use keys=False."
+        )
+    found = _bases(model, projections, rank, statistics, by_depth)
+    of_keys: Sequence[HeadBases | None] = [None] * len(found)
+    if keys:
+        of_keys = _bases(model, _projections(model, "k_proj"), rank, statistics, by_depth)
+    return [LayerBases(value, key) for value, key in zip(found, of_keys, strict=True)]
+
+
+class LowRankCache(Cache):
+    """A cache of transformers for `generate` and forward that keeps r numbers of each head's values for a position.
+
+    It grows as `DynamicCache` does, and gives attention E Eᵀ (v − c) + c for v; keys are as they were, or alike.
+
+    Args:
+        bases: by layer, from `cache_bases`; several caches may share them.
+
+    Example:
+        >>> bases = cache_bases(model, 32, statistics)  # doctest: +SKIP
+        >>> model.generate(**inputs, past_key_values=LowRankCache(bases))  # doctest: +SKIP
+    """
+
+    def __init__(self, bases: Sequence[LayerBases]) -> None:
+        super().__init__(layers=[_LowRankLayer(layer) for layer in bases])
+
+
+class _LowRankLayer(DynamicLayer):
+    def __init__(self, bases: LayerBases) -> None:
+        super().__init__()
+        self.bases = bases
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        of_keys, of_values = self.bases.keys, self.bases.values
+        keys, values = super().update(
+            key_states if of_keys is None else of_keys.compress(key_states),
+            value_states if of_values is None else of_values.compress(value_states),
+        )
+        return (
+            keys if of_keys is None else of_keys.restore(keys),
+            values if of_values is None else of_values.restore(values),
+        )
+
+
+def cache_bytes(cache: Cache) -> int:
+    """What the keys and values in a cache take."""
+    return sum(
+        tensor.nbytes
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(tensor, Tensor)
+    )
+
+
+def _projections(model: PreTrainedModel, end: str) -> list[tuple[str, nn.Module, int]]:
+    """Names and modules of these in the order of layers, with the width of a head."""
+    config = model.config
+    found: dict[int, tuple[str, nn.Module, int]] = {}
+    for name, attention in model.named_modules():
+        projection = getattr(attention, end, None)
+        index, width = getattr(attention, "layer_idx", None), getattr(attention, "head_dim", None)
+        if isinstance(projection, nn.Module) and index is not None and width is not None:
+            if hasattr(attention, "v_norm"):
+                raise ValueError(f"{name!r} normalises its values after their projection, and is not supported.")
+            found[int(index)] = (f"{name}.{end}" if name else end, projection, int(width))
+    layers = getattr(config, "num_hidden_layers", len(found))
+    if getattr(config, "is_encoder_decoder", False) or len(found) != layers or not found:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} attentions with {end!r}, layer_idx and head_dim in {layers} "
+            "layers: only decoders with one in each are supported."
+        )
+    windowed = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    kinds = set(getattr(config, "layer_types", None) or [windowed])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"{type(model).__name__} has layers of kinds {sorted(kinds)}, and full attention alone is "
+            "supported, whose cache only grows."
+        )
+    return [found[index] for index in sorted(found)]
+
+
+def _is_rotary(model: PreTrainedModel) -> bool:
+    return any("Rotary" in type(module).__name__ for module in model.modules())
+
+
+def _bases(
+    model: PreTrainedModel,
+    projections: list[tuple[str, nn.Module, int]],
+    rank: int,
+    statistics: Mapping[str, LayerStatistics] | None,
+    by_depth: bool,
+) -> list[HeadBases]:
+    width = projections[0][2]
+    if not isinstance(rank, int) or not 1 <= rank <= width:
+        raise ValueError(f"rank={rank!r} must be an int from 1 to {width}, the width of a head.")
+    shares = [1.0] * len(projections)
+    if by_depth:
+        shares = depth_shares({name: projection for name, projection, _ in projections})
+    return [
+        _head_bases(name, projection, width, max(1, round(rank * share)), statistics)
+        for (name, projection, width), share in zip(projections, shares, strict=True)
+    ]
+
+
+def _head_bases(
+    name: str, projection: nn.Module, width: int, rank: int, statistics: Mapping[str, LayerStatistics] | None
+) -> HeadBases:
+    weight = cast(Tensor, projection.weight).detach().double()
+    bias = cast("Tensor | None", projection.bias)
+    offset = weight.new_zeros(len(weight)) if bias is None else bias.detach().double()
+    moment = None
+    if statistics is not None:
+        entry = statistics.get(name)
+        if entry is None or entry.moment is None or entry.shape != tuple(weight.shape):
+            raise ValueError(
+                f"statistics have no inputs of {name!r} with shape {tuple(weight.shape)}; calibrate this model with "
+                "statistics=['inputs'] and this layer among target_modules."
+            )
+        moment = entry.moment.to(weight)
+        if entry.mean is not None:
+            mean = entry.mean.to(weight)
+            moment = moment - torch.outer(mean, mean)
+            offset = offset + weight @ mean
+    heads = weight.view(-1, width, weight.shape[1])
+    gram = heads @ (heads.mT if moment is None else moment @ heads.mT)
+    _, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    dtype = cast(Tensor, projection.weight).dtype
+    return HeadBases(vectors.flip(-1)[..., :rank].to(dtype), offset.view(-1, 1, width).to(dtype))
