@@ -1,6 +1,7 @@
 """Low-rank factorisation of whole models; it knows nothing of adapters, which may target what it makes."""
 
 from ..factorized import (
+    DenseSparseLinear,
     DictionaryLinear,
     LowRankConv,
     LowRankLinear,
@@ -8,11 +9,13 @@ from ..factorized import (
     OrderedLowRankConv,
     OrderedLowRankLinear,
     SpatialLowRankConv2d,
+    StraightThroughLinear,
     factorize_conv,
     factorize_linear,
 )
 from .calibrate import calibrate
 from .compress import compress
+from .dense_sparse import StraightThroughFactorizer, dense_sparse, straight_through
 from .factorize import Factorization, factorize
 from .kv_cache import LowRankCache, cache_bases, cache_bytes
 from .ordered import OrderedRankTraining, ordered_low_rank
@@ -25,6 +28,7 @@ from .trained_rank_pruning import TrainedRankPruning
 
 __all__ = [
     "CompressionReport",
+    "DenseSparseLinear",
     "DictionaryLinear",
     "Factorization",
     "LayerReport",
@@ -38,11 +42,14 @@ __all__ = [
     "OrderedLowRankLinear",
     "OrderedRankTraining",
     "SpatialLowRankConv2d",
+    "StraightThroughFactorizer",
+    "StraightThroughLinear",
     "TrainedRankPruning",
     "cache_bases",
     "cache_bytes",
     "calibrate",
     "compress",
+    "dense_sparse",
     "factorize",
     "factorize_conv",
     "factorize_linear",
@@ -52,5 +59,6 @@ __all__ = [
     "ordered_low_rank",
     "save_compressed",
     "save_statistics",
+    "straight_through",
     "to_dense",
 ]

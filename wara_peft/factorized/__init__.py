@@ -1,5 +1,6 @@
 """Layers whose weight is a product of smaller matrices; they know nothing of how they came about."""
 
+from .dense_sparse_linear import DenseSparseLinear, StraightThroughLinear
 from .dictionary_linear import DictionaryLinear
 from .low_rank_conv import LowRankConv, SpatialLowRankConv2d, factorize_conv
 from .low_rank_linear import LowRankLinear, factorize_linear
@@ -7,6 +8,7 @@ from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
 from .ordered import OrderedLowRankConv, OrderedLowRankLinear
 
 __all__ = [
+    "DenseSparseLinear",
     "DictionaryLinear",
     "LowRankConv",
     "LowRankLinear",
@@ -14,6 +16,7 @@ __all__ = [
     "OrderedLowRankConv",
     "OrderedLowRankLinear",
     "SpatialLowRankConv2d",
+    "StraightThroughLinear",
     "factorize_conv",
     "factorize_linear",
 ]
