@@ -8,6 +8,7 @@ from ..factorized import (
     LowRankPlusSparseLinear,
     OrderedLowRankConv,
     OrderedLowRankLinear,
+    SharedBaseLinear,
     SpatialLowRankConv2d,
     StraightThroughLinear,
     factorize_conv,
@@ -22,6 +23,7 @@ from .ordered import OrderedRankTraining, ordered_low_rank
 from .pretraining import low_rank_plus_sparse, to_dense
 from .report import CompressionReport, LayerReport
 from .saving import load_compressed, save_compressed
+from .shared_base import minimise_block_errors, share_bases
 from .statistics import LayerStatistics, load_statistics, save_statistics
 from .text_head import LowRankTextHead
 from .trained_rank_pruning import TrainedRankPruning
@@ -41,6 +43,7 @@ __all__ = [
     "OrderedLowRankConv",
     "OrderedLowRankLinear",
     "OrderedRankTraining",
+    "SharedBaseLinear",
     "SpatialLowRankConv2d",
     "StraightThroughFactorizer",
     "StraightThroughLinear",
@@ -56,9 +59,11 @@ __all__ = [
     "load_compressed",
     "load_statistics",
     "low_rank_plus_sparse",
+    "minimise_block_errors",
     "ordered_low_rank",
     "save_compressed",
     "save_statistics",
+    "share_bases",
     "straight_through",
     "to_dense",
 ]

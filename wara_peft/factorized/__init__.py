@@ -6,6 +6,7 @@ from .low_rank_conv import LowRankConv, SpatialLowRankConv2d, factorize_conv
 from .low_rank_linear import LowRankLinear, factorize_linear
 from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
 from .ordered import OrderedLowRankConv, OrderedLowRankLinear
+from .shared_base_linear import SharedBaseLinear
 
 __all__ = [
     "DenseSparseLinear",
@@ -15,6 +16,7 @@ __all__ = [
     "LowRankPlusSparseLinear",
     "OrderedLowRankConv",
     "OrderedLowRankLinear",
+    "SharedBaseLinear",
     "SpatialLowRankConv2d",
     "StraightThroughLinear",
     "factorize_conv",
