@@ -204,6 +204,22 @@ def test_cut_rank_takes_the_first_components() -> None:
     assert torch.equal(optimizer.state[net.first.down.weight]["exp_avg"], moment[:2])
 
 
+def test_a_loss_that_is_still_alive_does_not_hold_the_old_shape() -> None:
+    net, training = ordered()
+    x = images()
+    optimizer = torch.optim.AdamW(net.parameters())
+    for rank in (3, 2, 1):
+        loss = net(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        cut_rank(net.first, rank, optimizer)
+        assert net.first.down.weight.shape == (rank, 16) and net.first.down.weight.dtype == torch.float64
+    loss = net(x).square().sum()
+    loss.backward()
+    assert net.first.down.weight.grad.shape == (1, 16)
+    assert training.layers["first"].rank == 1
+
+
 def test_finish_makes_layers_dense_at_the_break_even() -> None:
     net, training = ordered()
     x = images()

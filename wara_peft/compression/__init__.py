@@ -1,24 +1,29 @@
 """Low-rank factorisation of whole models; it knows nothing of adapters, which may target what it makes."""
 
 from ..factorized import (
+    DenseSparseLinear,
     DictionaryLinear,
     LowRankConv,
     LowRankLinear,
     LowRankPlusSparseLinear,
     OrderedLowRankConv,
     OrderedLowRankLinear,
+    SharedBaseLinear,
     SpatialLowRankConv2d,
+    StraightThroughLinear,
     factorize_conv,
     factorize_linear,
 )
 from .calibrate import calibrate
 from .compress import compress
+from .dense_sparse import StraightThroughFactorizer, dense_sparse, straight_through
 from .factorize import Factorization, factorize
 from .kv_cache import LowRankCache, cache_bases, cache_bytes
 from .ordered import OrderedRankTraining, ordered_low_rank
 from .pretraining import low_rank_plus_sparse, to_dense
 from .report import CompressionReport, LayerReport
 from .saving import load_compressed, save_compressed
+from .shared_base import minimise_block_errors, share_bases
 from .statistics import LayerStatistics, load_statistics, save_statistics
 from .text_head import LowRankTextHead
 from .trained_rank_pruning import TrainedRankPruning
@@ -26,6 +31,7 @@ from .truncate import truncate
 
 __all__ = [
     "CompressionReport",
+    "DenseSparseLinear",
     "DictionaryLinear",
     "Factorization",
     "LayerReport",
@@ -38,21 +44,28 @@ __all__ = [
     "OrderedLowRankConv",
     "OrderedLowRankLinear",
     "OrderedRankTraining",
+    "SharedBaseLinear",
     "SpatialLowRankConv2d",
+    "StraightThroughFactorizer",
+    "StraightThroughLinear",
     "TrainedRankPruning",
     "cache_bases",
     "cache_bytes",
     "calibrate",
     "compress",
+    "dense_sparse",
     "factorize",
     "factorize_conv",
     "factorize_linear",
     "load_compressed",
     "load_statistics",
     "low_rank_plus_sparse",
+    "minimise_block_errors",
     "ordered_low_rank",
     "save_compressed",
     "save_statistics",
+    "share_bases",
+    "straight_through",
     "to_dense",
     "truncate",
 ]

@@ -32,7 +32,14 @@ class Dictionary(NamedTuple):
         return self.values.new_zeros(self.places.shape).masked_scatter(self.places, self.values) @ self.atoms
 
 
-def ksvd(weight: Tensor, atoms: int, nonzeros: int, metric: Metric, iterations: int = ITERATIONS) -> Dictionary:
+def ksvd(
+    weight: Tensor,
+    atoms: int,
+    nonzeros: int,
+    metric: Metric,
+    iterations: int = ITERATIONS,
+    start: Tensor | None = None,
+) -> Dictionary:
     """Learn a dictionary by K-SVD with orthogonal matching pursuit, from rows of the weight.
 
     Each iteration finds the places and values of all rows anew, keeps those of a row where they were better before,
@@ -45,11 +52,12 @@ def ksvd(weight: Tensor, atoms: int, nonzeros: int, metric: Metric, iterations: 
         nonzeros: s, at most k.
         metric: on the weight's device; what weighs outputs is left out.
         iterations: how often.
+        start: atoms to begin with, (k, n), in place of rows of the weight; where the metric has no inputs.
     """
     rows = whitened(weight, metric)
     generator = torch.Generator().manual_seed(0)
     first = torch.randperm(len(rows), generator=generator)[:atoms].to(rows.device)
-    dictionary = _normalised(rows[first], rows)
+    dictionary = _normalised(rows[first] if start is None else start.to(rows), rows)
     coefficients = torch.zeros(len(rows), atoms, dtype=rows.dtype, device=rows.device)
     for _ in range(iterations):
         coefficients = _better(rows, dictionary, matching_pursuit(rows, dictionary, nonzeros), coefficients, nonzeros)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from .low_rank_conv import LowRankConv
 from .low_rank_linear import LowRankLinear
+from .resizing import set_values
 
 
 class _Ordered(nn.Module):
@@ -32,8 +33,7 @@ class _Ordered(nn.Module):
         for parameter, dim in ((self.down.weight, 0), (self.up.weight, 1)):
             shape = list(parameter.shape)
             shape[dim] = rank
-            parameter.data = parameter.new_empty(shape)
-            parameter.grad = None
+            set_values(parameter, parameter.data.new_empty(shape))
         self._resized(rank)
 
     @torch.no_grad()
@@ -47,8 +47,7 @@ class _Ordered(nn.Module):
             raise ValueError(f"rank={rank!r} must be at least 1.")
         if rank < self.rank:
             for parameter, dim in ((self.down.weight, 0), (self.up.weight, 1)):
-                parameter.data = parameter.data.narrow(dim, 0, rank).clone()
-                parameter.grad = None
+                set_values(parameter, parameter.data.narrow(dim, 0, rank).clone())
             self._resized(rank)
 
     def _resized(self, rank: int) -> None:

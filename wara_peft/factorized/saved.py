@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .dense_sparse_linear import DenseSparseLinear
 from .dictionary_linear import DictionaryLinear
 from .low_rank_conv import CONVOLUTIONS, Convolution, LowRankConv, SpatialLowRankConv2d
 from .low_rank_linear import LowRankLinear, linear_shape
@@ -50,6 +51,18 @@ LINEAR_KINDS: dict[type[nn.Module], Kind] = {
             *linear_shape(layer), _size(shapes["down.weight"], 0), _size(shapes["values"], 1), bias
         ),
         ("atoms", "nonzeros"),
+    ),
+    DenseSparseLinear: Kind(
+        frozenset({"bases", "values", "support"}),
+        "bias",
+        lambda layer, shapes, bias: DenseSparseLinear(
+            *linear_shape(layer),
+            _size(shapes["bases"], 1),
+            _size(shapes["bases"], 2),
+            _size(shapes["values"], 1),
+            bias,
+        ),
+        ("block", "atoms", "nonzeros"),
     ),
     LowRankPlusSparseLinear: Kind(
         frozenset({"down", "up", "values", "indices", "alpha"}),

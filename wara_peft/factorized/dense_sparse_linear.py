@@ -1,0 +1,133 @@
+"""A linear layer in blocks of rows, each a small dense basis times sparse coefficients, and its training form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .dictionary_linear import packed, unpacked
+
+
+class DenseSparseLinear(nn.Module):
+    """A linear layer whose blocks of p rows are W_b = D_b S_b: D_b, (p, k), is dense, each column of S_b has s values.
+
+    There are m k + (m/p) n s numbers and (m/p) n ⌈k/8⌉ bytes for places, where W has m n numbers. Coefficients are
+    made dense anew in each forward. After Chand et al., "DSFormer", arXiv 2312.13211.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        block: p, rows of a block, a divisor of m.
+        atoms: k, columns of a basis.
+        nonzeros: s, values in each column of coefficients, at most k.
+        bias: whether there is b.
+        device, dtype: as in `nn.Linear`.
+
+    Attributes:
+        bases: (m/p, p, k).
+        values: (m/p · n, s), of each column of each S_b from top to bottom.
+        support: (m/p · n, ⌈k/8⌉) bytes; bit j % 8 of byte j // 8 says whether there is a value in row j.
+
+    Raises:
+        ValueError: numbers out of their range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        block: int,
+        atoms: int,
+        nonzeros: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if block < 1 or out_features % block:
+            raise ValueError(f"block={block} must divide the {out_features} outputs.")
+        if not 1 <= nonzeros <= atoms:
+            raise ValueError(f"nonzeros={nonzeros} must be between 1 and atoms={atoms}.")
+        self.in_features, self.out_features = in_features, out_features
+        self.block, self.atoms, self.nonzeros = block, atoms, nonzeros
+        blocks = out_features // block
+        self.bases = nn.Parameter(torch.zeros(blocks, block, atoms, device=device, dtype=dtype))
+        self.values = nn.Parameter(torch.zeros(blocks * in_features, nonzeros, device=device, dtype=dtype))
+        places = torch.arange(atoms, device=device) < nonzeros
+        self.support: Tensor
+        self.register_buffer("support", packed(places.expand(blocks * in_features, atoms)))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def coefficients(self) -> Tensor:
+        """S_bᵀ of all blocks, dense, (m/p, n, k)."""
+        places = unpacked(self.support, self.atoms)
+        dense = self.values.new_zeros(places.shape).masked_scatter(places, self.values)
+        return dense.view(len(self.bases), self.in_features, self.atoms)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (m, n)."""
+        return (self.bases @ self.coefficients.mT).flatten(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n) to (..., m)."""
+        blocks = len(self.bases)
+        together = self.coefficients.transpose(0, 1).flatten(1)  # (n, m/p · k)
+        hidden = (x @ together.to(x.dtype)).view(*x.shape[:-1], blocks, self.atoms)
+        result = torch.einsum("...bk,bpk->...bp", hidden, self.bases.to(hidden.dtype)).flatten(-2)
+        return result if self.bias is None else result + self.bias.to(result.dtype)
+
+    @torch.no_grad()
+    def set_block(self, index: int, basis: Tensor, places: Tensor, values: Tensor) -> None:
+        """Set D_b, (p, k), and the places, (n, k) booleans, and values, (n, s), of S_bᵀ."""
+        rows = slice(index * self.in_features, (index + 1) * self.in_features)
+        self.bases[index] = basis
+        self.support[rows] = packed(places)
+        self.values[rows] = values.to(self.values.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, block={self.block}, "
+            f"atoms={self.atoms}, nonzeros={self.nonzeros}, bias={self.bias is not None}"
+        )
+
+
+class StraightThroughLinear(nn.Module):
+    """A linear layer that computes with its factorisation, whose gradient goes to its dense weight as it is.
+
+    y = Ŵ x + b with Ŵ = D S of `factors`, and ∂loss/∂W := ∂loss/∂Ŵ: the optimizer moves W, and `factors`, which get no
+    gradient, are fitted to W anew from time to time (see `compression.StraightThroughFactorizer`).
+
+    Args:
+        weight: W, (m, n).
+        bias: b, (m,), or None.
+        factors: without a bias.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, factors: DenseSparseLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = factors.in_features, factors.out_features
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.factors = factors.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n) to (..., m)."""
+        passed: Any = _StraightThrough.apply(self.weight, self.factors.weight)  # type: ignore[no-untyped-call]
+        return functional.linear(x, passed, self.bias)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The second, whose gradient goes to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, approximation: Tensor) -> Tensor:
+        return approximation.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

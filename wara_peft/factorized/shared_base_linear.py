@@ -1,0 +1,101 @@
+"""A linear layer as a dense base that several layers share, times sparse coefficients of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .dictionary_linear import packed, unpacked
+from .resizing import set_values
+
+
+class SharedBaseLinear(nn.Module):
+    """A linear layer y = U (V x) + b, or, transposed, y = Vᵀ (Uᵀ x) + b, whose base U other layers have too.
+
+    U, (d, r), is one parameter of all of them, to which their gradients add up; V, (r, c), is the layer's own, and has
+    values in some places alone. V is made dense anew in each forward.
+    Sources: FiPS, arXiv 2411.09816; with dense V and transposed, Basis Sharing, arXiv 2410.03765.
+
+    Args:
+        base: U, shared by passing the same parameter to several layers.
+        columns: c, the layer's inputs, or, transposed, its outputs.
+        transposed: whether d are its inputs in place of its outputs.
+        bias: whether there is b.
+
+    Attributes:
+        base: U.
+        values: what V has in its places, row by row from left to right; all places at first.
+        support: (r, ⌈c/8⌉) bytes; bit j % 8 of byte j // 8 says whether there is a value in column j.
+    """
+
+    def __init__(self, base: nn.Parameter, columns: int, transposed: bool = False, bias: bool = True) -> None:
+        super().__init__()
+        self.base = base
+        self.columns, self.transposed = columns, transposed
+        rank = base.shape[1]
+        self.values = nn.Parameter(torch.zeros(rank * columns, device=base.device, dtype=base.dtype))
+        self.support: Tensor
+        self.register_buffer("support", packed(torch.ones(rank, columns, dtype=torch.bool, device=base.device)))
+        out = columns if transposed else base.shape[0]
+        self.bias = nn.Parameter(torch.zeros(out, device=base.device, dtype=base.dtype)) if bias else None
+
+    @property
+    def rank(self) -> int:
+        return self.base.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.base.shape[0] if self.transposed else self.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.columns if self.transposed else self.base.shape[0]
+
+    @property
+    def coefficients(self) -> Tensor:
+        """V, dense."""
+        places = unpacked(self.support, self.columns)
+        return self.values.new_zeros(places.shape).masked_scatter(places, self.values)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (m, n)."""
+        product = self.base @ self.coefficients
+        return product.T if self.transposed else product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n) to (..., m)."""
+        first, second = (self.base.T, self.coefficients.T) if self.transposed else (self.coefficients, self.base)
+        return functional.linear(functional.linear(x, first), second, self.bias)
+
+    @torch.no_grad()
+    def prune(self, kept: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Keep some of the values, with the optimizer's moments of them, in place, in the same parameter.
+
+        Args:
+            kept: booleans, as many as there are values.
+            optimizer: that trains them.
+        """
+        state = {} if optimizer is None else optimizer.state.get(self.values, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == self.values.shape:
+                state[key] = value[kept]
+        places = unpacked(self.support, self.columns)
+        self.support = packed(places.masked_scatter(places, kept))
+        set_values(self.values, self.values.data[kept])
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A state may have been pruned further, or less.
+        values = state_dict.get(f"{prefix}values")
+        if isinstance(values, Tensor) and values.dim() == 1 and len(values) != len(self.values):
+            set_values(self.values, self.values.data.new_empty(len(values)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"values={len(self.values)}, transposed={self.transposed}, bias={self.bias is not None}"
+        )
