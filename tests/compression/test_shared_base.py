@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.compression.models import batches, llama
 from wara_peft import WaRAConfig
-from wara_peft.compression import SharedBaseLinear, calibrate, minimise_block_errors, share_bases, to_dense
+from wara_peft.compression import (
+    SharedBaseLinear,
+    calibrate,
+    load_compressed,
+    minimise_block_errors,
+    save_compressed,
+    share_bases,
+    to_dense,
+)
 from wara_peft.compression.shared_base import cubic_sparsity, prune_together, shared_rank
 
 
@@ -188,6 +198,32 @@ def test_block_errors_fall_and_sparsity_is_reached() -> None:
         expected = model(**data[0]).logits
         assert sorted(to_dense(model)) == sorted(names)
         torch.testing.assert_close(model(**data[0]).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_once_and_loaded_as_one_parameter(tmp_path: Path) -> None:
+    model = llama()
+    groups = [
+        [f"model.layers.{index}.mlp.{part}" for index in (0, 1)] for part in ("up_proj", "gate_proj", "down_proj")
+    ]
+    share_bases(model, groups[:2], 0.6, 0.5)
+    share_bases(model, groups[2:], 0.6, 0.5)
+    layers = [model.get_submodule(name) for group in groups for name in group]
+    prune_together(layers, 0.5)
+    save_compressed(model, tmp_path / "a")
+    keys = [key for key in load_file(tmp_path / "a" / "model.safetensors") if key.endswith("base")]
+    assert len(keys) == 3
+    loaded = load_compressed(tmp_path / "a")
+    batch = batches(1, labelled=False)[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    for group in groups:
+        one, other = (loaded.get_submodule(name) for name in group)
+        assert one.base is other.base and len(one.values) < one.rank * one.columns
+    assert len({id(loaded.get_submodule(group[0]).base) for group in groups}) == 3
+    model.model.layers[0].mlp.up_proj.support[0, 0] ^= 1
+    save_compressed(model, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"support of 'model\.layers\.0\.mlp\.up_proj' has \d+ places for \d+ values"):
+        load_compressed(tmp_path / "b")
 
 
 @pytest.mark.parametrize("config", [LoraConfig, WaRAConfig])

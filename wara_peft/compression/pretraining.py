@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ..factorized import LowRankPlusSparseLinear, SharedBaseLinear
+from ..factorized import LowRankPlusSparseLinear
 from ..factorized.dense import dense_layer
 from ..factorized.low_rank_linear import linear_shape
 from ..factorized.saved import FACTORIZED
@@ -104,10 +104,9 @@ def to_dense(model: nn.Module) -> list[str]:
         ValueError: there is none, or the model has PEFT adapters.
     """
     check_base(model)
-    known = (*FACTORIZED, SharedBaseLinear)
-    names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, known)]
+    names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, FACTORIZED)]
     if not names:
-        kinds = [kind.__name__ for kind in known]
+        kinds = [kind.__name__ for kind in FACTORIZED]
         raise ValueError(f"The model has no factorised layer: no {first(kinds, len(kinds))}.")
     layers = {model.get_submodule(name) for name in names}
     made = {layer: dense_layer(cast(Any, layer)) for layer in layers}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from ..disk.checkpoint import Checkpoint, read_json
 from ..disk.directory import written_at_once
 from ..disk.skeleton import Skeleton, keys_of_parameters
-from ..factorized import DenseSparseLinear, DictionaryLinear, LowRankPlusSparseLinear
+from ..factorized import DenseSparseLinear, DictionaryLinear, LowRankPlusSparseLinear, SharedBaseLinear
 from ..factorized.dictionary_linear import unpacked
 from ..factorized.low_rank_plus_sparse_linear import check_places
 from ..factorized.saved import FACTORIZED, describe, put_in_place
@@ -253,6 +253,12 @@ def _check_values(base: Path, model: nn.Module) -> None:
                 check_places(name, layer.indices, layer.nonzeros, layer.in_features * layer.out_features)
             except ValueError as error:
                 raise ValueError(f"{str(base)!r} is broken: {error}") from error
+        if isinstance(layer, SharedBaseLinear) and not layer.support.is_meta:
+            places = int(unpacked(layer.support, layer.columns).sum())
+            if places != layer.places:
+                raise ValueError(
+                    f"{str(base)!r} is broken: the support of {name!r} has {places} places for {layer.places} values."
+                )
         if isinstance(layer, (DictionaryLinear, DenseSparseLinear)) and not layer.support.is_meta:
             counts = unpacked(layer.support, layer.support.shape[1] * 8).sum(1)
             within = unpacked(layer.support, layer.atoms).sum(1)

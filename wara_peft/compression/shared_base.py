@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ..calibration import arguments_of, evaluating
-from ..factorized.shared_base_linear import SharedBaseLinear
+from ..factorized.shared_base_linear import SharedBaseLinear, tie_bases
 from ..messages import first
 from .replacement import replace_everywhere
 from .solvers import Metric, low_rank
@@ -71,7 +71,8 @@ def share_bases(
             raise ValueError(f"{name!r} cannot share a base: {TIED}. Untie it, or leave it out.")
     made: dict[nn.Module, nn.Module] = {}
     ranks = []
-    for group in groups:
+    before = max((layer.number for layer in model.modules() if isinstance(layer, SharedBaseLinear)), default=0)
+    for number, group in enumerate(groups, before + 1):
         weights = [checked(name, layers[name]) for name in group]
         moments = None if statistics is None else [_moment(name, statistics) for name in group]
         turned = [moments is not None or len(weight) > weight.shape[1] for weight in weights]
@@ -86,11 +87,12 @@ def share_bases(
         if rank < 1:
             raise ValueError(f"budget={budget} is below rank 1 of the group of {group[0]!r}. Give more.")
         base, coefficients = _solved(oriented, rank, moments)
-        parameter = nn.Parameter(base.to(weights[0].dtype))
+        parameter = nn.Parameter(base.to(weights[0].dtype).contiguous())
         for name, part, is_turned in zip(group, coefficients, turned, strict=True):
-            made[layers[name]] = _layer(layers[name], parameter, part, is_turned)
+            made[layers[name]] = _layer(layers[name], parameter, part, is_turned, number)
         ranks.append(rank)
     replace_everywhere(model, made)
+    tie_bases(model)
     return ranks
 
 
@@ -118,8 +120,8 @@ def _solved(weights: list[Tensor], rank: int, moments: list[Tensor] | None) -> t
     return base, fitted
 
 
-def _layer(old: nn.Linear | Conv1D, base: nn.Parameter, part: Tensor, turned: bool) -> SharedBaseLinear:
-    new = SharedBaseLinear(base, part.shape[1], turned, old.bias is not None)
+def _layer(old: nn.Linear | Conv1D, base: nn.Parameter, part: Tensor, turned: bool, number: int) -> SharedBaseLinear:
+    new = SharedBaseLinear(base, part.shape[1], turned, old.bias is not None, number)
     new.values.copy_(part.flatten())
     if old.bias is not None:
         new.bias = old.bias

@@ -34,7 +34,7 @@ def dense_linear(layer: Factorized) -> nn.Linear:
     """`nn.Linear` of the same weight and bias, device, dtype and mode; the layer itself stays as it is."""
     weight, bias = layer.weight, layer.bias
     linear = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
+    linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())
     return linear.train(layer.training)

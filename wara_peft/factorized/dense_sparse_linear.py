@@ -111,7 +111,7 @@ class StraightThroughLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, factors: DenseSparseLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = factors.in_features, factors.out_features
-        self.weight = nn.Parameter(weight.detach().clone())
+        self.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
         self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias.detach().clone())
         self.factors = factors.requires_grad_(False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +14,7 @@ from .dictionary_linear import DictionaryLinear
 from .low_rank_conv import CONVOLUTIONS, Convolution, LowRankConv, SpatialLowRankConv2d
 from .low_rank_linear import LowRankLinear, linear_shape
 from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
+from .shared_base_linear import SharedBaseLinear, tie_bases
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -64,6 +66,12 @@ LINEAR_KINDS: dict[type[nn.Module], Kind] = {
         ),
         ("block", "atoms", "nonzeros"),
     ),
+    SharedBaseLinear: Kind(
+        frozenset({"values", "support", "group"}),
+        "bias",
+        lambda layer, shapes, bias: _shared(layer, shapes, bias),
+        ("rank", "places", "number", "transposed"),
+    ),
     LowRankPlusSparseLinear: Kind(
         frozenset({"down", "up", "values", "indices", "alpha"}),
         "bias",
@@ -105,16 +113,20 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
     """
     prefix = getattr(model, "base_model_prefix", "")
     replaced = []
+    bases: dict[int, nn.Parameter] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)):
             continue
         for key in dict.fromkeys((name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")):
             factorised = _of(key, layer, shapes)
             if factorised is not None:
+                if isinstance(factorised, SharedBaseLinear):
+                    factorised.base = bases.setdefault(factorised.number, factorised.base)
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, factorised.train(layer.training))
                 replaced.append(name)
                 break
+    tie_bases(model)
     return replaced
 
 
@@ -143,6 +155,8 @@ def _of(key: str, layer: Dense, shapes: Shapes) -> nn.Module | None:
     except ValueError as error:
         raise ValueError(f"The checkpoint has factors of {key!r} that no layer has: {error}") from error
     for part, tensor in made.state_dict().items():
+        if part == "base" and f"{key}.base" not in shapes:
+            continue  # another layer of the group has it
         if shapes.get(f"{key}.{part}") != tensor.shape:
             raise ValueError(
                 f"The checkpoint has {f'{key}.{part}'!r} of shape {shapes.get(f'{key}.{part}')}, where "
@@ -164,3 +178,13 @@ def _size(shape: tuple[int, ...], axis: int) -> int:
 
 def _plain(layer: Any, size: str) -> int:
     return int(getattr(layer, size))
+
+
+def _shared(layer: Any, shapes: Shapes, bias: bool) -> SharedBaseLinear:
+    n, m = linear_shape(layer)
+    transposed = _size(shapes["group"], 1) == 2
+    width, columns = (n, m) if transposed else (m, n)
+    base = nn.Parameter(torch.empty(width, _size(shapes["support"], 0)))
+    made = SharedBaseLinear(base, columns, transposed, bias, _size(shapes["group"], 0))
+    made.values = nn.Parameter(torch.empty(_size(shapes["values"], 0)))
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,14 +25,22 @@ class SharedBaseLinear(nn.Module):
         columns: c, the layer's inputs, or, transposed, its outputs.
         transposed: whether d are its inputs in place of its outputs.
         bias: whether there is b.
+        group: a number from 1 on, the same for all layers of the base and another one for those of other bases.
 
     Attributes:
         base: U.
         values: what V has in its places, row by row from left to right; all places at first.
         support: (r, ⌈c/8⌉) bytes; bit j % 8 of byte j // 8 says whether there is a value in column j.
+        group: zeros of shape (group, 1 + transposed), by which a checkpoint tells what belongs together: it holds the
+            base once.
     """
 
-    def __init__(self, base: nn.Parameter, columns: int, transposed: bool = False, bias: bool = True) -> None:
+    _tied_weights_keys: Mapping[str, str] = {}
+    """Transformers leaves these out of what it saves."""
+
+    def __init__(
+        self, base: nn.Parameter, columns: int, transposed: bool = False, bias: bool = True, group: int = 1
+    ) -> None:
         super().__init__()
         self.base = base
         self.columns, self.transposed = columns, transposed
@@ -39,12 +48,24 @@ class SharedBaseLinear(nn.Module):
         self.values = nn.Parameter(torch.zeros(rank * columns, device=base.device, dtype=base.dtype))
         self.support: Tensor
         self.register_buffer("support", packed(torch.ones(rank, columns, dtype=torch.bool, device=base.device)))
+        self.group: Tensor
+        self.register_buffer("group", torch.zeros(group, 1 + transposed, dtype=torch.uint8, device=base.device))
         out = columns if transposed else base.shape[0]
         self.bias = nn.Parameter(torch.zeros(out, device=base.device, dtype=base.dtype)) if bias else None
 
     @property
     def rank(self) -> int:
         return self.base.shape[1]
+
+    @property
+    def places(self) -> int:
+        """How many values V has."""
+        return len(self.values)
+
+    @property
+    def number(self) -> int:
+        """Of the group."""
+        return len(self.group)
 
     @property
     def in_features(self) -> int:
@@ -99,3 +120,19 @@ class SharedBaseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"values={len(self.values)}, transposed={self.transposed}, bias={self.bias is not None}"
         )
+
+
+def tie_bases(model: nn.Module) -> None:
+    """Tell a model of transformers which bases are one parameter, so that it saves each once and ties it again."""
+    owners: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SharedBaseLinear):
+            owner = owners.setdefault(id(layer.base), name)
+            is_owner = owner == name
+            layer._tied_weights_keys = {} if is_owner else {"base": "base"}
+            if not is_owner:
+                ties[f"{name}.base"] = f"{owner}.base"
+    known: Any = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(known, dict):
+        known.update(ties)
