@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ..calibration import LossFunction
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first
-from .allocation import ALLOCATIONS, Candidate, by_shares, check_budget, greedy, spent
+from .allocation import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
 from .costs import COSTS, Cost, Latency, Shape, nonzeros_of, ranks_that_pay
 from .depth import KEYS_AND_VALUES, depth_shares
 from .layers import on
@@ -58,7 +58,8 @@ def compress(
             count their places too.
         statistics: what `calibrate` returns, or `load_statistics`; "svd" works without.
         allocation: "uniform" gives all layers the same share of what they cost. "greedy" takes unit after unit of
-            rank by σ² over its cost, with σ² as a share of ‖T W S‖² where solvers do not estimate the loss itself.
+            rank by σ² over its cost; where a solver does not estimate the loss itself, σ² is a share of ‖T W S‖², and
+            each layer first gets three quarters of its uniform rank.
             "cost" is greedy with `cost` in place of parameters. "depth" is for keys and values (its default targets):
             layers nearer to the input keep more, by the condition numbers κ of their weights from there to the top,
             d_ℓ ∝ 1 − (max log κ̃ − log κ̃_ℓ)/(max log κ̃ − min log κ̃)/2 with κ̃_ℓ = Π_{j≥ℓ} κ_j; that formula of LoRC
@@ -106,7 +107,7 @@ def compress(
     limit = _limit(budget, before, unit)
     check_budget(candidates, limit, unit)
     if allocation in ("greedy", "cost"):
-        ranks = greedy(candidates, limit)
+        ranks = greedy(candidates, limit, None if SOLVERS[solver].is_loss else floors_of(candidates, limit))
     else:
         shares = depth_shares(targets) if allocation == "depth" else [1.0] * len(candidates)
         ranks = by_shares(candidates, shares, limit)
