@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from wara_peft.compression.allocation import Candidate, by_shares, check_budget, greedy, spent
+from wara_peft.compression.allocation import Candidate, by_shares, check_budget, floors_of, greedy, spent
 from wara_peft.compression.costs import Shape, ranks_that_pay
 from wara_peft.compression.depth import depth_shares
 
@@ -74,6 +74,16 @@ class TestGreedy:
         ranks = dict(zip(range(6), greedy(candidates, 100), strict=True))
         order = [3, 1, 5, 0, 2, 4]
         assert greedy([candidates[index] for index in order], 100) == [ranks[index] for index in order]
+
+    def test_floors_come_first(self) -> None:
+        steep = Candidate("steep", [2 * rank for rank in range(1, 9)], 17, [9.0, *[0.01] * 8])
+        even = Candidate("even", [2 * rank for rank in range(1, 9)], 17, [1.0] * 9)
+        narrow = Candidate("narrow", [], 3, [1.0])
+        assert greedy([steep, even, narrow], 23) == [1, None, None]
+        floors = floors_of([steep, even, narrow], 23)
+        # Uniform ranks are 5 and 5, of which three quarters stay; what remains goes where it gains most.
+        assert floors == [3, 3, None]
+        assert greedy([steep, even, narrow], 23, floors) == [3, 7, None]
 
     def test_scaled_gains_change_nothing(self) -> None:
         candidates = some(5, 3)

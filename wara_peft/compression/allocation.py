@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from ..messages import first
 
 ALLOCATIONS = ("uniform", "greedy", "cost", "depth")
+FLOOR = 0.75
+"""Of the rank at an even share of cost, what greedy ranks leave a layer whose error is a share of its own output: a
+few directions of large outputs hide what the others are worth to the model."""
 
 
 _Point = tuple[int | None, float, float]
@@ -72,21 +75,24 @@ def check_budget(candidates: Sequence[Candidate], budget: float, unit: str) -> N
         )
 
 
-def greedy(candidates: Sequence[Candidate], budget: float) -> list[int | None]:
+def greedy(
+    candidates: Sequence[Candidate], budget: float, floors: Sequence[int | None] | None = None
+) -> list[int | None]:
     """Ranks that lose little together, and cost no more than the budget; None is dense.
 
-    From rank 1 on, steps are taken in the order of what they gain for what they cost: single units of rank, or the
-    step to the dense layer where its gain for its cost is more than that of further units (the lower convex hull of
-    each layer's losses over costs). Steps that no longer fit are left out, with all that follow in their layer. What
-    is left then goes to single units in the same order, so that it is less than any further unit would cost.
+    From the floors on, which are 1 if not given and must fit the budget, steps are taken in the order of what they
+    gain for what they cost: single units of rank, or the step to the dense layer where its gain for its cost is more
+    than that of further units (the lower convex hull of each layer's losses over costs). Steps that no longer fit are
+    left out, with all that follow in their layer. What is left then goes to single units in the same order, so that it
+    is less than any further unit would cost.
 
     The loss exceeds the optimum by no more than the gain of the first step that was left out.
     """
-    ranks = least(candidates)
+    ranks = least(candidates) if floors is None else list(floors)
     left = budget - spent(candidates, ranks)
     steps = []
     for index, candidate in enumerate(candidates):
-        for number, (rank, further) in enumerate(itertools.pairwise(_hull(candidate))):
+        for number, (rank, further) in enumerate(itertools.pairwise(_hull(candidate, ranks[index]))):
             cost = candidate.cost(further) - candidate.cost(rank)
             # Steps of one layer have ever less gain for their cost, and the number keeps equal ones in order.
             steps.append((-candidate.gain(rank or 0, further) / cost, index, number, further, cost))
@@ -99,6 +105,15 @@ def greedy(candidates: Sequence[Candidate], budget: float) -> list[int | None]:
             stopped.add(index)
     _fill(candidates, ranks, left, by_gain=True)
     return ranks
+
+
+def floors_of(candidates: Sequence[Candidate], budget: float) -> list[int | None]:
+    """The ranks that greedy ranks do not go below: a share of those that all layers have at the same share of cost."""
+    even = by_shares(candidates, [1.0] * len(candidates), budget)
+    return [
+        max(1, int(FLOOR * (rank or len(candidate.costs)))) if candidate.costs else None
+        for candidate, rank in zip(candidates, even, strict=True)
+    ]
 
 
 def by_shares(candidates: Sequence[Candidate], shares: Sequence[float], budget: float) -> list[int | None]:
@@ -127,16 +142,16 @@ def by_shares(candidates: Sequence[Candidate], shares: Sequence[float], budget: 
     return ranks
 
 
-def _hull(candidate: Candidate) -> list[int | None]:
-    """The ranks, from 1 to dense, at the corners of the lower convex hull of losses over costs."""
-    ranks: list[int | None] = [*range(1, len(candidate.costs) + 1), None]
-    lost = sum(candidate.gains[1:])
+def _hull(candidate: Candidate, floor: int | None) -> list[int | None]:
+    """The ranks, from a floor to dense, at the corners of the lower convex hull of losses over costs."""
+    ranks: list[int | None] = [None] if floor is None else [*range(floor, len(candidate.costs) + 1), None]
+    lost = sum(candidate.gains[floor:])
     points = []
     for rank in ranks:
         points.append((rank, candidate.cost(rank), 0.0 if rank is None else lost))
         lost -= 0 if rank is None or rank >= len(candidate.gains) else candidate.gains[rank]
     hull: list[_Point] = []
-    for point in points if candidate.costs else points[-1:]:
+    for point in points:
         # The last corner goes if it lies above the line from the one before it to this point.
         while len(hull) > 1 and _above(hull[-2], hull[-1], point):
             hull.pop()

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..calibration import LossFunction
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first
-from .allocation import ALLOCATIONS, Candidate, by_shares, check_budget, greedy, spent
+from .allocation import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
 from .costs import COSTS, Cost, Latency, Shape, nonzeros_of, ranks_that_pay
 from .depth import KEYS_AND_VALUES, depth_shares
 from .layers import on
@@ -60,7 +60,8 @@ def compress(
             count their places too.
         statistics: what `calibrate` returns, or `load_statistics`; "svd" works without.
         allocation: "uniform" gives all layers the same share of what they cost. "greedy" takes unit after unit of
-            rank by σ² over its cost, with σ² as a share of ‖T W S‖² where solvers do not estimate the loss itself.
+            rank by σ² over its cost; where a solver does not estimate the loss itself, σ² is a share of ‖T W S‖², and
+            each layer first gets three quarters of its uniform rank.
             "cost" is greedy with `cost` in place of parameters. "depth" is for keys and values (its default targets):
             layers nearer to the input keep more, by the condition numbers κ of their weights from there to the top,
             d_ℓ ∝ 1 − (max log κ̃ − log κ̃_ℓ)/(max log κ̃ − min log κ̃)/2 with κ̃_ℓ = Π_{j≥ℓ} κ_j; that formula of LoRC
@@ -114,7 +115,7 @@ def compress(
     else:
         limit = _limit(cast(Any, budget), before, unit)
         check_budget(candidates, limit, unit)
-        ranks = _allocated(allocation, candidates, targets, limit)
+        ranks = _allocated(allocation, candidates, targets, limit, SOLVERS[solver].is_loss)
     ranked = {name: rank for name, rank in zip(targets, ranks, strict=True) if rank is not None}
     replacement = Replacement(model, targets, ranked, solver, entries, compensate_bias)
     with tqdm(total=len(ranked), desc="Compressing", disable=not show_progress_bar) as progress:
@@ -184,10 +185,10 @@ def _targets(
 
 
 def _allocated(
-    allocation: str, candidates: list[Candidate], targets: Mapping[str, nn.Module], limit: float
+    allocation: str, candidates: list[Candidate], targets: Mapping[str, nn.Module], limit: float, is_loss: bool
 ) -> list[int | None]:
     if allocation in ("greedy", "cost"):
-        return greedy(candidates, limit)
+        return greedy(candidates, limit, None if is_loss else floors_of(candidates, limit))
     shares = depth_shares(targets) if allocation == "depth" else [1.0] * len(candidates)
     return by_shares(candidates, shares, limit)
 
