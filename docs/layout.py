@@ -8,13 +8,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
+    ("factorized",),
     ("messages", "kinds", "field_types", "patterns", "registration", "model_card"),
     ("svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
-    ("wavelet", "factorized", "attention"),
-    ("forms", "lora_fields"),
-    ("config_checks",),
+    ("wavelet", "attention"),
+    ("forms",),
+    ("config_checks", "lora_fields"),
     ("config",),
-    ("layer", "conv", "embedding", "experts", "disk"),
+    ("layer", "conv", "embedding", "experts", "factorized_linear", "disk"),
     ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
     ("nested", "model"),
     (

@@ -54,6 +54,42 @@ def transform(matrix: np.ndarray, wavelet: str, levels: int) -> dict[str, np.nda
     return found | {f"aa{levels}": matrix}
 
 
+def grid_bands(levels: int) -> list[str]:
+    """Subbands of a grid in the order of an adapter's blocks."""
+    return [f"aa{levels}"] + [f"{band}{level}" for level in range(1, levels + 1) for band in ("ad", "da", "dd")]
+
+
+def grid_parts(signal: np.ndarray, wavelet: str, levels: int) -> np.ndarray:
+    """P_s of a signal of shape (H, W) on a grid, for all subbands: (H, W, 3L + 1)."""
+    found = transform(signal, wavelet, levels)
+    kept = [inverse_transform({name: found[name]}, wavelet, signal.shape, levels) for name in grid_bands(levels)]
+    return np.stack(kept, axis=-1)
+
+
+def grid_operators(rows: int, columns: int, wavelet: str, levels: int) -> torch.Tensor:
+    """P_s as dense matrices over the places of a grid, row by row: (3L + 1, H W, H W)."""
+    units = np.eye(rows * columns).reshape(-1, rows, columns)
+    parts = np.stack([grid_parts(unit, wavelet, levels) for unit in units])  # (unit, H, W, subband)
+    return torch.from_numpy(parts).flatten(1, 2).permute(2, 1, 0)
+
+
+def grid_result(
+    layer: nn.Module, x: torch.Tensor, layout: tuple[int, int, int], wavelet: str = "haar", levels: int = 1
+):
+    """base(x) + scaling Σ_s B_s P_s(A_s x) of `form="grid"`, where x is (batch, tokens, n) and the layout is known."""
+    prefix, rows, columns = layout
+    operators = grid_operators(rows, columns, wavelet, levels)
+    result = layer.base_layer(x)
+    coefficients = layer.forms["default"].coefficients(layer.parts("default"))
+    for place, name in enumerate(grid_bands(levels)):
+        factor_a, factor_b = coefficients[name]
+        hidden = x @ factor_a.T
+        mixed = operators[place] @ hidden[:, prefix:]
+        before = hidden[:, :prefix] if place == 0 else torch.zeros_like(hidden[:, :prefix])
+        result = result + layer.scaling["default"] * torch.cat((before, mixed), 1) @ factor_b.T
+    return result.detach()
+
+
 def dense_coefficients(layer: nn.Module, adapter: str = "default") -> dict[str, np.ndarray]:
     """C_s = B_s A_s of every subband of an adapter layer, in float64."""
     factor_a, factor_b = layer.wara_A[adapter], layer.wara_B[adapter]

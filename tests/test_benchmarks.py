@@ -112,6 +112,16 @@ def check_grid_step(result: dict[str, Any], _: dict[str, Any]) -> None:
     check_ratios(result["methods"], "LoRA r=16", ["LoRA r=16", "WaRA grid", "WaRA grid, shared pair"])
 
 
+def check_grid_sampling(result: dict[str, Any], script: dict[str, Any]) -> None:
+    # latents of 32 x 32 in patches of 2 x 2
+    assert (result["tokens"], result["R"], result["blocks"], result["batch"]) == (256, 16, 1, 1)
+    ours = ["WaRA grid", "WaRA grid, shared pair"]
+    check_ratios(result["methods"], "LoRA r=16", ["LoRA r=16", "merged LoRA", *ours])
+    # Every layer's adapter is of that rank, and the model without one has none.
+    assert script["variants"]["merged LoRA"] is None
+    assert script["variants"]["WaRA grid"].ranks_of("ff.net.2") == dict.fromkeys(("aa1", "ad1", "da1", "dd1"), 4)
+
+
 def check_experts_step(result: dict[str, Any], script: dict[str, Any]) -> None:
     assert list(result["layers"]) == ["tiny", "64 experts"]
     for found in result["layers"].values():
@@ -270,6 +280,7 @@ SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], N
     "decode": (SMOKE, check_decode),
     "experts_step": (SMOKE, check_experts_step),
     "export_time": (SMOKE, check_export_time),
+    "grid_sampling": (SMOKE, check_grid_sampling),
     "grid_step": (SMOKE, check_grid_step),
     "import_time": (["--processes", "1"], check_import_time),
     "injection_time": (SMOKE, check_injection_time),

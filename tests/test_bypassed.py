@@ -184,6 +184,38 @@ class TestPyTorchsAttention:
         torch.testing.assert_close(merged(self.x), dense(self.x), atol=1e-5, rtol=1e-5)
 
 
+class TestPyTorchsEncoder:
+    """`nn.TransformerEncoder`, which in eval mode leaves padding out."""
+
+    x = torch.randn(2, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+    def encoder(self, **fields) -> nn.Module:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, **fields)
+        return nn.Sequential(nn.TransformerEncoder(layer, 2)).eval()
+
+    def run(self, model: nn.Module) -> torch.Tensor:
+        encoder = next(module for module in model.modules() if isinstance(module, nn.TransformerEncoder))
+        with torch.no_grad():
+            return encoder(self.x, src_key_padding_mask=self.padding)[~self.padding]
+
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+    @pytest.mark.parametrize("norm_first", [False, True])  # nested tensors are used without it
+    def test_adapters_act_beside_padding(self, norm_first):
+        base = self.encoder(norm_first=norm_first)
+        model = get_peft_model(copy.deepcopy(base), WaRAConfig(target_modules=["linear1"], init_weights=False)).eval()
+        model.add_adapter("other", WaRAConfig(target_modules=["linear2"], init_weights=False))
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert not torch.allclose(self.run(model), self.run(base), atol=1e-3)
+        torch.testing.assert_close(self.run(model), self.run(merged), atol=1e-5, rtol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(self.run(model), self.run(base), atol=1e-5, rtol=1e-5)
+        for left in (merged, copy.deepcopy(model).unload(), copy.deepcopy(model).base_model.unload()):
+            assert left[0].__dict__.keys() == base[0].__dict__.keys()
+            assert left[0].use_nested_tensor == base[0].use_nested_tensor == (not norm_first)
+
+
 def test_other_models_get_no_hook():
     model = get_peft_model(Mlp(), WaRAConfig(target_modules="all-linear"))
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -91,6 +91,12 @@ class TestNumbersOfALora:
             warnings.simplefilter("error")
             WaRAConfig.from_lora(LoraConfig(r=r, lora_alpha=alpha), **fields)
 
+    def test_what_from_lora_works_out_does_not(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            config = WaRAConfig.from_lora(LoraConfig(r=16, lora_alpha=4))
+        assert (config.r, config.wara_alpha, config.total_rank) == (8, 8, 32)
+
     @pytest.mark.parametrize(
         "fields",
         [

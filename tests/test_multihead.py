@@ -26,7 +26,7 @@ class Encoder(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, 0.0, batch_first=True, **fields)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 2)
         self.head = nn.Linear(WIDTH, 3)
 
     def forward(self, x, **kwargs):
@@ -130,8 +130,10 @@ def test_in_pytorchs_transformer_layers_whose_kernel_would_leave_it_out(training
     expected = with_dense_weights(base, model).train(training)
     padding = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 5])
     with torch.no_grad():
-        for kwargs in ({}, {"src_key_padding_mask": padding}):
-            torch.testing.assert_close(model(inputs(), **kwargs), expected(inputs(), **kwargs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(inputs()), expected(inputs()), rtol=1e-4, atol=1e-5)
+        # In eval mode PyTorch may give zeros for padding, which no one reads.
+        found, wanted = (each(inputs(), src_key_padding_mask=padding)[~padding] for each in (model, expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_those_of_a_and_b_of_rank_r():

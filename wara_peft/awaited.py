@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import WaRAConfig
+from .kinds import FACTORIZED
 from .messages import first
 from .wavelet import axis_sizes
 
@@ -73,7 +74,7 @@ def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
         saved, found: `WaRAConfig.module_shapes` of either.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ, or it belongs to what is left of factorised layers and these are not.
     """
     different = [
         f"{name!r} (saved {tuple(saved[name][1:])}, here {tuple(shape[1:])})"
@@ -84,6 +85,16 @@ def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
         raise ValueError(
             f"The saved adapter was made for modules of other (out, in) shapes: {first(different)}. Load it on the "
             "base model it was trained on (with its embeddings resized as they were then)."
+        )
+    healed = [
+        repr(name)
+        for name, shape in found.items()
+        if name in saved and saved[name][0] != shape[0] and saved[name][0] in FACTORIZED
+    ]
+    if healed:
+        raise ValueError(
+            f"The saved adapter was trained beside factorised layers, and here they are not factorised alike: "
+            f"{first(healed)}. Load it on the compressed model that it was trained on."
         )
     missing = [repr(name) for name in saved if name not in found]
     if missing:

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba
 from torch import nn
 
 from .messages import first
 
 _KERNELS = ("causal_conv1d_fn", "causal_conv1d_update")
 """Functions by which transformers' state space layers pass a depthwise convolution, and beside it `dt_proj`."""
+
+_BEFORE = "_use_nested_tensor_without_adapters"
 
 
 def check_called(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
@@ -64,13 +66,31 @@ def _reason(model: nn.Module, name: str, base: nn.Module) -> str | None:
     return None
 
 
-def keep_called(layer: nn.Module, parent: nn.Module) -> None:
-    """See to it that an `nn.TransformerEncoderLayer` calls an adapted layer in eval mode too.
+def keep_called(model: nn.Module) -> None:
+    """See to it that PyTorch's encoder layers call their adapted layers in eval mode too, until `let_go`.
 
-    There it hands the weights of all its layers to one fused kernel, unless one of them has a hook.
+    There an `nn.TransformerEncoderLayer` hands all its weights to one fused kernel, unless one of its layers has a
+    hook, and an `nn.TransformerEncoder` leaves padding out by nested tensors, which that kernel alone takes.
+    Without these padded positions are computed, as in training mode.
     """
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        layer.register_forward_pre_hook(_change_nothing)
+    parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    adapted = {layer for parent in parents for layer in parent.children() if isinstance(layer, BaseTunerLayer)}
+    for layer in adapted:
+        if _change_nothing not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_change_nothing)
+    for module in model.modules():
+        is_new = isinstance(module, nn.TransformerEncoder) and not hasattr(module, _BEFORE)
+        if is_new and not adapted.isdisjoint(module.modules()):
+            setattr(module, _BEFORE, module.use_nested_tensor)
+            module.use_nested_tensor = False  # type: ignore[assignment]  # no stub knows it
+
+
+def let_go(model: nn.Module) -> None:
+    """Undo what `keep_called` has done beside adapters' layers, once these are gone."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and hasattr(module, _BEFORE):
+            module.use_nested_tensor = getattr(module, _BEFORE)
+            delattr(module, _BEFORE)
 
 
 def _change_nothing(module: nn.Module, args: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,8 +61,8 @@ class WaRAConfig(PeftConfig):
             `wara_peft.initialize_from_data` gives A_s the directions in which the inputs are largest.
         grid_pairs: with `form="grid"`, "separate" (a pair for each subband) or "shared" (one pair, and a trained gain
             for each subband and rank component; R is r).
-        grid_size: with `form="grid"`, rows and columns of patches; None reads them off the model's config, and takes
-            other numbers of patches for squares.
+        grid_size: with `form="grid"`, rows and columns of patches in all layers; None finds them out while the model
+            runs, from its convolutions.
         num_prefix_tokens: with `form="grid"`, tokens before the patches; None counts the model's class, distillation
             and register tokens.
         core: with `form="tiny"`, R_s of shape (r, r) ("full") or its diagonal alone ("diagonal").
@@ -271,7 +272,9 @@ class WaRAConfig(PeftConfig):
         ranks_for = partial(subband_ranks, match=match, levels=levels)
         own, left_out = fields_from_lora(lora_config, ranks_for, cls.__dataclass_fields__)
         warn_of_left_out(left_out)
-        return cls(**{**own, **fields})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "wara_alpha=.* scales by")  # as the LoRA does
+            return cls(**{**own, **fields})
 
     @property
     def form_object(self) -> Form:

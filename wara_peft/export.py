@@ -269,6 +269,15 @@ def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
     others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
     if others:
         refused.append(f"weights trained or saved in full ({first(others)})")
+    factorized = [repr(name) for name, kind in source.kinds.items() if kind.is_factorized]
+    if factorized:
+        text = (
+            f"Neither PEFT nor engines take a LoRA beside factorised layers, such as {first(factorized)}. This one is "
+            "exact where these layers are dense, as `nn.Linear` with the weight that they stand for."
+        )
+        if strict:
+            raise ValueError(f"{text} Merge the adapter instead, which stays factorised.")
+        warnings.warn(text)
     if refused:
         text = (
             f"PEFT loads all of this LoRA, but engines that serve LoRA take adapters of linear layers alone, not "

@@ -9,6 +9,8 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .factorized import DictionaryLinear, LowRankLinear
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -22,6 +24,7 @@ class Kind:
         lora_names: the names under which PEFT's LoRA keeps A and B of such a layer.
         is_parameter: whether it is no layer, but a bare parameter of a module.
         has_experts: whether that parameter is a stack of one matrix for each expert of a mixture.
+        is_factorized: whether it keeps its weight as a product of smaller matrices.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Kind:
     lora_names: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
     is_parameter: bool = False
     has_experts: bool = False
+    is_factorized: bool = False
 
     def weight_shape(self, out_features: int, in_features: int, kernel: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Shape in which such a layer keeps its weight; of experts that of one of them."""
@@ -44,12 +48,16 @@ _BY_CLASS: dict[type[nn.Module], Kind] = {
     nn.Conv1d: Kind("Conv1d", kernel_dimensions=1),
     nn.Conv2d: Kind("Conv2d", kernel_dimensions=2),
     nn.Conv3d: Kind("Conv3d", kernel_dimensions=3),
+    LowRankLinear: Kind("LowRankLinear", is_linear=True, is_factorized=True),
+    DictionaryLinear: Kind("DictionaryLinear", is_linear=True, is_factorized=True),
 }
 MATRIX = Kind("Parameter", is_parameter=True)
 IN_PROJ = Kind("MultiheadAttention", is_parameter=True)
 EXPERTS = Kind("Experts", is_parameter=True, has_experts=True)
 EXPERTS_IN_FIRST = Kind("ExpertsInFirst", keeps_in_first=True, is_parameter=True, has_experts=True)
 KINDS = {kind.name: kind for kind in (LINEAR, *_BY_CLASS.values(), MATRIX, IN_PROJ, EXPERTS, EXPERTS_IN_FIRST)}
+
+FACTORIZED = {kind.name for kind in KINDS.values() if kind.is_factorized}
 
 
 class BareParameter(nn.Module):

@@ -375,12 +375,15 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             total.add_(self.get_delta_weight(name, dtype).to(total.device), alpha=sign)
         merged = total.to(weight.dtype)
         if check_finite and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken "
-                f"in module {self.module_name!r}. The base weight is unchanged; merge without this adapter, or load "
-                "it again from a good checkpoint."
-            )
+            raise self._not_finite(adapter_names)
         self.set_base_weight(merged)
+
+    def _not_finite(self, adapter_names: list[str]) -> ValueError:
+        return ValueError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken "
+            f"in module {self.module_name!r}. The base weight is unchanged; merge without this adapter, or load "
+            "it again from a good checkpoint."
+        )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a LoRA of rank R, which `wara_peft.to_lora` converts without error: all with a ΔW."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
+from .forms import turns_of
 from .wavelet import subbands
 
 _INIT = "PEFT makes it from the base weights or from data; here `init_weights` has 'orthogonal' and 'activation'"
@@ -107,7 +108,7 @@ def subband_ranks(rank: int, match: Match, levels: int) -> dict[str, int]:
 
     A pair of level j has (m + n) / 2^j parameters where 2^j divides m and n, LoRA's r pairs have r (m + n). Every
     subband gets the same rank, and what is left goes to some of them, one each: finer levels first where parameters
-    are matched, which always comes out even, and coarser first for the rank.
+    are matched, which always comes out even, and coarser first for the rank; in a level aa and dd first.
 
     Args:
         rank: r of the LoRA.
@@ -119,7 +120,7 @@ def subband_ranks(rank: int, match: Match, levels: int) -> dict[str, int]:
     budget = rank * 2**levels if match == "parameters" else rank
     each, left = divmod(budget, sum(cost.values()))
     ranks = dict.fromkeys(cost, each)
-    for name in sorted(cost, key=lambda name: -cost[name]):
+    for name in sorted(turns_of(bands), key=lambda name: -cost[name]):
         if cost[name] <= left:
             ranks[name] += 1
             left -= cost[name]

@@ -34,13 +34,14 @@ from .bare_parameters import (
     projections,
     use_loras_targets,
 )
-from .bypassed import check_called, keep_called
+from .bypassed import check_called, keep_called, let_go
 from .combine import combine
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
-from .forms import Target, one_call
+from .factorized_linear import FactorizedLinear
+from .forms import Target, one_call, watch_no_more
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
 from .messages import first
@@ -48,12 +49,12 @@ from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_ranks, targeted_names, warn_of_unmatched
+from .targets import check_adapter_name, check_factors, check_ranks, targeted_names, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
-    "`torch.nn.Linear` (also quantized), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, `torch.nn.Conv3d`"
-    ", `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
+    "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
+    "`torch.nn.Conv3d`, `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
 )
 
 
@@ -119,6 +120,7 @@ class WaRAModel(BaseTuner):
             awaited.warn_if_another(config)
             self._awaited = {**self._awaited, adapter_name: awaited}
         keep_ties_in_replicas(model)
+        keep_called(model)
         if config.rank_penalty and add_penalty not in model._forward_hooks.values():
             model.register_forward_hook(add_penalty)
 
@@ -183,7 +185,7 @@ class WaRAModel(BaseTuner):
                 continue
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             layer_class = self._layer_class(base)
-            if layer_class is None or (only_linear and layer_class is not Linear):
+            if layer_class is None or (only_linear and not issubclass(layer_class, Linear)):
                 unsupported.append(f"{name} ({type(base).__name__})")
             bases[name] = base
         if unsupported:
@@ -196,6 +198,7 @@ class WaRAModel(BaseTuner):
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
         check_called(model, bases)
+        check_factors(peft_config, bases)
         parameters += named_parameters(peft_config, model)
         check_parameters(peft_config, parameters, bases)
         bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
@@ -227,6 +230,8 @@ class WaRAModel(BaseTuner):
             return Conv
         if not kind.is_linear:
             return Embedding
+        if kind.is_factorized:
+            return FactorizedLinear
         if isinstance(base_layer, nn.Linear) or kind is not LINEAR:
             return Linear
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
@@ -298,7 +303,6 @@ class WaRAModel(BaseTuner):
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
-        keep_called(layer, parent)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Put a layer in another's place; adapter layers have moved to their base layer's device already."""
@@ -458,6 +462,8 @@ class WaRAModel(BaseTuner):
             )
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
+        let_go(self.model)
+        watch_no_more(self.model)
         return unloaded
 
 
@@ -465,6 +471,9 @@ def shape_of(base_layer: nn.Module) -> ModuleShape:
     """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
     if isinstance(base_layer, BareParameter):
         return base_layer.module_shape
+    kind = kind_of(base_layer)
+    if kind.is_factorized:  # of which PEFT's function would warn
+        return ModuleShape(kind, cast(int, base_layer.out_features), cast(int, base_layer.in_features))
     in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
     groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
-    return ModuleShape(kind_of(base_layer), out_features, in_features // groups, groups, tuple(kernel))
+    return ModuleShape(kind, out_features, in_features // groups, groups, tuple(kernel))

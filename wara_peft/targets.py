@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from .config import WaRAConfig
+from .factorized import LowRankLinear
+from .kinds import kind_of
 from .lora_fields import BOTH
 from .messages import first
 from .patterns import value_for
@@ -37,6 +42,37 @@ def check_ranks(config: WaRAConfig, names: Iterable[str]) -> None:
             f"rank_pattern leaves every subband out in module {first(empty)}. Give at least one a rank, or leave the "
             "module out with `exclude_modules`."
         )
+
+
+def check_factors(config: WaRAConfig, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse what cannot be done with a factorised layer as a whole: its factors too, or its bias by itself.
+
+    Args:
+        config: the config.
+        targets: base layers that are to be adapted, by name.
+
+    Raises:
+        ValueError: a factor of such a target is one too, or has an adapter, or its bias is to train and be saved
+            under a name under which PEFT does not look for it.
+    """
+    for name, base in targets.items():
+        if not kind_of(base).is_factorized:
+            continue
+        adapted = [
+            f"{name}.{factor}"
+            for factor, layer in base.named_children()
+            if f"{name}.{factor}" in targets or isinstance(layer, BaseTunerLayer)
+        ]
+        if adapted:
+            raise ValueError(
+                f"Target module {name!r} is a {type(base).__name__}, and so is its factor {adapted[0]!r} to be "
+                "adapted, or is already. Target the layer as a whole, by its name, or its factors, not both."
+            )
+        if config.bias == "wara_only" and isinstance(base, LowRankLinear) and base.bias is not None:
+            raise ValueError(
+                f"bias='wara_only' would train the bias of {name!r}, a LowRankLinear, and not save it: PEFT looks for "
+                "it beside the weight, and it lies in the factor `up`. Use bias='none' or 'all', or target `up`."
+            )
 
 
 def warn_of_unmatched(config: WaRAConfig, named: Iterable[str], modules: Iterable[str]) -> None:

@@ -209,6 +209,16 @@ class TestSolutions:
         assert list(report.left) == ["lm_head"] and "tied" in report.left["lm_head"]
         assert len(report.layers) == 2
 
+    def test_factors_are_not_compressed_again(self) -> None:
+        model = llama()
+        compress(model, 0.5, "svd", target_modules=["up_proj"], **QUIET)
+        kept = model.model.layers[0].mlp.up_proj
+        report = compress(model, 0.5, "svd", target_modules=["down_proj"], **QUIET)
+        assert [layer.name.rpartition(".")[2] for layer in report.layers] == ["down_proj"] * 2
+        assert model.model.layers[0].mlp.up_proj is kept and type(kept.down) is nn.Linear
+        names = calibrate(model, batches(4, labelled=False), **QUIET).keys()
+        assert len(names) == 14 - 4 and not any("up_proj" in name for name in names)
+
 
 class TestCosts:
     def test_latency_is_measured_here(self) -> None:

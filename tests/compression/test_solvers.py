@@ -148,3 +148,19 @@ class TestFullRank:
     def test_of_inputs_that_never_vary(self, shape) -> None:
         found = low_rank(weight_of(shape), 3, Metric(torch.zeros(shape[1], shape[1])))
         assert found.energy == found.lost == 0 and bool(found.up.isfinite().all())
+
+
+def test_gradients_whose_moment_is_rounded_below_zero() -> None:
+    """As sums in float32 of few samples may be: the least damping does not lift them, ten times as much does."""
+    n, m = 12, 20
+    weight, x, g = torch.randn(m, n).double(), torch.randn(100, n).double(), torch.randn(9, m).double()
+    moment = g.T @ g / len(g)
+    mean = float(moment.diagonal().mean())
+    moment -= 3 * DAMPING * mean * torch.eye(m).double()  # so is now the lowest of its eigenvalues
+    statistics = LayerStatistics((m, n), 100, weight.flatten()[:16].float(), x.T @ x / 100, x.mean(0), moment)
+    metric = SOLVERS["activation-fisher"].metric(statistics, True)
+    expected = moment + 10 * DAMPING * mean * torch.eye(m).double()
+    torch.testing.assert_close(metric.outputs, expected, rtol=0, atol=1e-9)
+    found = low_rank(weight, 4, metric)
+    error = metric.error(weight - found.up @ found.down)
+    assert found.lost == pytest.approx(float(error), rel=1e-6) and 0 < found.lost < found.energy

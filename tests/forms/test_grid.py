@@ -12,9 +12,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.references import WAVELETS, inverse_transform, tiny_vit, transform
+from tests.references import WAVELETS, grid_parts, tiny_vit
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora, to_lora
+from wara_peft.forms.seen_grids import SeenGrids
 from wara_peft.forms.token_grid import TokenGrid
 from wara_peft.forms.token_mixing import TokenMixing, grid_subbands
 from wara_peft.layer import Linear
@@ -34,20 +36,13 @@ def parts(signal: torch.Tensor, wavelet: str, levels: int, prefix: int = 0) -> t
     return mixing(hidden).view(*signal.shape, -1)
 
 
-def reference_parts(signal: np.ndarray, wavelet: str, levels: int) -> np.ndarray:
-    found = transform(signal, wavelet, levels)
-    names = [f"aa{levels}"] + [f"{band}{level}" for level in range(1, levels + 1) for band in ("ad", "da", "dd")]
-    kept = [inverse_transform({name: found[name]}, wavelet, signal.shape, levels) for name in names]
-    return np.stack(kept, axis=-1)
-
-
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("wavelet", WAVELETS)
 def test_parts_equal_pywavelets_and_add_up(wavelet, levels):
     for grid in GRIDS:
         signal = torch.randn(*grid, dtype=torch.float64)
         found = parts(signal, wavelet, levels)
-        np.testing.assert_allclose(found.numpy(), reference_parts(signal.numpy(), wavelet, levels), atol=1e-12)
+        np.testing.assert_allclose(found.numpy(), grid_parts(signal.numpy(), wavelet, levels), atol=1e-12)
         tolerance = 1e-11 if wavelet == "sym4" else 1e-12  # whose taps PyWavelets has to 12 digits
         torch.testing.assert_close(found.sum(-1), signal, atol=tolerance, rtol=0)
 
@@ -109,7 +104,7 @@ def test_forward(wavelet, ranks):
         for image in range(2):
             for channel in range(rank):
                 grid = hidden[image, 2:, channel].view(7, 5).numpy()
-                mixed = reference_parts(grid, wavelet, 2)[..., place].reshape(-1)
+                mixed = grid_parts(grid, wavelet, 2)[..., place].reshape(-1)
                 hidden[image, 2:, channel] = torch.from_numpy(mixed)
         if name != "aa2":
             hidden[:, :2] = 0
@@ -169,9 +164,7 @@ class TestCollapse:
         expected[:, 0] = hidden[:, 0] * gain[0]
         for channel in range(2):
             signal = hidden[0, 1:, channel].view(4, 6).numpy()
-            expected[0, 1:, channel] = (
-                torch.from_numpy(reference_parts(signal, "haar", 1)).view(-1, 4) @ gain[:, channel]
-            )
+            expected[0, 1:, channel] = torch.from_numpy(grid_parts(signal, "haar", 1)).view(-1, 4) @ gain[:, channel]
         expected = layer.base_layer(x) + expected @ layer.wara_B["default"].weight.T
         torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)
 
@@ -221,6 +214,20 @@ def test_splits(grid, tokens, expected):
     assert grid.split(tokens) == expected
 
 
+def test_what_a_model_makes_goes_before_what_its_config_says():
+    seen = SeenGrids()
+    grid = TokenGrid((4, 4), 1, square=False, seen=seen)
+    convolution = nn.Conv2d(1, 1, 1)
+    convolution.register_forward_hook(seen.see_output)
+    assert (grid.split(17), grid.split(26)) == ((1, 4, 4), None)  # nothing has been seen
+    for rows, columns, after_prefix, alone in ((3, 5, (1, 3, 5), (0, 3, 5)), (4, 4, (1, 4, 4), (0, 4, 4))) * 2:
+        convolution(torch.zeros(1, 1, rows, columns))
+        # 16 tokens are a prefix token before 3 x 5 patches, or 4 x 4 patches whose prefix is gone: the latest decides
+        assert grid.split(rows * columns + 1) == after_prefix
+        assert grid.split(rows * columns) == alone
+    assert grid.split(26) is None
+
+
 class TestModels:
     def model(self, **fields) -> PeftModel:
         config = {"form": "grid", "target_modules": TARGETS, "init_weights": False, "wara_alpha": 64, **fields}
@@ -247,12 +254,17 @@ class TestModels:
         model = self.model()
         assert model(images(14)).logits.shape == (4, 3)
         assert model(images(20), interpolate_pos_encoding=True).logits.shape == (4, 3)
-        with pytest.raises(
-            ValueError, match=r"The 36 tokens in module 'vit.layers.0.*' fit no grid: expected 7 x 7 or"
-        ):
-            model(torch.randn(1, 1, 10, 14), interpolate_pos_encoding=True)
+        wide = torch.randn(1, 1, 10, 14)
         explicit = self.model(grid_size=(5, 7))
-        assert explicit(torch.randn(1, 1, 10, 14), interpolate_pos_encoding=True).logits.shape == (1, 3)
+        expected = explicit(wide, interpolate_pos_encoding=True).logits
+        assert torch.equal(model(wide, interpolate_pos_encoding=True).logits, expected)
+        layer = model.base_model.model.vit.layers[0].mlp.fc1
+        with pytest.raises(
+            ValueError,
+            match=r"The 33 tokens in module 'vit.layers.0.mlp.fc1' fit no grid: expected 5 x 7, 10 x 10, 7 x 7 of "
+            r"patches after 1 prefix tokens. Set `grid_size=\(rows, columns\)` and `num_prefix_tokens`",
+        ):
+            layer(torch.randn(1, 33, 16))
         with pytest.raises(ValueError, match=r"The 50 tokens.*expected 5 x 7 of patches after 1 prefix tokens"):
             explicit(images(14))
 
@@ -307,6 +319,20 @@ class TestModels:
         x = torch.randn(2, 50, 16)
         expected = model.base_model.model.vit.layers[0](x)
         torch.testing.assert_close(compiled(x), expected, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.slow
+    def test_a_graph_for_each_size(self):
+        """And no more when sizes come again, though grids are noted while the model runs."""
+        model = self.model()
+        sizes = ((14, 14), (10, 14), (14, 14), (10, 14), (14, 14))
+        with torch.no_grad():
+            batches = [torch.randn(2, 1, *size) for size in sizes]
+            expected = [model(x, interpolate_pos_encoding=True).logits for x in batches]
+            counter = CompileCounterWithBackend("eager")
+            model.base_model.model.compile(fullgraph=True, backend=counter)
+            for x, logits in zip(batches, expected, strict=True):
+                torch.testing.assert_close(model(x, interpolate_pos_encoding=True).logits, logits)
+        assert counter.frame_count == 2
 
     def test_mixed_batches_several_adapters_and_frozen_factors(self):
         model = self.model()

@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import (
+    AutoBackbone,
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
@@ -15,9 +16,15 @@ from transformers import (
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    HieraConfig,
+    Llama4VisionConfig,
+    Llama4VisionModel,
     LlamaConfig,
+    LwDetrViTConfig,
+    Siglip2VisionConfig,
     SiglipVisionConfig,
     SwinConfig,
+    VideoMAEConfig,
     ViTConfig,
     ViTMAEConfig,
 )
@@ -106,6 +113,24 @@ REFUSED = {
         ),
         "of a swin model: its layers see windows of patches",
     ),
+    "hiera": (
+        lambda: AutoModel.from_config(
+            HieraConfig(image_size=[32, 32], embed_dim=4, depths=[1, 1], num_heads=[1, 1], num_query_pool=1)
+        ),
+        "of a hiera model: it orders its patches by the windows",
+    ),
+    "lw_detr": (
+        lambda: AutoBackbone.from_config(
+            LwDetrViTConfig(image_size=8, mlp_ratio=1, window_block_indices=[0], num_windows=4, **PATCHES)
+        ),
+        "of a lw_detr_vit model: its layers see windows of patches",
+    ),
+    "llama4": (
+        lambda: Llama4VisionModel(
+            Llama4VisionConfig(image_size=8, intermediate_size=24, projector_input_dim=8, **PATCHES)
+        ),
+        "of a llama4_vision_model model: its class token comes after the patches",
+    ),
     "vit_mae": (
         lambda: AutoModel.from_config(ViTMAEConfig(image_size=8, intermediate_size=24, **PATCHES)),
         "of a vit_mae model: it shuffles its patches",
@@ -122,6 +147,33 @@ def test_refused_models_stay_as_they_are(name, explicit):
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, WaRAConfig(form="grid", target_modules=TARGETS, **explicit))
     assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+# config, input, tokens that are as many as a square's, what is expected of them
+NO_GRID = {
+    "frames of a video": (
+        VideoMAEConfig(image_size=8, num_frames=4, tubelet_size=1, intermediate_size=24, **PATCHES),
+        lambda: {"pixel_values": torch.randn(1, 4, 1, 8, 8)},
+        r"64 tokens in module '.*query' fit no grid: expected a grid of",
+    ),
+    "padded images": (
+        Siglip2VisionConfig(num_patches=16, intermediate_size=24, **PATCHES),
+        lambda: {
+            "pixel_values": torch.randn(1, 16, 4),
+            "pixel_attention_mask": torch.ones(1, 16),
+            "spatial_shapes": torch.tensor([[2, 8]]),
+        },
+        r"16 tokens in module 'encoder.layers.0.self_attn.q_proj' fit no grid: expected a grid of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_GRID)
+def test_what_is_no_grid_is_not_taken_for_a_square(name):
+    config, inputs, message = NO_GRID[name]
+    model = get_peft_model(AutoModel.from_config(config), WaRAConfig(form="grid", target_modules=r".*(query|q_proj)"))
+    with pytest.raises(ValueError, match=message):
+        model(**inputs())
 
 
 @pytest.mark.parametrize("form", ["grid", "tiny"])

@@ -112,10 +112,10 @@ def out_proj(method: Method) -> str | None:
     return "it has no effect" if close(output(model, X[None]), output(attention(), X[None])) else None
 
 
-@row("linear layers of `nn.TransformerEncoderLayer` in eval mode", lora="differs: they have no effect")
+@row("linear layers of `nn.TransformerEncoder` in eval mode", lora="differs: they have no effect")
 def encoder_layer(method: Method) -> str | None:
     torch.manual_seed(0)
-    base = nn.Sequential(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True))
+    base = nn.Sequential(nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True), 1))
     before = output(base, X[None])
     model = adapted(method, base, target_modules=["linear1", "linear2"])
     return "they have no effect" if close(output(model, X[None]), before) else None

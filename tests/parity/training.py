@@ -109,6 +109,7 @@ def bfloat16(method: Method) -> str | None:
 
 @row("`torch.compile(fullgraph=True)`")
 def compiled(method: Method) -> str | None:
+    torch._dynamo.reset()  # it remembers what it could not compile of models before
     model = adapted(method)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     result = compiled(X)

@@ -27,6 +27,7 @@ from .shared_base import minimise_block_errors, share_bases
 from .statistics import LayerStatistics, load_statistics, save_statistics
 from .text_head import LowRankTextHead
 from .trained_rank_pruning import TrainedRankPruning
+from .truncate import truncate
 
 __all__ = [
     "CompressionReport",
@@ -66,4 +67,5 @@ __all__ = [
     "share_bases",
     "straight_through",
     "to_dense",
+    "truncate",
 ]

@@ -26,7 +26,7 @@ class Solution(NamedTuple):
 
 @torch.no_grad()
 def solve(
-    layer: nn.Linear | Conv1D,
+    layer: nn.Linear | Conv1D | LowRankLinear,
     rank: int,
     solver: str,
     statistics: LayerStatistics,
@@ -39,7 +39,7 @@ def solve(
     a smaller error of the output.
 
     Args:
-        layer: W, (m, n), with or without b.
+        layer: W, (m, n), with or without b; a factorised one is cut.
         rank: r, or the number of atoms of a dictionary.
         solver: a key of `SOLVERS`.
         statistics: of this layer, with what the solver needs.
@@ -54,6 +54,7 @@ def solve(
     metric = kind.metric(on(statistics, weight.device), compensates)
     n, m = linear_shape(layer)
     bias = layer.bias is not None or compensates
+    trains = next(layer.parameters()).requires_grad  # the weight's, or that of a factor
     made: LowRankLinear | DictionaryLinear
     if kind.is_dictionary:
         learn = one_shot if solver == "dictionary-oneshot" else ksvd
@@ -66,7 +67,7 @@ def solve(
         difference = weight.double() - found.weight
         energy = float(metric.error(weight))
         lost = float(metric.error(difference))
-        made.values.requires_grad_(layer.weight.requires_grad)
+        made.values.requires_grad_(trains)
     else:
         factors = low_rank(weight, rank, metric)
         made = LowRankLinear(n, m, rank, bias, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
@@ -74,8 +75,8 @@ def solve(
         made.down.weight.copy_(factors.down)
         difference = weight.double() - factors.up @ factors.down
         lost, energy = factors.lost, factors.energy
-        made.up.weight.requires_grad_(layer.weight.requires_grad)
-    made.down.weight.requires_grad_(layer.weight.requires_grad)
+        made.up.weight.requires_grad_(trains)
+    made.down.weight.requires_grad_(trains)
     if made.bias is not None:
         value = torch.zeros(m, dtype=torch.float64, device=weight.device)
         if layer.bias is not None:
@@ -83,7 +84,7 @@ def solve(
         if compensates:
             value += difference @ cast(Tensor, statistics.mean).to(weight.device).double()
         made.bias.copy_(value)
-        made.bias.requires_grad_((layer.weight if layer.bias is None else layer.bias).requires_grad)
+        made.bias.requires_grad_(trains if layer.bias is None else layer.bias.requires_grad)
     return Solution(made.train(layer.training), lost / energy if energy > 0 else 0.0)
 
 

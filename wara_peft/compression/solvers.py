@@ -17,7 +17,7 @@ from .statistics import LayerStatistics
 
 DAMPING = 1e-6
 """Share of the mean diagonal of E[g gᵀ] that is added to it: outputs whose gradient vanished in the batches count
-little, and not nothing."""
+little, and not nothing. Where rounding of the sums is worse than that, it is ten times as much, and so on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +161,13 @@ def _inputs(statistics: LayerStatistics, compensates: bool) -> Tensor:
 
 def _outputs(statistics: LayerStatistics) -> Tensor:
     moment = cast(Tensor, statistics.gradients).double()
-    return moment + DAMPING * moment.diagonal().mean() * torch.eye(
-        len(moment), dtype=torch.float64, device=moment.device
-    )
+    identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    scale = moment.diagonal().mean() * identity
+    for power in range(7):  # up to all of the mean diagonal, which no rounding comes near to
+        regular: Tensor = moment + DAMPING * 10**power * scale
+        if not bool(torch.linalg.cholesky_ex(regular).info):
+            break
+    return regular
 
 
 @dataclass(frozen=True)

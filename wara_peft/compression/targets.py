@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..factorized.low_rank_conv import CONVOLUTIONS, checked_conv
 from ..factorized.low_rank_linear import check_values, checked_linear
+from ..factorized.saved import FACTORIZED
 
 Layer = TypeVar("Layer", bound=nn.Module)
 LINEAR = (nn.Linear, Conv1D)
@@ -41,11 +42,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
 def with_attentions(model: nn.Module) -> dict[str, nn.Linear | Conv1D | nn.MultiheadAttention]:
     """The same, and PyTorch's attentions, each as a whole."""
     found: dict[str, nn.Linear | Conv1D | nn.MultiheadAttention] = {}
-    inside_attention: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.MultiheadAttention):
-            inside_attention += (f"{name}.",)  # it uses the weight of its out_proj, and does not call it
-        if isinstance(module, (*LINEAR, nn.MultiheadAttention)) and not name.startswith(inside_attention):
+        if isinstance(module, (nn.MultiheadAttention, *FACTORIZED)):
+            # An attention uses the weight of its out_proj, and does not call it; factors are small already.
+            inside += (f"{name}.",)
+        if isinstance(module, (*LINEAR, nn.MultiheadAttention)) and not name.startswith(inside):
             found[name] = module
     return found
 

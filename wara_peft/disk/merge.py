@@ -99,6 +99,13 @@ class _Plan:
         self.checkpoint, self.saved = checkpoint, saved
         for name in saved.modules:
             saved.check_has_delta_weight(name)
+        factorized = [repr(name) for name, shape in saved.modules.items() if shape.kind.is_factorized]
+        if factorized:
+            raise ValueError(
+                f"The adapter in {str(saved.path)!r} was trained beside factorised layers, such as "
+                f"{first(factorized)}, and the base's are dense. Load the compressed model and the adapter, and "
+                "call merge_and_unload."
+            )
         changes = self._changes_by_parameter()
         needed = {name: change.values for name, change in changes.items() if not self._may_be_missing(change)}
         self.model = empty_model(checkpoint, saved, needed)

@@ -67,6 +67,37 @@ class DictionaryLinear(nn.Module):
         """Map (..., n) to (..., m)."""
         return functional.linear(self.down(x), self.coefficients, self.bias)
 
+    def appended(self, left: Tensor, right: Tensor) -> DictionaryLinear:
+        """The layer with left · right, (m, R) and (R, n), added to its weight: exactly, as R more atoms.
+
+        Each row then has s + R values. Numbers are new ones, in the dtype of these; the bias is the same parameter.
+        """
+        down, values = self.down.weight.detach(), self.values.detach()
+        places = unpacked(self.support, self.atoms)
+        everywhere = places.new_ones(left.shape)
+        return self._with(
+            torch.cat((down, right.to(down))),
+            torch.cat((values, left.to(values)), 1),  # row by row, what is new lies to the right of all there is
+            torch.cat((places, everywhere), 1),
+        )
+
+    def without_last(self, units: int) -> DictionaryLinear:
+        """The layer without its last atoms: bit by bit what `appended` was called of."""
+        atoms, nonzeros = self.atoms - units, self.nonzeros - units
+        return self._with(
+            self.down.weight.detach()[:atoms].clone(),
+            self.values.detach()[:, :nonzeros].clone(),
+            unpacked(self.support, self.atoms)[:, :atoms],
+        )
+
+    def _with(self, down: Tensor, values: Tensor, places: Tensor) -> DictionaryLinear:
+        made = DictionaryLinear(self.in_features, self.out_features, len(down), values.shape[1], False, device="meta")
+        made.down.weight = nn.Parameter(down, self.down.weight.requires_grad)
+        made.values = nn.Parameter(values, self.values.requires_grad)
+        made.support = packed(places)
+        made.bias = self.bias
+        return made.train(self.training)
+
     def extra_repr(self) -> str:
         return f"atoms={self.atoms}, nonzeros={self.nonzeros}"
 

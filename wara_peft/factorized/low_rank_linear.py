@@ -80,6 +80,29 @@ class LowRankLinear(nn.Module):
         result: Tensor = self.up(self.down(x))
         return result
 
+    def appended(self, left: Tensor, right: Tensor) -> LowRankLinear:
+        """The layer with left · right, (m, R) and (R, n), added to its weight: exactly, as R more units of rank.
+
+        Its factors are new ones, rounded to the dtype of these; the bias is the same parameter.
+
+        Raises:
+            ValueError: r + R is more than min(m, n).
+        """
+        up, down = self.up.weight.detach(), self.down.weight.detach()
+        return self._with(torch.cat((up, left.to(up)), 1), torch.cat((down, right.to(down))))
+
+    def without_last(self, units: int) -> LowRankLinear:
+        """The layer without its last units of rank: bit by bit what `appended` was called of."""
+        kept = self.rank - units
+        return self._with(self.up.weight.detach()[:, :kept].clone(), self.down.weight.detach()[:kept].clone())
+
+    def _with(self, up: Tensor, down: Tensor) -> LowRankLinear:
+        made = LowRankLinear(self.in_features, self.out_features, len(down), bias=False, device="meta")
+        made.up.weight = nn.Parameter(up, self.up.weight.requires_grad)
+        made.down.weight = nn.Parameter(down, self.down.weight.requires_grad)
+        made.up.bias = self.up.bias
+        return made.train(self.training)
+
 
 def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
     """The rank as an int: a float is the fraction of the break-even m n / (m + n), rounded down, at least 1.
@@ -99,7 +122,7 @@ def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
     )
 
 
-def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+def linear_shape(module: nn.Linear | Conv1D | LowRankLinear) -> tuple[int, int]:
     """(in, out) features."""
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 

@@ -5,6 +5,7 @@ from .factors import SubbandFactor, TiedFactor, frozen_factors
 from .grid import GridForm
 from .keeping import one_call
 from .ordered import OrderedFactor, importance_order, turns_of
+from .seen_grids import watch_no_more
 from .shared import SharedForm
 from .subband import SubbandForm
 from .tiny import TinyForm
@@ -27,4 +28,5 @@ __all__ = [
     "importance_order",
     "one_call",
     "turns_of",
+    "watch_no_more",
 ]

@@ -14,7 +14,7 @@ from ..messages import first
 from ..wavelet import Subband
 from .base import Form, Parts, Settings, Target, warn_about_levels
 from .factors import IN_DIM, OUT_DIM
-from .token_grid import TokenGrid, token_grid
+from .token_grid import TokenGrid, check_on_grid, known_size, token_grid
 from .token_mixing import TokenMixing, grid_subbands
 
 _NOT_COMBINED = (
@@ -86,8 +86,9 @@ class GridForm(Form):
         return next(iter(ranks.values())) if self.single_pair(settings) else sum(ranks.values())
 
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        grids = {name: token_grid(model, name, settings) for name in targets}
-        sizes = {name: grid.size for name, grid in grids.items() if grid.size is not None}
+        check_on_grid(model, targets)
+        known = {name: known_size(model, name, settings) for name in targets}
+        sizes = {name: size for name, size in known.items() if size is not None}
         collapsed = [repr(name) for name, size in sizes.items() if size == (1, 1)]
         if collapsed:
             warnings.warn(

@@ -1,15 +1,18 @@
-"""Where the tokens of a model's layers lie: grid size and prefix tokens, read off its config and its parameters."""
+"""Where the tokens of a model's layers lie: grid size and prefix tokens, as its config, parameters and inputs tell."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ..messages import first
 from .base import Settings
+from .seen_grids import Layout, SeenGrids, seen_grids
 
 PREFIX_PARAMETERS = (
     "cls_token",
@@ -21,30 +24,45 @@ PREFIX_PARAMETERS = (
     "reg_token",
 )
 """Names under which vision models keep the embeddings of tokens that come before the patches."""
-SHUFFLING = ("vit_mae",)
-"""Types of models whose encoder sees patches in random order."""
+OTHER_ORDERS = {
+    "hiera": "it orders its patches by the windows that it pools. Use form='subband'.",
+    "llama4_vision_model": "its class token comes after the patches. Use form='subband'.",
+    "vit_mae": "it shuffles its patches. Use form='subband', or load the encoder's weights into the model that it is "
+    "made for (vit).",
+}
+"""Types of models whose tokens are as many as a grid has, but in another order."""
+WITHOUT_PATCHES = re.compile(
+    r"add_[qkv]_proj|to_add_out|encoder_hid_proj|.*context.*|caption_.*|(text|txt)_.*", re.IGNORECASE
+)
+"""Names that diffusers' models give to modules which see text alone."""
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """What is known of a layer's tokens before it sees any.
+    """What is known of a layer's tokens.
 
     Args:
         size: rows and columns of patches at the image size that the model is made for, or None.
         prefix: number of tokens before the patches, or None.
         fixed: no other size is right, because the user has named this one.
+        square: whether other sizes are taken for squares where nothing tells.
+        seen: what the model's own modules make of its inputs as it runs, or None where none tells.
     """
 
     size: tuple[int, int] | None = None
     prefix: int | None = None
     fixed: bool = False
+    square: bool = True
+    seen: SeenGrids | None = None
 
-    def split(self, tokens: int) -> tuple[int, int, int] | None:
+    def split(self, tokens: int) -> Layout | None:
         """Prefix tokens, rows and columns of a sequence of that many tokens, or None if it fits no grid.
 
-        The known size goes first; images of other sizes have square grids. Where the prefix is not known it is what a
-        fixed size leaves, or else none or one.
+        What the model has been seen to make goes first. If nothing has been seen it is the known size, or a square.
+        Where the prefix is not known it is what a fixed size leaves, or else none or one.
         """
+        if self._tells is not None:
+            return self._tells.find(tokens, (0, 1) if self.prefix is None else (self.prefix, 0))
         if self.fixed and self.size is not None and self.prefix is None:
             prefixes: tuple[int, ...] = (tokens - math.prod(self.size),)
         else:
@@ -54,32 +72,93 @@ class TokenGrid:
                 return prefix, *self.size
         for prefix in prefixes:
             side = math.isqrt(max(tokens - prefix, 0))
-            if not self.fixed and side and side * side == tokens - prefix:
+            if self.square and not self.fixed and side and side * side == tokens - prefix:
                 return prefix, side, side
         return None
+
+    @property
+    def _tells(self) -> SeenGrids | None:
+        """What the model has been seen to make, where that counts."""
+        return self.seen if self.seen is not None and self.seen.layouts else None
+
+    def __str__(self) -> str:
+        """What fits, for messages."""
+        before = "0 or 1" if self.prefix is None else str(self.prefix)
+        known = [] if self.size is None else ["{} x {}".format(*self.size)]
+        if self.square and not self.fixed:
+            known.append("a square")
+        if self._tells is not None:
+            seen = [layout for layout in self._tells.layouts.values() if layout is not None]
+            known = [f"{rows} x {columns}" for _, rows, columns in reversed(seen)]
+        return f"{first(known) or 'a grid'} of patches after {before} prefix tokens"
 
 
 def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGrid:
     """What is known of the tokens of one module.
 
-    The size comes from `grid_size`, or from `image_size` and `patch_size` of the nearest transformers config around
-    the module; the prefix from `num_prefix_tokens`, or from class, distillation and register tokens among the
-    parameters of that config's model.
-
-    Raises:
-        ValueError: the module is part of a causal or other language model, or of a model whose layers see windows or
-            shuffled patches.
+    The size comes from `grid_size`, or while the model runs from its convolutions and positions, which are watched
+    from now on; before it has run, from the sizes of image and patch in the nearest config around the module. In a
+    model without a config other sizes are squares. The prefix comes from `num_prefix_tokens`, or from class,
+    distillation and register tokens among the parameters of the config's model.
     """
-    around = [module for module in _around(model, module_name) if not isinstance(module, nn.ModuleList)]
-    model_config = next((found for module in around if (found := _config_of(module)) is not None), None)
-    _refuse(around, model_config, module_name)
+    around, model_config = _surroundings(model, module_name)
     scope = [module for module in around if model_config is None or _config_of(module) is model_config]
     prefix = config.num_prefix_tokens
     if prefix is None:
         prefix = _prefix_tokens(scope[-1] if scope else model)
     if config.grid_size is not None:
         return TokenGrid(config.grid_size, prefix, fixed=True)
-    return TokenGrid(_size(model_config), prefix)
+    return TokenGrid(_size(model_config), prefix, square=model_config is None, seen=seen_grids(model))
+
+
+def known_size(model: nn.Module, module_name: str, config: Settings) -> tuple[int, int] | None:
+    """Rows and columns of a module's patches, as far as they are known before the model runs."""
+    return config.grid_size or _size(_surroundings(model, module_name)[1])
+
+
+def check_on_grid(model: nn.Module, module_names: Iterable[str]) -> None:
+    """Refuse modules whose tokens lie on no grid.
+
+    Raises:
+        ValueError: a module is part of a causal or other language model, or of a model whose layers see windows or
+            patches in another order, or sees text alone.
+    """
+    names = list(module_names)
+    text = []
+    for name in names:
+        around, model_config = _surroundings(model, name)
+        _refuse(around, model_config, name)
+        if not hasattr(model_config, "model_type") and _sees_text_alone(around[0], name):
+            text.append(name)
+    if text:
+        kept = set(names) - set(text)
+        excluded = sorted({_own_ending(name, kept) for name in text})
+        raise ValueError(
+            f"form='grid' cannot adapt module {first([repr(name) for name in text])}, which sees text or conditions "
+            f"alone: these lie on no grid. Leave such modules out with `exclude_modules={excluded}`; a second adapter "
+            "of form='subband' can adapt them."
+        )
+
+
+def _sees_text_alone(parent: nn.Module, module_name: str) -> bool:
+    """Whether no patch comes to a module of a diffusion model: keys and values of cross-attention, a text stream."""
+    parts = module_name.split(".")
+    if getattr(parent, "is_cross_attention", False) is True and parts[-1] in ("to_k", "to_v"):
+        return True
+    return any(WITHOUT_PATCHES.fullmatch(part) for part in parts)
+
+
+def _own_ending(name: str, others: Iterable[str]) -> str:
+    """The shortest ending of a module's name that is no ending of the others, for `exclude_modules`."""
+    parts = name.split(".")
+    endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+    return next(ending for ending in endings if not any(f".{other}".endswith(f".{ending}") for other in others))
+
+
+def _surroundings(model: nn.Module, module_name: str) -> tuple[list[nn.Module], Any]:
+    """The modules around one, nearest first, and the nearest config that one of them has."""
+    around = [module for module in _around(model, module_name) if not isinstance(module, nn.ModuleList)]
+    return around, next((found for module in around if (found := _config_of(module)) is not None), None)
 
 
 def _around(model: nn.Module, module_name: str) -> Iterator[nn.Module]:
@@ -90,8 +169,9 @@ def _around(model: nn.Module, module_name: str) -> Iterator[nn.Module]:
 
 
 def _config_of(module: nn.Module) -> Any:
+    """A config of transformers, or one of diffusers, which is a mapping."""
     config = getattr(module, "config", None)
-    return config if hasattr(config, "model_type") else None
+    return config if hasattr(config, "model_type") or isinstance(config, Mapping) else None
 
 
 def _refuse(around: list[nn.Module], config: Any, module_name: str) -> None:
@@ -109,20 +189,19 @@ def _refuse(around: list[nn.Module], config: Any, module_name: str) -> None:
             "wavelet over time would leak the future. Use form='subband', or leave the module out with "
             "`exclude_modules`."
         )
-    if getattr(config, "window_size", 0):
+    if getattr(config, "window_size", 0) or getattr(config, "num_windows", 1) > 1:
         raise ValueError(
             f"{where} of a {config.model_type} model: its layers see windows of patches, not their grid. Use "
             "form='subband'."
         )
-    if getattr(config, "model_type", None) in SHUFFLING:
-        raise ValueError(
-            f"{where} of a {config.model_type} model: it shuffles its patches. Use form='subband', or load the "
-            "encoder's weights into the model that it is made for (vit)."
-        )
+    model_type = getattr(config, "model_type", None)
+    if model_type in OTHER_ORDERS:
+        raise ValueError(f"{where} of a {model_type} model: {OTHER_ORDERS[model_type]}")
 
 
 def _size(config: Any) -> tuple[int, int] | None:
-    image, patch = _pair(getattr(config, "image_size", None)), _pair(getattr(config, "patch_size", None))
+    image = _pair(getattr(config, "image_size", None) or getattr(config, "sample_size", None))
+    patch = _pair(getattr(config, "patch_size", None))
     return None if image is None or patch is None else (image[0] // patch[0], image[1] // patch[1])
 
 

@@ -84,13 +84,10 @@ class TokenMixing:
         tokens = hidden.shape[1]
         split = self.grid.split(tokens)
         if split is None:
-            size = "a square" if self.grid.size is None else "{} x {}".format(*self.grid.size)
-            known = size if self.grid.fixed or self.grid.size is None else f"{size} or a square"
-            before = "0 or 1" if self.grid.prefix is None else self.grid.prefix
             raise ValueError(
-                f"The {tokens} tokens in module {self.module_name!r} fit no grid: expected {known} of patches after "
-                f"{before} prefix tokens. Set `grid_size=(rows, columns)` and `num_prefix_tokens` in the config, or "
-                "leave the module out with `exclude_modules`."
+                f"The {tokens} tokens in module {self.module_name!r} fit no grid: expected {self.grid}. Set "
+                "`grid_size=(rows, columns)` and `num_prefix_tokens` in the config, or leave the module out with "
+                "`exclude_modules`."
             )
         return split
 
