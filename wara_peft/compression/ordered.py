@@ -195,12 +195,15 @@ class OrderedRankTraining(TrainerCallback):
         return kept
 
     def finish(self) -> dict[str, int | None]:
-        """Cut components that are zero, and make layers dense where that takes no more parameters; None is these."""
+        """Cut components that are zero, and make dense where that takes no more parameters, which None stands for.
+
+        The other layers are plain `LowRankLinear` and `LowRankConv` then.
+        """
         ranks: dict[str, int | None] = {}
         dense: dict[nn.Module, nn.Module] = {}
         for name, layer in self.layers.items():
             layer.cut(_alive(layer))
-            layer.limit = None
+            layer.settle()
             m, *others = layer.weight.shape
             n = torch.Size(others).numel()
             ranks[name] = layer.rank if layer.rank * (m + n) < m * n else None
