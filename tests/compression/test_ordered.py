@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from tests.compression.models import llama
+from wara_peft import WaRAConfig
 from wara_peft.compression import (
     LowRankLinear,
     OrderedLowRankConv,
@@ -227,8 +229,23 @@ def test_finish_makes_layers_dense_at_the_break_even() -> None:
     expected = net.eval()(x)
     ranks = training.finish()
     assert ranks == {"conv": None, "first": 2, "second": None}
-    assert type(net.conv) is nn.Conv2d and type(net.second) is nn.Linear
+    assert type(net.conv) is nn.Conv2d and type(net.second) is nn.Linear and type(net.first) is LowRankLinear
     torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [LoraConfig, WaRAConfig])
+def test_adapters_go_on_afterwards(config: type) -> None:
+    net, training = ordered()
+    x = images()
+    training.layers["first"].cut(4)
+    training.finish()
+    expected = net(x)
+    adapted = get_peft_model(net, config(r=2, target_modules=["first.down", "first.up", "second"]))
+    torch.testing.assert_close(adapted(x), expected)
+    net, _ = ordered()
+    adapted = get_peft_model(net, config(r=2, target_modules=["first.down"]))
+    with pytest.raises(ValueError, match=r"'.*first\.down' has a PEFT adapter"):
+        OrderedRankTraining(penalty=0.0).start(adapted)
 
 
 def rows() -> list[dict[str, Tensor]]:
@@ -272,7 +289,7 @@ def test_trainer_shrinks_resumes_to_the_bit_and_saves(tmp_path: Path) -> None:
     save_compressed(resumed, tmp_path / "c")
     loaded = load_compressed(tmp_path / "c")
     assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
-    assert repr(loaded) == repr(resumed).replace("OrderedLowRankLinear", "LowRankLinear")
+    assert repr(loaded) == repr(resumed)
 
 
 def test_is_refused() -> None:

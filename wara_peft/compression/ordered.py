@@ -123,6 +123,8 @@ class OrderedRankTraining(TrainerCallback):
                 raise ValueError(f"{name}={value!r} must be at least 0.")
         self.factor, self.threshold, self.seed = penalty, threshold, seed
         self._model: nn.Module | None = None
+        self._ranks: dict[str, int] = {}
+        """Components that are not zero, of which draws are made."""
 
     def start(self, model: nn.Module) -> None:
         """Begin with a model."""
@@ -134,6 +136,7 @@ class OrderedRankTraining(TrainerCallback):
             if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
                 raise ValueError(f"{name!r} is sharded, as by FSDP, and its components are not. Train with DDP.")
         self._model = model
+        self._ranks = {name: _alive(layer) for name, layer in layers.items()}
 
     @property
     def layers(self) -> dict[str, Ordered]:
@@ -145,7 +148,7 @@ class OrderedRankTraining(TrainerCallback):
     def before_forward(self, step: int) -> tuple[str, int]:
         """Draw a layer and a rank for the forwards of this step; returned for those who log."""
         layers = self.layers
-        ends = list(accumulate(layer.rank for layer in layers.values()))
+        ends = list(accumulate(min(self._ranks[name], layer.rank) for name, layer in layers.items()))
         generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + step)
         drawn = int(torch.randint(ends[-1], (), generator=generator))
         index = bisect_right(ends, drawn)
@@ -188,16 +191,19 @@ class OrderedRankTraining(TrainerCallback):
                 _empty(layer, kept[name], optimizer)
             else:
                 cut_rank(layer, kept[name], optimizer)
+        self._ranks = kept
         return kept
 
     def finish(self) -> dict[str, int | None]:
-        """Cut components that are zero, and make layers dense where that takes no more parameters; None is these."""
+        """Cut components that are zero, and make dense where that takes no more parameters, which None stands for.
+
+        The other layers are plain `LowRankLinear` and `LowRankConv` then.
+        """
         ranks: dict[str, int | None] = {}
         dense: dict[nn.Module, nn.Module] = {}
         for name, layer in self.layers.items():
-            rows, columns = _tails(layer)
-            layer.cut(max(1, int((rows * columns > 0).sum())))
-            layer.limit = None
+            layer.cut(_alive(layer))
+            layer.settle()
             m, *others = layer.weight.shape
             n = torch.Size(others).numel()
             ranks[name] = layer.rank if layer.rank * (m + n) < m * n else None
@@ -263,6 +269,12 @@ def _empty(layer: Ordered, rank: int, optimizer: torch.optim.Optimizer | None) -
 
 def _layers(model: nn.Module) -> dict[str, Ordered]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Ordered)}
+
+
+def _alive(layer: Ordered) -> int:
+    """How many components there are up to the last one that is not zero, at least 1."""
+    rows, columns = _tails(layer)
+    return max(1, int((rows * columns > 0).sum()))
 
 
 def _tails(layer: Ordered) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,12 @@ class _Ordered(nn.Module):
                 set_values(parameter, parameter.data.narrow(dim, 0, rank).clone())
             self._resized(rank)
 
+    def settle(self) -> None:
+        """Become the plain layer that it is in evaluation mode, with the same parameters."""
+        self.__dict__.pop("limit", None)
+        kind: Any = LowRankLinear if isinstance(self, LowRankLinear) else LowRankConv
+        self.__class__ = kind
+
     def _resized(self, rank: int) -> None:
         self.rank = rank
         self.limit = None
