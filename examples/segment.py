@@ -1,6 +1,6 @@
 """Adapt a small SegFormer to scenes that look otherwise than those it learnt from, offline, by LoRA and by WaRA.
 
-    python examples/segment.py              # one seed of all methods, from nothing
+    python examples/segment.py              # one seed of all methods, from nothing: some minutes on two CPU cores
     python examples/segment.py --full       # five seeds
     python examples/segment.py --quick      # whether everything runs; the figures mean nothing
 
@@ -10,8 +10,8 @@ to a few scenes with stripes, noise and smaller digits, each time from the same 
 beside each of them, and also alone. Judged is the mean IoU on scenes of digits that nothing was trained on.
 
 Seeds decide which scenes, first values and order of batches; the SegFormer is the same for all of them. Learning rates
-were chosen on validation scenes of other seeds: --tune shows how. Finished runs are lines of JSON, and are not run
-again. For a model and a data set of your own, replace `pretrained` and `Scenes`.
+were chosen on the validation scenes of other seeds: --tune shows how. Finished runs are lines of JSON, and are not
+run again. For a model and a data set of your own, replace `pretrained` and `Scenes`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, get_peft_model
-from segment_scenes import NAMES, SIZE, SOURCE, TARGET, Scenes
+from segment_scenes import NAMES, SOURCE, TARGET, Scenes
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("segment_output"), help="folder (default: %(default)s)")
     add("--results", type=Path, help="folder of the JSON lines and the picture (default: --output-dir)")
     add("--full", action="store_true", help=f"{len(SEEDS)} seeds in place of one")
-    add("--tune", action="store_true", help="what the learning rates were chosen by: other seeds, validation scenes")
+    add("--tune", action="store_true", help="show what the learning rates were chosen by, on other seeds")
     add("--quick", action="store_true", help="two seeds of a few steps, in a folder of their own")
     args = parser.parse_args()
     if args.quick:
@@ -306,7 +306,7 @@ def main() -> None:
         return
     print(table(results))
     study.draw(args.results / "segment_masks.png")
-    print(f"Saved the table's figures and segment_masks.png in {args.results}; {SIZE} x {SIZE} pixels a scene")
+    print(f"Saved segmentation.jsonl and segment_masks.png in {args.results}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from quality.cells import Cell
 from quality.comparison import interval, paired
 
 Results = Mapping[Cell, dict[str, Any]]
-SEEDS, TUNING_SEEDS = range(5), range(100, 101)
-"""What is reported, and what rates were chosen on."""
+SEEDS, TUNING_SEEDS = range(5), range(100, 102)
+"""Those that are reported, and those that learning rates were chosen on."""
 BASELINE = "LoRA"
 
 
@@ -25,7 +25,7 @@ def table(results: Results) -> str:
     for cell, result in results.items():
         by_method.setdefault(cell.method, {})[cell.seed] = 100 * result["test"]
     details = {cell.method: (f"{result['parameters']:,}", cell.rate) for cell, result in results.items()}
-    lines = ["| method | adapter parameters | rate | mean IoU, % | more than LoRA's |", "|---|---|---|---|---|"]
+    lines = ["| method | trained in the encoder | rate | mean IoU, % | more than LoRA's |", "|---|---|---|---|---|"]
     for method, scores in by_method.items():
         parameters, rate = details[method]
         shown = f"{statistics.mean(scores.values()):.1f}"
@@ -50,22 +50,20 @@ def tuning_table(results: Results, used: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def draw_masks(
-    scenes: np.ndarray, columns: Mapping[str, np.ndarray], names: tuple[str, ...], background: int = 0
-) -> Figure:
-    """Scenes (N, H, W) from -1 to 1, and beside each of them the masks (N, H, W) of each column over it."""
-    figure = Figure(figsize=(1.4 * (1 + len(columns)) + 0.8, 1.4 * len(scenes) + 0.4), layout="constrained")
+def draw_masks(scenes: np.ndarray, columns: Mapping[str, np.ndarray], names: tuple[str, ...]) -> Figure:
+    """Scenes (N, H, W) from -1 to 1, and beside it masks (N, H, W) of each column, without the class 0."""
+    figure = Figure(figsize=(1.4 * (1 + len(columns)) + 0.6, 1.4 * len(scenes) + 0.4), layout="constrained")
     panels = figure.subplots(len(scenes), 1 + len(columns), squeeze=False)
-    colours = ListedColormap([colormaps["tab20"](index) for index in range(len(names))])
+    colours = ListedColormap(colormaps["Paired"].colors[: len(names) - 1])
     for line, scene, *masks in zip(panels, scenes, *columns.values(), strict=True):
         for panel, mask in zip(line, [None, *masks], strict=True):
             panel.imshow(scene, cmap="gray", vmin=-1, vmax=1)
             if mask is not None:
-                covered = np.ma.masked_equal(mask, background)
-                shown = panel.imshow(covered, cmap=colours, vmin=-0.5, vmax=len(names) - 0.5, interpolation="none")
+                covered = np.ma.masked_equal(mask, 0)
+                shown = panel.imshow(covered, cmap=colours, vmin=0.5, vmax=len(names) - 0.5, interpolation="none")
             panel.set(xticks=[], yticks=[])
     for panel, title in zip(panels[0], ["scene", *columns], strict=True):
         panel.set_title(title, fontsize=8)
-    bar = figure.colorbar(shown, ax=panels, ticks=range(len(names)), shrink=0.8)
-    bar.ax.set_yticklabels(names, fontsize=7)
+    bar = figure.colorbar(shown, ax=panels, ticks=range(1, len(names)), shrink=0.8)
+    bar.ax.set_yticklabels(names[1:], fontsize=7)
     return figure

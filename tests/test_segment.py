@@ -144,6 +144,7 @@ def test_rates_are_those_that_validation_of_other_seeds_chose(segment):
         run = json.loads(line)
         if run["seed"] in segment.TUNING_SEEDS:
             found.setdefault(run["method"], {}).setdefault(run["rate"], []).append(run["validation"])
+    assert all(len(runs) == len(segment.TUNING_SEEDS) for rates in found.values() for runs in rates.values())
     chosen = {name: max(rates, key=lambda rate: sum(rates[rate])) for name, rates in found.items()}
     assert chosen == {name: method.rate for name, method in segment.METHODS.items()}
     assert not set(segment.TUNING_SEEDS) & set(segment.SEEDS)
