@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from quality.cells import Store
+from segment_report import SEEDS as SEGMENTATION_SEEDS
+from segment_report import table as segmentation
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -224,6 +227,13 @@ def comparison_table() -> str:
     return "\n".join(lines)
 
 
+def segmentation_table() -> str:
+    """What `examples/segment.py --full` found."""
+    results = Store(RESULTS, RESULTS).results()
+    cells = [cell for cell in results if cell.family == "segmentation" and cell.seed in SEGMENTATION_SEEDS]
+    return segmentation({cell: results[cell] for cell in cells})
+
+
 def replaced(path: Path, tables: dict[str, str]) -> str:
     """The file's text with each table between the markers of its name."""
     text = path.read_text(encoding="utf-8")
@@ -239,7 +249,11 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not up to date")
     options = parser.parse_args()
     tables = {
-        HERE.parent / "README.md": {"benchmarks": readme_table(), "comparison": comparison_table()},
+        HERE.parent / "README.md": {
+            "benchmarks": readme_table(),
+            "comparison": comparison_table(),
+            "segmentation": segmentation_table(),
+        },
         HERE / "README.md": {"benchmarks": f"{methods_table()}\n\n{own_cost_table()}\n\n{growth_table()}"},
     }
     texts = {path: replaced(path, of_file) for path, of_file in tables.items()}
