@@ -64,6 +64,7 @@ def task(smoke: bool) -> Docstrings:
 
 
 @cache
+@torch.enable_grad()
 def trained(smoke: bool, seed: int) -> tuple[nn.Module, Any]:
     """A dense model and its statistics."""
     dense = task(smoke).dense(seed)
