@@ -60,7 +60,10 @@ print(seconds, int(peak) / 1024)
 
 @cache
 def task(smoke: bool) -> Docstrings:
-    return Docstrings(load_docstrings(max_per_class=15 if smoke else 60), quick=smoke)
+    found = Docstrings(load_docstrings(max_per_class=15 if smoke else 60), quick=smoke)
+    if smoke:
+        found.targets = r".*encoder\.layer\.0\..*"
+    return found
 
 
 @cache

@@ -339,10 +339,6 @@ def keys_of(value: object) -> object:
     return None
 
 
-NOT_RUN = {"compression"}
-"""Scripts whose results are still to come."""
-
-
 @pytest.fixture
 def run(monkeypatch):
     """Run a script of the folder as the main program, in this process; its names."""
@@ -373,9 +369,8 @@ def test_wara_bench_smoke(name, run, tmp_path, capsys):
     script = run(name, *options, "--output", output)
     measured = json.loads(output.read_text())
     assert measured == json.loads(capsys.readouterr().out)
-    if name not in NOT_RUN:
-        kept = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
-        assert keys_of(measured) == keys_of(kept)
+    kept = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+    assert keys_of(measured) == keys_of(kept)
     for path, value in numbers(measured):
         assert math.isfinite(value), path
         assert value > 0 or path[0] in DIFFERENCES or path[-1] == "dim", path
@@ -388,7 +383,7 @@ def test_wara_bench_smoke(name, run, tmp_path, capsys):
 def test_there_is_a_smoke_test_of_each_script():
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"harness", "models", "report"}
     results = {path.stem for path in (BENCHMARKS / "results").glob("*.json")} - {"compare_attention"}
-    assert scripts == SCRIPTS.keys() == results | NOT_RUN and not results & NOT_RUN
+    assert scripts == SCRIPTS.keys() == results
 
 
 def test_tables_are_what_the_results_say():
