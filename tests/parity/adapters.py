@@ -66,6 +66,20 @@ def both(method: Method) -> str | None:
     assert close(layer(X), layer.base_layer(X) + X @ delta.T)
 
 
+@row("a frozen copy of an adapter from its config and values, as TRL's DPO and GRPO make their reference")
+def reference(method: Method) -> str | None:
+    model = adapted(method)
+    model.add_adapter("ref", model.peft_config["default"])
+    values = dict(model.named_parameters())
+    for name, value in values.items():
+        if ".default." in name:
+            values[name.replace(".default.", ".ref.")].data.copy_(value.data)
+    expected = output(model)
+    train(model)
+    assert not close(output(model), expected, 1e-3)
+    assert torch.equal(alone(model, "ref"), expected)
+
+
 @row("`set_requires_grad` by adapter")
 def requires_grad(method: Method) -> str | None:
     model = two(method)

@@ -68,6 +68,17 @@ def subfolder(method: Method, directory: Path) -> str | None:
     assert loaded.active_adapter == "named" and torch.equal(output(loaded), output(model))
 
 
+@row("a repository of the Hub, in the cache, by its name")
+def hub(method: Method, directory: Path) -> str | None:
+    model, revision = adapted(method), "0" * 40
+    repository = directory / "models--someone--adapter"
+    model.save_pretrained(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    loaded = PeftModel.from_pretrained(mlp(), "someone/adapter", cache_dir=directory)
+    assert torch.equal(output(loaded), output(model))
+
+
 @row("`AutoPeftModelForCausalLM`")
 def auto(method: Method, directory: Path) -> str | None:
     llama().save_pretrained(directory / "base")

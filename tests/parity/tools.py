@@ -9,12 +9,18 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
-from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale, update_signature
+from peft.helpers import (
+    disable_input_dtype_casting,
+    find_kappa_target_modules,
+    rescale_adapter_scale,
+    update_signature,
+)
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils import cast_mixed_precision_params
 
 import wara_peft
 
-from .models import TOKENS, X, adapted, close, layers_of, llama, mlp, output, train
+from .models import TOKENS, WORDS, X, adapted, close, layers_of, llama, mlp, output, train
 from .table import LORA, Area, Method
 
 AREA = Area("Serving and helpers")
@@ -107,6 +113,23 @@ row(
 @row("`rescale_adapter_scale`, each method's own")
 def own_rescale(method: Method) -> str | None:
     return rescaled(method, rescale_adapter_scale if method is LORA else wara_peft.rescale_adapter_scale)
+
+
+@row(
+    "`reduce_intruder_dimension`",
+    wara="refused: The provided model is not using LoRA and is therefore not supported.",
+    instead="a model with the LoRA of `wara_peft.save_as_lora`",
+)
+def intruders(method: Method) -> str | None:
+    model = adapted(method)
+    reduce_intruder_dimension(model, logging_sink=None)
+    assert "intruder_reduced" in model.peft_config
+
+
+@row("`find_kappa_target_modules`, for `target_modules`")
+def kappa(method: Method) -> str | None:
+    targets = find_kappa_target_modules(llama(), top_p=0.3, show_progress=False)["target_modules"]
+    train(adapted(method, llama(), target_modules=targets), WORDS)
 
 
 @row("`disable_input_dtype_casting`")
