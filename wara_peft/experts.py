@@ -1,4 +1,4 @@
-"""WaRA beside bare parameters, such as the weights of a mixture's experts, in their module's own forward."""
+"""WaRA beside bare parameters, of a mixture's experts or PyTorch's attention, in their module's own forward."""
 
 from __future__ import annotations
 
@@ -84,11 +84,7 @@ class ParameterLayer(WaRALayer):
                     total.add_(_of_expert(update, expert).dense(dtype).to(total.device), alpha=sign)
                 merged[own] = total.to(weight.dtype)
             if check_finite and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken "
-                    f"in parameter {self.module_name!r}. The parameter is unchanged; merge without this adapter, or "
-                    "load it again from a good checkpoint."
-                )
+                raise self._not_finite(adapter_names)
             self.set_base_weight(merged)
 
     @classmethod

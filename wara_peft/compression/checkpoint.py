@@ -149,7 +149,7 @@ def text_batches(
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # transformers raises many kinds where files are missing or broken
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{str(directory)!r} has no tokenizer: {type(error).__name__}: {reason}") from error
     if tokenizer.pad_token is None:
