@@ -11,6 +11,8 @@ import torch
 from scipy.linalg import sqrtm
 from test_examples import EXAMPLES, example, run
 
+import wara_peft  # noqa: F401  # loading its adapters takes it
+
 diffusers = pytest.importorskip("diffusers")
 SCRIPT = EXAMPLES / "train_diffusion.py"
 
