@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from quality.cells import Store
+from quality.cells import Cell, Store
+
+# Examples report their own runs.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+from diffusion_report import SEEDS as DIFFUSION_SEEDS
+from diffusion_report import table as diffusion
 from segment_report import SEEDS as SEGMENTATION_SEEDS
 from segment_report import table as segmentation
 
@@ -229,9 +235,18 @@ def comparison_table() -> str:
 
 def segmentation_table() -> str:
     """What `examples/segment.py --full` found."""
+    return segmentation(reported("segmentation", SEGMENTATION_SEEDS))
+
+
+def diffusion_table() -> str:
+    """What `examples/train_diffusion.py --full` found."""
+    return diffusion(reported("diffusion", DIFFUSION_SEEDS))
+
+
+def reported(family: str, seeds: range) -> dict[Cell, dict[str, Any]]:
+    """The kept runs of these seeds."""
     results = Store(RESULTS, RESULTS).results()
-    cells = [cell for cell in results if cell.family == "segmentation" and cell.seed in SEGMENTATION_SEEDS]
-    return segmentation({cell: results[cell] for cell in cells})
+    return {cell: result for cell, result in results.items() if cell.family == family and cell.seed in seeds}
 
 
 def replaced(path: Path, tables: dict[str, str]) -> str:
@@ -253,6 +268,7 @@ if __name__ == "__main__":
             "benchmarks": readme_table(),
             "comparison": comparison_table(),
             "segmentation": segmentation_table(),
+            "diffusion": diffusion_table(),
         },
         HERE / "README.md": {"benchmarks": f"{methods_table()}\n\n{own_cost_table()}\n\n{growth_table()}"},
     }
