@@ -331,16 +331,21 @@ def _inspect_compressed(path: Path, plot: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"layers": layers, "report": report and report.as_dict()}, indent=2))
     elif report is not None:
-        _print_compression(report)
+        _print_compression(report, layers)
     else:
         for name, sizes in layers.items():
             _say(f"{name}: {_pairs(sizes)}")
 
 
-def _print_compression(report: CompressionReport) -> None:
+def _print_compression(report: CompressionReport, now: Mapping[str, Mapping[str, object]] | None = None) -> None:
+    """What compressing did, and where a layer has another rank since, as by merging an adapter, that rank."""
     table = Table(Column("layer", overflow="fold"), "out x in", "rank", "parameters", "before", "lost")
     for layer in report.layers:
         values = "" if layer.nonzeros is None else f", {layer.nonzeros} values a row"
+        if now is not None and layer.rank is not None:
+            sizes = now.get(layer.name, {})
+            rank = sizes.get("rank", sizes.get("atoms", "dense"))
+            values += "" if rank == layer.rank else f", now {rank}"
         table.add_row(
             _visible(layer.name),
             f"{layer.shape[0]} x {layer.shape[1]}",
