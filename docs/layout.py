@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
 ORDER = (
     ("factorized",),
-    ("messages", "kinds", "field_types", "patterns", "registration", "model_card"),
+    ("messages", "kinds", "field_help", "field_types", "patterns", "registration", "model_card"),
     ("svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
     ("wavelet", "attention"),
     ("forms",),

@@ -159,11 +159,11 @@ def read(directory: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 def test_the_guide(tmp_path, monkeypatch):
-    """The commands of examples/serve_with_lora_engines.md, as they stand there."""
-    guide = (Path(__file__).parents[1] / "examples" / "serve_with_lora_engines.md").read_text()
+    """The commands of docs/export.md, as they stand there."""
+    guide = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
     section = guide.split("## diffusers\n")[1].split("\n## ")[0]
     (command,), (code,) = (
-        re.findall(r"```\n(.*?)```", section, re.S),
+        re.findall(r"```bash\n(.*?)```", section, re.S),
         re.findall(r"```python\n(.*?)```", section, re.S),
     )
     monkeypatch.chdir(tmp_path)

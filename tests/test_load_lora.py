@@ -429,9 +429,9 @@ def test_fields_that_are_the_loras_own_are_refused(tmp_path, fields, match):
     refused(tmp_path, match, **fields)
 
 
-def test_the_readmes_code_runs(tmp_path, monkeypatch):
-    section = Path(__file__).parents[1].joinpath("README.md").read_text().partition("### Coming from LoRA")[2]
-    code = section.partition("```python\n")[2].partition("```")[0]
+def test_the_guides_code_runs(tmp_path, monkeypatch):
+    guide = Path(__file__).parents[1].joinpath("docs", "coming_from_lora.md").read_text()
+    code = guide.partition("```python\n")[2].partition("```")[0]
     trained_lora(tmp_path / "my-lora", Model())
     monkeypatch.chdir(tmp_path)
     names = {"wara_peft": wara_peft, "model": Model()}
