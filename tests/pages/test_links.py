@@ -9,7 +9,7 @@ import pytest
 
 from docs import fields
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BY_HAND = ["README.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/quality/README.md"]
 PAGES = [ROOT / name for name in BY_HAND] + sorted((ROOT / "docs").rglob("*.md"))
 
