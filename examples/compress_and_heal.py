@@ -21,12 +21,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,10 +34,12 @@ from typing import Any, NoReturn
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
 import torch
-from compress_report import METHODS, SEEDS, TUNING_SEEDS, draw, key, table, tuning_table
+from compress_report import METHODS, SEEDS, TUNING_SEEDS, draw, table, tuning_table  # it finds the benchmarks
 from compress_tasks import TASKS, Task
 from docstring_data import load_docstrings
+from harness import environment
 from peft import LoraConfig, PeftConfig, get_peft_model
+from quality.cells import Cell, Store
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
@@ -62,8 +64,6 @@ CHOSEN = {
 }
 """Learning rates of healing, of both starting points; what `--tune` found best."""
 CALIBRATION_BATCHES = 32
-RESULTS = "compress_and_heal.jsonl"
-Cell = dict[str, Any]
 
 
 def stop(message: str) -> NoReturn:
@@ -80,8 +80,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--tune", action="store_true", help="what learning rates were chosen by: other seeds, the validation split")
     add("--output", type=Path, default=Path("compress_and_heal_output"), help="folder (default: %(default)s)")
     add("--results", type=Path, help="folder of the JSON lines and the picture (default: --output)")
-    add("--quick", action="store_true", help="two seeds and a few steps on a few texts, and few cells")
+    add("--quick", action="store_true", help="two seeds, few steps, texts and cells, in a folder of their own")
     args = parser.parse_args()
+    if args.quick:
+        args.output /= "quick"
+        args.results = None
     args.seeds = SEEDS[: 2 if args.quick else None if args.full else 3]
     args.results = args.results or args.output
     for option, folder in (("--output", args.output), ("--results", args.results)):
@@ -95,12 +98,29 @@ def parse_arguments() -> argparse.Namespace:
 # 1. What there is to measure
 
 
-def cells(task: str, args: argparse.Namespace) -> list[Cell]:
-    """Of one task: the dense model, each way to compress it, and each way to heal; `seed` is that of the healing."""
-    common = {"task": task, "budget": HEALED_BUDGET, "method": "", "rate": None, "seed": 0}
+@dataclass(frozen=True)
+class Run:
+    """The dense model, a way to compress it, or a way to heal that; `seed` is that of the healing."""
+
+    task: str
+    solver: str = "dense"
+    allocation: str = ""
+    budget: float = 1.0
+    method: str = ""
+    rate: float = 0.0
+    seed: int = 0
+
+    @property
+    def cell(self) -> Cell:
+        ways = (self.solver, self.allocation, self.method)
+        name = ", ".join(way for way in ways if way)
+        return Cell(f"compress_and_heal/{self.task}", name, self.budget, self.rate, self.seed)
+
+
+def runs_of(task: str, args: argparse.Namespace) -> list[Run]:
     # Seeds outside, so that no method has the machine's quiet hour to itself.
     healing = [
-        {**common, "solver": solver, "allocation": allocation, "method": method, "rate": rate, "seed": seed}
+        Run(task, solver, allocation, HEALED_BUDGET, method, rate, seed)
         for seed in (TUNING_SEEDS if args.tune else args.seeds)
         for solver, allocation in HEALED
         for method in METHODS
@@ -109,31 +129,30 @@ def cells(task: str, args: argparse.Namespace) -> list[Cell]:
     if args.tune:
         return healing
     solvers = ("svd", "activation") if args.quick else SOLVERS
-    found = [{**common, "solver": "dense", "allocation": "", "budget": 1.0}]
+    found = [Run(task)]
     for budget in (HEALED_BUDGET,) if args.quick else BUDGETS:
-        ways = [(solver, allocation) for solver in solvers for allocation in ("uniform", "greedy")]
+        found += [Run(task, solver, ranks, budget) for solver in solvers for ranks in ("uniform", "greedy")]
         if budget == HEALED_BUDGET:
-            ways += [(solver, "cost") for solver in solvers]
-            ways += [(solver, "depth") for solver in solvers]  # of keys and values alone
-            ways.append(("dictionary-oneshot", "uniform"))
-        found += [{**common, "solver": way[0], "allocation": way[1], "budget": budget} for way in ways]
+            found += [Run(task, solver, "cost", budget) for solver in solvers]
+            found += [Run(task, solver, "depth", budget) for solver in solvers]  # of keys and values alone
+            found.append(Run(task, "dictionary-oneshot", "uniform", budget))
     if args.full or (task == "byte-level Llama" and not args.quick):
-        healing.append({**common, "solver": "dictionary", "allocation": "uniform"})  # the longest last
+        healing.append(Run(task, "dictionary", "uniform", HEALED_BUDGET))  # the longest last
     return found + healing
 
 
 # 2. Compressing and healing
 
 
-def compressed(dense: nn.Module, task: Task, found: Any, cell: Cell) -> tuple[nn.Module, CompressionReport]:
+def compressed(dense: nn.Module, task: Task, found: Any, run: Run) -> tuple[nn.Module, CompressionReport]:
     model = copy.deepcopy(dense)
-    targets = None if cell["allocation"] == "depth" else task.targets
+    targets = None if run.allocation == "depth" else task.targets
     report = compress(
         model,
-        cell["budget"],
-        cell["solver"],
+        run.budget,
+        run.solver,
         found,
-        cell["allocation"],
+        run.allocation,
         target_modules=targets,
         show_progress_bar=False,
     )
@@ -159,38 +178,40 @@ def config_for(method: str, model: nn.Module, report: CompressionReport) -> Peft
     return WaRAConfig(target_modules=whole, rank_pattern=ranks)
 
 
-def healed(model: nn.Module, report: CompressionReport, task: Task, cell: Cell) -> tuple[nn.Module, int]:
+def healed(model: nn.Module, report: CompressionReport, task: Task, run: Run) -> tuple[nn.Module, int]:
     """The model with an adapter trained and merged, and how many parameters that had."""
-    torch.manual_seed(cell["seed"])
+    torch.manual_seed(run.seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "levels=1 is more than is useful")  # of factors of a low rank
-        tuned = get_peft_model(model, config_for(cell["method"], model, report))
+        tuned = get_peft_model(model, config_for(run.method, model, report))
     trained = sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
-    task.train(tuned, task.heal_steps, cell["rate"], cell["seed"])
+    task.train(tuned, task.heal_steps, run.rate, run.seed)
     return tuned.merge_and_unload(), trained
 
 
-def measured(dense: nn.Module, task: Task, found: Any, cell: Cell) -> Cell:
-    """A line of compress_and_heal.jsonl."""
+def measured(dense: nn.Module, task: Task, found: Any, run: Run) -> dict[str, Any]:
+    """What is kept of a run."""
     started = time.perf_counter()
     model, share, trained, kept = dense, 1.0, 0, parameters(dense)
-    if cell["solver"] != "dense":
-        model, report = compressed(dense, task, found, cell)
+    if run.solver != "dense":
+        model, report = compressed(dense, task, found, run)
         # The places of a dictionary's values are no parameters, and count as in the report.
         kept += report.parameters_after - report.parameters_before
         share = report.parameters_after / report.parameters_before
-    if cell["method"]:
-        model, trained = healed(model, report, task, cell)
+    if run.method:
+        model, trained = healed(model, report, task, run)
     seconds = time.perf_counter() - started
-    split = "validation" if cell["seed"] in TUNING_SEEDS else "test"
+    split = "validation" if run.seed in TUNING_SEEDS else "test"
     return {
-        **cell,
+        "solver": run.solver,
+        "allocation": run.allocation,
+        "healed_with": run.method,
         "metric": task.metric,
         split: task.evaluate(model, split),
         "share_of_targets": share,
         "parameters": kept,
         "adapter_parameters": trained,
-        "seconds": seconds,
+        "seconds": round(seconds, 3),
     }
 
 
@@ -198,21 +219,7 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# 3. A run that can be stopped
-
-
-def read_results(path: Path, options: dict[str, Any]) -> list[Cell]:
-    """The lines that are there, if they were measured with these options; the first line has them."""
-    if not path.exists():
-        path.write_text(json.dumps(options) + "\n")
-    lines = path.read_text().splitlines()
-    try:
-        before, *results = [json.loads(line) for line in lines]
-    except ValueError:
-        stop(f"{path} has a line that is no JSON: a run was stopped while it wrote. Remove that line, or the file")
-    if before != options:
-        stop(f"{path} is of a run with {before}, not {options}. Choose another --output, or remove it")
-    return results
+# 3. Runs that can be stopped
 
 
 def dense_model(task: Task, path: Path) -> nn.Module:
@@ -228,10 +235,9 @@ def dense_model(task: Task, path: Path) -> nn.Module:
     return model
 
 
-def run(task: Task, wanted: list[Cell], done: list[Cell], args: argparse.Namespace, advance: Callable) -> None:
+def run_all(task: Task, wanted: list[Run], store: Store, args: argparse.Namespace, advance: Callable) -> None:
     """Measure what is not there yet."""
-    there = {key(line) for line in done}
-    missing = [cell for cell in wanted if key(cell) not in there]
+    missing = [run for run in wanted if run.cell not in store.results()]
     advance(len(wanted) - len(missing))
     if not missing:
         return
@@ -242,11 +248,10 @@ def run(task: Task, wanted: list[Cell], done: list[Cell], args: argparse.Namespa
             warnings.filterwarnings("ignore", "Too few samples for a regular moment")
         kinds = ("inputs", "gradients", "fisher")
         found = calibrate(dense, batches, kinds, target_modules=task.targets, show_progress_bar=False)
-    for cell in missing:
-        line = measured(dense, task, found, cell)
-        with (args.results / RESULTS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        done.append(line)
+    for run in missing:
+        with store.claim(run.cell) as mine:
+            if mine:
+                store.append(run.cell, {**measured(dense, task, found, run), **environment()})
         advance(1)
 
 
@@ -260,17 +265,14 @@ def main() -> None:
     except (RuntimeError, ValueError) as error:
         stop(str(error))
     tasks = [task(data, args.quick) for task in TASKS]
-    # Seeds do not count: more of them go on in the same file.
-    done = read_results(
-        args.results / RESULTS, {"quick": args.quick, "texts": len(data.train), "torch": torch.__version__}
-    )
-    wanted = {task: cells(task.name, args) for task in tasks}
+    store = Store(args.results, args.output / "locks")
+    wanted = {task: runs_of(task.name, args) for task in tasks}
     with Progress(console=console) as progress:
         for task, own in wanted.items():
             bar = progress.add_task(task.name, total=len(own))
-            run(task, own, done, args, lambda count, bar=bar: progress.advance(bar, count))
-    asked = {key(cell) for own in wanted.values() for cell in own}
-    lines = [line for line in done if key(line) in asked]
+            run_all(task, own, store, args, lambda count, bar=bar: progress.advance(bar, count))
+    results = store.results()
+    lines = [results[run.cell] for own in wanted.values() for run in own]
     if args.tune:
         print(tuning_table(lines, CHOSEN))
         return

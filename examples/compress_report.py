@@ -21,16 +21,11 @@ SEEDS, TUNING_SEEDS = range(5), range(100, 102)
 METHODS = ("LoRA on factors", "WaRA on factors", "WaRA on layers")
 
 
-def key(line: Line) -> tuple[Any, ...]:
-    """What a measurement is of."""
-    return tuple(line[name] for name in ("task", "solver", "allocation", "budget", "method", "rate", "seed"))
-
-
 def tasks(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """Lines by task."""
     found: dict[str, list[Line]] = {}
     for line in lines:
-        found.setdefault(line["task"], []).append(line)
+        found.setdefault(line["task"].partition("/")[2], []).append(line)
     return found
 
 
@@ -44,7 +39,7 @@ def table(lines: Iterable[Line]) -> str:
 
 def compressing_table(own: Sequence[Line]) -> str:
     """A row for each solver and allocation, a column for each share of the targets' parameters that is kept."""
-    values = {(line["solver"], line["allocation"], line["budget"]): line for line in own if not line["method"]}
+    values = {(line["solver"], line["allocation"], line["budget"]): line for line in own if not line["healed_with"]}
     budgets = sorted({budget for solver, _, budget in values if solver != "dense"}, reverse=True)
     dense = f"{values['dense', '', 1.0]['test']:.2f}"
     lines = [
@@ -64,8 +59,8 @@ def healing_table(own: Sequence[Line]) -> str:
     """Means over seeds with 95 % intervals, and differences to LoRA's at equal seeds."""
     found: dict[tuple[str, str, str], list[Line]] = {}
     for line in own:
-        if line["method"]:
-            found.setdefault((line["solver"], line["allocation"], line["method"]), []).append(line)
+        if line["healed_with"]:
+            found.setdefault((line["solver"], line["allocation"], line["healed_with"]), []).append(line)
     lines = [
         f"| healed | ranks | with | rate | its parameters | {own[0]['metric']} | minus LoRA's |",
         "|---|---|---|---|---|---|---|",
@@ -104,7 +99,8 @@ def tuned(lines: Iterable[Line]) -> dict[tuple[str, str, float], float]:
     """Mean of the validation by task, method and rate."""
     found: dict[tuple[str, str, float], list[float]] = {}
     for line in lines:
-        found.setdefault((line["task"], line["method"], line["rate"]), []).append(line["validation"])
+        task = line["task"].partition("/")[2]
+        found.setdefault((task, line["healed_with"], line["rate"]), []).append(line["validation"])
     return {name: statistics.mean(values) for name, values in found.items()}
 
 
@@ -119,7 +115,7 @@ def draw(lines: Iterable[Line]) -> Figure:
             points = sorted(
                 (line["parameters"], line["test"])
                 for line in own
-                if (line["solver"], line["allocation"], line["method"]) == (solver, allocation, "")
+                if (line["solver"], line["allocation"], line["healed_with"]) == (solver, allocation, "")
             )
             if solver == "dense":
                 panel.axhline(points[0][1], color="grey", linestyle=":", label="dense")
@@ -128,10 +124,10 @@ def draw(lines: Iterable[Line]) -> Figure:
                 style = "o-" if allocation == "greedy" else "o--"
                 panel.plot(*zip(*points, strict=True), style, color=colour, label=f"{solver}, {allocation}")
         for line in own:
-            if line["method"] and line["seed"] == SEEDS[0]:
-                runs = by_seed(run for run in own if key(run)[:-1] == key(line)[:-1])
+            if line["healed_with"] and line["seed"] == SEEDS[0]:
+                runs = by_seed(run for run in own if run["method"] == line["method"])
                 size, mean = line["parameters"] + line["adapter_parameters"], statistics.mean(runs.values())
-                marker = "Ds^"[METHODS.index(line["method"])]
+                marker = "Ds^"[METHODS.index(line["healed_with"])]
                 panel.errorbar(size, mean, interval(list(runs.values())), fmt=marker, color=colours[line["solver"]])
         for method, marker in zip(METHODS, "Ds^", strict=True):
             panel.plot([], [], marker, color="black", label=f"healed: {method}")
