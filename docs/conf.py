@@ -17,6 +17,8 @@ html_title = f"wara-peft {release}"
 
 # Docstrings write code in single backquotes, as Markdown does.
 default_role = "code"
+# Quotation marks are code as often as not: "haar".
+smartquotes = False
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
