@@ -22,13 +22,14 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 RANK_SHARE, DENSITY = 4, 0.03
 
 
-def bytes_of(model: nn.Module, ids: torch.Tensor) -> dict[str, int]:
+def bytes_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, int]:
     """Of one training step, the second one, when the optimizer has its state."""
+    on_cuda = all(tensor.is_cuda for tensor in batch.values())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    model(ids, labels=ids).loss.backward()
+    model(**batch).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    if ids.is_cuda:
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -40,7 +41,7 @@ def bytes_of(model: nn.Module, ids: torch.Tensor) -> dict[str, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(ids, labels=ids).loss
+        loss = model(**batch).loss
     loss.backward()
     optimizer.step()
     found = {
@@ -50,7 +51,7 @@ def bytes_of(model: nn.Module, ids: torch.Tensor) -> dict[str, int]:
         "saved_for_backward": sum(kept.values()),
     }
     found["all"] = sum(found.values())
-    if ids.is_cuda:
+    if on_cuda:
         found["peak"] = torch.cuda.max_memory_allocated()
     return found
 
@@ -77,7 +78,8 @@ if __name__ == "__main__":
         model = LlamaForCausalLM(config)
         convert(model)
         model.to(options.device).train()
-        found = bytes_of(model, torch.randint(config.vocab_size, (2, tokens), device=options.device))
+        ids = torch.randint(config.vocab_size, (2, tokens), device=options.device)
+        found = bytes_of(model, {"input_ids": ids, "labels": ids})
         results.append({"variant": name, "width": width, "tokens": 2 * tokens, **found})
         del model
     harness.save(options, {"training_step": results})

@@ -113,20 +113,24 @@ def test_refreshing_follows_the_weight_and_does_not_get_worse() -> None:
     assert bool((counts == 2).all())
 
 
-def arguments(path: Path) -> TrainingArguments:
+def arguments(path: Path, steps: int = 6, save_steps: int = 100) -> TrainingArguments:
     return TrainingArguments(
-        path, max_steps=6, save_steps=100, per_device_train_batch_size=4, report_to=[], use_cpu=True, seed=3,
-        disable_tqdm=True, logging_steps=100, learning_rate=1e-2, bf16=True,
+        path, max_steps=steps, save_steps=save_steps, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        seed=3, disable_tqdm=True, logging_steps=100, learning_rate=1e-2, lr_scheduler_type="constant", bf16=True,
     )  # fmt: skip
+
+
+def rows() -> list[dict[str, Tensor]]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 40, (16, 8))
+    return [{"input_ids": row, "labels": row} for row in ids]
 
 
 def test_trains_ends_in_factors_and_saves(tmp_path: Path) -> None:
     model = llama()
     result = straight_through(model, 16, 8, 2, target_modules=["up_proj", "down_proj"])
     before = model.model.layers[0].mlp.up_proj.factors.support.clone()
-    ids = torch.randint(3, 40, (16, 8))
-    rows = [{"input_ids": row, "labels": row} for row in ids]
-    Trainer(model, arguments(tmp_path / "run"), train_dataset=rows, callbacks=[StraightThroughFactorizer(2)]).train()
+    Trainer(model, arguments(tmp_path / "run"), train_dataset=rows(), callbacks=[StraightThroughFactorizer(2)]).train()
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, DenseSparseLinear) and not torch.equal(layer.support, before)
     assert all(parameter.requires_grad for parameter in layer.parameters())
@@ -141,6 +145,31 @@ def test_trains_ends_in_factors_and_saves(tmp_path: Path) -> None:
         expected = loaded(**batch).logits
         assert len(to_dense(loaded)) == 4
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [3, 4])  # between two fits, and right after one
+def test_trainer_resumes_to_the_bit_and_saves(tmp_path: Path, stop: int) -> None:
+    def train(path: Path, steps: int, seed: int = 0, **fields: object) -> nn.Module:
+        torch.manual_seed(seed)
+        model = llama()
+        straight_through(model, 16, 8, 2, target_modules=["up_proj", "down_proj"])
+        callbacks = [StraightThroughFactorizer(2)]
+        Trainer(model, arguments(path, steps, stop), train_dataset=rows(), callbacks=callbacks).train(**fields)
+        return model
+
+    whole = train(tmp_path / "a", 7)
+    train(tmp_path / "b", stop)
+    checkpoint = str(tmp_path / "b" / f"checkpoint-{stop}")
+    # Of other first values, so that all there is comes from the checkpoint.
+    resumed = train(tmp_path / "b", 7, seed=9, resume_from_checkpoint=checkpoint)
+    state = whole.state_dict()
+    assert state.keys() == resumed.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
+    supports = [name for name in state if name.endswith("support")]
+    assert len(supports) == 4
+    save_compressed(resumed, tmp_path / "c")
+    loaded = load_compressed(tmp_path / "c")
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize("config", [LoraConfig, WaRAConfig])

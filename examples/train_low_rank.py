@@ -1,0 +1,90 @@
+"""Train a small language model and a small vision transformer from scratch in fewer parameters, in five ways, offline.
+
+    python examples/train_low_rank.py            # three seeds of all methods: some minutes on two CPU cores
+    python examples/train_low_rank.py --tune     # what the learning rates were chosen by, on other seeds
+    python examples/train_low_rank.py --quick    # whether everything runs; the figures mean nothing
+
+A byte-level Llama learns docstrings of installed packages, a ViT scikit-learn's digits under noise. Beside the dense
+models stand, with equally many parameters in the end and equally many steps:
+
+- low-rank: U V in each layer, from the first step on;
+- SLTrain: U V of a lower rank, and a sparse part on a random support with the parameters that this leaves;
+- Maestro: full rank at first, with ordered components, cut nine times until three quarters of the steps are done, to
+  the low-rank model's number of weights: the threshold of its rule is each time that at which as many are left as are
+  allowed by then;
+- TRP: dense, truncated every fifth step; at three quarters cut by the SVD to that number, greedily over layers, and
+  trained on as factors, as its authors do after the decomposition;
+- SVD: the same without truncating before, which shows what of TRP is TRP's.
+
+Judged is the perplexity, or the accuracy, on texts and images that nothing was trained on. Exact bytes of a training
+step are counted, and times measured beside the dense model's. Each method has its own learning rate. Finished runs are
+lines of JSON, and are not run again; a run that was stopped is run again from its start, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
+
+# The statistics and the store of finished runs are those of the benchmarks.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from low_rank_report import SEEDS, TUNING_SEEDS, draw, table, tuning_table
+from low_rank_study import CHOSEN, RATES, Study
+
+
+def stop(message: str) -> NoReturn:
+    """End with a single line on stderr and exit status 1."""
+    sys.exit(f"train_low_rank.py: error: {message}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("train_low_rank_output"), help="folder (default: %(default)s)")
+    add("--results", type=Path, help="folder of the JSON lines and the picture (default: --output-dir)")
+    add("--tune", action="store_true", help="show what the learning rates were chosen by, on other seeds")
+    add("--quick", action="store_true", help="two seeds of a few steps, in a folder of their own")
+    args = parser.parse_args()
+    if args.quick:
+        args.output_dir /= "quick"
+        args.results = None
+    args.results = args.results or args.output_dir
+    for option, folder in (("--output-dir", args.output_dir), ("--results", args.results)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            stop(f"{option} {folder} cannot be used as a folder: {error.strerror}")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    study = Study(
+        seeds=TUNING_SEEDS if args.tune else SEEDS[:2] if args.quick else SEEDS,
+        rates=RATES if args.tune else None,
+        folder=args.output_dir,
+        results=args.results,
+        steps=8 if args.quick else None,
+    )
+    try:
+        results = study.run()
+    except RuntimeError as error:  # a package whose docstrings are data is not installed
+        stop(str(error))
+    if args.tune:
+        print(tuning_table(results, CHOSEN))
+        return
+    print(table(results))
+    draw(results).savefig(args.results / "low_rank_training.png", dpi=110)
+    print(f"Saved low_rank_training.jsonl and low_rank_training.png in {args.results}")
+
+
+if __name__ == "__main__":
+    main()
