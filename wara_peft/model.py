@@ -122,7 +122,7 @@ class WaRAModel(BaseTuner):
         keep_ties_in_replicas(model)
         keep_called(model)
         if config.rank_penalty and add_penalty not in model._forward_hooks.values():
-            model.register_forward_hook(add_penalty)
+            model.register_forward_hook(add_penalty, with_kwargs=True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
