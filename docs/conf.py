@@ -34,10 +34,9 @@ nitpick_ignore_regex = [
 
 DOCS = Path(__file__).parent
 PAGES = {
-    "../README.md": "index.md",
-    "../CHANGELOG.md": "changelog.md",
-    "../benchmarks/README.md": "benchmarks.md",
-    "../benchmarks/quality/README.md": "quality.md",
+    match[1]: page.name
+    for page in DOCS.glob("*.md")
+    if (match := re.match(r"```{include} (\S+)", page.read_text(encoding="utf-8")))
 }
 """Files outside of docs/ that are pages of the site: those include them."""
 

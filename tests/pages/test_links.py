@@ -10,8 +10,9 @@ import pytest
 from docs import fields
 
 ROOT = Path(__file__).parents[2]
-BY_HAND = ["README.md", "CHANGELOG.md", "benchmarks/README.md", "benchmarks/quality/README.md"]
-PAGES = [ROOT / name for name in BY_HAND] + sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "benchmarks").rglob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+OF_THE_PROJECT = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md")]
+"""What these name besides links, tests/test_project.py checks."""
 
 
 def prose(path: Path) -> str:
@@ -25,7 +26,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PAGES + OF_THE_PROJECT, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links(path):
     for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", prose(path)):
         file, _, anchor = target.partition("#")
