@@ -1,4 +1,4 @@
-"""Turn all results into the tables of the main README and of `benchmarks/README.md`, with its fits, and into plots.
+"""Turn all results into the tables of the README, of pages in docs/ and of `benchmarks/README.md`, and into plots.
 
     python benchmarks/report.py
 
@@ -12,16 +12,28 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markers import replaced
 from matplotlib.figure import Figure
-from quality.cells import Store
+from quality.cells import Cell, Store
+
+# Examples report their own runs.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+
+from compress_report import SEEDS as HEALING_SEEDS
+from compress_report import table as healing
+from diffusion_report import SEEDS as DIFFUSION_SEEDS
+from diffusion_report import table as diffusion
 from segment_report import SEEDS as SEGMENTATION_SEEDS
 from segment_report import table as segmentation
+from summary import summary_table
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 RESULTS = HERE / "results"
 
 
@@ -80,7 +92,7 @@ def target_rows() -> list[tuple[str, float, str, bool]]:
     return table
 
 
-def readme_table() -> str:
+def targets_table() -> str:
     lines = ["| measured | ratio | target | met |", "|---|---|---|---|"]
     for what, value, target, met in target_rows():
         shown = f"{value:,.0f}" if value > 100 else f"{value:.3f}"
@@ -229,33 +241,45 @@ def comparison_table() -> str:
 
 def segmentation_table() -> str:
     """What `examples/segment.py --full` found."""
+    return segmentation(reported("segmentation", SEGMENTATION_SEEDS))
+
+
+def diffusion_table() -> str:
+    """What `examples/train_diffusion.py --full` found."""
+    return diffusion(reported("diffusion", DIFFUSION_SEEDS))
+
+
+def healing_table() -> str:
+    """What `examples/compress_and_heal.py --full` found."""
+    return healing(list(reported("compress_and_heal", HEALING_SEEDS).values()))
+
+
+def reported(family: str, seeds: range) -> dict[Cell, dict[str, Any]]:
+    """The kept runs of these seeds."""
     results = Store(RESULTS, RESULTS).results()
-    cells = [cell for cell in results if cell.family == "segmentation" and cell.seed in SEGMENTATION_SEEDS]
-    return segmentation({cell: results[cell] for cell in cells})
+    return {cell: result for cell, result in results.items() if cell.family == family and cell.seed in seeds}
 
 
-def replaced(path: Path, tables: dict[str, str]) -> str:
-    """The file's text with each table between the markers of its name."""
-    text = path.read_text(encoding="utf-8")
-    for name, table in tables.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    return text
+def growth_tables() -> str:
+    return f"{methods_table()}\n\n{own_cost_table()}\n\n{growth_table()}"
+
+
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"results": summary_table},
+    ROOT / "docs" / "speed.md": {"benchmarks": targets_table},
+    ROOT / "docs" / "attention.md": {"comparison": comparison_table},
+    ROOT / "docs" / "compression.md": {"healing": healing_table},
+    ROOT / "docs" / "vision.md": {"segmentation": segmentation_table, "diffusion": diffusion_table},
+    HERE / "README.md": {"benchmarks": growth_tables},
+}
+"""Which file has which table between the markers of its name; quality/README.md is written by quality/report.py."""
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not up to date")
     options = parser.parse_args()
-    tables = {
-        HERE.parent / "README.md": {
-            "benchmarks": readme_table(),
-            "comparison": comparison_table(),
-            "segmentation": segmentation_table(),
-        },
-        HERE / "README.md": {"benchmarks": f"{methods_table()}\n\n{own_cost_table()}\n\n{growth_table()}"},
-    }
+    tables = {path: {name: table() for name, table in of_file.items()} for path, of_file in TABLES.items()}
     texts = {path: replaced(path, of_file) for path, of_file in tables.items()}
     if options.check:
         stale = [str(path) for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
@@ -264,4 +288,4 @@ if __name__ == "__main__":
         path.write_text(text, encoding="utf-8")
     for name, figure in plots().items():
         figure.savefig(RESULTS / f"{name}.png", bbox_inches="tight", dpi=110)
-    print(readme_table())
+    print(targets_table())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import json
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "wara_peft"
+PICTURE = Path(__file__).with_suffix(".png")
+DRAWN = "Description"
+"""Where the picture's metadata say what is drawn in it."""
 ORDER = (
     ("factorized",),
-    ("messages", "kinds", "field_types", "patterns", "registration", "model_card"),
+    ("messages", "kinds", "field_help", "field_types", "patterns", "registration", "model_card"),
     ("svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
     ("wavelet", "attention"),
     ("forms",),
@@ -94,11 +98,20 @@ def floors(graph: dict[str, set[str]]) -> dict[str, int]:
     return found
 
 
+def arrows(graph: dict[str, set[str]]) -> dict[str, list[str]]:
+    """Of the rooms that each room imports from those that no other import implies."""
+    return {
+        name: sorted(targets - {further for target in targets for further in _below(graph, target)})
+        for name, targets in sorted(graph.items())
+    }
+
+
 def draw(path: Path) -> None:
     """Draw the rooms floor by floor, with an arrow for each import that is not implied by others."""
     from matplotlib.figure import Figure
 
     graph = rooms(imports())
+    drawn = arrows(graph)
     floor_of = floors(graph)
     by_floor: dict[int, list[str]] = {}
     for name, floor in sorted(floor_of.items()):
@@ -108,11 +121,11 @@ def draw(path: Path) -> None:
         for floor, names in by_floor.items()
         for index, name in enumerate(names)
     }
-    figure = Figure(figsize=(14, 1.2 * len(by_floor)))
+    widest = max(map(len, by_floor.values()))
+    figure = Figure(figsize=(1.6 * widest, 1.2 * len(by_floor)))
     axes = figure.subplots()
-    for name, targets in graph.items():
-        implied = {further for target in targets for further in _below(graph, target)}
-        for target in targets - implied:
+    for name, targets in drawn.items():
+        for target in targets:
             axes.annotate(
                 "",
                 xy=place[target],
@@ -134,7 +147,7 @@ def draw(path: Path) -> None:
     axes.set_ylim(-0.6, len(by_floor) - 0.4)
     axes.axis("off")
     axes.set_title("wara_peft: each arrow points at what is imported; arrows that others imply are left out")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=90, bbox_inches="tight", metadata={DRAWN: json.dumps(drawn)})
 
 
 def _below(graph: dict[str, set[str]], name: str) -> set[str]:
@@ -150,4 +163,4 @@ def _below(graph: dict[str, set[str]], name: str) -> set[str]:
 
 
 if __name__ == "__main__":
-    draw(Path(__file__).with_suffix(".png"))
+    draw(PICTURE)

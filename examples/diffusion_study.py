@@ -1,11 +1,9 @@
-"""The comparison on the digits: methods, runs that are kept as lines of JSON, tables and a picture of samples."""
+"""The comparison on the digits: methods, and runs that are kept as lines of JSON."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +12,21 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusion_digits import NEW, OLD, SIZE, Digits, load_halves, load_judge
+from diffusion_report import SEEDS, draw_samples  # it finds the benchmarks, of which the store of runs is
 from diffusion_training import Training, load_base, remove_checkpoints, sample, save_grid, train
+from harness import environment
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from quality.cells import Cell, Store
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from wara_peft import WaRAConfig
 
-# The statistics and the store of finished runs are those of the benchmarks.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from harness import environment
-from quality.cells import Cell, Store
-from quality.comparison import interval, paired
-
 PRETRAINING = Training(steps=3000, batch_size=64, learning_rate=2e-3)
 ADAPTATION_STEPS, BATCH_SIZE = 400, 16
 SAMPLES = 510
-SEEDS, TUNING_SEEDS = range(5), range(100, 102)
-RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 TABLE = "embedding_table"
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
@@ -59,10 +52,10 @@ def embeddings(rank: int, side: int, **common: Any) -> PeftConfig:
 
 
 METHODS: dict[str, tuple[Callable[..., PeftConfig], float]] = {
-    "embeddings": (embeddings, 1e-2),
+    "embeddings": (embeddings, 1e-1),
     "LoRA": (lora, 1e-2),
     "subband": (subband, 1e-2),
-    "grid": (grid, 1e-2),
+    "grid": (grid, 3e-3),
 }
 """A config from LoRA's rank and the rows of patches, and a learning rate; `--tune` tries others."""
 
@@ -196,6 +189,7 @@ class Judged:
             "validation": self.judge.distance(found, self.pool),
             "test": self.judge.distance(found, self.test),
             "accuracy": self.judge.accuracy(found),
+            "test_of_learned_images": self.judge.distance(drawn, self.test),
             "test_of_real_images": self.judge.distance(self.pool, self.test),
             "parameters": adapter_parameters(model),
             "seconds": round(seconds, 3),
@@ -203,63 +197,14 @@ class Judged:
         }
 
 
-# 3. What is shown
+# 3. A picture
 
 
-def tuning_table(results: dict[Cell, dict[str, Any]]) -> str:
-    """Mean distance to the pool's images over the tuning seeds, by rate."""
-    lines = [f"| method | {' | '.join(f'{rate:g}' for rate in RATES)} | used |", "|---" * (len(RATES) + 2) + "|"]
-    for method, (_, used) in METHODS.items():
-        found = [
-            [result["validation"] for cell, result in results.items() if (cell.method, cell.rate) == (method, rate)]
-            for rate in RATES
-        ]
-        means = " | ".join(f"{statistics.mean(values):.2f}" for values in found)
-        lines.append(f"| {method} | {means} | {used:g} |")
-    return "\n".join(lines)
-
-
-def table(results: dict[Cell, dict[str, Any]]) -> str:
-    """Means over seeds with 95 % intervals, and differences to LoRA at equal seeds."""
-
-    def scores(method: str, name: str, factor: float) -> dict[int, float]:
-        return {cell.seed: factor * result[name] for cell, result in results.items() if cell.method == method}
-
-    lines = [
-        "| method | adapter parameters | Fréchet distance | less LoRA's | accuracy, % | less LoRA's |",
-        "|---|---|---|---|---|---|",
-    ]
-    for method in METHODS:
-        row = [method, f"{next(result['parameters'] for cell, result in results.items() if cell.method == method):,}"]
-        for name, factor, shown in (("test", 1.0, ".2f"), ("accuracy", 100.0, ".1f")):
-            own = scores(method, name, factor)
-            half = f" ± {interval(list(own.values())):{shown}}" if len(own) > 1 else ""
-            row.append(f"{statistics.mean(own.values()):{shown}}{half}")
-            difference = paired(own, scores("LoRA", name, factor)) if method != "LoRA" else None
-            row.append(f"{difference.mean:+{shown}} ± {difference.interval:{shown}}" if difference else "")
-        lines.append(f"| {' | '.join(row)} |")
-    real = next(iter(results.values()))["test_of_real_images"]
-    return "\n".join([*lines, f"| other real images | | {real:.2f} | | | |"])
-
-
-def draw(study: Study, path: Path) -> None:
+def draw(study: Study) -> Figure:
     """The first seed's images, and beneath them samples of each method from the same noise."""
-    of_each = 5
     drawn = load_halves()[0].of(NEW).draw(study.count, SEEDS[0])
-    rows = {"learned from": torch.cat([drawn.pixels[drawn.labels == digit][:of_each] for digit in NEW])}
+    rows = {"learned from": [drawn.pixels[drawn.labels == digit] for digit in NEW]}
     for method in METHODS:
         if study.samples_path(method).exists():
-            pixels = load_file(study.samples_path(method))["pixels"]
-            rows[method] = torch.cat([part[:of_each] for part in pixels.chunk(len(NEW))])
-    columns = of_each * len(NEW)
-    figure = Figure(figsize=(0.6 * columns + 1.5, 0.65 * len(rows) + 0.4), layout="constrained")
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (name, pixels) in zip(panels, rows.items(), strict=True):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        for panel, image in zip(line, pixels, strict=False):
-            panel.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
-    for column, panel in enumerate(panels[0]):
-        panel.set_title(str(NEW[column // of_each]))
-    for panel in panels.flat:
-        panel.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=150)
+            rows[method] = list(load_file(study.samples_path(method))["pixels"].chunk(len(NEW)))
+    return draw_samples(rows, [str(digit) for digit in NEW])

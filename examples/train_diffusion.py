@@ -32,7 +32,8 @@ if not any(argument.startswith("--base") for argument in sys.argv):
 import torch
 from accelerate import PartialState
 from diffusion_digits import NEW
-from diffusion_study import METHODS, RATES, SEEDS, TUNING_SEEDS, Study, adapted, draw, table, tuning_table
+from diffusion_report import SEEDS, TUNING_SEEDS, table, tuning_table
+from diffusion_study import METHODS, RATES, Study, adapted, draw
 from diffusion_training import (
     Training,
     decoded,
@@ -63,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--count", type=int, default=20, help="images that the digits are learned from (default: 20)")
     add("--rank", type=int, default=4, help="LoRA's; the other methods have its parameters; 4, 8, … (default: 4)")
     add("--output-dir", type=Path, default=Path("train_diffusion_output"), help="folder (default: %(default)s)")
-    add("--results", type=Path, help="folder of the JSON lines (default: --output-dir)")
+    add("--results", type=Path, help="folder of the JSON lines and the picture (default: --output-dir)")
     add("--full", action="store_true", help=f"{len(SEEDS)} seeds in place of one")
     add("--tune", action="store_true", help="what the learning rates were chosen by: other seeds, the pool's images")
     add("--quick", action="store_true", help="two seeds of a few steps, in a folder of their own")
@@ -141,11 +142,12 @@ def main() -> None:
         study = replace(study, pretraining=Training(30, 64, 2e-3), steps=10, samples=30)
     results = study.run()
     if args.tune:
-        print(tuning_table(results))
+        print(tuning_table(results, {name: rate for name, (_, rate) in METHODS.items()}))
         return
     print(table(results))
-    draw(study, args.output_dir / "samples.png")
-    print(f"Saved samples.png in {args.output_dir}")
+    picture = study.results / "diffusion_samples.png"
+    draw(study).savefig(picture, dpi=110)
+    print(f"Saved {picture}")
 
 
 if __name__ == "__main__":

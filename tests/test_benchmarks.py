@@ -381,9 +381,34 @@ def test_wara_bench_smoke(name, run, tmp_path, capsys):
 
 
 def test_there_is_a_smoke_test_of_each_script():
-    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"harness", "models", "report"}
+    scripts = {path.stem for path in BENCHMARKS.glob("*.py")} - {"harness", "markers", "models", "report", "summary"}
     results = {path.stem for path in (BENCHMARKS / "results").glob("*.json")} - {"compare_attention"}
     assert scripts == SCRIPTS.keys() == results
+
+
+def test_the_readmes_table_says_what_that_of_quality_says():
+    families = {
+        "digits with a ViT": "digits-long",
+        "the same": "digits",
+        "digits with a convolutional": "conv",
+        "texts with MiniLM": "docstrings",
+        "texts with a small Llama": "language",
+        "a planted": "planted",
+    }
+    detailed = (BENCHMARKS / "quality" / "README.md").read_text().partition("<!-- pooled: begin -->")[2]
+    overview = (BENCHMARKS.parent / "README.md").read_text().partition("<!-- results: begin -->")[2]
+    family, compared = "", 0
+    for line in overview.partition("<!-- results: end -->")[0].strip().splitlines()[2:]:
+        task, budget, *values = (cell.strip() for cell in line.strip("|").split("|"))
+        family = next((name for start, name in families.items() if task.startswith(start)), family)
+        rows = detailed.partition(f"\n**{family}** (")[2].partition("\n**")[0].splitlines()
+        for method, value in zip(("LoRA", "rsLoRA", "WaRA subband, haar, 1", "WaRA grid"), values, strict=True):
+            if value:
+                (row,) = (row for row in rows if row.startswith(f"| {budget} | {method} |"))
+                cells = [cell.strip() for cell in row.strip("|").split("|")]
+                assert cells[4 if method == "LoRA" else 5].startswith(value), (line, row)
+                compared += 1
+    assert compared == 40
 
 
 def test_tables_are_what_the_results_say():

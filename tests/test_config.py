@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import json
+import re
 import time
 import warnings
 
@@ -418,6 +421,16 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             parser.parse_args_into_dataclasses(["--init_weights", "gaussian"], look_for_args_file=False)
         assert "invalid choice: 'gaussian'" in capsys.readouterr().err
+
+    def test_help_is_what_the_docstring_says_of_each_field(self):
+        text = inspect.getdoc(WaRAConfig).partition("Args:\n")[2].partition("\nRaises:")[0]
+        own = [item for item in dataclasses.fields(WaRAConfig) if item.name not in PeftConfig.__dataclass_fields__]
+        described = [f"{item.name}: {item.metadata['help']}" for item in own]
+        assert sorted(described) == sorted(
+            " ".join(entry.split()) for entry in re.split(r"\n(?=    \w)", text.strip("\n"))
+        )
+        shown = " ".join(HfArgumentParser(WaRAConfig).format_help().split())
+        assert "numerator of the scaling; None means R of each module" in shown
 
     def test_loras_config_is_not_taken(self):
         with pytest.raises((TypeError, ValueError)):

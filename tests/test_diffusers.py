@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -156,29 +155,6 @@ def read(directory: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     with safe_open(directory / LORA_WEIGHT_NAME_SAFE, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no dict
         return tensors, json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
-
-
-def test_the_guide(tmp_path, monkeypatch):
-    """The commands of examples/serve_with_lora_engines.md, as they stand there."""
-    guide = (Path(__file__).parents[1] / "examples" / "serve_with_lora_engines.md").read_text()
-    section = guide.split("## diffusers\n")[1].split("\n## ")[0]
-    (command,), (code,) = (
-        re.findall(r"```\n(.*?)```", section, re.S),
-        re.findall(r"```python\n(.*?)```", section, re.S),
-    )
-    monkeypatch.chdir(tmp_path)
-    tiny = TINY["unet and text encoder"]
-    tiny.pipeline(**tiny.models()).save_pretrained("my-base-model")
-    for name, component in (("my-unet-adapter", "unet"), ("my-text-adapter", "text_encoder")):
-        get_peft_model(tiny.models()[component], config(tiny.targets[component])).save_pretrained(name)
-    words = command.split()
-    assert words[0] == "wara-peft"
-    result = say(*words[1:])
-    assert result.exit_code == 0, result.stderr
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["image"].size == (8, 8)
-    assert names["pipeline"].get_list_adapters() == {"unet": ["wara"], "text_encoder": ["wara"]}
 
 
 class TestFile:

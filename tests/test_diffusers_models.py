@@ -226,7 +226,7 @@ class TestPipeline:
             assert torch.equal(tiny.sample(pipeline, num_inference_steps=3), wanted)
 
     def test_what_it_cannot_do(self):
-        """As the README says."""
+        """As docs/works_with.md says."""
         tiny = TINY["SD3"]
         pipeline = tiny.pipeline(**adapted(tiny))
         with pytest.raises(AttributeError, match="has no attribute 'lora_A'"):
@@ -343,7 +343,7 @@ class TestSaving:
         assert {key.partition(".")[0] for key in read(tmp_path / "lora")[0]} == {"transformer"}
 
     def test_diffusers_does_not_load_it(self, tmp_path, caplog):
-        """As the README says: it takes the file for a LoRA, and complains, or says that there is none."""
+        """As docs/works_with.md says: it takes the file for a LoRA, and complains, or says that there is none."""
         two("transformer").save_lora_adapter(tmp_path, adapter_name="fine")
         model = sd3_transformer()
         with pytest.raises(TypeError, match="`LoraConfig` class could not be instantiated"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 
 import pytest
+from PIL import Image
 
-from docs.layout import ORDER, PACKAGE, floors, imports, room, rooms
+from docs.layout import DRAWN, ORDER, PACKAGE, PICTURE, arrows, floors, imports, room, rooms
 from wara_peft.forms import FORMS
 
 
@@ -29,6 +31,11 @@ def test_no_arrow_upward():
         if name in line_of and target in line_of and line_of[target] > line_of[name]
     ]
     assert upward == []
+
+
+def test_the_picture_is_of_this_source():
+    with Image.open(PICTURE) as picture:
+        assert json.loads(picture.text[DRAWN]) == arrows(rooms(imports())), "run python docs/layout.py"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-import wara_peft
 from wara_peft import WaRAConfig, load_lora, save_as_lora, to_lora
 from wara_peft.layer import WaRALayer
 
@@ -427,15 +426,3 @@ def test_another_model_is_refused(tmp_path):
 def test_fields_that_are_the_loras_own_are_refused(tmp_path, fields, match):
     trained_lora(tmp_path, Model())
     refused(tmp_path, match, **fields)
-
-
-def test_the_readmes_code_runs(tmp_path, monkeypatch):
-    section = Path(__file__).parents[1].joinpath("README.md").read_text().partition("### Coming from LoRA")[2]
-    code = section.partition("```python\n")[2].partition("```")[0]
-    trained_lora(tmp_path / "my-lora", Model())
-    monkeypatch.chdir(tmp_path)
-    names = {"wara_peft": wara_peft, "model": Model()}
-    exec(code, names)
-    assert names["config"].total_rank == 32
-    assert names["model"].peft_config["default"].ranks_of("up") == {"aa1": 4, "ad1": 4, "da1": 4, "dd1": 4, "aa0": 4}
-    assert [group["lr"] for group in names["optimizer"].param_groups[:2]] == pytest.approx([2e-4, 3.2e-3])

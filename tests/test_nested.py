@@ -244,6 +244,19 @@ class TestPenalty:
         torch.testing.assert_close(base.train()(**tokens).loss, plain)
         assert not base._forward_hooks
 
+    def test_micro_batches_add_up_to_one_penalty(self):
+        model = get_peft_model(llama(), WaRAConfig(ordered_dropout=True, rank_penalty=0.1, r=2)).eval()
+        tokens = torch.arange(12).view(2, 6)
+        labels = tokens.clone()
+        labels[0, :3] = -100
+        plain = model(input_ids=tokens, labels=labels).loss
+        model.train()
+        items = (labels[:, 1:] != -100).sum()
+        parts = [
+            model(input_ids=tokens[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=items).loss for i in (0, 1)
+        ]
+        torch.testing.assert_close(sum(parts), plain + rank_penalty(model))
+
 
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from test_examples import EXAMPLES, example, run
+from test_examples import EXAMPLES, ROOT, example, run
 
 import wara_peft  # noqa: F401  # loading its adapters takes it
 
 diffusers = pytest.importorskip("diffusers")
 SCRIPT = EXAMPLES / "train_diffusion.py"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def small_dit(**fields):
@@ -107,6 +108,21 @@ class TestTraining:
         torch.testing.assert_close(found, image.expand(3, -1, -1, -1), atol=1e-3, rtol=0)
 
 
+def test_rates_are_those_that_other_seeds_chose() -> None:
+    study, report = example("diffusion_study"), example("diffusion_report")
+    found: dict[str, dict[float, list[float]]] = {}
+    for run_ in map(json.loads, (RESULTS / "diffusion.jsonl").read_text().splitlines()):
+        if run_["seed"] in report.TUNING_SEEDS:
+            found.setdefault(run_["method"], {}).setdefault(run_["rate"], []).append(run_["validation"])
+        else:
+            assert run_["seed"] in report.SEEDS and run_["rate"] == study.METHODS[run_["method"]][1]
+    assert all(tuple(sorted(rates)) == study.RATES for rates in found.values())
+    assert all(len(runs) == len(report.TUNING_SEEDS) for rates in found.values() for runs in rates.values())
+    chosen = {name: min(rates, key=lambda rate: sum(rates[rate])) for name, rates in found.items()}
+    assert chosen == {name: rate for name, (_, rate) in study.METHODS.items()}
+    assert not set(report.TUNING_SEEDS) & set(report.SEEDS)
+
+
 class TestScript:
     @pytest.mark.slow
     def test_quick_run_and_no_cell_twice(self, tmp_path: Path) -> None:
@@ -118,7 +134,7 @@ class TestScript:
         assert len(found) == len(lines) == 8
         differences = [found["grid", seed]["test"] - found["LoRA", seed]["test"] for seed in (0, 1)]
         assert f"| {np.mean(differences):+.2f} ± " in result.stdout
-        assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / "diffusion_samples.png").read_bytes().startswith(b"\x89PNG")
         again = run(SCRIPT, "--quick", directory=tmp_path)
         assert again.returncode == 0, again.stderr
         assert "Pretrained" not in again.stdout
@@ -146,7 +162,7 @@ class TestScript:
         arguments = ["--base", "base", "--images", "images", "--method", "grid", "--steps", "4"]
         result = run(SCRIPT, *arguments, "--checkpoint-steps", "2", "--output-dir", "out", directory=tmp_path)
         assert result.returncode == 0, result.stderr
-        folder = tmp_path / "out" / "grid-4-0.01-4"
+        folder = tmp_path / "out" / "grid-4-0.003-4"
         assert {path.name for path in folder.iterdir()} == {"adapter", "step-2.png", "step-4.png"}
         with torch.no_grad():
             inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([9])}

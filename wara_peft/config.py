@@ -16,6 +16,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .config_checks import MAX_LEVELS, check_config, check_range
+from .field_help import with_help
 from .field_types import Json, check_types, read_json
 from .forms import FORMS, Form, importance_order, turns_of
 from .lora_fields import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
@@ -23,6 +24,7 @@ from .model_card import add_loading_section
 from .patterns import exact_pattern, suffix_matches, value_for
 
 
+@with_help
 @dataclass(repr=False)
 class WaRAConfig(PeftConfig):
     """Configuration of WaRA adapters (Wavelet Low-Rank Adaptation, arXiv 2506.24092).
@@ -43,7 +45,7 @@ class WaRAConfig(PeftConfig):
             moves ΔW less than in LoRA (about 0.7 of it at one level, 0.5 at three). At LoRA's learning rate an alpha
             of 1.4 R, or 2 R, made up for that in short trainings, and mattered little elsewhere (benchmarks/quality).
         use_rslora: scaling = wara_alpha / √R in place of wara_alpha / R.
-        wavelet: name of an orthogonal PyWavelets wavelet.
+        wavelet: name of an orthogonal PyWavelets wavelet, such as "haar", "db4", "sym4" or "coif1".
         levels: number of decomposition levels L.
         form: "subband" (a pair for each subband), "shared" (one level, one pair for `aa1` and `dd1`), "grid" (a pair
             for each subband of the patch tokens of a vision model) or "tiny" (`subband` with A_s and B_s fixed from an
@@ -84,10 +86,10 @@ class WaRAConfig(PeftConfig):
         ordered_dropout: with `form="subband"`, train components (a row of A_s with its column of B_s) in an order of
             importance: each forward in training keeps in every module the first b of its R, b drawn anew. One training
             then serves every rank: `model.set_rank`, `save_as_lora(prefix=k)`. After Maestro (arXiv 2308.14929).
-        component_order: with it, the order of subbands in which they take turns in that of components; None writes the
-            default, coarse levels first.
-        rank_penalty: with it, λ of the hierarchical group lasso λ Σ_b (‖A[b:]‖ + ‖B[:, b:]‖) over the components in
-            order, which is added to the loss that the model returns while it trains.
+        component_order: with `ordered_dropout`, the order of subbands in which they take turns in that of components;
+            None writes the default, coarse levels first.
+        rank_penalty: with `ordered_dropout`, λ of the hierarchical group lasso λ Σ_b (‖A[b:]‖ + ‖B[:, b:]‖) over the
+            components in order, which is added to the loss that the model returns while it trains.
         module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`. For a
             convolution `in` is that of one group, and `[kind, out, in, groups]` tells if there are several. Of a bare
             parameter it is `[kind, out, in, experts, position]`, with 0 experts for a matrix and its position among
@@ -99,98 +101,36 @@ class WaRAConfig(PeftConfig):
         TypeError: a field that WaRA does not have, or a value of the wrong type.
     """
 
-    r: int = field(
-        default=4,
-        metadata={
-            "help": "Rank of every subband's pair; R = (3 levels + 1) r. At one level r=4 has LoRA r=8's parameters."
-        },
-    )
-    wara_alpha: float | None = field(
-        default=None, metadata={"help": "Numerator of the scaling, which is divided by R, not by r; None means R."}
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(R) in place of alpha / R."})
-    wavelet: str = field(default="haar", metadata={"help": "Name of an orthogonal PyWavelets wavelet."})
-    levels: int = field(default=1, metadata={"help": "Number of wavelet decomposition levels."})
-    form: Literal["subband", "shared", "grid", "tiny"] = field(
-        default="subband",
-        metadata={
-            "help": "'subband': a pair for each subband; 'shared': one for aa1 and dd1; 'grid': a pair for each "
-            "subband of the patch tokens; 'tiny': fixed pairs and a trained core."
-        },
-    )
-    subband_ranks: dict[str, int] | Json | None = field(
-        default=None, metadata={"help": "Ranks by subband in place of r, such as {'aa1': 8, 'dd1': 0}."}
-    )
-    rank_pattern: dict[str, int | dict[str, int]] | Json = field(
-        default_factory=dict, metadata={"help": "Ranks by module name or regex: an int, or a dict by subband."}
-    )
-    alpha_pattern: dict[str, float] | Json = field(
-        default_factory=dict, metadata={"help": "Alphas by module name or regex, in place of wara_alpha."}
-    )
-    wara_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
-    init_weights: Literal[True, False, "orthogonal", "activation"] = field(
-        default=True,
-        metadata={
-            "help": "True: a new adapter changes nothing; False: random A and B; 'orthogonal': orthonormal rows of "
-            "A; 'activation': A from data, by initialize_from_data."
-        },
-    )
-    grid_pairs: Literal["separate", "shared"] = field(
-        default="separate", metadata={"help": "form='grid': a pair for each subband, or one with gains."}
-    )
-    grid_size: tuple[int, int] | Json | None = field(
-        default=None, metadata={"help": "form='grid': rows and columns of patches; None infers them."}
-    )
-    num_prefix_tokens: int | None = field(
-        default=None, metadata={"help": "form='grid': tokens before the patches; None infers them."}
-    )
-    core: Literal["full", "diagonal"] = field(
-        default="full", metadata={"help": "form='tiny': the trained core, a matrix or its diagonal."}
-    )
-    save_basis: bool = field(default=True, metadata={"help": "form='tiny': save the fixed factors with the adapter."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or regex of the modules to adapt, or 'all-linear'."}
-    )
-    target_parameters: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of bare parameters to adapt, such as 'mlp.experts.down_proj', as in LoraConfig."},
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or regex of the modules not to adapt."}
-    )
-    bias: Literal["none", "all", "wara_only"] = field(
-        default="none", metadata={"help": "Which biases train: 'none', 'all' or 'wara_only'."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save in full, such as a new head."}
-    )
-    layers_to_transform: list[int] | Json | int | None = field(
-        default=None, metadata={"help": "Index or indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts."}
-    )
-    trainable_token_indices: list[int] | Json | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Token indices to train in the embedding, as in LoraConfig."}
-    )
-    ensure_weight_tying: bool = field(
-        default=False, metadata={"help": "Share adapters of the embedding with layers tied to it."}
-    )
-    ordered_dropout: bool = field(
-        default=False, metadata={"help": "Train components in order of importance, so that any first k serve."}
-    )
-    component_order: list[str] | None = field(
-        default=None, metadata={"help": "ordered_dropout: subbands in the order in which they take turns."}
-    )
-    rank_penalty: float = field(
-        default=0.0, metadata={"help": "ordered_dropout: factor of the hierarchical group lasso on components."}
-    )
-    module_shapes: dict[str, list[Any]] | None = field(
-        default=None, metadata={"help": "Written by the library: {module: [kind, out, in]}."}
-    )
-    base_weight_hashes: dict[str, str] | None = field(
-        default=None, metadata={"help": "Written by the library where save_basis=False: {module: SHA-256}."}
-    )
+    r: int = 4
+    wara_alpha: float | None = None
+    use_rslora: bool = False
+    wavelet: str = "haar"
+    levels: int = 1
+    form: Literal["subband", "shared", "grid", "tiny"] = "subband"
+    subband_ranks: dict[str, int] | Json | None = None
+    rank_pattern: dict[str, int | dict[str, int]] | Json = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | Json = field(default_factory=dict)
+    wara_dropout: float = 0.0
+    init_weights: Literal[True, False, "orthogonal", "activation"] = True
+    grid_pairs: Literal["separate", "shared"] = "separate"
+    grid_size: tuple[int, int] | Json | None = None
+    num_prefix_tokens: int | None = None
+    core: Literal["full", "diagonal"] = "full"
+    save_basis: bool = True
+    target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    bias: Literal["none", "all", "wara_only"] = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | Json | int | None = None
+    layers_pattern: list[str] | str | None = None
+    trainable_token_indices: list[int] | Json | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    ordered_dropout: bool = False
+    component_order: list[str] | None = None
+    rank_penalty: float = 0.0
+    module_shapes: dict[str, list[Any]] | None = None
+    base_weight_hashes: dict[str, str] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WaRAConfig:
         for name, value in kwargs.items():
@@ -283,7 +223,7 @@ class WaRAConfig(PeftConfig):
 
     @property
     def total_rank(self) -> int:
-        """R of a module that no pattern names: the rank of the LoRA that such a module's adapter is."""
+        """R of a module that no pattern names, the rank of the LoRA that such a module's adapter is."""
         return self.form_object.total_rank(self, self.ranks_of(""))
 
     def ranks_of(self, module_name: str) -> dict[str, int]:

@@ -43,7 +43,7 @@ def to_lora(
     strict: bool = False,
     track: Track = untracked,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Convert a WaRA adapter to LoRA: lora_A = Â of shape (R, n, *kernel), lora_B = scaling · B̂ of shape (m, R).
+    """Convert a WaRA adapter to LoRA: lora_A = Â of shape `(R, n, *kernel)`, lora_B = scaling · B̂ of shape (m, R).
 
     With `rank=None` ΔW = lora_B lora_A exactly. With a rank the product is the nearest to ΔW in Frobenius norm, found
     by QR of both factors and an SVD of the R × R core, at a cost of O((m + n) R²); ΔW is not built. There is one

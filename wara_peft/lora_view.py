@@ -106,7 +106,7 @@ class LoraView:
 def lora_view(model: nn.Module, adapter_name: str = "default") -> LoraView:
     """The exact LoRA of a live WaRA adapter, to be refreshed in place, for example after each optimizer step.
 
-    lora_A = Â of shape (R, n, *kernel) and lora_B = scaling · B̂ of shape (m, R), as `to_lora` gives them, but in
+    lora_A = Â of shape `(R, n, *kernel)` and lora_B = scaling · B̂ of shape (m, R), as `to_lora` gives them, but in
     tensors that stay: whoever holds the state dict (a hotswap, an engine that rolls out, a graph) sees new values
     after `refresh()`. The model is not touched, and goes on training.
 

@@ -122,7 +122,7 @@ class WaRAModel(BaseTuner):
         keep_ties_in_replicas(model)
         keep_called(model)
         if config.rank_penalty and add_penalty not in model._forward_hooks.values():
-            model.register_forward_hook(add_penalty)
+            model.register_forward_hook(add_penalty, with_kwargs=True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
@@ -356,8 +356,9 @@ class WaRAModel(BaseTuner):
             adapter_name: name of the new adapter, which is not activated.
             combination_type: "svd", LoRA's default, keeps the rank. "cat" is exact and adds up the ranks; adapters
                 that share wavelet, levels and form `subband` keep their subbands, others meet as rows of the
-                undecomposed matrix `aa0`. "linear" adds up the factors, Σ ±√(|weight| scaling) A_i and
-                Σ √(|weight| scaling) B_i, as in LoRA, which needs equal layouts, keeps the rank and is not ΔW's sum.
+                undecomposed matrix `aa0`. "linear" adds up the factors, `Σ ±√(|weight| scaling) A_i`
+                and `Σ √(|weight| scaling) B_i`, as in LoRA, which needs equal layouts, keeps the rank and is not ΔW's
+                sum.
                 "svd" and all others of LoRA ("ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
                 "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd") are PEFT's own, computed on the adapters as
                 exact LoRAs; the result lies in `aa0`. Modules that an adapter trains in full (`modules_to_save`) are

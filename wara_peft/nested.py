@@ -134,16 +134,33 @@ class RankShrinking(TrainerCallback):
         cut_ranks(model, self.adapter_name)
 
 
-def add_penalty(model: nn.Module, args: tuple[Any, ...], outputs: Any) -> Any:
-    """Forward hook of a base model: add the penalties of its active adapters to the loss of a training forward."""
+def add_penalty(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+    """Forward hook of a base model: add the penalties of its active adapters to the loss of a training forward.
+
+    Where the loss is a part of that of a larger batch, as `Trainer` has it when it accumulates gradients, so is the
+    penalty.
+    """
     if not (model.training and torch.is_grad_enabled()):
         return outputs
     loss = outputs.get("loss") if isinstance(outputs, dict) else None
     if isinstance(loss, Tensor):
         for adapter_name in _penalised(model):
-            loss = loss + rank_penalty(model, adapter_name).to(loss)
+            loss = loss + _share(model, kwargs) * rank_penalty(model, adapter_name).to(loss)
         outputs["loss"] = loss
     return outputs
+
+
+def _share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+    """What part of `num_items_in_batch`, by which transformers' models divide their loss, these labels are."""
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    if "shift_labels" in kwargs:
+        labels = kwargs["shift_labels"]
+    elif getattr(model, "loss_type", None) == "ForCausalLM":
+        labels = labels[..., 1:]
+    share: Tensor = labels.ne(-100).sum() / items
+    return share
 
 
 def _penalised(model: nn.Module) -> Iterator[str]:

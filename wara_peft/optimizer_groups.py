@@ -20,14 +20,12 @@ def optimizer_groups(
 
     They are those of `peft.optimizers.create_loraplus_optimizer`, which knows LoRA's parameters by their names:
 
-    | name | parameters | learning rate | weight decay |
-    |---|---|---|---|
-    | "A" | A_s of all layers but embeddings | lr | weight_decay |
-    | "B" | B_s of the same | lr · lr_ratio | weight_decay |
-    | "core", "gain" | cores of `form="tiny"`, gains of `form="grid"` | lr | weight_decay |
-    | "embedding" | A_s and B_s of embeddings | lr_embedding | weight_decay |
-    | "full" | what trains in full (`modules_to_save`, tokens) | lr | weight_decay |
-    | "vector" | biases, norms and other parameters of one dimension | lr · lr_ratio | 0 |
+    - "A": A_s of all layers but embeddings, at the rate lr;
+    - "B": B_s of the same, at lr · lr_ratio;
+    - "core", "gain": cores of `form="tiny"` and gains of `form="grid"`, at lr;
+    - "embedding": A_s and B_s of embeddings, at lr_embedding;
+    - "full": what trains in full (`modules_to_save`, tokens), at lr;
+    - "vector": biases, norms and other parameters of one dimension, at lr · lr_ratio and without weight decay.
 
     What trains is what has `requires_grad`: of several adapters those that are active. Groups without parameters are
     left out, and each group may be changed by its name before an optimizer gets them.

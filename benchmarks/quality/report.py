@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from report import replaced  # the one of the folder above
+from markers import replaced
 
 from quality import plan
 from quality.cells import Store

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from tests.compression.models import bert, llama
 from wara_peft import WaRAConfig
 from wara_peft.cli import app
-from wara_peft.compression import LowRankLinear, calibrate, compress, load_compressed
+from wara_peft.compression import LowRankLinear, calibrate, compress, load_compressed, save_compressed, truncate
 from wara_peft.compression.checkpoint import read_texts, text_batches
 
 WORDS = [f"w{index}" for index in range(36)]
@@ -95,6 +95,12 @@ def test_two_runs_with_one_calibration_and_inspect(made: Path, tmp_path: Path) -
     fields = json.loads(say("inspect", tmp_path / "a", "--json").output)
     assert fields["report"]["spent"] == report.spent
     assert fields["layers"].keys() == {layer.name for layer in report.layers if layer.rank is not None}
+    assert ", now" not in shown.output
+    model = load_compressed(tmp_path / "a")
+    truncate(model, 1)
+    save_compressed(model, tmp_path / "cut")
+    cut = say("inspect", tmp_path / "cut").output
+    assert cut.count(", now 1") == sum((layer.rank or 0) > 1 for layer in report.layers) > 0
     (tmp_path / "a" / "compression.json").unlink()  # as in a checkpoint of Trainer
     assert "up_proj: kind:LowRankLinear rank:" in say("inspect", tmp_path / "a").output
 

@@ -116,7 +116,7 @@ def allocate_ranks(
         TypeError: a target is no linear layer.
 
     What it is worth: on a small ViT some points over even ranks, significant after Holm's correction on one task of
-    four where two were the aim; on text nothing, and perhaps a loss. The figures are in the README.
+    four where two were the aim; on text nothing, and perhaps a loss. The figures are in docs/ranks.md.
 
     Source: gains by gradient and cost as in GoRA (arXiv 2502.12171), by a greedy choice of single pairs.
     """

@@ -49,7 +49,7 @@ class AllocationReport:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the adapter has: at most the budget."""
+        """How many parameters the adapter has, at most the budget."""
         return sum(module.parameters for module in self.modules)
 
     @property

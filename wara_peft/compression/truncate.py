@@ -33,8 +33,7 @@ def truncate(
             still known by their inputs there, though weights have changed.
 
     Returns:
-        What each layer that was cut has lost, by its name: ‖U V − Û V̂‖² as a share of ‖U V‖², or the same of the
-        output.
+        By name, what each layer that was cut has lost, ‖U V − Û V̂‖² as a share of ‖U V‖², or the same of the output.
 
     Raises:
         ValueError: a name is that of no `LowRankLinear`, a rank is less than 1, the statistics lack a layer's moment

@@ -80,7 +80,7 @@ class LowRankConv(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the one convolution, (m, n, *kernel)."""
+        """The weight of the one convolution, `(m, n, *kernel)`."""
         return (self.up.weight.flatten(1) @ self.down.weight.flatten(1)).view(self.shape)
 
     @property

@@ -96,7 +96,7 @@ class LowRankPlusSparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W, (m, n), dense and differentiable: for merging, and for code that looks at a linear layer's weight."""
+        """W of shape (m, n), dense and differentiable, for merging and for code that looks at a layer's weight."""
         return _dense(self.down, self.up * self._scaling, self.values, self.indices)
 
     @property

@@ -1,0 +1,58 @@
+"""Every block of code of README and docs: Python and `wara-peft` are run, what other commands name is checked."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.pages.blocks import ILLUSTRATIONS, NOT_RUN, PARSED, ROOT, Block, blocks_of, check_command, command_line
+from tests.pages.names import CHECKS, NAMES, Names
+from tests.pages.test_links import PAGES, prose
+from wara_peft.cli import app
+
+WITH_CODE = [path for path in PAGES if any(block.language not in ILLUSTRATIONS for block in blocks_of(path))]
+
+
+def run_commands(block: Block) -> None:
+    for command in block.commands():
+        if command.startswith("wara-peft ") and block.mark != PARSED:
+            result = CliRunner().invoke(app, shlex.split(command)[1:], prog_name="wara-peft")
+            assert result.exit_code == 0, f"{command}: {result.output}{result.stderr}"
+        else:
+            check_command(command)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_code(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = str(path.relative_to(ROOT))
+    names: Names = {}
+    for block in blocks_of(path):
+        if block.mark == NOT_RUN or block.language in ILLUSTRATIONS:
+            continue
+        assert block.language in ("python", "bash"), f"{page}, line {block.line}: of which language is this?"
+        names.update(NAMES[page]() if page in NAMES else {})
+        if block.language == "bash":
+            run_commands(block)
+        else:
+            exec(compile("\n" * block.line + block.code, path, "exec"), names)
+    if page in CHECKS:
+        CHECKS[page](names, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_the_text(path: Path) -> None:
+    for text in re.findall(r"`((?:pytest|python -m|python \S+\.py|pip|wara-peft) [^`]+|python \S+\.py)`", prose(path)):
+        for command in text.split(" && "):
+            if "NAME" in command:
+                continue
+            name, *words = shlex.split(command)
+            if name == "wara-peft":  # may name a subcommand and an option alone
+                command_line(*words)
+            else:
+                check_command(command)
