@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from low_rank_methods import METHODS, PERIOD, Dense, optimizer_for, train, train_step
+from low_rank_report import SEEDS, Results
 from low_rank_tasks import TASKS, Task
 from tqdm.auto import tqdm
 
-# The statistics, the store of finished runs and the measurements are those of the benchmarks.
+# The measurements and the store of finished runs are those of the benchmarks.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from harness import environment, interleaved, ratio
 from low_rank_memory import bytes_of
-from low_rank_report import SEEDS, Results
 from quality.cells import Cell, Store
 
 FAMILY = "low_rank_training"

@@ -30,10 +30,7 @@ from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
-# The statistics and the store of finished runs are those of the benchmarks.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from low_rank_report import SEEDS, TUNING_SEEDS, draw, table, tuning_table
+from low_rank_report import SEEDS, TUNING_SEEDS, draw, table, tuning_table  # it finds the benchmarks
 from low_rank_study import CHOSEN, RATES, Study
 
 

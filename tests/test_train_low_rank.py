@@ -23,7 +23,6 @@ SIDES, DENSE, BIASES = (sum(f(m, n) for m, n in SHAPES) for f in (lambda m, n: m
 
 @pytest.fixture(scope="module")
 def methods():
-    example("low_rank_study")  # which puts the benchmarks on the path
     return example("low_rank_methods")
 
 
