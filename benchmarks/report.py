@@ -28,6 +28,8 @@ from compress_report import SEEDS as HEALING_SEEDS
 from compress_report import table as healing
 from diffusion_report import SEEDS as DIFFUSION_SEEDS
 from diffusion_report import table as diffusion
+from low_rank_report import SEEDS as TRAINING_SEEDS
+from low_rank_report import table as training
 from segment_report import SEEDS as SEGMENTATION_SEEDS
 from segment_report import table as segmentation
 from summary import summary_table
@@ -249,6 +251,11 @@ def diffusion_table() -> str:
     return diffusion(reported("diffusion", DIFFUSION_SEEDS))
 
 
+def training_table() -> str:
+    """What `examples/train_low_rank.py` found."""
+    return training(reported("low_rank_training", TRAINING_SEEDS))
+
+
 def healing_table() -> str:
     """What `examples/compress_and_heal.py --full` found."""
     return healing(list(reported("compress_and_heal", HEALING_SEEDS).values()))
@@ -269,6 +276,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "speed.md": {"benchmarks": targets_table},
     ROOT / "docs" / "attention.md": {"comparison": comparison_table},
     ROOT / "docs" / "compression.md": {"healing": healing_table},
+    ROOT / "docs" / "training_low_rank.md": {"training": training_table},
     ROOT / "docs" / "vision.md": {"segmentation": segmentation_table, "diffusion": diffusion_table},
     HERE / "README.md": {"benchmarks": growth_tables},
 }

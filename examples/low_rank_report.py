@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+# The statistics and the store of finished runs are those of the benchmarks.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
 from quality.cells import Cell
 from quality.comparison import interval, paired
 

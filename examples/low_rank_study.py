@@ -16,7 +16,7 @@ from low_rank_report import SEEDS, Results
 from low_rank_tasks import TASKS, Task
 from tqdm.auto import tqdm
 
-# The statistics, the store of finished runs and the measurements are those of the benchmarks.
+# The measurements and the store of finished runs are those of the benchmarks.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from harness import environment, interleaved, ratio

@@ -119,7 +119,7 @@ class VisionTransformer(Task):
 
     name, metric, higher_is_better = "vision transformer", "accuracy in %", True
     layers: ClassVar[list[str]] = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-    rank, steps, batch_size = 4, 300, 64
+    rank, steps, batch_size = 8, 300, 64
     inputs = "pixel_values"
     noise = 0.35
 

@@ -9,11 +9,10 @@ models stand, with equally many parameters in the end and equally many steps:
 
 - low-rank: U V in each layer, from the first step on;
 - SLTrain: U V of a lower rank, and a sparse part on a random support with the parameters that this leaves;
-- Maestro: full rank at first, with ordered components, cut nine times until three quarters of the steps are done, to
-  the low-rank model's number of weights: the threshold of its rule is each time that at which as many are left as are
-  allowed by then;
-- TRP: dense, truncated every fifth step; at three quarters cut by the SVD to that number, greedily over layers, and
-  trained on as factors, as its authors do after the decomposition;
+- Maestro: full rank at first, with ordered components, cut nine times until half of the steps are done, then to the
+  low-rank model's number of weights; each layer loses what is least beside the whole of it;
+- TRP: dense, truncated every fifth step; after half of the steps cut by the SVD to that number, greedily over layers,
+  and trained on as factors, as its authors do after the decomposition;
 - SVD: the same without truncating before, which shows what of TRP is TRP's.
 
 Judged is the perplexity, or the accuracy, on texts and images that nothing was trained on. Exact bytes of a training
@@ -31,10 +30,7 @@ from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
-# The statistics and the store of finished runs are those of the benchmarks.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from low_rank_report import SEEDS, TUNING_SEEDS, draw, table, tuning_table
+from low_rank_report import SEEDS, TUNING_SEEDS, draw, table, tuning_table  # it finds the benchmarks
 from low_rank_study import CHOSEN, RATES, Study
 
 

@@ -161,6 +161,11 @@ def compression() -> Names:
     }
 
 
+def training_low_rank() -> Names:
+    dataset = [{"input_ids": row, "labels": row} for row in TOKENS]
+    return {"model": llama(), "arguments": arguments(), "dataset": dataset}
+
+
 NAMES: dict[str, Callable[[], Names]] = {
     "README.md": readme,
     "docs/coming_from_lora.md": coming_from_lora,
@@ -174,6 +179,7 @@ NAMES: dict[str, Callable[[], Names]] = {
     "docs/ranks.md": ranks,
     "docs/quantized.md": quantized,
     "docs/compression.md": compression,
+    "docs/training_low_rank.md": training_low_rank,
 }
 """Pages with code, and what makes that which their blocks find: called before each block, in an empty directory."""
 
