@@ -41,5 +41,15 @@ def test_every_page_is_in_the_contents():
     assert sorted(listed) == sorted(pages - {"index"})
 
 
+def test_the_page_of_examples_has_every_script():
+    scripts = {
+        path.name for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
+    }
+    listed = re.findall(
+        r"^\| \[(\w+\.py)\]", (ROOT / "docs" / "examples.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(scripts)
+
+
 def test_the_page_of_fields_is_the_docstring():
     assert fields.PAGE.read_text(encoding="utf-8") == fields.page(), "run python -m docs.fields"
