@@ -55,12 +55,12 @@ HEALED = (("svd", "uniform"), ("activation", "greedy"))
 LORA_RANK = 4
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CHOSEN = {
-    ("MiniLM", "LoRA on factors"): 1e-3,
+    ("MiniLM", "LoRA on factors"): 3e-3,
     ("MiniLM", "WaRA on factors"): 3e-3,
     ("MiniLM", "WaRA on layers"): 3e-3,
-    ("byte-level Llama", "LoRA on factors"): 1e-3,
+    ("byte-level Llama", "LoRA on factors"): 3e-3,
     ("byte-level Llama", "WaRA on factors"): 3e-3,
-    ("byte-level Llama", "WaRA on layers"): 3e-3,
+    ("byte-level Llama", "WaRA on layers"): 1e-2,
 }
 """Learning rates of healing, of both starting points; what `--tune` found best."""
 CALIBRATION_BATCHES = 32
