@@ -96,8 +96,8 @@ class NaiveWaRA(nn.Module):
         self.factor_b = nn.Parameter(torch.zeros(4, half_out, r))
 
     def forward(self, x: Tensor) -> Tensor:
-        approximation, *details = self.factor_b @ self.factor_a
-        delta = ptwt.waverec2((approximation, ptwt.WaveletDetailTuple2d(*details)), "haar")
+        approximation, *details = (self.factor_b @ self.factor_a)[:, None]  # (1, m/2, n/2) each
+        delta = ptwt.waverec2((approximation, ptwt.WaveletDetailTuple2d(*details)), "haar").squeeze(0)
         result: Tensor = self.base(x) + x @ delta.T
         return result
 

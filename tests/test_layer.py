@@ -58,7 +58,7 @@ def test_shared_form_equals_pywavelets(wavelet):
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_haar_equals_ptwt(levels):
     layer = adapted(nn.Linear(24, 16), levels=levels)
-    c = {name: torch.from_numpy(value) for name, value in dense_coefficients(layer).items()}
+    c = {name: torch.from_numpy(value)[None] for name, value in dense_coefficients(layer).items()}
     coarse_to_fine = [(c[f"da{level}"], c[f"ad{level}"], c[f"dd{level}"]) for level in range(levels, 0, -1)]
     expected = ptwt.waverec2((c[f"aa{levels}"], *coarse_to_fine), "haar")
     torch.testing.assert_close(layer.get_delta_weight("default"), expected.squeeze(0), atol=1e-12, rtol=0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -87,7 +87,7 @@ def test_update_leaves_other_files(tmp_path):
 
 def test_a_failing_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
     write(tmp_path / "old", "old")
-    rename = os.rename
+    rename = Path.rename
     calls = []
 
     def failing(source, target):
@@ -96,7 +96,7 @@ def test_a_failing_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
             raise OSError("no")
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="no"):
         write(tmp_path / "old", existing="replace")
     assert (tmp_path / "old" / "file").read_text() == "old"
@@ -201,7 +201,7 @@ def test_update_is_all_or_nothing(tmp_path, monkeypatch, failing):
     (tmp_path / "out").mkdir()
     for name in ("config", "weights", "other"):
         (tmp_path / "out" / name).write_text("old")
-    rename, calls = os.rename, []
+    rename, calls = Path.rename, []
 
     def fails_once(source, target):
         calls.append(source)
@@ -209,7 +209,7 @@ def test_update_is_all_or_nothing(tmp_path, monkeypatch, failing):
             raise OSError("no")
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", fails_once)
+    monkeypatch.setattr(Path, "rename", fails_once)
     try:
         with written_at_once(tmp_path / "out", "update") as directory:
             (directory / "config").write_text("new")
