@@ -57,6 +57,7 @@ def compressing_table(own: Sequence[Line]) -> str:
 
 def healing_table(own: Sequence[Line]) -> str:
     """Means over seeds with 95 % intervals, and differences to LoRA's at equal seeds."""
+    digits = ".3f" if is_perplexity(own) else ".2f"
     found: dict[tuple[str, str, str], list[Line]] = {}
     for line in own:
         if line["healed_with"]:
@@ -67,14 +68,18 @@ def healing_table(own: Sequence[Line]) -> str:
     ]
     for (solver, allocation, method), runs in found.items():
         scores = by_seed(runs)
-        shown = f"{statistics.mean(scores.values()):.2f} ± {interval(list(scores.values())):.2f}"
+        shown = f"{statistics.mean(scores.values()):{digits}} ± {interval(list(scores.values())):{digits}}"
         difference = None
         if method != METHODS[0]:
             difference = paired(scores, by_seed(found.get((solver, allocation, METHODS[0]), [])))
-        more = f"{difference.mean:+.2f} ± {difference.interval:.2f}" if difference else ""
+        more = f"{difference.mean:+{digits}} ± {difference.interval:{digits}}" if difference else ""
         parameters, rate = runs[0]["adapter_parameters"], runs[0]["rate"]
         lines.append(f"| {solver} | {allocation} | {method} | {rate:g} | {parameters:,} | {shown} | {more} |")
     return "\n".join(lines)
+
+
+def is_perplexity(own: Sequence[Line]) -> bool:
+    return str(own[0]["metric"]).startswith("perplexity")
 
 
 def by_seed(runs: Iterable[Line]) -> dict[int, float]:
@@ -131,7 +136,7 @@ def draw(lines: Iterable[Line]) -> Figure:
                 panel.errorbar(size, mean, interval(list(runs.values())), fmt=marker, color=colours[line["solver"]])
         for method, marker in zip(METHODS, "Ds^", strict=True):
             panel.plot([], [], marker, color="black", label=f"healed: {method}")
-        if own[0]["metric"].startswith("perplexity"):
+        if is_perplexity(own):
             panel.set_yscale("log")
         panel.set(xlabel="parameters of the model, adapters included", ylabel=own[0]["metric"], title=task)
         panel.grid(alpha=0.3)
