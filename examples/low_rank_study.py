@@ -29,22 +29,21 @@ CHOSEN = {
     "language model": {
         "dense": 3e-3,
         "low-rank": 3e-3,
-        "SLTrain": 3e-3,
-        "Maestro": 3e-3,
-        "TRP": 3e-3,
-        "SVD": 3e-3,
+        "SLTrain": 1e-2,
+        "Maestro": 1e-2,
+        "TRP": 1e-2,
+        "SVD": 1e-2,
     },
     "vision transformer": {
-        "dense": 3e-3,
+        "dense": 1e-2,
         "low-rank": 3e-3,
-        "SLTrain": 3e-3,
-        "Maestro": 3e-3,
-        "TRP": 3e-3,
-        "SVD": 3e-3,
+        "SLTrain": 1e-2,
+        "Maestro": 1e-2,
+        "TRP": 1e-2,
+        "SVD": 1e-2,
     },
 }
 """Learning rates, by what `--tune` found on other seeds."""
-ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Study:
         folder: of the locks.
         results: folder of the JSON lines.
         steps: of each training; None takes those of the task.
+        rounds: in which times are measured.
     """
 
     seeds: range
@@ -64,6 +64,7 @@ class Study:
     folder: Path
     results: Path
     steps: int | None = None
+    rounds: int = 5
 
     def cells(self) -> list[tuple[type[Task], Cell]]:
         """Seeds outside, so that no method has the machine's quiet hour to itself."""
@@ -109,7 +110,7 @@ class Study:
         if cell.seed in SEEDS:
             result["memory"] = memory(new(), method)
             torch.manual_seed(cell.seed)
-            result["time"] = times(Dense(task, task.new_model(), 1), new(), ended, method)
+            result["time"] = times(Dense(task, task.new_model(), 1), new(), ended, method, self.rounds)
         return {**result, **environment()}
 
 
@@ -122,7 +123,7 @@ def memory(first: Dense, last: Dense) -> dict[str, int]:
     }
 
 
-def times(dense: Dense, first: Dense, last: Dense, final: Dense) -> dict[str, float]:
+def times(dense: Dense, first: Dense, last: Dense, final: Dense, rounds: int) -> dict[str, float]:
     """Time of training steps, as they are at first and at last, and of inference: ratios to the dense model's."""
     batch = next(dense.task.batches(0))
 
@@ -152,7 +153,7 @@ def times(dense: Dense, first: Dense, last: Dense, final: Dense) -> dict[str, fl
         "first": steps(first),
         "last": steps(last),
     }
-    seconds = interleaved(calls, ROUNDS, warmup=1)
+    seconds = interleaved(calls, rounds, warmup=1)
     return {
         "first": ratio(seconds["first"], seconds["dense"]),
         "last": ratio(seconds["last"], seconds["dense"]),

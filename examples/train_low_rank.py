@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,8 +69,9 @@ def main() -> None:
         rates=RATES if args.tune else None,
         folder=args.output_dir,
         results=args.results,
-        steps=8 if args.quick else None,
     )
+    if args.quick:
+        study = replace(study, steps=8, rounds=1)
     try:
         results = study.run()
     except RuntimeError as error:  # a package whose docstrings are data is not installed
