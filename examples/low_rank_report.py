@@ -19,7 +19,7 @@ from quality.comparison import interval, paired
 Results = Mapping[Cell, dict[str, Any]]
 SEEDS, TUNING_SEEDS = range(3), range(100, 102)
 """Those that are reported, and those that learning rates were chosen on."""
-BASELINE = "low-rank"
+BASELINES = ("low-rank", "dense")
 
 
 def by_task(results: Results) -> dict[str, dict[str, list[tuple[Cell, dict[str, Any]]]]]:
@@ -40,20 +40,22 @@ def rows(task: str, methods: Mapping[str, Sequence[tuple[Cell, dict[str, Any]]]]
     scores = {name: {cell.seed: result["test"] for cell, result in runs} for name, runs in methods.items()}
     metric = next(iter(methods.values()))[0][1]["metric"]
     lines = [
-        f"| {task} | parameters | rate | {metric} | more than {BASELINE}'s | MB in training | step | inference |",
-        "|---" * 8 + "|",
+        f"| {task} | parameters | rate | {metric} | {' | '.join(f'minus {name}' for name in BASELINES)} "
+        "| MB in training | step | inference |",
+        "|---" * 9 + "|",
     ]
     for name, runs in methods.items():
-        difference = paired(scores[name], scores.get(BASELINE, {})) if name != BASELINE else None
+        differences = [paired(scores[name], scores.get(other, {})) if name != other else None for other in BASELINES]
         found = [result for _, result in runs]
+        changes = any(result["memory"]["first"] != result["memory"]["last"] for result in found)
         row = [
             name,
             span([result["parameters"] for result in found]),
             f"{runs[0][0].rate:g}",
             mean(list(scores[name].values())),
-            f"{difference.mean:+.2f} ± {difference.interval:.2f}" if difference else "",
-            at_first_and_at_last([result["memory"] for result in found], 1e-6),
-            at_first_and_at_last([result["time"] for result in found]),
+            *(f"{value.mean:+.2f} ± {value.interval:.2f}" if value else "" for value in differences),
+            at_first_and_at_last([result["memory"] for result in found], changes, 1e-6),
+            at_first_and_at_last([result["time"] for result in found], changes),
             f"{statistics.mean(result['time']['inference'] for result in found):.2f}",
         ]
         lines.append(f"| {' | '.join(row)} |")
@@ -70,10 +72,9 @@ def span(counts: Sequence[int]) -> str:
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
-def at_first_and_at_last(found: Sequence[Mapping[str, float]], factor: float = 1.0) -> str:
-    """Means, of which the second is left out where the method's form does not change."""
-    first, last = (factor * statistics.mean(values[when] for values in found) for when in ("first", "last"))
-    return f"{first:.2f}" if abs(last - first) < 0.1 * first else f"{first:.2f}, {last:.2f} at last"
+def at_first_and_at_last(found: Sequence[Mapping[str, float]], both: bool, factor: float = 1.0) -> str:
+    first, last = (f"{factor * statistics.mean(values[when] for values in found):.2f}" for when in ("first", "last"))
+    return f"{first}, {last} at last" if both else first
 
 
 def tuning_table(results: Results, used: Mapping[str, Mapping[str, float]]) -> str:
@@ -95,7 +96,7 @@ def tuning_table(results: Results, used: Mapping[str, Mapping[str, float]]) -> s
 def draw(results: Results) -> Figure:
     """The metric of each run against the bytes that its training takes."""
     tasks = by_task(results)
-    figure = Figure(figsize=(6 * len(tasks), 4.2), layout="constrained")
+    figure = Figure(figsize=(6 * len(tasks), 5), layout="constrained")
     for axes, (task, methods) in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks.items(), strict=True):
         for number, (name, runs) in enumerate(methods.items()):
             found = [result for _, result in runs]
@@ -107,5 +108,5 @@ def draw(results: Results) -> Figure:
             axes.errorbar(memory[0], score, half, fmt="o", color=f"C{number}", label=f"{name}, {parameters:,.0f}")
         axes.set(xlabel="MB in training, at first and at last", ylabel=found[0]["metric"], title=task)
         axes.grid(alpha=0.3)
-        axes.legend(title="method, parameters", fontsize=8)
+        axes.legend(title="method, parameters", fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     return figure

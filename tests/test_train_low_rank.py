@@ -202,7 +202,7 @@ class TestQuickRun:
                 (name, seed) for name in methods.METHODS for seed in (0, 1)
             }
             assert len(own) == 2 * len(methods.METHODS)
-            base = [line["test"] for line in own if line["method"] == "low-rank"]
+            of = {name: [line["test"] for line in own if line["method"] == name] for name in methods.METHODS}
             for name in methods.METHODS:
                 runs = [line for line in own if line["method"] == name]
                 first, second = (line["test"] for line in runs)
@@ -210,13 +210,15 @@ class TestQuickRun:
                 cells = [cell.strip() for cell in row.split("|")[1:-1]]
                 # Student's t at 97.5 % with one degree of freedom is 12.706.
                 assert cells[3] == f"{(first + second) / 2:.2f} ± {12.7062 * abs(first - second) / 2:.2f}"
-                if name != "low-rank":
-                    one, two = first - base[0], second - base[1]
-                    assert cells[4] == f"{(one + two) / 2:+.2f} ± {12.7062 * abs(one - two) / 2:.2f}"
+                for cell, base in zip(cells[4:6], ("low-rank", "dense"), strict=True):
+                    one, two = first - of[base][0], second - of[base][1]
+                    expected = f"{(one + two) / 2:+.2f} ± {12.7062 * abs(one - two) / 2:.2f}"
+                    assert cell == (expected if name != base else "")
                 memory = runs[0]["memory"]
-                assert cells[5].startswith(f"{memory['first'] / 1e6:.2f}")
-                assert ("at last" in cells[5]) == (name == "Maestro" or memory["last"] < 0.9 * memory["first"])
-                assert cells[7] == f"{(runs[0]['time']['inference'] + runs[1]['time']['inference']) / 2:.2f}"
+                assert cells[6].startswith(f"{memory['first'] / 1e6:.2f}")
+                for cell in cells[6:8]:
+                    assert ("at last" in cell) == (name in ("Maestro", "TRP", "SVD"))
+                assert cells[8] == f"{(runs[0]['time']['inference'] + runs[1]['time']['inference']) / 2:.2f}"
 
     def test_finished_runs_are_not_run_again(self, quick, tmp_path: Path) -> None:
         folder = tmp_path / "train_low_rank_output" / "quick"
