@@ -97,7 +97,7 @@ class NaiveWaRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         approximation, *details = (self.factor_b @ self.factor_a)[:, None]  # (1, m/2, n/2) each
-        delta = ptwt.waverec2((approximation, ptwt.WaveletDetailTuple2d(*details)), "haar").squeeze(0)
+        delta = ptwt.waverec2((approximation, tuple(details)), "haar").squeeze(0)
         result: Tensor = self.base(x) + x @ delta.T
         return result
 

@@ -342,12 +342,13 @@ class TestSaving:
         save_as_lora(tmp_path / "lora", tmp_path / "saved", format="diffusers")
         assert {key.partition(".")[0] for key in read(tmp_path / "lora")[0]} == {"transformer"}
 
-    def test_diffusers_does_not_load_it(self, tmp_path, caplog):
+    def test_diffusers_does_not_load_it(self, tmp_path, caplog, monkeypatch):
         """As docs/works_with.md says: it takes the file for a LoRA, and complains, or says that there is none."""
         two("transformer").save_lora_adapter(tmp_path, adapter_name="fine")
         model = sd3_transformer()
         with pytest.raises(TypeError, match="`LoraConfig` class could not be instantiated"):
             model.load_lora_adapter(tmp_path / FILE, prefix=None, use_safetensors=True)
+        monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
         with caplog.at_level(logging.WARNING, "diffusers"):
             model.load_lora_adapter(tmp_path / FILE, use_safetensors=True)
         assert "No LoRA keys associated to SD3Transformer2DModel" in caplog.text

@@ -231,13 +231,17 @@ class TestVitDigits:
     def test_images_of_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """With `--model` and `--dataset`: here a processor and pictures in local folders."""
         from PIL import Image
-        from transformers import ViTImageProcessor
+        from transformers import AutoImageProcessor, ViTImageProcessor
 
         for label in ("cats", "dogs"):
             (tmp_path / "images" / label).mkdir(parents=True)
             for number in range(10):
                 Image.new("RGB", (20, 12), (25 * number, 0, 0)).save(tmp_path / "images" / label / f"{number}.png")
         ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")
+        try:
+            AutoImageProcessor.from_pretrained(tmp_path / "model")
+        except ImportError:
+            pytest.skip("this release of transformers prepares images by torchvision alone")
         vit_digits = example("vit_digits")
         arguments = ["--model", tmp_path / "model", "--dataset", tmp_path / "images", "--label-column", "label"]
         monkeypatch.setattr("sys.argv", ["vit_digits.py", *map(str, arguments), "--output-dir", str(tmp_path / "out")])

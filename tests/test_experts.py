@@ -42,11 +42,6 @@ from wara_peft.disk.merge import merge_checkpoint
 from wara_peft.experts import AdaptedModule, ParameterLayer
 from wara_peft.inspection import inspect_adapter
 
-GROUPED_MM = pytest.param(
-    "grouped_mm",
-    marks=pytest.mark.skipif(torch.__version__ < (2, 9), reason="transformers multiplies so from PyTorch 2.9 on"),
-)
-
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SIZES = {
     "vocab_size": 64,
@@ -154,7 +149,7 @@ def test_output_is_that_of_weights_with_delta_by_pywavelets(make, wavelet, level
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen3_moe, gpt_oss])
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", GROUPED_MM])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_that_multiplies(make, implementation):
     model = adapted(make())
     expected = logits(copy.deepcopy(model).merge_and_unload())
@@ -308,7 +303,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("implementation", [GROUPED_MM, "eager"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
 def test_no_tensor_of_the_size_of_the_weight_in_forward_or_backward(implementation):
     sizes = {**SIZES, "hidden_size": 64, "num_hidden_layers": 1}
     fields = {"head_dim": 8, "moe_intermediate_size": 48, "num_experts": 16, "num_experts_per_tok": 1}
@@ -658,7 +653,7 @@ def test_refusals_name_parameter_and_remedy(model, fields, message):
     assert [name for name, _ in base.named_modules()] == before
 
 
-@pytest.mark.parametrize("implementation", [GROUPED_MM, "eager"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
 def test_experts_in_four_bits_compute_as_what_they_stand_for(implementation):
     """Beside a model whose weights are the dequantized ones, and LoRA in the same quantized model."""
     quantized = mixtral(hidden_size=64, intermediate_size=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import sys
 import warnings
 
 import pytest
@@ -553,7 +554,8 @@ class TestAllOrNothingMerge:
 
         with pytest.raises(ValueError, match="NaNs detected" if how == "nan" else "no memory") as raised:
             getattr(model, method)(safe_merge=True)
-        assert raised.value.__notes__ == ["This happened while merging into module 'layers.2'."]
+        if sys.version_info >= (3, 11):  # before, exceptions take no notes
+            assert raised.value.__notes__ == ["This happened while merging into module 'layers.2'."]
 
         assert all(isinstance(layer, Linear) for layer in model.base_model.model.layers)
         after = snapshot(model)

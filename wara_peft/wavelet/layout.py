@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
@@ -52,8 +52,18 @@ def subbands(levels: int) -> tuple[Subband, ...]:
     return (Subband("a", "a", levels), *details, Subband("a", "a", 0))
 
 
+class _Derived:
+    """What follows from an axis's fields. Not fields themselves, which Dynamo of PyTorch 2.9 would pass to `Axis`."""
+
+    sizes: tuple[int, ...]
+    rows: int
+    transformed_rows: int
+    last_level_at_once: int
+    block_width: int
+
+
 @dataclass(frozen=True)
-class Axis:
+class Axis(_Derived):
     """Rows of a factor in the wavelet domain of one axis.
 
     Args:
@@ -74,11 +84,6 @@ class Axis:
     wavelet: str
     length: int
     bands: tuple[str, ...]
-    sizes: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    rows: int = field(init=False, repr=False, compare=False)
-    transformed_rows: int = field(init=False, repr=False, compare=False)
-    last_level_at_once: int = field(init=False, repr=False, compare=False)
-    block_width: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Computed once: every forward of every factor reads them.
