@@ -131,11 +131,12 @@ class TestTruncation:
         errors = lora_error(tmp_path, rank)
         layers = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "wara_A")}
         assert errors.modules.keys() == layers.keys()
-        best, norms, kept = {}, {}, {}
+        best, norms, kept, whole = {}, {}, {}, 0
         for name, layer in layers.items():
             delta = layer.get_delta_weight("default").detach().numpy()
             delta = delta.T if layer.kind.keeps_in_first else delta
             values = np.linalg.svd(delta, compute_uv=False)
+            whole = max(whole, np.linalg.matrix_rank(delta))
             shares = np.cumsum(values**2) / np.sum(values**2)
             kept[name] = rank if isinstance(rank, int) else int(np.sum(shares < rank - 1e-12)) + 1
             best[name], norms[name] = np.linalg.norm(values[kept[name] :]), np.linalg.norm(values)
@@ -145,7 +146,7 @@ class TestTruncation:
             assert errors.modules[name] == pytest.approx(best[name] / norms[name], abs=1e-6)
         together = np.linalg.norm(list(best.values())) / np.linalg.norm(list(norms.values()))
         assert errors.total == pytest.approx(together, abs=1e-6)
-        assert config.r == config.lora_alpha == (rank if isinstance(rank, int) else max(kept.values()))
+        assert config.r == config.lora_alpha == (min(rank, whole) if isinstance(rank, int) else max(kept.values()))
 
     def test_dense_update_is_never_built(self, tmp_path):
         model = get_peft_model(nn.Sequential(nn.Linear(4096, 4096)), WaRAConfig(target_modules=["0"], r=1))
@@ -447,6 +448,16 @@ class TestBadInput:
         for convert in (to_lora, lora_error):
             with pytest.raises(error, match=message):
                 convert(model, rank)
+
+    def test_a_rank_above_R_is_R(self):
+        _, model, _ = adapted("linear")
+        config, tensors = to_lora(model)
+        more_config, more = to_lora(model, 1000)
+        assert more_config.r <= config.r and more.keys() == tensors.keys()
+        for key in tensors:
+            if "lora_A" in key:
+                other = key.replace("lora_A", "lora_B")
+                torch.testing.assert_close(more[other] @ more[key], tensors[other] @ tensors[key])
 
     def test_dtype(self):
         _, model, _ = adapted("linear")

@@ -53,9 +53,9 @@ def to_lora(
     Args:
         model: a model with WaRA adapters (from `get_peft_model`, or with adapters added by transformers), or the path
             of a saved adapter, for which the base model is not needed.
-        rank: None is exact; an int is the rank of every module; a float in (0, 1] keeps that share of each module's
-            ‖ΔW‖², with the smallest rank that does, and r is the largest of these. In a convolution with groups each
-            group gets its share of the rank.
+        rank: None is exact; an int is the rank of every module, and where ΔW has less, that one, exactly; a float in
+            (0, 1] keeps that share of each module's ‖ΔW‖², with the smallest rank that does, and r is the largest of
+            these. In a convolution with groups each group gets its share of the rank.
         prefix: take the first so many components of each module in place of that, without a decomposition, of an
             adapter that was trained with `ordered_dropout`.
         adapter_name: the adapter to convert. A path may also be that of the directory above it.
@@ -208,7 +208,7 @@ def convert(
     for text in source.warnings:
         warnings.warn(text)
     modules = _modules(source, rank, prefix, dtype, track)
-    common = rank if isinstance(rank, int) else common_rank((part.rank, part.update.groups) for part in modules)
+    common = common_rank((part.rank, part.update.groups) for part in modules)
     state_dict = dict(source.others)
     for part in modules:
         for key, value in part.tensors(common, dtype or source.dtypes[part.name]).items():

@@ -47,7 +47,8 @@ class LoraModule:
                 f"rank={rank!r} must be a multiple of the {update.groups} groups of the convolution {name!r}."
             )
         parts = update.decomposition()
-        kept = rank_for_energy(parts, rank) if isinstance(rank, float) else rank // update.groups
+        whole = max(len(part.values) for part in parts)  # more would be zeros
+        kept = rank_for_energy(parts, rank) if isinstance(rank, float) else min(rank // update.groups, whole)
         return cls(name, update, [part.truncated(kept) for part in parts], *truncation_energy(parts, kept))
 
     @property

@@ -148,7 +148,7 @@ class TestBadInput:
             (["--budget", "0.6", "--solver", "svd", "--sequential"], "sequential needs texts"),
             (["--budget", "0.6", "--solver", "nmf"], "solver='nmf' is unknown"),
             (["--budget", "1.6", "--solver", "svd"], "budget=1.6 must be a share"),
-            (["--budget", "some", "--solver", "svd"], "budget='some' must be a size in bytes"),
+            (["--budget", "some", "--solver", "svd"], "budget='some' must be a share such as"),
             (["--budget", "9", "--solver", "svd"], "budget of 9 parameters is less than"),
             (["--budget", "0.6", "--solver", "svd", "--target", "nothing"], "'nothing' matches no"),
             (["--budget", "0.6", "--texts", "TEXTS/missing.txt"], "There is no file"),

@@ -270,7 +270,7 @@ class TestBadInput:
             ({"budget": 0}, "budget=0 must be"),
             ({"budget": True}, "budget=True must be"),
             ({"budget": float("nan")}, "budget=nan must be"),
-            ({"budget": "much"}, "budget='much' must be a size in bytes"),
+            ({"budget": "much"}, "budget='much' must be a share such as"),
             ({"budget": "1KB", "allocation": "cost"}, "cannot be one where flops are counted"),
             ({"budget": 100}, r"budget of 100 parameters is less than \d+, the least"),
             ({"budget": 1e-6}, r"budget of 0 parameters is less than \d+, the least"),

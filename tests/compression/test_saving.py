@@ -263,7 +263,7 @@ class TestDamage:
         with pytest.raises(ValueError, match="no factorised layer; compress it"):
             save_compressed(llama(), tmp_path / "a")
         llama().save_pretrained(tmp_path / "b")
-        with pytest.raises(ValueError, match="no factorised layer; load it with from_pretrained"):
+        with pytest.raises(ValueError, match="neither compressed nor an adapter; load it with from_pretrained"):
             load_compressed(tmp_path / "b")
         with pytest.raises(TypeError, match="TwoLayers is no PreTrainedModel"):
             save_compressed(TwoLayers(), tmp_path / "c")

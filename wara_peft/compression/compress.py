@@ -269,7 +269,7 @@ def _limit(budget: float | int | str, before: float, unit: str) -> float:
             size = 0
         if size < 1 or unit != "bytes":
             raise ValueError(
-                f"budget={budget!r} must be a size in bytes such as '48MB'"
+                f"budget={budget!r} must be a share such as 0.6, a number of parameters, or a size such as '48MB'"
                 f"{'' if unit == 'bytes' else f', and cannot be one where {unit} are counted'}."
             )
         return float(size)

@@ -231,7 +231,10 @@ def _numbers(shape: tuple[int, ...]) -> int:
 
 def _check_record(base: Path, record: dict[str, Any] | None, found: dict[str, dict[str, object]]) -> None:
     if not found:
-        raise ValueError(f"{str(base)!r} has no factorised layer; load it with from_pretrained.")
+        raise ValueError(
+            f"{str(base)!r} is a model without factorised layers, neither compressed nor an adapter; load it with "
+            "from_pretrained."
+        )
     layers = found if record is None else record["layers"]
     differ = [repr(name) for name in {**layers, **found} if layers.get(name) != found.get(name)]
     if differ:

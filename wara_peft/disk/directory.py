@@ -60,7 +60,8 @@ def written_at_once(
                 raise ValueError(f"{str(path)!r} is being written by another process; name another directory.")
             if existing == "refuse" and any(target.iterdir()):
                 raise ValueError(
-                    f"{str(path)!r} exists already; name another directory, or overwrite it (--overwrite)."
+                    f"{str(path)!r} exists already; name another directory, or overwrite it (overwrite=True, on the "
+                    "command line --overwrite)."
                 )
             temporary.mkdir()
             with _locked(temporary):
