@@ -39,7 +39,7 @@ from wara_peft.compression.solvers import SOLVERS, Metric, low_rank
 from wara_peft.compression.statistics import probe_of
 
 PARTS = ("accuracy", "reconstruction", "solving", "growth", "models")
-BATCHES = 32
+DENSE_STEPS, BATCHES = 100, 32
 WIDTHS = (512, 1024, 2048, 4096)
 WAYS = (
     ("svd", "uniform"),
@@ -63,6 +63,8 @@ def task(smoke: bool) -> Docstrings:
     found = Docstrings(load_docstrings(max_per_class=15 if smoke else 60), quick=smoke)
     if smoke:
         found.targets = r".*encoder\.layer\.0\..*"
+    else:
+        found.dense_steps = DENSE_STEPS
     return found
 
 
@@ -91,9 +93,9 @@ def accuracy(options: argparse.Namespace) -> list[dict[str, Any]]:
     """In %, of each dense model and each way to compress it."""
     smoke, rows = options.smoke, []
     for seed in range(1 if smoke else options.seeds):
-        row = {"dense": task(smoke).evaluate(trained(smoke, seed)[0])}
+        row = {"dense": task(smoke).evaluate(trained(smoke, seed)[0], "test")}
         for solver, allocation in WAYS:
-            row[f"{solver}, {allocation}"] = task(smoke).evaluate(compressed(smoke, seed, solver, allocation))
+            row[f"{solver}, {allocation}"] = task(smoke).evaluate(compressed(smoke, seed, solver, allocation), "test")
         rows.append({"seed": seed + 1, "accuracy": row})
     return rows
 
