@@ -283,6 +283,13 @@ def _cost(layer: nn.Module, x: torch.Tensor) -> tuple[int, int]:
     return calls, operations.count
 
 
+def _costs_no_more(layer: nn.Module, of_lora: nn.Module, x: torch.Tensor) -> None:
+    (calls, operations), (loras_calls, loras_operations) = _cost(layer, x), _cost(of_lora, x)
+    inlined = sys.version_info >= (3, 12)  # the comprehension in LoRA's forward, which was a call
+    assert calls <= loras_calls + inlined
+    assert operations <= loras_operations
+
+
 @pytest.mark.parametrize("fields", [{}, {"wavelet": "db4", "levels": 3}, {"form": "shared"}])
 @pytest.mark.filterwarnings("ignore:levels=")
 def test_a_layer_with_kept_factors_costs_a_token_no_more_than_loras(fields):
@@ -293,9 +300,7 @@ def test_a_layer_with_kept_factors_costs_a_token_no_more_than_loras(fields):
     with torch.no_grad(), one_call(model.base_model):
         layer(x)
         layer(x)
-        for found, allowed in zip(_cost(layer, x), _cost(of_lora, x), strict=True):
-            assert found <= allowed
+        _costs_no_more(layer, of_lora, x)
     with torch.no_grad(), frozen_factors(model):
         layer(x)
-        for found, allowed in zip(_cost(layer, x), _cost(of_lora, x), strict=True):
-            assert found <= allowed
+        _costs_no_more(layer, of_lora, x)
