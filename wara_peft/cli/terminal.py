@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from ..disk.adapter import Track
 
 PROGRAM = "wara-peft"
-out = Console(highlight=False, markup=False, emoji=False)
+# In a file or a pipe names of modules stay in one line, for who searches there.
+out = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
