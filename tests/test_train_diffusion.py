@@ -139,7 +139,7 @@ class TestScript:
         assert again.returncode == 0, again.stderr
         assert "Pretrained" not in again.stdout
         assert (folder / "diffusion.jsonl").read_text().splitlines() == lines
-        assert again.stdout.splitlines()[:7] == result.stdout.splitlines()[-8:-1]
+        assert again.stdout.splitlines()[:8] == result.stdout.splitlines()[-9:-1]
 
     @pytest.mark.slow
     def test_base_and_images_of_ones_own(self, tmp_path: Path) -> None:
