@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
@@ -42,6 +42,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from quality.cells import Cell, Store
 from rich.console import Console
 from rich.progress import Progress
+from study_options import make_folders, parse_study, stop, study_parser
 from torch import nn
 from transformers.utils import logging
 
@@ -66,32 +67,14 @@ CHOSEN = {
 CALIBRATION_BATCHES = 32
 
 
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"compress_and_heal.py: error: {message}")
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = study_parser(__doc__, "compress_and_heal_output")
+    parser.add_argument(
+        "--full", action="store_true", help=f"{len(SEEDS)} seeds in place of three, and K-SVD of MiniLM"
     )
-    add = parser.add_argument
-    add("--full", action="store_true", help=f"{len(SEEDS)} seeds in place of three, and K-SVD of MiniLM")
-    add("--tune", action="store_true", help="what learning rates were chosen by: other seeds, the validation split")
-    add("--output", type=Path, default=Path("compress_and_heal_output"), help="folder (default: %(default)s)")
-    add("--results", type=Path, help="folder of the JSON lines and the picture (default: --output)")
-    add("--quick", action="store_true", help="two seeds, few steps, texts and cells, in a folder of their own")
-    args = parser.parse_args()
-    if args.quick:
-        args.output /= "quick"
-        args.results = None
+    args = parse_study(parser)
     args.seeds = SEEDS[: 2 if args.quick else None if args.full else 3]
-    args.results = args.results or args.output
-    for option, folder in (("--output", args.output), ("--results", args.results)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            stop(f"{option} {folder} cannot be used as a folder: {error.strerror}")
+    make_folders(args)
     return args
 
 
@@ -241,7 +224,7 @@ def run_all(task: Task, wanted: list[Run], store: Store, args: argparse.Namespac
     advance(len(wanted) - len(missing))
     if not missing:
         return
-    dense = dense_model(task, args.output / f"dense-{task.name.replace(' ', '-')}.pt")
+    dense = dense_model(task, args.output_dir / f"dense-{task.name.replace(' ', '-')}.pt")
     batches = list(islice(task.batches("train", torch.Generator().manual_seed(0)), CALIBRATION_BATCHES))
     with warnings.catch_warnings():
         if args.quick:
@@ -265,7 +248,7 @@ def main() -> None:
     except (RuntimeError, ValueError) as error:
         stop(str(error))
     tasks = [task(data, args.quick) for task in TASKS]
-    store = Store(args.results, args.output / "locks")
+    store = Store(args.results, args.output_dir / "locks")
     wanted = {task: runs_of(task.name, args) for task in tasks}
     with Progress(console=console) as progress:
         for task, own in wanted.items():

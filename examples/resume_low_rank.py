@@ -20,13 +20,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
 import torch
 from low_rank_tasks import LanguageModel
 from safetensors.torch import load_file, save_file
+from study_options import stop
 from torch import nn
 from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
@@ -100,11 +101,6 @@ def train(folder: Path, method: Method, run: str) -> None:
         print(f"resumes {whole[-1].parent.name}", flush=True)
     trainer.train(resume_from_checkpoint=str(whole[-1].parent) if whole else None)
     save_compressed(model, folder / f"{run}-saved", overwrite=True)
-
-
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"resume_low_rank.py: error: {message}")
 
 
 def start(args: argparse.Namespace, run: str, kill: bool = False) -> None:

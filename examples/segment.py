@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, get_peft_model
 from segment_scenes import NAMES, SOURCE, TARGET, Scenes
+from study_options import make_folders, parse_study, study_parser
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -73,31 +74,11 @@ class Sizes:
 QUICK = Sizes(pretraining_scenes=16, pretraining_steps=4, scenes=8, steps=2, held_out=8)
 
 
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"segment.py: error: {message}")
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--output-dir", type=Path, default=Path("segment_output"), help="folder (default: %(default)s)")
-    add("--results", type=Path, help="folder of the JSON lines and the picture (default: --output-dir)")
-    add("--full", action="store_true", help=f"{len(SEEDS)} seeds in place of one")
-    add("--tune", action="store_true", help="show what the learning rates were chosen by, on other seeds")
-    add("--quick", action="store_true", help="two seeds of a few steps, in a folder of their own")
-    args = parser.parse_args()
-    if args.quick:
-        args.output_dir /= "quick"
-        args.results = None
-    args.results = args.results or args.output_dir
-    for option, folder in (("--output-dir", args.output_dir), ("--results", args.results)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            stop(f"{option} {folder} cannot be used as a folder: {error.strerror}")
+    parser = study_parser(__doc__, "segment_output")
+    parser.add_argument("--full", action="store_true", help=f"{len(SEEDS)} seeds in place of one")
+    args = parse_study(parser)
+    make_folders(args)
     return args
 
 

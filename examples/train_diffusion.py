@@ -23,7 +23,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 # huggingface_hub reads this when it is imported. Nothing is asked of the Hub unless something from there is named.
 if not any(argument.startswith("--base") for argument in sys.argv):
@@ -45,29 +44,18 @@ from diffusion_training import (
     save_grid,
     train,
 )
+from study_options import make_folders, parse_study, stop, study_parser
 from torch import nn
-
-
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"train_diffusion.py: error: {' '.join(message.split())}")
-
 
 # 1. Options
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = study_parser(__doc__, "train_diffusion_output")
     add = parser.add_argument
     add("--count", type=int, default=20, help="images that the digits are learned from (default: 20)")
     add("--rank", type=int, default=4, help="LoRA's; the other methods have its parameters; 4, 8, … (default: 4)")
-    add("--output-dir", type=Path, default=Path("train_diffusion_output"), help="folder (default: %(default)s)")
-    add("--results", type=Path, help="folder of the JSON lines and the picture (default: --output-dir)")
     add("--full", action="store_true", help=f"{len(SEEDS)} seeds in place of one")
-    add("--tune", action="store_true", help="what the learning rates were chosen by: other seeds, the pool's images")
-    add("--quick", action="store_true", help="two seeds of a few steps, in a folder of their own")
     add("--base", help="DiT from the Hub or a local folder; with --images")
     add("--images", type=Path, help="folder with a folder for each class; with --base")
     add("--method", choices=list(METHODS), default="subband", help="adapter for --base (default: subband)")
@@ -75,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="of --base's adapter, for each process (default: 16)")
     add("--learning-rate", type=float, help="of --base's adapter (default: the one of the digits)")
     add("--checkpoint-steps", type=int, default=200, help="between checkpoints and validations of it (default: 200)")
-    args = parser.parse_args()
+    args = parse_study(parser)
     if (args.base is None) != (args.images is None):
         stop("--base and --images go together: the small DiT knows digits alone")
     if args.rank < 4 or args.rank % 4:
@@ -88,12 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     ):
         if value < least:
             stop(f"{option} {value} must be at least {least}")
-    if args.quick:
-        args.output_dir /= "quick"
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--output-dir {args.output_dir} cannot be used as a folder: {error.strerror}")
+    make_folders(args)
     return args
 
 
@@ -135,9 +118,8 @@ def main() -> None:
         adapt(args)
         return
     folder = args.output_dir
-    results = args.results if args.results and not args.quick else folder
     seeds = TUNING_SEEDS if args.tune else SEEDS if args.full else SEEDS[: 2 if args.quick else 1]
-    study = Study(args.count, args.rank, seeds, RATES if args.tune else None, folder, results)
+    study = Study(args.count, args.rank, seeds, RATES if args.tune else None, folder, args.results)
     if args.quick:
         study = replace(study, pretraining=Training(30, 64, 2e-3), steps=10, samples=30)
     results = study.run()

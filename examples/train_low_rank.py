@@ -22,48 +22,19 @@ lines of JSON, and are not run again; a run that was stopped is run again from i
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import NoReturn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
 from low_rank_report import SEEDS, TUNING_SEEDS, draw, table, tuning_table  # it finds the benchmarks
 from low_rank_study import CHOSEN, RATES, Study
-
-
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"train_low_rank.py: error: {message}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--output-dir", type=Path, default=Path("train_low_rank_output"), help="folder (default: %(default)s)")
-    add("--results", type=Path, help="folder of the JSON lines and the picture (default: --output-dir)")
-    add("--tune", action="store_true", help="show what the learning rates were chosen by, on other seeds")
-    add("--quick", action="store_true", help="two seeds of a few steps, in a folder of their own")
-    args = parser.parse_args()
-    if args.quick:
-        args.output_dir /= "quick"
-        args.results = None
-    args.results = args.results or args.output_dir
-    for option, folder in (("--output-dir", args.output_dir), ("--results", args.results)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            stop(f"{option} {folder} cannot be used as a folder: {error.strerror}")
-    return args
+from study_options import make_folders, parse_study, stop, study_parser
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse_study(study_parser(__doc__, "train_low_rank_output"))
+    make_folders(args)
     study = Study(
         seeds=TUNING_SEEDS if args.tune else SEEDS[:2] if args.quick else SEEDS,
         rates=RATES if args.tune else None,

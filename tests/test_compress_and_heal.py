@@ -22,7 +22,7 @@ def task_of(line: dict) -> str:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     folder = tmp_path_factory.mktemp("quick")
-    return run(SCRIPT, "--quick", "--output", "new/folder", directory=folder, timeout=400), folder
+    return run(SCRIPT, "--quick", "--output-dir", "new/folder", directory=folder, timeout=400), folder
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ class TestQuickRun:
         results = folder / OUTPUT / "compress_and_heal.jsonl"
         kept = results.read_text().splitlines()
         results.write_text("\n".join(kept[:-1]) + "\n")
-        again = run(SCRIPT, "--quick", "--output", "new/folder", directory=folder, timeout=400)
+        again = run(SCRIPT, "--quick", "--output-dir", "new/folder", directory=folder, timeout=400)
         assert again.returncode == 0, again.stderr
         resumed = results.read_text().splitlines()
         last, before = json.loads(resumed[-1]), json.loads(kept[-1])
@@ -95,6 +95,6 @@ def test_rates_are_those_that_other_seeds_chose() -> None:
 @pytest.mark.slow
 def test_a_file_for_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = run(SCRIPT, "--output", "file", directory=tmp_path)
+    result = run(SCRIPT, "--output-dir", "file", directory=tmp_path)
     assert result.returncode == 1 and result.stdout == ""
-    assert "compress_and_heal.py: error: --output file cannot be used as a folder" in result.stderr
+    assert "compress_and_heal.py: error: --output-dir file cannot be used as a folder" in result.stderr

@@ -83,6 +83,8 @@ def _check_script(words: list[str]) -> None:
         return
     (script,) = (word for word in words if word.endswith(".py"))
     text = (ROOT / script).read_text(encoding="utf-8")
+    if "from study_options import" in text:
+        text += (ROOT / "examples" / "study_options.py").read_text(encoding="utf-8")
     for word in words[words.index(script) + 1 :]:
         assert not word.startswith("--") or f'"{word}"' in text, f"{script} has no option {word}"
     for word in words[: words.index(script)]:

@@ -63,7 +63,7 @@ def local_directory(path: Path, weights: bool = False) -> Path:
     )
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=["*/*", "*.bin"]))
-    except Exception as error:
+    except Exception as error:  # huggingface_hub raises many kinds, and so does what it asks by
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"There is no directory {str(path)!r}, and the Hub gave nothing of that name: {reason}"
