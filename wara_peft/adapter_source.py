@@ -18,7 +18,7 @@ from .conv import Conv
 from .disk.adapter import SavedAdapter
 from .disk.contents import PEFT_PREFIX
 from .kinds import IN_PROJ, Kind
-from .layer import WaRALayer
+from .layer import WaRALayer, saved_keys
 from .low_rank_update import LowRankUpdate
 from .messages import first
 from .patterns import suffix_matches
@@ -125,7 +125,8 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
     layers = {name: layer for name, layer in adapted.items() if adapter_name not in layer.tied_to}
     base_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    others = {key: value for key, value in state_dict.items() if ".wara_" not in key}
+    factors = saved_keys(model, adapter_name)
+    others = {key: value for key, value in state_dict.items() if key not in factors}
     return AdapterSource(
         config=config,
         kinds={name: layer.kind for name, layer in layers.items()},

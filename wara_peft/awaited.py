@@ -39,6 +39,29 @@ class AwaitedAdapter:
         _check_shapes(self.config.module_shapes or {}, found.module_shapes or {})
         _check_base_weights(self.config.base_weight_hashes or {}, found.base_weight_hashes or {})
 
+    def check_tensors(self, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        """Compare what is being loaded with what the config asks for in the modules that it was saved for.
+
+        Args:
+            given: tensors of the adapter's factors that are being loaded, by key.
+            own: those that the model has.
+
+        Raises:
+            ValueError: one is missing, or has no place. PyTorch says which ones are of another shape.
+        """
+        modules = tuple(f"{name}." for name in self.config.module_shapes or ())
+        missing = [repr(key) for key in own if key.startswith(modules) and key not in given]
+        stray = [repr(key) for key in given if key not in own]
+        if not missing and not stray:
+            return
+        said = [f"it lacks {first(missing)}"] if missing else []
+        said += [f"it holds {first(stray)}, which the config does not ask for"] if stray else []
+        raise ValueError(
+            f"The file of the saved adapter contradicts its config, with form={self.config.form!r}, levels="
+            f"{self.config.levels} and r={self.config.r}: {' and '.join(said)}. Use a complete copy of the adapter, "
+            "whose two files belong together."
+        )
+
     def warn_if_another(self, found: WaRAConfig) -> None:
         """Warn of modules that the tensors cannot belong to, where only loading would make such an adapter.
 

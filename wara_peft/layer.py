@@ -24,6 +24,21 @@ PARTS = (*TENSOR_PARTS, "token_mixing")
 """Names of the containers that hold adapters' parts by the adapter's name."""
 
 
+def is_of_a_factor(key: str) -> bool:
+    """Whether a key ends as those of factors: in a part's name, which those of adapter and parameter may follow."""
+    return any(part in TENSOR_PARTS for part in key.split(".")[-3:])
+
+
+def saved_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """Keys under which PEFT saves an adapter's factors: names of modules in `model`, without the adapter's name."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+        for key in module.forms[adapter_name].saved(module.parts(adapter_name))
+    }
+
+
 class _PartsOfLayer(Mapping[str, Any]):
     """The parts of one adapter, looked up where the layer has them now, which a replica of it has elsewhere."""
 

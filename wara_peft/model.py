@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 from accelerate import init_empty_weights
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -25,6 +26,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
+from .adapter_names import check_adapter_name, check_saved_apart
 from .awaited import AwaitedAdapter
 from .bare_parameters import (
     NamedParameter,
@@ -42,14 +44,15 @@ from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
 from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
+from .in_full import places_in, trained_biases
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
-from .layer import Linear, WaRALayer
+from .layer import TENSOR_PARTS, Linear, WaRALayer, is_of_a_factor
 from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_factors, check_ranks, targeted_names, warn_of_unmatched
+from .targets import check_factors, check_ranks, targeted_names, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
@@ -82,6 +85,8 @@ class WaRAModel(BaseTuner):
     tuner_layer_cls = WaRALayer
     # Modules named by a state dict from which an adapter is being injected, in place of the config's targets.
     _named_by_state_dict: set[str] | None = None
+    # Name of the adapter that is being injected.
+    _injected: str = ""
     # Adapters whose config came with a saved one, until its tensors come.
     _awaited: Mapping[str, AwaitedAdapter] = {}
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -90,11 +95,15 @@ class WaRAModel(BaseTuner):
         """Add the adapter of that name to all its target modules, and record their shapes in its config."""
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
+            # PEFT takes any key for one of a factor.
+            state_dict = {key: value for key, value in state_dict.items() if is_of_a_factor(key)}
+            kwargs["state_dict"] = state_dict
             self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
         given = cast(WaRAConfig, self.peft_config[adapter_name])
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         try:
             check_adapter_name(adapter_name)
+            self._injected = adapter_name
             self.peft_config[adapter_name] = copy.deepcopy(given)
             with warnings.catch_warnings():
                 # PEFT looks for the patterns' matches among modules alone; `warn_of_unmatched` says the same of all.
@@ -128,16 +137,32 @@ class WaRAModel(BaseTuner):
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
         for adapter_name in [name for name in self._awaited if name in self.peft_config]:
             awaited, config = self._awaited[adapter_name], cast(WaRAConfig, self.peft_config[adapter_name])
-            tensors = {key: value for key, value in state_dict.items() if f".{adapter_name}." in key}
-            ours = any(f".{self.prefix}" in key for key in tensors)
-            if ours and awaited.may_be(tensors, self.state_dict(prefix=prefix), config):
+            tensors = self._factors_in(state_dict, prefix, adapter_name)
+            own = self._factors_in(self.state_dict(prefix=prefix), prefix, adapter_name) if tensors else {}
+            if tensors and awaited.may_be(tensors, own, config):
                 try:
                     awaited.check(config)
+                    awaited.check_tensors(tensors, own)
                 except ValueError:
                     self._remove(adapter_name)
                     raise
                 self._awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _factors_in(self, state_dict: Mapping[str, Tensor], prefix: str, adapter_name: str) -> dict[str, Tensor]:
+        """What a state dict has of an adapter's factors, by key without the prefix.
+
+        Keys of a file that PEFT has not found in the model come without the adapter's name.
+        """
+        layers = [name for name, module in self.model.named_modules() if isinstance(module, WaRALayer)]
+        parts = {f"{prefix}model.{name}.{part}" for name in layers for part in TENSOR_PARTS}
+        found = {}
+        for key, tensor in state_dict.items():
+            container, _, last = key.rpartition(".")
+            of_adapter = container.removesuffix(f".{adapter_name}") in parts and last not in self.peft_config
+            if of_adapter or key.removesuffix(f".{adapter_name}") in parts:
+                found[key.removeprefix(f"{prefix}model.")] = tensor
+        return found
 
     def _remove(self, adapter_name: str) -> None:
         if len(self.peft_config) > 1:
@@ -149,9 +174,11 @@ class WaRAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
+        bases = self._checked_bases(peft_config, model)
+        check_saved_apart(model, cast(dict[str, WaRAConfig], self.peft_config), self._injected, bases)
         targets = {
             name: Target(shape_of(base), partial(self._base_weight, peft_config, name, base))
-            for name, base in self._checked_bases(peft_config, model).items()
+            for name, base in bases.items()
         }
         peft_config.form_object.check_targets(peft_config, model, targets)
 
@@ -391,6 +418,33 @@ class WaRAModel(BaseTuner):
             ValueError: the adapter was trained without `ordered_dropout`, is merged, or the rank is less than 1.
         """
         set_rank(self, adapter_name, rank)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(
+        cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
+    ) -> dict[str, Tensor]:
+        """Nothing: `_get_adapter_state_dict` adds the biases, for which it has to know the adapter's name."""
+        return {}
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What PEFT saves of an adapter, from a state dict, with all biases that train with it."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return found | trained_biases(model, cast(WaRAConfig, config), adapter_name, state_dict)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A saved adapter's tensors by the keys that the model has for them, whatever other adapters it has."""
+        return places_in(model, super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict))
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

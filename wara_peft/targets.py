@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -15,19 +14,6 @@ from .kinds import kind_of
 from .lora_fields import BOTH
 from .messages import first
 from .patterns import value_for
-
-
-def check_adapter_name(adapter_name: str) -> None:
-    """Refuse a name that is also that of a parameter.
-
-    Raises:
-        ValueError: it is.
-    """
-    if re.fullmatch(r"([AB]_)?level\d+|[ad][ad]\d+|weight", adapter_name):
-        raise ValueError(
-            f"adapter_name={adapter_name!r} is also the name of a parameter of WaRA adapters, and saving would write "
-            "an empty file. Choose another name."
-        )
 
 
 def check_ranks(config: WaRAConfig, names: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import WaRAConfig
 from ..kinds import loras_targets
-from ..layer import WaRALayer
+from ..layer import WaRALayer, saved_keys
 from ..messages import first
 from ..patterns import suffix_matches
 from .adapter import SavedAdapter
@@ -135,7 +135,7 @@ class AdaptedModel:
         except Exception as error:
             name = type(model).__name__
             raise ValueError(f"The adapter in {str(saved.path)!r} does not fit {name}: {error}") from error
-        keys = [key.removeprefix(PEFT_PREFIX) for key in state_dict if ".wara_" not in key]
+        keys = [key.removeprefix(PEFT_PREFIX) for key in state_dict.keys() - saved_keys(wrapped, "default")]
         self.saved = {parameter_of(key) for key in keys if not PEFT_INTERNAL.search(key)}
         self.owned = set(_owned(wrapped))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from ..config import WaRAConfig
 from ..forms import Parts
 from ..kinds import KINDS, ModuleShape
+from ..layer import TENSOR_PARTS
 from ..messages import first
 from .tensors import FLOATS, INTEGERS, TensorFile, TensorInfo
 
@@ -49,8 +51,8 @@ class Contents:
         UserWarning: the file holds what the config does not mention, or no biases where they train.
     """
 
-    prefix = ".wara_"
-    """Which keys are of factors."""
+    parts_of_layers: tuple[str, ...] = TENSOR_PARTS
+    """What a layer's factors lie in, by which a key that nothing in the config explains is known for one of them."""
 
     def __init__(self, config: WaRAConfig, modules: dict[str, ModuleShape], file: TensorFile) -> None:
         self.config, self.modules = config, modules
@@ -78,12 +80,13 @@ class Contents:
             if not key.startswith(PEFT_PREFIX):
                 raise ValueError(f"{self.name} has the key {key!r}, which does not start with {PEFT_PREFIX!r}.")
             # A module that trains in full may count, as the batches of a batch norm.
-            if info.dtype not in FLOATS and (self.prefix in key or info.dtype not in INTEGERS):
-                raise ValueError(
-                    f"{self.name} has {key!r} of dtype {info.dtype}; one of {', '.join(FLOATS)} is allowed."
-                )
+            self._check_dtype(key, info, (*FLOATS, *INTEGERS))
             found[key.removeprefix(PEFT_PREFIX)] = info
         return found
+
+    def _check_dtype(self, key: str, info: TensorInfo, allowed: Iterable[str]) -> None:
+        if info.dtype not in allowed:
+            raise ValueError(f"{self.name} has {key!r} of dtype {info.dtype}; one of {', '.join(FLOATS)} is allowed.")
 
     def _check_keys(self) -> dict[str, TensorInfo]:
         """Compare what is in the file with what the config says; returns what is not a factor."""
@@ -92,15 +95,16 @@ class Contents:
         if missing:
             raise ValueError(f"{self.name} lacks {first(missing)}, which its config asks for.")
         for key, shape in expected.items():
+            self._check_dtype(key, self.tensors[key], FLOATS)
             if self.tensors[key].shape != shape:
                 raise ValueError(
                     f"{self.name} has {key!r} of shape {self.tensors[key].shape}, but its config asks for {shape}."
                 )
         others = {key: info for key, info in self.tensors.items() if key not in expected}
-        stray = [repr(key) for key in others if self.prefix in key]
+        self.unmentioned = {key for key in others if not self._is_known(key)}
+        stray = [repr(key) for key in others if key in self.unmentioned and self._looks_like_a_factor(key)]
         if stray:
             raise ValueError(f"{self.name} holds {first(stray)}, of which its config says nothing.")
-        self.unmentioned = {key for key in others if not self._is_known(key)}
         if self.unmentioned:
             names = [repr(key) for key in others if key in self.unmentioned]
             warnings.warn(
@@ -187,6 +191,10 @@ class Contents:
         if len(kernel) != dimensions or 0 in kernel:
             raise ValueError(f"{self.name} holds no {dimensions}-d kernel for module {name!r}.")
         return replace(shape, kernel=kernel)
+
+    def _looks_like_a_factor(self, key: str) -> bool:
+        """Whether a key ends as those of factors: in the name of a part, or that and a parameter's."""
+        return any(part in self.parts_of_layers for part in key.split(".")[-2:])
 
     def _is_known(self, key: str) -> bool:
         """Whether the config, or PEFT's habit of saving embeddings, explains a key that is not a factor."""

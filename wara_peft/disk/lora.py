@@ -149,7 +149,7 @@ class SavedLora:
 class _LoraContents(Contents):
     """The tensors of a LoRA's file."""
 
-    prefix = ".lora_"
+    parts_of_layers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     def __init__(self, config: LoraConfig, modules: dict[str, ModuleShape], tied: Set[str], file: TensorFile) -> None:
         self.tied = tied
@@ -158,7 +158,7 @@ class _LoraContents(Contents):
 
     def _check_dtypes(self, file: TensorFile) -> dict[str, TensorInfo]:
         found = super()._check_dtypes(file)
-        repeated = tuple(f"{name}{self.prefix}" for name in self.tied)
+        repeated = tuple(f"{name}.{part}" for name in self.tied for part in self.parts_of_layers)
         return {key: info for key, info in found.items() if not key.startswith(repeated)}
 
     def _factors_of(self, module: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:

@@ -1,0 +1,123 @@
+"""Names of adapters, which PEFT looks for in the keys of tensors when it saves one of several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import WaRAConfig
+from .kinds import BareParameter
+from .layer import TENSOR_PARTS, WaRALayer
+
+OF_PARTS = (
+    *TENSOR_PARTS,
+    "base_layer",
+    "modules_to_save",
+    "original_module",
+    "token_adapter",
+    "trainable_tokens_delta",
+    "weight",
+    "bias",
+)
+"""Names that PEFT and the layers give to parts of an adapted module."""
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Refuse a name that is also that of a part of every adapter.
+
+    Raises:
+        ValueError: it is.
+    """
+    if adapter_name in OF_PARTS or re.fullmatch(r"([AB]_)?level\d+|[ad][ad]\d+", adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is also the name of a parameter or a part of WaRA adapters, and saving "
+            "would write an empty or incomplete file. Choose another name."
+        )
+
+
+def check_saved_apart(
+    model: nn.Module, configs: Mapping[str, WaRAConfig], adapter_name: str, targets: Mapping[str, nn.Module]
+) -> None:
+    """Refuse a new adapter if PEFT would leave out, or rename, tensors of it or of another one when it saves them.
+
+    Where a model has several adapters, PEFT leaves out of each one's file the keys that have the name of another one
+    between two dots. And it takes an adapter's own name out of the end of its keys, also where a module has it.
+
+    Args:
+        model: the model, without the new adapter.
+        configs: configs of all adapters, the new one included, by name.
+        adapter_name: the new one.
+        targets: the layers and parameters that the new one adapts, by name.
+
+    Raises:
+        ValueError: a name of an adapter is that of a module on the path to what another one saves, or the new
+            adapter's name is that of a module which it saves in full, or a name ends like that of such a module.
+    """
+    ending = [(name, end) for name in configs for end in _names_in_full(configs[adapter_name]) if name.endswith(end)]
+    if ending:
+        name, end = ending[0]
+        raise ValueError(
+            f"The adapter's name {name!r} ends like {end!r} in `modules_to_save` or `trainable_token_indices`, and "
+            "PEFT would take the adapter's factors for a module of that name. Choose another name."
+        )
+    in_full = list(_saved_in_full(model, configs[adapter_name], targets))
+    own = next((name for name in in_full if adapter_name in name.split(".")[-2:]), None)
+    if own is not None:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is also the name of a module in {own!r}, which this adapter trains in "
+            "full, and PEFT would save it under another key. Choose another name."
+        )
+    others = {name: config for name, config in configs.items() if name != adapter_name}
+    for other in others:
+        path = _path_with(other, [*targets, *in_full])
+        if path is not None:
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be added beside {other!r}, which has the name of a module on the "
+                f"path to {path!r}: PEFT would leave this out of the file of {adapter_name!r}. Load {other!r} under "
+                "another name."
+            )
+    for other, config in others.items():
+        adapted = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, WaRALayer) and other in module.wara_A
+        }
+        path = _path_with(adapter_name, [*adapted, *_saved_in_full(model, config, adapted)])
+        if path is not None:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is also the name of a module on the path to {path!r}, which adapter "
+                f"{other!r} adapts or trains, and PEFT would leave this out of the file of {other!r}. Choose another "
+                "name."
+            )
+
+
+def _path_with(adapter_name: str, names: Iterable[str]) -> str | None:
+    """The first of these names that has the adapter's between two dots where `PeftModel` has the base model."""
+    return next((name for name in names if adapter_name in ("model", *name.split("."))), None)
+
+
+def _names_in_full(config: WaRAConfig) -> tuple[str, ...]:
+    """Names that PEFT compares with the ends of modules' names, to train these in full or some of their rows."""
+    indices = config.trainable_token_indices
+    return (*(config.modules_to_save or ()), *(indices if isinstance(indices, dict) else ()))
+
+
+def _saved_in_full(model: nn.Module, config: WaRAConfig, targets: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Keys of what PEFT saves besides the factors; those of embeddings too, which it saves if they were resized."""
+    embeddings = [
+        getattr(model, get)() for get in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, get)
+    ]
+    for name, module in model.named_modules():
+        original = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        is_embedding = any(original is embedding for embedding in embeddings)
+        if name.endswith(_names_in_full(config)) or (name and is_embedding):
+            yield from (f"{name}.{key}" for key in original.state_dict())
+        elif config.bias != "none" and getattr(module, "bias", None) is not None:
+            layer = targets.get(name)
+            if layer is not None and not isinstance(layer, BareParameter):
+                yield f"{name}.base_layer.bias"
+            elif config.bias == "all" or layer is not None or name.rpartition(".")[0] in targets:
+                yield f"{name}.bias"

@@ -1,0 +1,69 @@
+"""What PEFT saves of an adapter besides its factors, and under which keys: biases, embeddings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from .config import WaRAConfig
+from .experts import AdaptedModule
+from .layer import WaRALayer
+
+AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
+"""What is in keys of a module that PEFT has put something around."""
+OF_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What is in names of parameters of a model that is distributed or checkpointed, and not in keys of its state dict."""
+
+
+def trained_biases(
+    model: nn.Module, config: WaRAConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The biases that train with an adapter, from a state dict, by the keys under which they are saved.
+
+    With `bias="wara_only"` these are the parameters that its layers say their biases are, wherever they lie: beside
+    the weight, in a factor of a factorised layer, or in the module that has an adapted parameter. Biases of a layer
+    that other adapters have, and this one does not, get the key that they have where only this one is in the model.
+    """
+    if config.bias == "none":
+        return {}
+    layers = {
+        OF_WRAPPERS.sub("", name): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, WaRALayer) and adapter_name in layer.wara_A
+    }
+    if config.bias == "all":
+        keys = {key for key in state_dict if key == "bias" or key.endswith(".bias")}
+    else:
+        of_layers = {id(bias) for layer in layers.values() if (bias := getattr(layer, "bias", None)) is not None}
+        named = model.named_parameters(remove_duplicate=False)
+        keys = {OF_WRAPPERS.sub("", name) for name, parameter in named if id(parameter) in of_layers}
+    own, in_full = set(layers), list[str]()
+    for name, module in model.named_modules():
+        name = OF_WRAPPERS.sub("", name)
+        if isinstance(module, AdaptedModule) and any(f"{name}.{layer}" in layers for layer in module.layers):
+            own.add(name)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            own.add(name)
+            in_full += [f"{name}."] if isinstance(module, ModulesToSaveWrapper) else []
+    return {
+        _without_others(key, own): value
+        for key, value in state_dict.items()
+        if key in keys and not key.startswith(tuple(in_full))  # which PEFT saves as a part of what trains in full
+    }
+
+
+def _without_others(key: str, own: set[str]) -> str:
+    """A key without what is around the modules whose names are not among `own`."""
+    return AROUND.sub(lambda found: found[0] if key[: found.start()] in own else "", key)
+
+
+def places_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the keys that the model has for what other adapters in it have wrapped, or no longer wrap."""
+    known = model.state_dict().keys()
+    if all(key in known for key in state_dict):
+        return dict(state_dict)
+    places = {AROUND.sub("", key): key for key in known}
+    return {key if key in known else places.get(AROUND.sub("", key), key): value for key, value in state_dict.items()}
