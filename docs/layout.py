@@ -20,16 +20,8 @@ ORDER = (
     ("config_checks", "lora_fields"),
     ("config",),
     ("layer", "conv", "embedding", "experts", "factorized_linear", "disk"),
-    (
-        "components",
-        "combine",
-        "initialization",
-        "rescaling",
-        "optimizer_groups",
-        "mixed_batch",
-        "adapter_names",
-        "in_full",
-    ),
+    ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
+    ("adapter_names", "in_full"),
     ("nested", "model"),
     (
         "diffusion",

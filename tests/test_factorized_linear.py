@@ -210,10 +210,6 @@ class TestTargets:
             warnings.simplefilter("ignore")  # PEFT's, of a second adapter
             get_peft_model(model.base_model.model, WaRAConfig(target_modules=["query"]))
 
-    def test_biases_that_would_not_be_saved_are_refused(self) -> None:
-        with pytest.raises(ValueError, match=r"bias='wara_only' would train the bias of .*query"):
-            get_peft_model(compressed(), WaRAConfig(target_modules=["query"], bias="wara_only"))
-
 
 class TestLoraOnFactors:
     """What PEFT can do, beside WaRA."""

@@ -11,6 +11,7 @@ from torch import nn
 from .config import WaRAConfig
 from .kinds import BareParameter
 from .layer import TENSOR_PARTS, WaRALayer
+from .targets import names_in_full
 
 OF_PARTS = (
     *TENSOR_PARTS,
@@ -56,7 +57,7 @@ def check_saved_apart(
         ValueError: a name of an adapter is that of a module on the path to what another one saves, or the new
             adapter's name is that of a module which it saves in full, or a name ends like that of such a module.
     """
-    ending = [(name, end) for name in configs for end in _names_in_full(configs[adapter_name]) if name.endswith(end)]
+    ending = [(name, end) for name in configs for end in names_in_full(configs[adapter_name]) if name.endswith(end)]
     if ending:
         name, end = ending[0]
         raise ValueError(
@@ -99,12 +100,6 @@ def _path_with(adapter_name: str, names: Iterable[str]) -> str | None:
     return next((name for name in names if adapter_name in ("model", *name.split("."))), None)
 
 
-def _names_in_full(config: WaRAConfig) -> tuple[str, ...]:
-    """Names that PEFT compares with the ends of modules' names, to train these in full or some of their rows."""
-    indices = config.trainable_token_indices
-    return (*(config.modules_to_save or ()), *(indices if isinstance(indices, dict) else ()))
-
-
 def _saved_in_full(model: nn.Module, config: WaRAConfig, targets: Mapping[str, nn.Module]) -> Iterator[str]:
     """Keys of what PEFT saves besides the factors; those of embeddings too, which it saves if they were resized."""
     embeddings = [
@@ -113,7 +108,7 @@ def _saved_in_full(model: nn.Module, config: WaRAConfig, targets: Mapping[str, n
     for name, module in model.named_modules():
         original = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
         is_embedding = any(original is embedding for embedding in embeddings)
-        if name.endswith(_names_in_full(config)) or (name and is_embedding):
+        if name.endswith(names_in_full(config)) or (name and is_embedding):
             yield from (f"{name}.{key}" for key in original.state_dict())
         elif config.bias != "none" and getattr(module, "bias", None) is not None:
             layer = targets.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,12 +89,13 @@ def _in_directory(path: Path, component: str | None) -> AdapterSource:
     saved = SavedAdapter(path, component)
     for name in saved.modules:
         saved.check_has_delta_weight(name)
+    kinds = {name: shape.kind for name, shape in saved.modules.items()}
     return AdapterSource(
         config=saved.config,
-        kinds={name: shape.kind for name, shape in saved.modules.items()},
+        kinds=kinds,
         dtypes={name: saved.dtype(name) for name in saved.modules},
         update=saved.update,
-        others={PEFT_PREFIX + key: saved.other(key) for key in saved.others},
+        others={PEFT_PREFIX + _loras_key(kinds, key): saved.other(key) for key in saved.others},
         positions={name: shape.position for name, shape in saved.modules.items() if shape.kind.is_parameter},
         base_class=_recorded_class(saved.config),
         component=saved.component,
@@ -126,13 +127,18 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
     base_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     factors = saved_keys(model, adapter_name)
-    others = {key: value for key, value in state_dict.items() if key not in factors}
+    kinds = {name: layer.kind for name, layer in layers.items()}
+    others = {
+        PEFT_PREFIX + _loras_key(kinds, key.removeprefix(PEFT_PREFIX)): value
+        for key, value in state_dict.items()
+        if key not in factors
+    }
     return AdapterSource(
         config=config,
-        kinds={name: layer.kind for name, layer in layers.items()},
+        kinds=kinds,
         dtypes={name: layer.factors(adapter_name)[0].dtype for name, layer in layers.items()},
         update=lambda name, dtype: layers[name].low_rank_update(adapter_name, dtype),
-        others={key if key.startswith(PEFT_PREFIX) else PEFT_PREFIX + key: value for key, value in others.items()},
+        others=others,
         exclude_modules=suffix_matches(layers, [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]),
         positions={name: layer.shape.position for name, layer in layers.items() if layer.kind.is_parameter},
         base_class=(base_class.__name__, base_class.__module__),
@@ -142,6 +148,23 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
             *_about_attentions(layer.kind for layer in layers.values()),
         ],
     )
+
+
+def _loras_key(kinds: Mapping[str, Kind], key: str) -> str:
+    """Where PEFT's LoRA of these modules keeps what an adapter holds in full under a key.
+
+    LoRA wraps the output projection of an attention too, and the module of bare parameters once for each of them. A
+    factorised layer it knows as the dense one, whose bias lies beside the weight.
+    """
+    module, around, name = key.partition(".base_layer.")
+    if not around:
+        return key
+    if name == "out_proj.bias" and kinds.get(f"{module}.in_proj_weight") is IN_PROJ:
+        return f"{module}.base_layer.out_proj.base_layer.bias"
+    if module in kinds and kinds[module].is_factorized:
+        return f"{module}.base_layer.{name.rpartition('.')[2]}"
+    parameters = [other for other, kind in kinds.items() if kind.is_parameter and other.rpartition(".")[0] == module]
+    return f"{module}{'.base_layer' * max(1, len(parameters))}.{name}"
 
 
 def _about_attentions(kinds: Iterable[Kind]) -> list[str]:

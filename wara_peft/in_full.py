@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .config import WaRAConfig
 from .experts import AdaptedModule
@@ -67,3 +69,39 @@ def places_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, T
         return dict(state_dict)
     places = {AROUND.sub("", key): key for key in known}
     return {key if key in known else places.get(AROUND.sub("", key), key): value for key, value in state_dict.items()}
+
+
+def resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT leaves out of a model whose vocabulary was resized, where one of its two embeddings is adapted.
+
+    PEFT saves both embeddings of such a model in full, or else those that are adapted. The rows that were added to the
+    other one would be drawn anew before the adapter is loaded.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        return {}
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    adapted = [layer for layer in layers if isinstance(layer, WaRALayer)]
+    others = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
+    if (
+        len(adapted) != 1
+        or len(others) != 1
+        or others[0].weight is adapted[0].weight
+        or not _is_resized(model, config)
+    ):
+        return {}
+    name = next(OF_WRAPPERS.sub("", name) for name, module in model.named_modules() if module is others[0])
+    return {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+
+
+def _is_resized(model: Any, config: WaRAConfig) -> bool:
+    """Whether the base model's own config, where it is on this machine, tells of another number of tokens."""
+    own = getattr(model, "config", None)
+    path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
+    if not path or not isinstance(own, PreTrainedConfig):
+        return False
+    try:
+        base = type(own).from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    sizes = {getattr(entry.get_text_config(), "vocab_size", None) for entry in (own, base)}
+    return len(sizes) > 1

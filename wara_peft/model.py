@@ -44,7 +44,7 @@ from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
 from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
-from .in_full import places_in, trained_biases
+from .in_full import places_in, resized_embedding, trained_biases
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import TENSOR_PARTS, Linear, WaRALayer, is_of_a_factor
 from .messages import first
@@ -52,7 +52,7 @@ from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
-from .targets import check_factors, check_ranks, targeted_names, warn_of_unmatched
+from .targets import check_factors, check_in_full, check_ranks, targeted_names, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
@@ -225,11 +225,12 @@ class WaRAModel(BaseTuner):
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
         check_called(model, bases)
-        check_factors(peft_config, bases)
+        check_factors(bases)
         parameters += named_parameters(peft_config, model)
         check_parameters(peft_config, parameters, bases)
         bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
         check_ranks(peft_config, bases)
+        check_in_full(peft_config, model, bases)
         return bases
 
     def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
@@ -435,9 +436,11 @@ class WaRAModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """What PEFT saves of an adapter, from a state dict, with all biases that train with it."""
+        """What PEFT saves of an adapter, from a state dict, with all biases that train and both resized embeddings."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return found | trained_biases(model, cast(WaRAConfig, config), adapter_name, state_dict)
+        config = cast(WaRAConfig, config)
+        biases = trained_biases(model, config, adapter_name, state_dict)
+        return found | biases | resized_embedding(model, config, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -9,7 +9,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import WaRAConfig
-from .factorized import LowRankLinear
 from .kinds import kind_of
 from .lora_fields import BOTH
 from .messages import first
@@ -30,16 +29,14 @@ def check_ranks(config: WaRAConfig, names: Iterable[str]) -> None:
         )
 
 
-def check_factors(config: WaRAConfig, targets: Mapping[str, nn.Module]) -> None:
-    """Refuse what cannot be done with a factorised layer as a whole: its factors too, or its bias by itself.
+def check_factors(targets: Mapping[str, nn.Module]) -> None:
+    """Refuse to adapt a factorised layer as a whole, and its factors too.
 
     Args:
-        config: the config.
         targets: base layers that are to be adapted, by name.
 
     Raises:
-        ValueError: a factor of such a target is one too, or has an adapter, or its bias is to train and be saved
-            under a name under which PEFT does not look for it.
+        ValueError: a factor of such a target is one too, or has an adapter.
     """
     for name, base in targets.items():
         if not kind_of(base).is_factorized:
@@ -54,10 +51,38 @@ def check_factors(config: WaRAConfig, targets: Mapping[str, nn.Module]) -> None:
                 f"Target module {name!r} is a {type(base).__name__}, and so is its factor {adapted[0]!r} to be "
                 "adapted, or is already. Target the layer as a whole, by its name, or its factors, not both."
             )
-        if config.bias == "wara_only" and isinstance(base, LowRankLinear) and base.bias is not None:
+
+
+def names_in_full(config: WaRAConfig) -> tuple[str, ...]:
+    """Names that PEFT compares with the ends of modules' names, to train these in full or some of their rows."""
+    indices = config.trainable_token_indices
+    return (*(config.modules_to_save or ()), *(indices if isinstance(indices, dict) else ()))
+
+
+def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) -> None:
+    """Refuse to adapt what is to train in full, or has rows of tokens that do; PEFT looks only at names of targets.
+
+    Args:
+        config: the config.
+        model: the model.
+        targets: names of the modules and parameters that are to be adapted.
+
+    Raises:
+        ValueError: a module that is to train in full is a target, or part of one, or has one inside.
+    """
+    ends, targets = names_in_full(config), list(targets)
+    embedding = None
+    if isinstance(config.trainable_token_indices, list) and hasattr(model, "get_input_embeddings"):
+        embedding = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        if not name.endswith(ends) and (embedding is None or module is not embedding):
+            continue
+        both = [target for target in targets if f"{target}.".startswith(f"{name}.") or name.startswith(f"{target}.")]
+        if both:
             raise ValueError(
-                f"bias='wara_only' would train the bias of {name!r}, a LowRankLinear, and not save it: PEFT looks for "
-                "it beside the weight, and it lies in the factor `up`. Use bias='none' or 'all', or target `up`."
+                f"{name!r} is to train in full or has rows of tokens that do, by `modules_to_save` or "
+                f"`trainable_token_indices`, and {first(list(map(repr, both)))} is to be adapted. Do one of the two: "
+                "take it out of one of these lists, or leave the target out with `exclude_modules`."
             )
 
 
