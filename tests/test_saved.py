@@ -151,6 +151,13 @@ def test_what_could_not_be_saved_is_refused_before_anything_is_changed(fields):
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if name != "dictionary.columns")
 
 
+def test_two_names_of_one_layer_of_tokens_are_refused():
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"tokens": nn.Embedding(5, 4)}), "up": nn.Linear(4, 4)})
+    both = {"encoder.tokens": [1], "tokens": [2]}
+    with pytest.raises(ValueError, match=r"'encoder\.tokens' and 'tokens', which both mean 'encoder\.tokens'"):
+        get_peft_model(model, WaRAConfig(target_modules=["up"], trainable_token_indices=both))
+
+
 def llama(**fields) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -21,7 +21,7 @@ from .field_types import Json, check_types, read_json
 from .forms import FORMS, Form, importance_order, turns_of
 from .lora_fields import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
 from .model_card import add_loading_section
-from .patterns import exact_pattern, suffix_matches, value_for
+from .patterns import exact_pattern, in_any_order, suffix_matches, value_for
 
 
 @with_help
@@ -54,8 +54,9 @@ class WaRAConfig(PeftConfig):
             out. `aa0` is the undecomposed matrix, and has rank 0 unless named: `{"aa0": 8}` adds plain LoRA's pair
             (not with "grid", whose subbands are of tokens).
         rank_pattern: by module name or regular expression, an int in place of `r` or a dict like `subband_ranks`.
-            Precedence: dict in `rank_pattern`, `subband_ranks`, int in `rank_pattern`, `r`.
-        alpha_pattern: by module name or regular expression, a number in place of `wara_alpha`.
+            Precedence: dict in `rank_pattern`, `subband_ranks`, int in `rank_pattern`, `r`. Of several that match a
+            module the first counts, also after saving, which writes them so that their order is free.
+        alpha_pattern: by module name or regular expression, a number in place of `wara_alpha`, as in `rank_pattern`.
         wara_dropout: dropout probability on the adapter's input.
         init_weights: True draws A as LoRA draws it, with the subband's fan-in, and sets B to zero, so that a new
             adapter changes nothing; False draws both (for tests). For `form="subband"` on linear layers also
@@ -291,6 +292,14 @@ class WaRAConfig(PeftConfig):
         )
         config.modules_to_tie, config.target_modules_to_tie = self.modules_to_tie, self.target_modules_to_tie
         return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as they are saved: patterns that overlap are written so that their order is free."""
+        names = list(self.module_shapes) if self.module_shapes else None
+        fields: dict[str, Any] = super().to_dict()
+        for name in ("rank_pattern", "alpha_pattern"):
+            fields[name] = in_any_order(name, fields[name], names)
+        return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and tell in the model card that loading needs `import wara_peft`."""

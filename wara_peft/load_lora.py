@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,6 +18,7 @@ from .disk.lora import SavedLora
 from .kinds import BareParameter, kind_of
 from .lora_fields import fields_from_lora, warn_of_left_out
 from .model import WaRAModel, shape_of
+from .patterns import matches
 
 
 def load_lora(
@@ -46,7 +48,7 @@ def load_lora(
         TypeError: the LoRA adapts modules of a kind that WaRA does not.
 
     Warns:
-        UserWarning: names what the LoRA has and WaRA does not.
+        UserWarning: names what the LoRA has and WaRA does not, or patterns between which a lost order decides.
     """
     saved = SavedLora(path)
     config = _config(saved.config, fields)
@@ -54,6 +56,7 @@ def load_lora(
     targets = WaRAModel.targets_of(base, config)
     _check_targets(targets)
     shapes = {name: shape_of(target) for name, target in targets.items()}
+    _warn_of_lost_order(saved, targets)
     tied = _tied_to(targets, base) if config.ensure_weight_tying else set()
     state_dict = saved.state_dict(shapes, tied, _in_full(config, base), _shapes_in(base))
     if isinstance(model, PeftModel):
@@ -103,6 +106,23 @@ def _check_targets(targets: Mapping[str, nn.Module]) -> None:
                     f"The convolution {name!r} has {said}: PEFT's LoRA has A for all groups at once, and computes "
                     "without dilation and padding mode, which WaRA does not. Add a new adapter by `WaRAConfig`."
                 )
+
+
+def _warn_of_lost_order(saved: SavedLora, names: Iterable[str]) -> None:
+    """Warn of alphas between which their order in the file decides, as PEFT has sorted them."""
+    alphas: Mapping[str, float] = saved.config.alpha_pattern or {}
+    for name in names:
+        found = [pattern for pattern in alphas if matches(pattern, name, "alpha_pattern")]
+        other = next((pattern for pattern in found if alphas[pattern] != alphas[found[0]]), None)
+        if other is not None:
+            warnings.warn(
+                f"alpha_pattern of the LoRA in {str(saved.path)!r} has {found[0]!r} and {other!r}, which both match "
+                f"{name!r}. PEFT sorts them when it saves, so that it is lost which one counted in training. The "
+                f"first in the file, {found[0]!r}, counts now, as where PEFT loads it. If it was the other one, put "
+                "that first in `adapter_config.json`.",
+                stacklevel=3,
+            )
+            return
 
 
 def _tied_to(targets: Mapping[str, nn.Module], model: nn.Module) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -50,6 +49,7 @@ from .layer import TENSOR_PARTS, Linear, WaRALayer, is_of_a_factor
 from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
+from .patterns import Unseen
 from .quantization import base_weight, keep_unpacked
 from .rollback import undone_on_error
 from .targets import check_factors, check_in_full, check_ranks, targeted_names, warn_of_unmatched
@@ -105,9 +105,7 @@ class WaRAModel(BaseTuner):
             check_adapter_name(adapter_name)
             self._injected = adapter_name
             self.peft_config[adapter_name] = copy.deepcopy(given)
-            with warnings.catch_warnings():
-                # PEFT looks for the patterns' matches among modules alone; `warn_of_unmatched` says the same of all.
-                warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            with _unseen_patterns(cast(WaRAConfig, self.peft_config[adapter_name])):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
@@ -523,6 +521,16 @@ class WaRAModel(BaseTuner):
         let_go(self.model)
         watch_no_more(self.model)
         return unloaded
+
+
+@contextmanager
+def _unseen_patterns(config: WaRAConfig) -> Iterator[None]:
+    """Scope in which PEFT does not see patterns; `warn_of_unmatched` warns of those that match nothing."""
+    config.rank_pattern, config.alpha_pattern = Unseen(config.rank_pattern), Unseen(config.alpha_pattern)
+    try:
+        yield
+    finally:
+        config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
 
 
 def shape_of(base_layer: nn.Module) -> ModuleShape:

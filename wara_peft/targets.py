@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -12,15 +13,17 @@ from .config import WaRAConfig
 from .kinds import kind_of
 from .lora_fields import BOTH
 from .messages import first
-from .patterns import value_for
+from .patterns import NEGATED, check_in_time, matches
 
 
-def check_ranks(config: WaRAConfig, names: Iterable[str]) -> None:
-    """Refuse a config that leaves one of the modules without any rank.
+def check_ranks(config: WaRAConfig, names: Collection[str]) -> None:
+    """Refuse a config that leaves one of the modules without any rank, or whose patterns would match for ever.
 
     Raises:
-        ValueError: it does.
+        ValueError: it does, or they would.
     """
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        check_in_time(field_name, getattr(config, field_name), names)
     empty = [repr(name) for name in names if not any(config.ranks_of(name).values())]
     if empty:
         raise ValueError(
@@ -60,7 +63,7 @@ def names_in_full(config: WaRAConfig) -> tuple[str, ...]:
 
 
 def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) -> None:
-    """Refuse to adapt what is to train in full, or has rows of tokens that do; PEFT looks only at names of targets.
+    """Refuse to adapt what is to train in full, or has rows of tokens that do: PEFT looks only at names of targets.
 
     Args:
         config: the config.
@@ -68,13 +71,23 @@ def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) 
         targets: names of the modules and parameters that are to be adapted.
 
     Raises:
-        ValueError: a module that is to train in full is a target, or part of one, or has one inside.
+        ValueError: a module that is to train in full is a target, or part of one, or has one inside; or two names of
+            layers with rows of tokens mean the same one.
     """
     ends, targets = names_in_full(config), list(targets)
-    embedding = None
+    embedding: object = None
     if isinstance(config.trainable_token_indices, list) and hasattr(model, "get_input_embeddings"):
-        embedding = model.get_input_embeddings()
+        embedding = cast(Any, model).get_input_embeddings()
+    indices = config.trainable_token_indices
     for name, module in model.named_modules():
+        tokens = (
+            {end: rows for end, rows in indices.items() if name.endswith(end)} if isinstance(indices, dict) else {}
+        )
+        if len({tuple(rows) for rows in tokens.values()}) > 1:
+            raise ValueError(
+                f"trainable_token_indices has other tokens for {' and '.join(map(repr, tokens))}, which both mean "
+                f"{name!r}, and PEFT does not keep their order. Name each layer once, by a name that no other ends in."
+            )
         if not name.endswith(ends) and (embedding is None or module is not embedding):
             continue
         both = [target for target in targets if f"{target}.".startswith(f"{name}.") or name.startswith(f"{target}.")]
@@ -107,8 +120,8 @@ def warn_of_unmatched(config: WaRAConfig, named: Iterable[str], modules: Iterabl
         unmatched = [
             pattern
             for pattern in sorted(patterns)
-            if not pattern.startswith(BOTH)
-            and not any(value_for(name, field_name, {pattern: True}, False) for name in config.module_shapes or {})
+            if not pattern.startswith((BOTH, NEGATED))
+            and not any(matches(pattern, name, field_name) for name in config.module_shapes or {})
         ]
         if unmatched:
             warnings.warn(
