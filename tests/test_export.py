@@ -24,7 +24,8 @@ from wara_peft.export import vllm_max_lora_rank
 from wara_peft.quantization import keep_unpacked
 
 IN_FULL = "ignore:PEFT loads all of this LoRA:UserWarning"
-pytestmark = pytest.mark.filterwarnings(IN_FULL)
+SOME_WITHOUT_BIAS = "ignore:bias='wara_only' in the config says:UserWarning"
+pytestmark = pytest.mark.filterwarnings(IN_FULL, SOME_WITHOUT_BIAS)
 
 # model, input width, config: one row a case
 CASES = {

@@ -102,7 +102,7 @@ def biases_of(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA|Neither PEFT nor engines|PEFT's LoRA")
+@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA|PEFT's LoRA|bias=.* has none of 'plain'")
 @pytest.mark.parametrize("bias", ["none", "wara_only", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_trains_is_loaded(kind, bias, tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from .config import WaRAConfig
 from .kinds import BareParameter
 from .layer import TENSOR_PARTS, WaRALayer
-from .targets import names_in_full
+from .targets import embeddings, names_in_full
 
 OF_PARTS = (
     *TENSOR_PARTS,
@@ -102,12 +102,10 @@ def _path_with(adapter_name: str, names: Iterable[str]) -> str | None:
 
 def _saved_in_full(model: nn.Module, config: WaRAConfig, targets: Mapping[str, nn.Module]) -> Iterator[str]:
     """Keys of what PEFT saves besides the factors; those of embeddings too, which it saves if they were resized."""
-    embeddings = [
-        getattr(model, get)() for get in ("get_input_embeddings", "get_output_embeddings") if hasattr(model, get)
-    ]
+    resizable = [layer for layer in embeddings(model) if layer is not None]
     for name, module in model.named_modules():
         original = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
-        is_embedding = any(original is embedding for embedding in embeddings)
+        is_embedding = any(original is layer for layer in resizable)
         if name.endswith(names_in_full(config)) or (name and is_embedding):
             yield from (f"{name}.{key}" for key in original.state_dict())
         elif config.bias != "none" and getattr(module, "bias", None) is not None:

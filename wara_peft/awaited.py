@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,31 @@ class AwaitedAdapter:
             f"{self.config.levels} and r={self.config.r}: {' and '.join(said)}. Use a complete copy of the adapter, "
             "whose two files belong together."
         )
+
+    def check_biases(self, missing: Iterable[str]) -> None:
+        """Compare the biases that are being loaded with those that train with the adapter.
+
+        Args:
+            missing: keys of the latter that are not loaded.
+
+        Raises:
+            ValueError: one of a layer that the adapter was saved for is missing.
+
+        Warns:
+            UserWarning: another one is missing: of a module that was not there when the adapter was saved, or one that
+                wara-peft 0.1.0 did not save, of an attention or of a module of bare parameters.
+        """
+        beside_weights = {f"{name}.base_layer.bias" for name in self.config.module_shapes or {}}
+        missing = sorted(missing)
+        lacking = [repr(key) for key in missing if key in beside_weights]
+        promise = f"bias={self.config.bias!r} in the config of the saved adapter promises"
+        if lacking:
+            raise ValueError(f"{promise} {first(lacking)}, which its file lacks. Use a complete copy of the adapter.")
+        if missing:
+            warnings.warn(
+                f"{promise} {first(list(map(repr, missing)))}, which its file lacks: what it learnt there is "
+                "lost, and the base model's values stay."
+            )
 
     def warn_if_another(self, found: WaRAConfig) -> None:
         """Warn of modules that the tensors cannot belong to, where only loading would make such an adapter.

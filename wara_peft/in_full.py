@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from .config import WaRAConfig
 from .experts import AdaptedModule
 from .layer import WaRALayer
+from .targets import embeddings
 
 AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
 """What is in keys of a module that PEFT has put something around."""
@@ -77,9 +78,7 @@ def resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, T
     PEFT saves both embeddings of such a model in full, or else those that are adapted. The rows that were added to the
     other one would be drawn anew before the adapter is loaded.
     """
-    if not hasattr(model, "get_input_embeddings"):
-        return {}
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    layers = embeddings(model)
     adapted = [layer for layer in layers if isinstance(layer, WaRALayer)]
     others = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
     if (

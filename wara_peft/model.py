@@ -43,7 +43,7 @@ from .embedding import Embedding
 from .experts import AdaptedModule, ParameterLayer
 from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
-from .in_full import places_in, resized_embedding, trained_biases
+from .in_full import AROUND, places_in, resized_embedding, trained_biases
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import TENSOR_PARTS, Linear, WaRALayer, is_of_a_factor
 from .messages import first
@@ -141,6 +141,9 @@ class WaRAModel(BaseTuner):
                 try:
                     awaited.check(config)
                     awaited.check_tensors(tensors, own)
+                    given = {AROUND.sub("", key.removeprefix(f"{prefix}model.")) for key in state_dict}
+                    biases = trained_biases(self.model, config, adapter_name, self.model.state_dict())
+                    awaited.check_biases(key for key in biases if AROUND.sub("", key) not in given)
                 except ValueError:
                     self._remove(adapter_name)
                     raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -62,6 +62,19 @@ def names_in_full(config: WaRAConfig) -> tuple[str, ...]:
     return (*(config.modules_to_save or ()), *(indices if isinstance(indices, dict) else ()))
 
 
+def embeddings(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embedding and the output layer of a model of transformers, None where it has none."""
+
+    def found(getter: str) -> nn.Module | None:
+        try:
+            layer: nn.Module | None = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            return None
+        return layer
+
+    return found("get_input_embeddings"), found("get_output_embeddings")
+
+
 def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) -> None:
     """Refuse to adapt what is to train in full, or has rows of tokens that do: PEFT looks only at names of targets.
 
@@ -75,9 +88,7 @@ def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) 
             layers with rows of tokens mean the same one.
     """
     ends, targets = names_in_full(config), list(targets)
-    embedding: object = None
-    if isinstance(config.trainable_token_indices, list) and hasattr(model, "get_input_embeddings"):
-        embedding = cast(Any, model).get_input_embeddings()
+    embedding = embeddings(model)[0] if isinstance(config.trainable_token_indices, list) else None
     indices = config.trainable_token_indices
     for name, module in model.named_modules():
         tokens = (

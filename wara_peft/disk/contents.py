@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import WaRAConfig
 from ..forms import Parts
-from ..kinds import KINDS, ModuleShape
+from ..kinds import IN_PROJ, KINDS, Kind, ModuleShape
 from ..layer import TENSOR_PARTS
 from ..messages import first
 from .tensors import FLOATS, INTEGERS, TensorFile, TensorInfo
@@ -148,19 +148,23 @@ class Contents:
     def _check_biases(self) -> None:
         """Which biases there are only the base model knows; but layers of one kind all have theirs, or none has."""
         in_full = tuple(self.config.modules_to_save or ())
-        biased = {_module_of(key) for key in self.others if key.endswith(".bias") and not _is_part_of(key, in_full)}
-        adapted = [name for name, shape in self.modules.items() if shape.kind is not KINDS["Embedding"]]
-        kinds = {re.sub(r"\.\d+\.", ".*.", name) for name in adapted if name in biased}
-        lacking = [repr(name) for name in adapted if name not in biased and re.sub(r"\.\d+\.", ".*.", name) in kinds]
+        there = {parameter_of(key) for key in self.others if key.endswith(".bias") and not _is_part_of(key, in_full)}
+        missing = [
+            name
+            for name, shape in self.modules.items()
+            if (places := _places_of_bias(name, shape.kind)) and there.isdisjoint(places)
+        ]
+        kinds = {_of_one_kind(name) for name in self.modules if name not in missing}
+        lacking = [repr(name) for name in missing if _of_one_kind(name) in kinds]
         if lacking:
             raise ValueError(
                 f"{self.name} lacks the bias of {first(lacking)}, but has it of other layers of that name, and "
                 f"bias={self.config.bias!r} in its config promises all. Use a complete copy of the adapter."
             )
-        if not biased:
+        if missing:
             warnings.warn(
-                f"bias={self.config.bias!r} in the config says that biases were trained, and {self.name} has none. "
-                "Unless the base model has none either, it is not complete."
+                f"bias={self.config.bias!r} in the config says that biases were trained, and {self.name} has none of "
+                f"{first(list(map(repr, missing)))}. Unless the base model has none there either, it is not complete."
             )
 
     def token_indices(self, key: str) -> list[int]:
@@ -208,6 +212,20 @@ class Contents:
         module = _module_of(key)
         of_embedding = module in self.modules and self.modules[module].kind is KINDS["Embedding"]
         return parameter == "weight" and (of_embedding or module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+
+
+def _places_of_bias(module: str, kind: Kind) -> list[str]:
+    """Names that the bias of an adapted module may have in the model; none for kinds that have no bias."""
+    if kind is IN_PROJ or kind is KINDS["Embedding"]:
+        return []
+    if kind.is_parameter:
+        return [f"{module.rpartition('.')[0]}.bias"]
+    return [f"{module}.bias", f"{module}.up.bias"] if kind.is_factorized else [f"{module}.bias"]
+
+
+def _of_one_kind(module: str) -> str:
+    """What a module's name has in common with those of its kind in other blocks."""
+    return re.sub(r"\.\d+\.", ".*.", module)
 
 
 def _is_part_of(key: str, names: tuple[str, ...]) -> bool:
