@@ -13,7 +13,7 @@ DRAWN = "Description"
 """Where the picture's metadata say what is drawn in it."""
 ORDER = (
     ("factorized",),
-    ("messages", "kinds", "field_help", "field_types", "patterns", "registration", "model_card"),
+    ("messages", "kinds", "field_help", "field_types", "patterns", "registration", "model_card", "resolution"),
     ("svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
     ("wavelet", "attention"),
     ("forms",),

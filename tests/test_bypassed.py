@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.references import Mlp
+from tests.references import Mlp, module_shapes
 from wara_peft import WaRAConfig
 
 SMALL = {"vocab_size": 40, "hidden_size": 16}
@@ -120,7 +120,7 @@ def test_all_linear_names_all_that_is_to_be_left_out():
     model = get_peft_model(
         state_space("mamba"), WaRAConfig(target_modules="all-linear", exclude_modules=["dt_proj", "out_proj"])
     )
-    assert {name.rpartition(".")[2] for name in model.peft_config["default"].module_shapes} == {"in_proj", "x_proj"}
+    assert {name.rpartition(".")[2] for name in module_shapes(model)} == {"in_proj", "x_proj"}
 
 
 class Encoder(nn.Module):
@@ -163,7 +163,7 @@ class TestPyTorchsAttention:
                 return self.out_proj(x)
 
         model = get_peft_model(nn.Sequential(Calling(16, 2)), WaRAConfig(target_modules=["out_proj"]))
-        assert model.peft_config["default"].module_shapes == {"0.out_proj": ["Linear", 16, 16]}
+        assert module_shapes(model) == {"0.out_proj": ["Linear", 16, 16]}
 
     @pytest.mark.parametrize("activation", ["relu", "gelu"])
     def test_encoder_layers_call_their_adapters_in_eval_mode(self, activation):

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.references import WAVELETS, dense_coefficients, inverse_transform, sizes
+from tests.references import WAVELETS, dense_coefficients, inverse_transform, module_shapes, sizes
 from wara_peft import WaRAConfig, save_as_lora
 from wara_peft.embedding import Embedding
 
@@ -111,7 +111,7 @@ def test_saves_loads_and_exports(tmp_path):
     base = Bag()
     config = WaRAConfig(target_modules=["embedding", "head"], init_weights=False, r=3)
     model = get_peft_model(copy.deepcopy(base), config).eval()
-    assert model.peft_config["default"].module_shapes["embedding"] == ["Embedding", 6, 13]
+    assert module_shapes(model)["embedding"] == ["Embedding", 6, 13]
     model.save_pretrained(tmp_path / "wara")
     save_as_lora(tmp_path / "lora", model)
     for directory, exact in (("wara", True), ("lora", False)):

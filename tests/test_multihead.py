@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from references import dense_coefficients, inverse_transform
+from references import dense_coefficients, inverse_transform, module_shapes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -228,7 +228,7 @@ def test_saving_loading_and_a_second_adapter(tmp_path):
     expected = model(inputs())
     loaded = PeftModel.from_pretrained(Encoder(), tmp_path).eval()
     torch.testing.assert_close(loaded(inputs()), expected)
-    shapes = loaded.peft_config["default"].module_shapes
+    shapes = module_shapes(loaded)
     assert shapes["encoder.layers.0.self_attn.in_proj_weight"] == ["MultiheadAttention", 3 * WIDTH, WIDTH, 0, 0]
     assert shapes["encoder.layers.0.self_attn.out_proj"] == ["Linear", WIDTH, WIDTH]
     loaded.add_adapter("other", WaRAConfig(r=1, target_modules=["self_attn", "head"]))

@@ -21,25 +21,26 @@ class AwaitedAdapter:
 
     Attributes:
         config: the config as it was loaded, with the shapes and hashes of the modules that the tensors belong to.
+            The model writes neither.
         trained: names of the model's parameters that trained before the adapter was added.
     """
 
     config: WaRAConfig
     trained: list[str]
 
-    def check(self, found: WaRAConfig) -> None:
+    def check(self, found: Mapping[str, Any]) -> None:
         """Compare the modules that the saved adapter belongs to with those that have it now.
 
         Args:
-            found: the tuner's own config of the adapter.
+            found: fields of the config as this model has them.
 
         Raises:
             ValueError: they have other shapes or, where the basis is not saved, other weights.
         """
-        _check_shapes(self.config.module_shapes or {}, found.module_shapes or {})
-        _check_base_weights(self.config.base_weight_hashes or {}, found.base_weight_hashes or {})
+        _check_shapes(self.config.module_shapes or {}, found["module_shapes"])
+        _check_base_weights(self.config.base_weight_hashes or {}, found["base_weight_hashes"] or {})
 
-    def warn_if_another(self, found: WaRAConfig) -> None:
+    def warn_if_another(self, found: Mapping[str, Any]) -> None:
         """Warn of modules that the tensors cannot belong to, where only loading would make such an adapter.
 
         transformers loads without `load_state_dict`, where `check` is called otherwise.
@@ -50,17 +51,17 @@ class AwaitedAdapter:
             except ValueError as error:
                 warnings.warn(f"{error} A new adapter is made with its config, which does not train (inference_mode).")
 
-    def may_be(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], found: WaRAConfig) -> bool:
+    def may_be(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], found: Mapping[str, Any]) -> bool:
         """Whether tensors may be those of the saved adapter, and not a checkpoint of the one in the model.
 
         Args:
             tensors: what is being loaded, by key.
             own: what the model has.
-            found: the tuner's own config of the adapter.
+            found: fields of the config as this model has them.
         """
         if any(key in own and own[key].shape != tensor.shape for key, tensor in tensors.items()):
             return True
-        saved, here = self.config.module_shapes or {}, found.module_shapes or {}
+        saved, here = self.config.module_shapes or {}, found["module_shapes"]
         lengths = [
             pair for name in saved.keys() & here.keys() for pair in zip(saved[name][1:3], here[name][1:3], strict=True)
         ]

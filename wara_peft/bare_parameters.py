@@ -85,14 +85,14 @@ def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
 
 
 def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
-    """Target in the experts of a mixture what LoRA targets there, in place.
+    """Target in the experts of a mixture what LoRA targets there, in place, as PEFT does it with LoRA's config.
 
     Where transformers keeps in one parameter what were linear layers of each expert, PEFT's LoRA takes "all-linear",
     and names of those layers such as `w1` or `gate_proj`, for the parameters, router included, and doubles rank and
     alpha where two layers became one. Asked with a LoRA's config, it says what these are.
 
     Args:
-        config: the tuner's own copy of the config. A saved adapter's names what it adapts already.
+        config: the config. A saved adapter's names what it adapts already.
         model: the model.
 
     Raises:
@@ -117,6 +117,8 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
         return
     config.target_modules = lora.target_modules
     config.target_parameters = sorted(lora.target_parameters)
+    # New ones: the dicts that the user gave may serve another config or model.
+    config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
     for pattern, times in (lora.rank_pattern or {}).items():
         every = {name: rank * times for name, rank in config.ranks_of("").items()}
         config.rank_pattern.setdefault(pattern, every if config.subband_ranks else config.r * times)

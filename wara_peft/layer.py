@@ -61,11 +61,15 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         wara_A, wara_B: for each adapter one side of its pairs; `factors` gives what hands out Â (R, n) and B̂ (m, R).
         wara_gain, wara_core, wara_basis, token_mixing: further parts that some forms have.
         wara_alpha, scaling: for each adapter the numerator of its scaling, and the scaling in use.
+        r: for each adapter R, as scripts read LoRA's `r`; `wara_alpha` stands for `lora_alpha`.
+        in_model: for each adapter the fields of its config as they are in this model, which all its layers share.
     """
 
     adapter_layer_names: tuple[str, ...] = TENSOR_PARTS
     other_param_names: tuple[str, ...] = (
         "forms",
+        "in_model",
+        "r",
         "wara_alpha",
         "scaling",
         "use_rslora",
@@ -94,6 +98,8 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.wara_core = nn.ModuleDict({})
         self.wara_basis = nn.ModuleDict({})
         self.wara_dropout = nn.ModuleDict({})
+        self.in_model: dict[str, Mapping[str, Any]] = {}
+        self.r: dict[str, int] = {}
         self.wara_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
@@ -115,11 +121,6 @@ class WaRALayer(nn.Module, BaseTunerLayer):
     def kind(self) -> Kind:
         """What the base layer is."""
         return kind_of(self.get_base_layer())
-
-    @property
-    def r(self) -> dict[str, int]:
-        """R of each adapter by name, as scripts read LoRA's `r`; `wara_alpha` stands for `lora_alpha`."""
-        return {adapter_name: self.total_rank(adapter_name) for adapter_name in self.wara_A}
 
     @property
     def shape(self) -> ModuleShape:
@@ -155,8 +156,9 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             if not config.form_object.may_be_loaded(parts):
                 self._fill_from_weight(adapter_name)
         self.wara_dropout[adapter_name] = nn.Dropout(config.wara_dropout) if config.wara_dropout else nn.Identity()
+        self.r[adapter_name] = self.total_rank(adapter_name)
         alpha = config.alpha_of(module_name if tied_to is None else tied_to.module_name)
-        self.wara_alpha[adapter_name] = self.total_rank(adapter_name) if alpha is None else alpha
+        self.wara_alpha[adapter_name] = self.r[adapter_name] if alpha is None else alpha
         self.use_rslora[adapter_name] = config.use_rslora
         self.set_scale(adapter_name, 1.0)
         if tied_to is None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 from accelerate import init_empty_weights
+from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -36,6 +37,7 @@ from .bare_parameters import (
 )
 from .bypassed import check_called, keep_called, let_go
 from .combine import combine
+from .components import fields_in_model
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
@@ -48,6 +50,7 @@ from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .quantization import base_weight, keep_unpacked
+from .resolution import as_written, note, use
 from .rollback import undone_on_error
 from .targets import check_adapter_name, check_factors, check_ranks, targeted_names, warn_of_unmatched
 from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
@@ -74,8 +77,8 @@ class WaRAModel(BaseTuner):
             of other shapes is refused when its file is loaded, and then removed again.
 
     Attributes:
-        peft_config: the tuner's own copy of each adapter's config, on which it writes what it finds out; the object
-            that was passed in stays as it was.
+        peft_config: for each adapter the object that was passed in. Targets are resolved in it, as PEFT does it for
+            every method; what this model finds out besides, its layers keep, so that the object can serve others.
     """
 
     prefix: str = "wara_"
@@ -84,18 +87,22 @@ class WaRAModel(BaseTuner):
     _named_by_state_dict: set[str] | None = None
     # Adapters whose config came with a saved one, until its tensors come.
     _awaited: Mapping[str, AwaitedAdapter] = {}
+    # Of the adapter that is being injected.
+    _base_weight_hashes: Mapping[str, str] | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add the adapter of that name to all its target modules, and record their shapes in its config."""
+        """Add the adapter of that name to all its target modules; their shapes are saved with it."""
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
             self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
-        given = cast(WaRAConfig, self.peft_config[adapter_name])
+        config = cast(WaRAConfig, self.peft_config[adapter_name])
+        before = dict(vars(config))
+        written = as_written(config)
+        named = targeted_names(config) if config.module_shapes is None else ()
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         try:
             check_adapter_name(adapter_name)
-            self.peft_config[adapter_name] = copy.deepcopy(given)
             with warnings.catch_warnings():
                 # PEFT looks for the patterns' matches among modules alone; `warn_of_unmatched` says the same of all.
                 warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
@@ -103,21 +110,24 @@ class WaRAModel(BaseTuner):
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
+            vars(config).update(before)
             raise
         finally:
             self._named_by_state_dict = None
         keep_unpacked(model)
-        config = cast(WaRAConfig, self.peft_config[adapter_name])
-        config.module_shapes = {
-            name: module.shape.as_list()
+        layers = {
+            name: module
             for name, module in model.named_modules()
-            if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
+            if isinstance(module, WaRALayer) and adapter_name in module.wara_A
         }
-        named = targeted_names(given) if given.module_shapes is None else ()
-        warn_of_unmatched(config, named, [name for name, _ in model.named_modules()])
-        if given.module_shapes is not None:
-            awaited = AwaitedAdapter(given, trained)
-            awaited.warn_if_another(config)
+        shapes = {name: layer.shape.as_list() for name, layer in layers.items() if adapter_name not in layer.tied_to}
+        in_model = note(config, written, {"module_shapes": shapes, "base_weight_hashes": self._base_weight_hashes})
+        for layer in layers.values():
+            layer.in_model[adapter_name] = in_model
+        warn_of_unmatched(config, shapes, named, [name for name, _ in model.named_modules()])
+        if config.module_shapes is not None:
+            awaited = AwaitedAdapter(config, trained)
+            awaited.warn_if_another(in_model)
             self._awaited = {**self._awaited, adapter_name: awaited}
         keep_ties_in_replicas(model)
         keep_called(model)
@@ -127,12 +137,12 @@ class WaRAModel(BaseTuner):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
         for adapter_name in [name for name in self._awaited if name in self.peft_config]:
-            awaited, config = self._awaited[adapter_name], cast(WaRAConfig, self.peft_config[adapter_name])
+            awaited, found = self._awaited[adapter_name], fields_in_model(self, adapter_name)
             tensors = {key: value for key, value in state_dict.items() if f".{adapter_name}." in key}
             ours = any(f".{self.prefix}" in key for key in tensors)
-            if ours and awaited.may_be(tensors, self.state_dict(prefix=prefix), config):
+            if ours and awaited.may_be(tensors, self.state_dict(prefix=prefix), found):
                 try:
-                    awaited.check(config)
+                    awaited.check(found)
                 except ValueError:
                     self._remove(adapter_name)
                     raise
@@ -154,6 +164,7 @@ class WaRAModel(BaseTuner):
             for name, base in self._checked_bases(peft_config, model).items()
         }
         peft_config.form_object.check_targets(peft_config, model, targets)
+        self._base_weight_hashes = peft_config.form_object.base_weight_hashes(peft_config, targets)
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
@@ -166,7 +177,9 @@ class WaRAModel(BaseTuner):
         tuner = cls.__new__(cls)  # which is not initialised, for that would inject
         nn.Module.__init__(tuner)
         tuner.model = model
-        resolved = tuner._prepare_adapter_config(copy.deepcopy(config), cls.get_model_config(model))
+        config = copy.deepcopy(config)
+        as_written(config)
+        resolved = tuner._prepare_adapter_config(config, cls.get_model_config(model))
         return tuner._checked_bases(resolved, model)
 
     def _checked_bases(self, peft_config: WaRAConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -391,6 +404,15 @@ class WaRAModel(BaseTuner):
             ValueError: the adapter was trained without `ordered_dropout`, is merged, or the rank is less than 1.
         """
         set_rank(self, adapter_name, rank)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The tensors to save; PEFT writes the config next, so it gets what this model has found out."""
+        use(config, fields_in_model(model, adapter_name))
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        return tensors
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -75,14 +75,18 @@ def check_factors(config: WaRAConfig, targets: Mapping[str, nn.Module]) -> None:
             )
 
 
-def warn_of_unmatched(config: WaRAConfig, named: Iterable[str], modules: Iterable[str]) -> None:
+def warn_of_unmatched(
+    config: WaRAConfig, adapted: Iterable[str], named: Iterable[str], modules: Iterable[str]
+) -> None:
     """Warn of names and patterns that match nothing: PEFT does so where none matches, and of patterns for modules.
 
     Args:
         config: the config, resolved for the model.
+        adapted: names of the modules and parameters that it adapts.
         named: names that its user has given as `target_modules` or `target_parameters`.
         modules: names of all modules of the model, adapted parameters included.
     """
+    adapted = list(adapted)
     still_named = targeted_names(config) & set(named)
     matched = {name for name in still_named if any(f".{module}".endswith(f".{name}") for module in modules)}
     if still_named - matched:
@@ -97,7 +101,7 @@ def warn_of_unmatched(config: WaRAConfig, named: Iterable[str], modules: Iterabl
             pattern
             for pattern in sorted(patterns)
             if not pattern.startswith(BOTH)
-            and not any(value_for(name, field_name, {pattern: True}, False) for name in config.module_shapes or {})
+            and not any(value_for(name, field_name, {pattern: True}, False) for name in adapted)
         ]
         if unmatched:
             warnings.warn(
