@@ -21,7 +21,8 @@ ORDER = (
     ("config",),
     ("layer", "conv", "embedding", "experts", "factorized_linear", "disk"),
     ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
-    ("nested", "model"),
+    ("nested", "overwriting"),
+    ("model",),
     (
         "diffusion",
         "export",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,7 @@ from .layer import Linear, WaRALayer
 from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
+from .overwriting import check_keys, check_saved_adapter
 from .quantization import base_weight, keep_unpacked
 from .resolution import as_written, note, use
 from .rollback import undone_on_error
@@ -413,6 +415,27 @@ class WaRAModel(BaseTuner):
         use(config, fields_in_model(model, adapter_name))
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return tensors
+
+    def check_saved_adapter(self, adapter_name: str, path: str | os.PathLike[str], **hub: Any) -> None:
+        """Refuse a saved adapter whose tensors would mean something else in the adapter of that name.
+
+        `PeftModel.load_adapter` calls this where an adapter of the name is in the model.
+
+        Raises:
+            ValueError: see `wara_peft.overwriting.check_saved_adapter`.
+        """
+        check_saved_adapter(self, adapter_name, path, **hub)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors under the model's keys; refuse those that some modules have under other keys."""
+        check_keys(model, adapter_name, state_dict)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
