@@ -19,6 +19,8 @@ ORDER = (
     ("forms",),
     ("config_checks", "lora_fields"),
     ("config",),
+    ("kept_weight",),
+    ("merging",),
     ("layer", "conv", "embedding", "experts", "factorized_linear", "disk"),
     ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
     ("nested", "overwriting"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from .config import WaRAConfig, scaling
 from .forms import Form, Parts, SubbandFactor, TiedFactor
 from .kinds import Kind, ModuleShape, kind_of
 from .low_rank_update import LowRankUpdate
+from .merging import MergingLayer
 from .quantization import base_weight
 from .wavelet import autocast_off, is_autocast_on
 
@@ -44,7 +44,7 @@ class _PartsOfLayer(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
-class WaRALayer(nn.Module, BaseTunerLayer):
+class WaRALayer(MergingLayer):
     """What all WaRA layers share: factors, scaling, forward and merging, by adapter name.
 
     Args:
@@ -107,7 +107,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.token_mixing: dict[str, Any] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.in_features, self.out_features = self._base_features()
@@ -335,57 +335,6 @@ class WaRALayer(nn.Module, BaseTunerLayer):
                 part = self._add_product(result.index_select(0, chosen), x.index_select(0, chosen), adapter)
                 result = result.index_copy(0, chosen, part.to(result.dtype))
         return result
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the ΔW of adapters to the base weight, in float32 or better and with one rounding.
-
-        Args:
-            safe_merge: check that the merged weight is finite before it replaces the base weight.
-            adapter_names: adapters to merge; None means the active ones.
-
-        Raises:
-            ValueError: `safe_merge` found a value that is not finite; the base weight is untouched.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.wara_A]
-        if not names:
-            return
-        self.check_has_delta_weight(names)
-        try:
-            self._add_to_base_weight(names, sign=1, check_finite=safe_merge)
-        except Exception as error:
-            if hasattr(error, "add_note"):  # Python 3.11 on
-                error.add_note(f"This happened while merging into module {self.module_name!r}.")
-            raise
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Subtract the ΔW of all merged adapters from the base weight."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
-            return
-        self._add_to_base_weight(self.merged_adapters, sign=-1, check_finite=False)
-        self.merged_adapters = []
-
-    @torch.no_grad()
-    def _add_to_base_weight(self, adapter_names: list[str], sign: int, check_finite: bool) -> None:
-        weight = self.get_base_weight()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(dtype, copy=True)
-        for name in adapter_names:
-            if name in self.tied_to and self.get_base_layer().weight is self.tied_to[name].get_base_layer().weight:
-                continue  # the one weight of both layers gets its ΔW from the other
-            total.add_(self.get_delta_weight(name, dtype).to(total.device), alpha=sign)
-        merged = total.to(weight.dtype)
-        if check_finite and not torch.isfinite(merged).all():
-            raise self._not_finite(adapter_names)
-        self.set_base_weight(merged)
-
-    def _not_finite(self, adapter_names: list[str]) -> ValueError:
-        return ValueError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken "
-            f"in module {self.module_name!r}. The base weight is unchanged; merge without this adapter, or load "
-            "it again from a good checkpoint."
-        )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a LoRA of rank R, which `wara_peft.to_lora` converts without error: all with a ΔW."""

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import (
     _get_in_out_features,
     _maybe_include_all_linear_layers,
     find_parameter_name_by_module,
+    onload_layer,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -482,16 +483,39 @@ class WaRAModel(BaseTuner):
                 module.check_has_delta_weight(adapters)
                 if any(adapter in module.wara_A for adapter in adapters):
                     merged[name] = adapters
+                if any(adapter in module.wara_A and adapter not in module.merged_adapters for adapter in adapters):
+                    module.check_not_written()
         check_ties(self.model, merged)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.
 
-        For this the base weights of the target modules are kept, in main memory, until the last one is merged.
+        The base weights of the target modules are kept, in main memory, until `unmerge_adapter`.
         """
         self._check_mergeable(adapter_names)
         with undone_on_error(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self, adapter_names: list[str] | None = None) -> None:
+        """Put the base weights back as they were before the adapters were merged, to the bit.
+
+        Args:
+            adapter_names: adapters to take out, so that the weights are as if only the others had been merged; None
+                means all, and adapters of other methods beside them as well.
+
+        Raises:
+            ValueError: something else wrote a base weight since. No weight of a module is changed then, unless
+                adapters of several methods lie around it.
+        """
+        # In reverse, since of adapters around one layer the outer ones are merged first.
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)][::-1]
+        for layer in layers:
+            if isinstance(layer, WaRALayer) and not isinstance(layer.base_layer, BaseTunerLayer):
+                layer.check_not_written()
+        for layer in layers:
+            if isinstance(layer, WaRALayer) or adapter_names is None:
+                with onload_layer(layer):
+                    layer.unmerge(*([adapter_names] if isinstance(layer, WaRALayer) else []))
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
         self,
@@ -500,6 +524,7 @@ class WaRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layers = [module for module in self.model.modules() if isinstance(module, WaRALayer)]
         if merge:
             self._check_mergeable(adapter_names)
         with undone_on_error(self.model) if merge else nullcontext():
@@ -508,6 +533,8 @@ class WaRAModel(BaseTuner):
             )
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
+        for layer in layers:  # they may stay in memory for a while, as circles do
+            layer.forget_kept_weight()
         let_go(self.model)
         watch_no_more(self.model)
         return unloaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,7 +51,7 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
     users: dict[int, list[str]] = {}
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        names[module] = name.removesuffix(".base_layer")
+        names[module] = re.sub(r"(\.base_layer)+$", "", name)  # several, where adapters of several methods are
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(names[module])
     layers = {name: module for name, module in model.named_modules() if name in merged}
