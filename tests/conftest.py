@@ -1,9 +1,12 @@
 """Settings for all tests."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
+
+from wara_peft.forms import SubbandFactor
 
 # Nothing here may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,3 +17,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def syntheses(monkeypatch) -> Counter:
+    """How often each factor has been synthesised."""
+    counts: Counter = Counter()
+    synthesise = SubbandFactor.synthesise
+
+    def counted(self: SubbandFactor, *args):
+        counts[self] += 1
+        return synthesise(self, *args)
+
+    monkeypatch.setattr(SubbandFactor, "synthesise", counted)
+    return counts

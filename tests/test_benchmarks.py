@@ -91,6 +91,7 @@ def check_decode(result: dict[str, Any], _: dict[str, Any]) -> None:
     check_ratios(result["one_token"], "LoRA r=16", ["LoRA r=16", *ours])
     modes = [f"WaRA {name} L1{mode}" for name in ("haar", "db4") for mode in ("", ", training mode")]
     check_ratios(result["generate"], "LoRA r=16", ["LoRA r=16", *modes])
+    assert list(result["microseconds_of_a_kept_factor"]) == ["checked", "unchecked"]
 
 
 def check_launches(result: dict[str, Any], _: dict[str, Any]) -> None:

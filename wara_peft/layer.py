@@ -300,7 +300,7 @@ class WaRALayer(MergingLayer):
         """
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        disabled, merged = self.disable_adapters, self.merged
+        disabled, merged = self._disable_adapters, self.merged_adapters  # PEFT's properties, without their calls
         if disabled and merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)

@@ -146,6 +146,11 @@ class TinyFactor(SubbandFactor):
     def _rows(self, level: int) -> Tensor:
         return self.basis.rows(self.dim, level)
 
+    def sources(self) -> tuple[Tensor, ...]:
+        if self.basis._modules or self.core._modules:
+            return ()
+        return (*self.basis._buffers.values(), *self.core._parameters.values())  # type: ignore[arg-type]  # none is None
+
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
         factor = super().synthesise(dtype or self.dtype)
         return self.core(factor) if self.dim == OUT_DIM else factor
