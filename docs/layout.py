@@ -31,6 +31,7 @@ ORDER = (
         "load_lora",
         "lora_view",
         "checkpoint_callback",
+        "rank_shrinking",
         "inspection",
         "allocation",
         "compression",

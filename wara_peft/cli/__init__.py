@@ -254,16 +254,15 @@ def inspect(
     {PROGRAM} run accelerate launch train.py""",
 )
 def run(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A Python script, or a command such as trl.")],
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A Python script, or any other program.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Handed on as they are.")] = None,
     module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as in python -m.")] = False,
 ) -> None:
     """Run a program, and all that it starts, in which PEFT loads WaRA adapters though nothing imports wara_peft."""
     with failures_in_a_line(debug=False):
-        from ..running import command, environment
+        from ..running import command, environment, execute
 
-        words = command(program, arguments or [], module)
-        os.execve(words[0], words, environment(os.environ))  # its exit code, signals and tracebacks are its own
+        execute(command(program, arguments or [], module), environment(os.environ))
 
 
 def _inspect_compressed(path: Path, plot: Path | None, as_json: bool) -> None:
