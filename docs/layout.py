@@ -13,8 +13,8 @@ DRAWN = "Description"
 """Where the picture's metadata say what is drawn in it."""
 ORDER = (
     ("factorized",),
-    ("messages", "kinds", "field_help", "field_types", "patterns", "registration", "model_card", "resolution"),
-    ("svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
+    ("messages", "kinds", "field_help", "field_types", "patterns", "registration", "model_card", "pad_token"),
+    ("resolution", "enabling", "svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
     ("wavelet", "attention"),
     ("forms",),
     ("config_checks", "lora_fields"),

@@ -136,6 +136,7 @@ class AdaptedModule(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
         self._inside = 0  # forwards that are under way, in all threads
 
     @property

@@ -12,6 +12,7 @@ from peft.utils.quantization_utils import quantization_extra_repr, resolve_quant
 from torch import Tensor, nn
 
 from .config import WaRAConfig, scaling
+from .enabling import TrainedBefore, switch
 from .forms import Form, Parts, SubbandFactor, TiedFactor
 from .kinds import Kind, ModuleShape, kind_of
 from .low_rank_update import LowRankUpdate
@@ -90,6 +91,7 @@ class WaRALayer(MergingLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = self.get_base_layer().training
         self.module_name = module_name
         self.forms: dict[str, Form] = {}
         self.wara_A = nn.ModuleDict({})
@@ -106,12 +108,15 @@ class WaRALayer(MergingLayer):
         self.tied_to: dict[str, WaRALayer] = {}
         self.token_mixing: dict[str, Any] = {}
         self._disable_adapters = False
+        self._trained_before: TrainedBefore | None = None
         self._active_adapter = adapter_name
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.in_features, self.out_features = self._base_features()
         self.update_layer(adapter_name, config, module_name, tied_to, context)
+        for name in (*self.adapter_layer_names, "wara_dropout"):
+            getattr(self, name).training = self.training
 
     def _base_features(self) -> tuple[int, int]:
         """in_features and out_features; the model has refused layers of which they are unknown."""
@@ -135,7 +140,7 @@ class WaRALayer(MergingLayer):
         tied_to: WaRALayer | None = None,
         context: Any = None,
     ) -> None:
-        """Add an adapter, initialised, on the device of the base layer.
+        """Add an adapter, initialised, on the device and in the mode (train or eval) of the base layer.
 
         Args:
             adapter_name: its name.
@@ -165,6 +170,9 @@ class WaRALayer(MergingLayer):
             self.reset_wara_parameters(adapter_name, config.init_weights)
         packed = getattr(self.get_base_layer(), "W_q", None)  # HQQ's name for its weight, which PEFT does not look for
         self._move_adapter_to_device_of_base_layer(adapter_name, None if packed is None else packed.device)
+        for container in (self.wara_A, self.wara_B, self.wara_core, self.wara_basis, self.wara_dropout):
+            if adapter_name in container:
+                container[adapter_name].train(self.get_base_layer().training)
         self.set_adapter(self.active_adapters)
 
     def _tie(self, adapter_name: str, tied_to: WaRALayer) -> None:
@@ -242,6 +250,17 @@ class WaRALayer(MergingLayer):
                 self.set_scale(adapter, 1.0)
             else:
                 self.scaling[adapter] /= scale
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters. Disabled ones are frozen; enabled again, those train that trained before."""
+        parameters = {
+            f"{container}.{name}": parameter
+            for container in self.adapter_layer_names
+            for name, parameter in getattr(self, container).named_parameters()
+        }
+        self._trained_before = switch(
+            enabled, self._trained_before, parameters, lambda: self.active_adapters, super().enable_adapters
+        )
 
     def check_has_delta_weight(self, adapter_names: Iterable[str]) -> None:
         """Refuse adapters whose change of the output no weight can make.

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -43,6 +44,7 @@ from .components import fields_in_model
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
+from .enabling import TrainedBefore, switch
 from .experts import AdaptedModule, ParameterLayer
 from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
@@ -52,6 +54,7 @@ from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .overwriting import check_keys, check_saved_adapter
+from .pad_token import warn_of_pad_token
 from .quantization import base_weight, keep_unpacked
 from .resolution import as_written, note, use
 from .rollback import undone_on_error
@@ -90,6 +93,7 @@ class WaRAModel(BaseTuner):
     _named_by_state_dict: set[str] | None = None
     # Adapters whose config came with a saved one, until its tensors come.
     _awaited: Mapping[str, AwaitedAdapter] = {}
+    _trained_before: TrainedBefore | None = None
     # Of the adapter that is being injected.
     _base_weight_hashes: Mapping[str, str] | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -332,6 +336,18 @@ class WaRAModel(BaseTuner):
         for gain, trains in before:
             gain[adapter_name].requires_grad_(trains)
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Enable or disable all adapters; heads and tokens that were frozen before are frozen again when enabled."""
+        parameters = {
+            f"{name}.{inner}": parameter
+            for name, module in self.model.named_modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+            for inner, parameter in module.named_parameters()
+        }
+        self._trained_before = switch(
+            enabled, self._trained_before, parameters, lambda: self.active_adapters, super()._enable_adapter_layers
+        )
+
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Target the input embedding, and leave the layers tied to it to its adapter."""
         tied_weight_keys = unwrapped(tied_weight_keys)
@@ -414,6 +430,7 @@ class WaRAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The tensors to save; PEFT writes the config next, so it gets what this model has found out."""
         use(config, fields_in_model(model, adapter_name))
+        warn_of_pad_token(model, config)
         tensors: dict[str, Tensor] = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections import defaultdict
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 from torch import nn
@@ -88,7 +90,7 @@ def _saved_config(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> PeftC
     directory = Path(path, hub.get("subfolder") or "")
     if directory.is_dir() and not (directory / CONFIG_NAME).is_file():
         return None
-    hub = {name: value for name, value in hub.items() if name in PeftConfig._split_kwargs(dict(hub))[0]}
+    hub = {name: value for name, value in hub.items() if name in inspect.signature(hf_hub_download).parameters}
     config: PeftConfig = PeftConfig.from_pretrained(str(path), **hub)
     return config
 

@@ -14,6 +14,8 @@ from .layer import WaRALayer
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Scope in which the scaling of all WaRA adapters is `multiplier` times what it was before.
 
+    A scaling that is changed inside, as by `set_scale`, stays as it is then. So do adapters that are added or deleted.
+
     `peft.helpers.rescale_adapter_scale` looks for LoRA's layers alone, and refuses a model that has none. With a
     multiplier in [0, 1] this is WiSE-FT, as there.
 
@@ -27,13 +29,15 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (int, float)):
         raise TypeError(f"multiplier={multiplier!r} must be a number.")
-    before = {module: module.scaling for module in model.modules() if isinstance(module, WaRALayer)}
+    before = {module: dict(module.scaling) for module in model.modules() if isinstance(module, WaRALayer)}
     if not before:
         raise ValueError("The model has no WaRA adapters; for LoRA's there is peft.helpers.rescale_adapter_scale.")
     try:
         for layer, scaling in before.items():
-            layer.scaling = {name: value * multiplier for name, value in scaling.items()}
+            layer.scaling.update((name, value * multiplier) for name, value in scaling.items())
         yield
     finally:
         for layer, scaling in before.items():
-            layer.scaling = scaling
+            for name, value in scaling.items():
+                if layer.scaling.get(name) == value * multiplier:
+                    layer.scaling[name] = value
