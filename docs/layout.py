@@ -13,7 +13,17 @@ DRAWN = "Description"
 """Where the picture's metadata say what is drawn in it."""
 ORDER = (
     ("factorized",),
-    ("messages", "kinds", "field_help", "field_types", "patterns", "registration", "model_card", "pad_token"),
+    (
+        "arguments",
+        "messages",
+        "kinds",
+        "field_help",
+        "field_types",
+        "patterns",
+        "registration",
+        "model_card",
+        "pad_token",
+    ),
     ("resolution", "enabling", "svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
     ("wavelet", "attention"),
     ("forms",),

@@ -317,6 +317,16 @@ class TestModelCard:
         assert card.read_text().count("import wara_peft\n") == 1
         assert metadata_load(card) == {"library_name": "peft", "tags": ["mine", "wara"]}
 
+    @pytest.mark.parametrize("adapter_name", ["default", "other"])
+    def test_the_tag_stays_when_peft_writes_the_card_again(self, adapter_name, tmp_path):
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        base = LlamaModel(LlamaConfig(vocab_size=40, pad_token_id=0, **sizes))
+        model = get_peft_model(base, WaRAConfig(target_modules=["q_proj"]), adapter_name)
+        for _ in range(3):
+            model.save_pretrained(tmp_path)
+            assert metadata_load(tmp_path / "README.md")["tags"].count("wara") == 1
+        assert (tmp_path / "README.md").read_text().count("import wara_peft\n") == 1
+
     def test_named_adapters_use_the_card_above(self, tmp_path):
         card = tmp_path / "README.md"
         card.write_text("---\nlibrary_name: peft\n---\n\n# My model\n")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_argument
 from .components import config_of, keep_components, layers_of, subband_of
 from .config import WaRAConfig
 from .forms import OrderedFactor, SubbandFactor
@@ -48,6 +49,7 @@ def rank_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:
     Raises:
         ValueError: the adapter was trained without `ordered_dropout`.
     """
+    check_argument("rank_penalty(model, adapter_name)", "model", model, "an nn.Module")
     layers = ordered_layers(model, adapter_name)
     total = group_lasso(tail for layer in layers.values() for tail in _tails(layer, adapter_name))
     return config_of(model, adapter_name).rank_penalty * total
@@ -77,6 +79,9 @@ def shrink_ranks(
     Raises:
         ValueError: the adapter was trained without `ordered_dropout`, or the threshold is negative.
     """
+    call = "shrink_ranks(model, threshold)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "threshold", threshold, "a number")
     layers = ordered_layers(model, adapter_name)
     if threshold < 0:
         raise ValueError(f"threshold={threshold!r} must be at least 0.")

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from .arguments import check_argument
 from .nested import cut_ranks, ordered_layers, shrink_ranks
 
 
@@ -18,6 +19,7 @@ class RankShrinking(TrainerCallback):
     """
 
     def __init__(self, threshold: float = 1e-5, adapter_name: str = "default") -> None:
+        check_argument("RankShrinking(threshold)", "threshold", threshold, "a number")
         self.threshold = threshold
         self.adapter_name = adapter_name
 

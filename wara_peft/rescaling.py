@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .arguments import check_argument
 from .layer import WaRALayer
 
 
@@ -27,8 +28,9 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         TypeError: the multiplier is no number.
         ValueError: the model has no WaRA adapters.
     """
-    if not isinstance(multiplier, (int, float)):
-        raise TypeError(f"multiplier={multiplier!r} must be a number.")
+    call = "rescale_adapter_scale(model, multiplier)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "multiplier", multiplier, "a number")
     before = {module: dict(module.scaling) for module in model.modules() if isinstance(module, WaRALayer)}
     if not before:
         raise ValueError("The model has no WaRA adapters; for LoRA's there is peft.helpers.rescale_adapter_scale.")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_argument
 from ..wavelet import Axis, Subband, subbands, synthesis, synthesis_at, synthesis_into
 from .keeping import Keeping
 
@@ -243,6 +244,7 @@ def frozen_factors(model: nn.Module) -> Iterator[None]:
         >>> with torch.inference_mode(), wara_peft.frozen_factors(model):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
+    check_argument("frozen_factors(model)", "model", model, "an nn.Module")
     factors = [module for module in model.modules() if isinstance(module, SubbandFactor)]
     for factor in factors:
         factor.keeping.enter()
