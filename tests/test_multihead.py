@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from references import dense_coefficients, inverse_transform, module_shapes
 from torch import nn
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wara_peft
-from wara_peft import WaRAConfig
+from wara_peft import WaRAConfig, adapted_weight
 from wara_peft.experts import ParameterLayer
 
 WIDTH, HEADS = 16, 4
@@ -120,6 +122,29 @@ def test_cross_attention_and_no_batch(batch_first):
         torch.testing.assert_close(model(query, keys, values), expected(query, keys, values), rtol=1e-4, atol=1e-5)
         one = query[0], keys[0], values[0]
         torch.testing.assert_close(model(*one), expected(*one), rtol=1e-4, atol=1e-5)
+
+
+def test_another_release_may_give_the_arguments_of_the_attention_other_places(monkeypatch):
+    """`nn.MultiheadAttention` gives fourteen arguments by position; we tell them apart by the release's names."""
+    model, x = adapted(Attention()), inputs()
+    expected = model(x, x, x)
+    attention = F.multi_head_attention_forward
+    signature = inspect.signature(attention)
+    names = ["added", *reversed(signature.parameters)]
+
+    def multi_head_attention_forward(*, added: str, **arguments):
+        assert added == "new"
+        return attention(**arguments)
+
+    def of_another_release(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        moved = ["new", *(call.arguments[name] for name in names[1:])]
+        return adapted_weight.AdaptedWeight.__torch_function__(multi_head_attention_forward, (), tuple(moved))
+
+    monkeypatch.setattr(F, "multi_head_attention_forward", of_another_release)
+    monkeypatch.setattr(adapted_weight, "_ATTENTION_PARAMETERS", tuple(names))
+    torch.testing.assert_close(model(x, x, x), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
