@@ -288,10 +288,10 @@ def test_a_pattern_that_would_match_for_ever_is_refused_in_seconds(field):
     pattern = "(a|aa)+b?c"
     config = WaRAConfig(**{field: {pattern: 2}})
     look_up = config.ranks_of if field == "rank_pattern" else config.alpha_of
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=rf"{field}\['\(a\|aa\)\+b\?c'\] takes more than .* against module 'a+'"):
         look_up("a" * 60)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert look_up("layer.aac") in (2, {"aa1": 2, "ad1": 2, "da1": 2, "dd1": 2, "aa0": 0})
 
 

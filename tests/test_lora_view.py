@@ -252,7 +252,7 @@ def server() -> Iterator[str]:
 
 def post(address: str, **body: object) -> dict:
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=1800) as answer:
         return json.loads(answer.read())
 
 
