@@ -294,6 +294,36 @@ def test_a_view_is_refreshed():
     torch.testing.assert_close(view.state_dict(), tensors)
 
 
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj"])
+def test_weights_that_are_computed_train_and_do_not_merge(name):
+    base = Attention()
+    owner = (base.attn, name) if name == "in_proj_weight" else (base.attn.out_proj, "weight")
+    nn.utils.parametrizations.weight_norm(*owner)
+    plain = {"in_proj_weight": base.attn.in_proj_weight, "out_proj": base.attn.out_proj.weight}
+    plain = {key: value.detach().clone() for key, value in plain.items()}
+    model, dense, x = adapted(base), Attention(), torch.randn(2, 5, WIDTH)
+    layers = model.base_model.model.attn.layers
+    for key, weight in {"in_proj_weight": dense.attn.in_proj_weight, "out_proj": dense.attn.out_proj.weight}.items():
+        weight.data = plain[key] + layers[key].get_delta_weight("default")
+    expected = model(x, x, x)[0]
+    torch.testing.assert_close(expected, dense(x, x, x)[0], rtol=1e-4, atol=1e-5)
+    keys = model.state_dict().keys()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            ValueError, match=rf"Cannot merge: parameter 'attn\.{name}' is parametrized.*parametrizations"
+        ):
+            merge()
+    assert model.state_dict().keys() == keys and torch.equal(model(x, x, x)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_the_old_weight_norm_is_refused():
+    base = Attention()
+    nn.utils.weight_norm(base.attn, "in_proj_weight")
+    with pytest.raises(ValueError, match=r"'attn\.in_proj_weight' cannot be adapted: it is computed"):
+        adapted(base)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"'attn\.out_proj': MultiheadAttention reads .*whole can be a target"):
         adapted(Attention(), target_modules=["out_proj"])

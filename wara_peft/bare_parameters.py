@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -13,9 +12,8 @@ from torch import nn
 from .config import WaRAConfig
 from .experts import AdaptedModule
 from .kinds import IN_PROJ, LINEAR, BareParameter, Kind
+from .mergeable import FLOATS
 from .messages import first
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -183,6 +181,8 @@ def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None
     is_layer = isinstance(parameter.module, BaseTunerLayer) or isinstance(owner, (nn.Linear, nn.Embedding))
     if is_layer and not parameter.inside:
         return f"it is the weight of a layer. Name the layer, {module_name!r}, in `target_modules`."
+    if parameter.name not in (*owner._parameters, *getattr(owner, "parametrizations", ())):
+        return "it is computed from other tensors, as by `torch.nn.utils.weight_norm`. Take that off first."
     bare = parameter.bare
     if bare.dtype not in FLOATS:
         return f"it is quantized, to {bare.dtype}. Adapt the model that is not quantized."

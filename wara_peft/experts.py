@@ -67,13 +67,13 @@ class ParameterLayer(WaRALayer):
     def weight_place(self) -> tuple[nn.Module, str]:
         return self.bare.owner, self.bare.name
 
-    def _rewrite(self, updates: dict[str, LowRankUpdate], check_finite: bool = False) -> None:
+    def _check_weight(self) -> None:
         if is_parametrized(self.bare.owner, self.bare.name):
             raise ValueError(
-                f"Parameter {self.module_name!r} is parametrized, as quantized experts are, and has no weight to "
-                "merge into. Load the model without quantization, and merge the saved adapter into that."
+                f"Cannot merge: parameter {self.module_name!r} is parametrized, as quantized experts are, and has no "
+                "weight to merge into. Load the model without quantization or parametrizations, and merge the saved "
+                "adapter into that."
             )
-        super()._rewrite(updates, check_finite)
 
     def _add_to_base_weight(self, updates: list[LowRankUpdate], to_check: Sequence[str] = ()) -> None:
         """One expert after the other, so that no ΔW of all of them is there at once."""

@@ -30,6 +30,9 @@ class FactorizedLinear(Linear):
     def _base_features(self) -> tuple[int, int]:
         return self.factorized.in_features, self.factorized.out_features
 
+    def _check_weight(self) -> None:
+        self._check_factors(0)
+
     def _weights(self) -> list[Tensor]:
         base = self.factorized
         return [base.down.weight.data, (base.up.weight if isinstance(base, LowRankLinear) else base.values).data]

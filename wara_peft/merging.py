@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .kept_weight import KeptWeight, Seal
 from .low_rank_update import LowRankUpdate
+from .mergeable import check_mergeable
 
 
 class MergingLayer(nn.Module, BaseTunerLayer):
@@ -58,7 +59,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.wara_A]
         if not names:
             return
-        self.check_has_delta_weight(names)
+        self.check_mergeable(names)
         own = [name for name in names if not self._is_merged_by_source(name)]
         try:
             if own:
@@ -95,6 +96,20 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.merged_adapters:
             self.unmerge([adapter_name])
         super().delete_adapter(adapter_name)
+
+    def check_mergeable(self, adapter_names: Iterable[str]) -> None:
+        """Refuse to merge adapters that no weight can replace, or into a weight that would not replace them.
+
+        Raises:
+            ValueError: an adapter has no ΔW, or the base layer's weight is computed, quantized, or used otherwise than
+                to multiply by it.
+        """
+        self.check_has_delta_weight(adapter_names)
+        if self.quantization_backend is None:
+            self._check_weight()
+
+    def _check_weight(self) -> None:
+        check_mergeable(self.module_name, self.get_base_layer())
 
     def weight_place(self) -> tuple[nn.Module, str]:
         """The module that has the base weight, and the weight's name there."""

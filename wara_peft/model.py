@@ -50,6 +50,7 @@ from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import Linear, WaRALayer
+from .mergeable import FLOATS
 from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
@@ -58,8 +59,8 @@ from .pad_token import warn_of_pad_token
 from .quantization import base_weight, keep_unpacked
 from .resolution import as_written, note, use
 from .rollback import undone_on_error
-from .targets import check_adapter_name, check_factors, check_ranks, targeted_names, warn_of_unmatched
-from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
+from .targets import check_adapter_name, check_factors, check_forwards, check_ranks, targeted_names, warn_of_unmatched
+from .ties import check_ties, check_token_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
@@ -218,6 +219,7 @@ class WaRAModel(BaseTuner):
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
         check_called(model, bases)
+        check_forwards(bases)
         check_factors(peft_config, bases)
         parameters += named_parameters(peft_config, model)
         check_parameters(peft_config, parameters, bases)
@@ -227,6 +229,11 @@ class WaRAModel(BaseTuner):
 
     def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
+        if backend is None and cast(Tensor, base_layer.weight).dtype not in FLOATS:
+            raise ValueError(
+                f"form={peft_config.form!r} needs the weight of module {name!r}, which is quantized, to "
+                f"{cast(Tensor, base_layer.weight).dtype}. Use form='subband', or a base model that is not quantized."
+            )
         try:
             return base_weight(base_layer, backend)
         except TypeError as error:  # of backends that cannot dequantize
@@ -500,9 +507,11 @@ class WaRAModel(BaseTuner):
                 module.check_has_delta_weight(adapters)
                 if any(adapter in module.wara_A for adapter in adapters):
                     merged[name] = adapters
+                    module.check_mergeable(adapters)
                 if any(adapter in module.wara_A and adapter not in module.merged_adapters for adapter in adapters):
                     module.check_not_written()
         check_ties(self.model, merged)
+        check_token_ties(self.model, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .config import WaRAConfig
 from .factorized import LowRankLinear
 from .kinds import kind_of
 from .lora_fields import BOTH
 from .messages import first
+from .own_forward import TRIED, has_own_forward, reason_against_adapting
 from .patterns import value_for
 
 
@@ -73,6 +74,22 @@ def check_factors(config: WaRAConfig, targets: Mapping[str, nn.Module]) -> None:
                 f"bias='wara_only' would train the bias of {name!r}, a LowRankLinear, and not save it: PEFT looks for "
                 "it beside the weight, and it lies in the factor `up`. Use bias='none' or 'all', or target `up`."
             )
+
+
+def check_forwards(targets: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose own forward makes something to which an adapter's product cannot be added.
+
+    Raises:
+        ValueError: one of the base layers is such a layer.
+    """
+    for name, base in targets.items():
+        if isinstance(base, TRIED) and isinstance(base._parameters.get("weight"), Tensor) and has_own_forward(base):
+            reason = reason_against_adapting(base)
+            if reason is not None:
+                raise ValueError(
+                    f"Target module {name!r}, a {type(base).__name__}, cannot be adapted: {reason}. Leave it out with "
+                    "`exclude_modules`, or train it in full with `modules_to_save`."
+                )
 
 
 def warn_of_unmatched(

@@ -14,6 +14,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
+from ..mergeable import check_mergeable
 from ..messages import first
 from .adapter import SavedAdapter, Track, untracked
 from .base_model import AdaptedModel, empty_model
@@ -129,6 +130,9 @@ class _Plan:
         missing = [repr(name) for name in changes if name not in self.parameters]
         if missing:
             warnings.warn(f"{type(self.model).__name__} has no {first(missing)}, which is left out, as by PEFT.")
+        for name, shape in saved.modules.items():
+            if not shape.kind.is_parameter and shape.parameter_of(name) in self.parameters:
+                check_mergeable(name, self.model.get_submodule(name))
         self.changes: dict[str, _Change] = {}
         self.added: list[_Change] = []
         keys_of = keys_of_parameters(self.model, checkpoint)
