@@ -4,7 +4,8 @@
 
 A forward of one token through the decoder of `models.py`, inside `frozen_factors`, where factors are computed once,
 and outside of it, where every forward computes them anew; and `generate` of some tokens with no scope, which keeps
-them by itself.
+them by itself, and checks at every use that their parameters have not changed. What the check costs is measured on the
+factors by themselves, beside those that are kept without a check.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import harness
@@ -21,6 +23,7 @@ from peft import LoraConfig
 from torch import nn
 
 from wara_peft import WaRAConfig, frozen_factors
+from wara_peft.forms import SubbandFactor, one_call
 
 VARIANTS = {
     "LoRA r=16": LoraConfig(r=16, lora_alpha=16),
@@ -59,6 +62,32 @@ def generation(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return harness.summary(harness.interleaved(calls, rounds, device=options.device), "LoRA r=16")
 
 
+def check(options: argparse.Namespace) -> dict[str, float]:
+    """Least microseconds of one use of a kept factor, checked as in `generate`, unchecked as in `frozen_factors`."""
+    shape = models.decoder(options.smoke)
+    config = WaRAConfig(r=4, target_modules=set(shape.targets))
+    checked, frozen = (models.adapted(shape, config).to(options.device).eval() for _ in range(2))
+    factors = {
+        name: [module for module in model.modules() if isinstance(module, SubbandFactor)]
+        for name, model in (("checked", checked), ("unchecked", frozen))
+    }
+    with torch.no_grad(), one_call(checked), frozen_factors(frozen):
+        calls = {name: partial(_use, own) for name, own in factors.items()}
+        seconds = harness.interleaved(calls, options.rounds, warmup=3)
+    uses = USES * len(factors["checked"])
+    return {name: round(min(values) * 1e6 / uses, 2) for name, values in seconds.items()}
+
+
+USES = 20
+"""How often a factor is used in a round of `check`."""
+
+
+def _use(factors: list[SubbandFactor]) -> None:
+    for _ in range(USES):
+        for factor in factors:
+            factor()
+
+
 if __name__ == "__main__":
     parser = harness.parser(__doc__, "decode", rounds=101)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a generate (default: %(default)s)")
@@ -78,4 +107,5 @@ if __name__ == "__main__":
     seconds = harness.interleaved(calls, options.rounds, warmup=5, device=options.device)
     scopes.close()
     result = {"one_token": harness.summary(seconds, "LoRA r=16"), "new_tokens": options.tokens}
+    result["microseconds_of_a_kept_factor"] = check(options)
     harness.save(options, result | {"generate": generation(options)})

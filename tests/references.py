@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pywt
 import torch
+from peft import get_peft_model_state_dict
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.pytorch_utils import Conv1D
 
 WAVELETS = ("haar", "db2", "db4", "sym4", "coif1")
+
+
+def saved_config(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    """The config that is saved with an adapter of a model, as PEFT and transformers write it: after the tensors."""
+    get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    config: dict[str, Any] = model.peft_config[adapter_name].to_dict()
+    return config
+
+
+def module_shapes(model: nn.Module, adapter_name: str = "default") -> dict[str, list[Any]]:
+    """The shapes that are saved with an adapter of a model."""
+    shapes: dict[str, list[Any]] = saved_config(model, adapter_name)["module_shapes"]
+    return shapes
 
 
 def sizes(length: int, levels: int) -> list[int]:

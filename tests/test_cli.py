@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.metadata
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -30,9 +33,9 @@ TOKENS = torch.arange(1, 7).view(1, 6)
 
 
 def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     command = [COMMAND, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, **options)
 
 
 def say(*arguments: object) -> Result:
@@ -154,7 +157,7 @@ class TestExport:
         """Whether they meet, or one comes after the other, which then finds the place taken."""
         arguments = [COMMAND, "export", made / "adapter", tmp_path / "lora", *options]
         processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        said = [process.communicate(timeout=1800)[1] for process in processes]
         codes = [process.returncode for process in processes]
         assert codes.count(0) == 1 or (options and 0 in codes), said
         assert all(code == 0 or "Traceback" not in text for code, text in zip(codes, said, strict=True))
@@ -199,7 +202,7 @@ class TestMerge:
         while process.poll() is None and not list(tmp_path.glob(".merged.*/model-00002*")):
             time.sleep(0.002)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=1800)
         left = sorted(path.name for path in tmp_path.iterdir())
         if number == signal.SIGTERM:
             assert process.returncode == 1, said
@@ -229,6 +232,25 @@ class TestInspect:
         ):
             assert text in result.stdout
         assert "level 1" in result.stdout
+
+    def test_each_table_of_shares_adds_up_to_one_whole(self, made):
+        lines = say("inspect", made / "adapter").stdout.splitlines()
+        tables: list[list[float]] = []
+        for line in lines:
+            if "share of energy" in line:
+                tables.append([])
+            elif tables and (share := re.search(r"([\d.]+)% +│$", line)):
+                tables[-1].append(float(share[1]))
+        assert [len(table) for table in tables] == [4, 2]
+        for table in tables:
+            assert sum(table) == pytest.approx(100, abs=0.3)
+
+    def test_plot_says_what_it_wrote(self, made, tmp_path):
+        result = say("inspect", made / "adapter", "--plot", tmp_path / "energy.png")
+        assert f"Wrote {tmp_path / 'energy.png'}: " in result.stdout and (tmp_path / "energy.png").is_file()
+        result = say("inspect", made / "adapter", "--json", "--plot", tmp_path / "other.png")
+        json.loads(result.stdout)
+        assert f"Wrote {tmp_path / 'other.png'}: " in result.stderr and (tmp_path / "other.png").is_file()
 
     @pytest.mark.slow
     def test_json_and_plot(self, made, tmp_path):
@@ -308,7 +330,7 @@ class TestImports:
                 app(["merge", "base", "adapter", "{tmp_path}/merged"])
             """
             command = [sys.executable, "-c", textwrap.dedent(code)]
-            result = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=120)
+            result = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=1800)
             assert "both ran" in result.stdout, result.stderr
             assert result.returncode == 1
             (line,) = complaints(result)
@@ -316,6 +338,14 @@ class TestImports:
 
 
 class TestUsage:
+    def test_version(self):
+        result = say("--version")
+        assert (result.exit_code, result.stdout) == (0, f"wara-peft {importlib.metadata.version('wara-peft')}\n")
+
+    def test_export_alone_shows_its_help(self):
+        result = say("export")
+        assert result.exit_code == 2 and "Examples:" in result.stdout + result.stderr
+
     @pytest.mark.parametrize("command", ["export", "merge", "inspect"])
     def test_help_has_examples(self, command):
         result = say(command, "--help")
@@ -325,7 +355,12 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "said"),
         [
-            (["export", "a"], "Missing argument 'ADAPTER'"),
+            (["export", "a"], "Missing argument 'OUT'"),
+            (["export", "a", "--rank", "2"], "Missing argument 'OUT'"),
+            (["merge", "a"], "Missing argument 'ADAPTER'"),
+            (["merge", "a", "b"], "Missing argument 'OUT'"),
+            (["inspect"], "Missing argument 'ADAPTER'"),
+            (["run"], "Missing argument 'PROGRAM'"),
             (["frobnicate"], "No such command 'frobnicate'"),
             (["export", "a", "b", "--rank", "2", "--energy", "0.5"], "give one of --rank, --energy and --prefix"),
             (["export", "a", "b", "--rank", "0"], "Invalid value for '--rank'"),
@@ -376,7 +411,7 @@ class TestFailures:
         (copied / "out").mkdir()
         (copied / "out" / "file").write_text("mine")
         self.fails("'out' exists already", *command)
-        self.fails("Not a directory", *command[:-1], "adapter/adapter_config.json/out")
+        self.fails("adapter_config.json', which is a file", *command[:-1], "adapter/adapter_config.json/out")
         self.fails("must not be replaced", *command[:-1], "adapter", "--overwrite")
 
     @pytest.mark.slow
@@ -387,6 +422,42 @@ class TestFailures:
         (line,) = complaints(result)
         assert "File too large" in line
         assert sorted(path.name for path in Path().iterdir()) == ["adapter", "base"]
+
+    @pytest.mark.parametrize("command", [["export", "adapter", "out"], ["merge", "base", "adapter", "out"]])
+    def test_out_that_cannot_be_made(self, copied, command, monkeypatch):
+        def mkdir(path: Path, *_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        self.fails(f"wara-peft: Permission denied: {str(Path('out').resolve())!r}", *command)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["export", "base", "out"], "'base' is the directory of a model, not of an adapter"),
+            (["export", "lora", "out"], "its peft_type is 'LORA'. `PeftModel.from_pretrained` loads it as it is."),
+            (["export", "out", "adapter"], "There is no adapter directory 'out'"),
+            (["export", "adapter/adapter_config.json", "out"], "it is a file; name the directory that it lies in"),
+            (["export", "named", "out"], "Adapters lie in 'named/other': name one of these."),
+            (["merge", "adapter", "base", "out"], "'adapter' is an adapter, and 'base' a model. Give the base model"),
+            (["merge", "lora", "base", "out"], "'lora' is an adapter, and 'base' a model. Give the base model first"),
+            (["merge", "base", "base", "out"], "'base' is the directory of a model, not of an adapter"),
+            (["merge", "adapter", "adapter", "out"], "It is the directory of an adapter, not of a model."),
+            (["merge", "base", "lora", "out"], "not of a WaRA adapter: its peft_type is 'LORA'"),
+            (["merge", "base/config.json", "adapter", "out"], "it is a file; name the directory that it lies in"),
+            (["compress", "adapter", "out", "--budget", "0.5"], "It is the directory of an adapter, not of a model."),
+            (["compress", "0.5", "base", "--budget", "out"], "There is no model directory '0.5'."),
+            (["inspect", "lora"], "its peft_type is 'LORA'"),
+            (["inspect", "base"], "is a model without factorised layers"),
+            (["inspect", "named"], "Adapters lie in 'named/other': name one of these."),
+            (["inspect", "adapter", "--plot", "nowhere/plot.png"], "There is no folder 'nowhere' to write 'plot.png'"),
+            (["inspect", "adapter", "--plot", "base"], "'base' is a folder; name an image file"),
+        ],
+    )
+    def test_one_thing_in_the_place_of_another(self, copied, arguments, said):
+        get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained("lora")
+        get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"]), "other").save_pretrained("named")
+        self.fails(said, *arguments)
 
     def test_a_broken_adapter(self, copied):
         weights = copied / "adapter" / "adapter_model.safetensors"

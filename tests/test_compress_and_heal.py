@@ -22,7 +22,7 @@ def task_of(line: dict) -> str:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     folder = tmp_path_factory.mktemp("quick")
-    return run(SCRIPT, "--quick", "--output-dir", "new/folder", directory=folder, timeout=400), folder
+    return run(SCRIPT, "--quick", "--output-dir", "new/folder", directory=folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ class TestQuickRun:
         results = folder / OUTPUT / "compress_and_heal.jsonl"
         kept = results.read_text().splitlines()
         results.write_text("\n".join(kept[:-1]) + "\n")
-        again = run(SCRIPT, "--quick", "--output-dir", "new/folder", directory=folder, timeout=400)
+        again = run(SCRIPT, "--quick", "--output-dir", "new/folder", directory=folder)
         assert again.returncode == 0, again.stderr
         resumed = results.read_text().splitlines()
         last, before = json.loads(resumed[-1]), json.loads(kept[-1])

@@ -288,10 +288,10 @@ def test_a_pattern_that_would_match_for_ever_is_refused_in_seconds(field):
     pattern = "(a|aa)+b?c"
     config = WaRAConfig(**{field: {pattern: 2}})
     look_up = config.ranks_of if field == "rank_pattern" else config.alpha_of
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=rf"{field}\['\(a\|aa\)\+b\?c'\] takes more than .* against module 'a+'"):
         look_up("a" * 60)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     assert look_up("layer.aac") in (2, {"aa1": 2, "ad1": 2, "da1": 2, "dd1": 2, "aa0": 0})
 
 
@@ -316,6 +316,16 @@ class TestModelCard:
         assert "# My model" in card.read_text()
         assert card.read_text().count("import wara_peft\n") == 1
         assert metadata_load(card) == {"library_name": "peft", "tags": ["mine", "wara"]}
+
+    @pytest.mark.parametrize("adapter_name", ["default", "other"])
+    def test_the_tag_stays_when_peft_writes_the_card_again(self, adapter_name, tmp_path):
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        base = LlamaModel(LlamaConfig(vocab_size=40, pad_token_id=0, **sizes))
+        model = get_peft_model(base, WaRAConfig(target_modules=["q_proj"]), adapter_name)
+        for _ in range(3):
+            model.save_pretrained(tmp_path)
+            assert metadata_load(tmp_path / "README.md")["tags"].count("wara") == 1
+        assert (tmp_path / "README.md").read_text().count("import wara_peft\n") == 1
 
     def test_named_adapters_use_the_card_above(self, tmp_path):
         card = tmp_path / "README.md"

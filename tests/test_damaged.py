@@ -68,11 +68,20 @@ def test_each_missing_tensor_is_refused(form, tmp_path):
         name = key.removeprefix("base_model.model.")
         with pytest.raises(ValueError, match=f"lacks '{name}'"):
             inspect_adapter(SavedAdapter(tmp_path))
-        base = Mlp()
-        part = ".".join(name.split(".")[:2])
-        with pytest.raises(ValueError, match=f"contradicts its config.*it lacks '{part}.default"):
-            PeftModel.from_pretrained(base, tmp_path)
-        assert not any(isinstance(module, WaRALayer) for module in base.modules())
+        with pytest.raises(ValueError, match="not all of those of adapter 'default' in module 'up'"):
+            PeftModel.from_pretrained(Mlp(), tmp_path)
+    save_file({"base_model.model.up.bias": torch.zeros(20)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="lacks"):
+        SavedAdapter(tmp_path)
+
+
+def test_a_module_without_any_tensor_is_refused(tmp_path):
+    saved(tmp_path, target_modules=["up", "down"])
+    without(tmp_path, "down.wara_A.level1", "down.wara_B.level1")
+    base = Mlp()
+    with pytest.raises(ValueError, match=r"lacks 'down\.wara_A\.default\.level1', 'down\.wara_B\.default\.level1'"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not any(isinstance(module, WaRALayer) for module in base.modules())
 
 
 CHANGES = {
@@ -98,7 +107,7 @@ def test_a_config_that_the_tensors_contradict_is_refused(case, tmp_path):
     saved(tmp_path, **fields)
     PeftModel.from_pretrained(Mlp(), tmp_path)
     edit_config(tmp_path, **changes)
-    said = "contradicts its config|size mismatch"
+    said = "of another form, of other levels or ranks|size mismatch"
     with pytest.raises((ValueError, RuntimeError), match=said):
         PeftModel.from_pretrained(Mlp(), tmp_path)
     model = get_peft_model(Mlp(), WaRAConfig(target_modules=["down"]))

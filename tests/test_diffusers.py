@@ -105,9 +105,15 @@ class TestPipelines:
         torch.testing.assert_close(case.tiny.sample(pipeline), case.without, **CLOSE)
 
     def test_unload_leaves_every_bit(self, case):
+        """Of the weights, and of what they compute once those of the fresh components are frozen too."""
         pipeline = case.loaded()
         pipeline.unload_lora_weights()
-        assert torch.equal(case.tiny.sample(pipeline), case.without)
+        fresh = {name: model.requires_grad_(False) for name, model in case.tiny.models().items()}
+        for component, model in fresh.items():
+            found = getattr(pipeline, component).state_dict()
+            assert found.keys() == model.state_dict().keys()
+            assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+        assert torch.equal(case.tiny.sample(pipeline), case.tiny.sample(case.tiny.pipeline(**fresh)))
 
     def test_weights_of_two(self, case, tmp_path):
         other = adapted(case.tiny, "style", form="shared", r=3)

@@ -28,7 +28,7 @@ def run(kind: str, directory: Path) -> Path:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["tests.distributed_run", kind, str(directory)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr
     return directory
 
@@ -81,7 +81,7 @@ def test_the_example_runs_on_two_processes(tmp_path):
     script = [str(ROOT / "examples" / "finetune.py"), "--use-cpu", "--max-per-class", "15", "--epochs", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [*launcher, *config, *script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, *config, *script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800
     )
     assert result.returncode == 0, result.stderr
     assert "trained by 2 processes" in result.stdout

@@ -7,11 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.references import WAVELETS, dense_coefficients, inverse_transform, sizes
+from tests.references import WAVELETS, dense_coefficients, inverse_transform, module_shapes, sizes
 from wara_peft import WaRAConfig, save_as_lora
 from wara_peft.embedding import Embedding
 
@@ -87,6 +88,44 @@ def test_scaled_embeddings():
     torch.testing.assert_close(layer(TOKENS), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("counts", [(1, 1, 1), (4, 2, 1)])
+def test_gradients_by_frequency_are_those_of_lora(counts):
+    """LoRA hands the flag to the embedding of its own factor; rank 8 of the undecomposed matrix is such a LoRA."""
+    tokens = torch.tensor([token for token, count in zip((3, 5, 11), counts, strict=True) for _ in range(count)])
+    ranks = {"aa0": 8, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0}
+    weight = torch.randn(len(tokens), 6, dtype=torch.float64)
+    gradients = {}
+    for by_frequency in (False, True):
+        base = Bag(nn.Embedding(13, 6, scale_grad_by_freq=by_frequency)).double()
+        config = LoraConfig(r=8, target_modules=["embedding"])
+        lora = get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).base_model.model.embedding
+        ours = adapted(base.embedding, subband_ranks=ranks)
+        own = [ours.wara_A["default"].level0, ours.wara_B["default"].level0]
+        others = [lora.lora_embedding_A["default"], lora.lora_embedding_B["default"]]
+        torch.manual_seed(0)
+        for mine, other in zip(own, others, strict=True):
+            mine.data.normal_()
+            other.data.copy_(mine.data)
+        torch.testing.assert_close(ours(tokens), lora(tokens), atol=1e-12, rtol=0)
+        found, expected = (
+            torch.autograd.grad(layer(tokens), factors, weight) for layer, factors in ((ours, own), (lora, others))
+        )
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+        gradients[by_frequency] = found[0]
+    assert torch.allclose(gradients[True], gradients[False]) is (max(counts) == 1)
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_gradients_by_frequency_are_those_of_the_dense_delta(wavelet):
+    layer = adapted(nn.Embedding(13, 6, scale_grad_by_freq=True), wavelet=wavelet, levels=2)
+    parameters = list(layer.wara_A["default"].parameters())
+    weight = torch.randn(2, 4, 6, dtype=torch.float64)
+    found = torch.autograd.grad(layer(TOKENS), parameters, weight)
+    dense = layer.get_delta_weight("default")
+    expected = torch.autograd.grad(F.embedding(TOKENS, dense, scale_grad_by_freq=True), parameters, weight)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
 def test_the_vocabulary_axis_is_never_synthesised():
     vocabulary = 5000
     layer = adapted(nn.Embedding(vocabulary, 8), wavelet="db2", levels=2).requires_grad_(True)
@@ -111,7 +150,7 @@ def test_saves_loads_and_exports(tmp_path):
     base = Bag()
     config = WaRAConfig(target_modules=["embedding", "head"], init_weights=False, r=3)
     model = get_peft_model(copy.deepcopy(base), config).eval()
-    assert model.peft_config["default"].module_shapes["embedding"] == ["Embedding", 6, 13]
+    assert module_shapes(model)["embedding"] == ["Embedding", 6, 13]
     model.save_pretrained(tmp_path / "wara")
     save_as_lora(tmp_path / "lora", model)
     for directory, exact in (("wara", True), ("lora", False)):

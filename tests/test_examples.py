@@ -20,16 +20,15 @@ QUICKSTART = EXAMPLES / "quickstart.py"
 TABLE = ["--dataset", "{table}", "--text-column", "sentence", "--label-column", "topic"]
 
 
-def run(
-    *arguments: str | Path, directory: Path | None = None, timeout: int = 120, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, directory: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this Python with the repository and its examples importable, offline and in one thread."""
     paths = os.pathsep.join((str(ROOT), str(EXAMPLES)))
     # One thread: with several, small models on a busy machine wait for each other's threads.
     settings = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *map(str, arguments)]
+    # The limit is for what hangs; a busy machine needs many times the seconds of a quiet one.
     return subprocess.run(
-        command, cwd=directory, env={**os.environ, **settings}, capture_output=True, text=True, timeout=timeout
+        command, cwd=directory, env={**os.environ, **settings}, capture_output=True, text=True, timeout=1800
     )
 
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from tests.compression.models import bert
+from tests.references import module_shapes
 from wara_peft import WaRAConfig, save_as_lora, to_lora
 from wara_peft.compression import compress
 from wara_peft.disk.adapter import SavedAdapter
@@ -195,7 +196,7 @@ class TestTargets:
             model = get_peft_model(compressed(), WaRAConfig(target_modules=["query", "value"]))
         adapted_layers = [n for n, module in model.named_modules() if isinstance(module, FactorizedLinear)]
         assert len(adapted_layers) == 4 and all(name.endswith(("query", "value")) for name in adapted_layers)
-        shapes = model.peft_config["default"].module_shapes
+        shapes = module_shapes(model)
         assert set(map(tuple, shapes.values())) == {("LowRankLinear", 16, 16)}
 
     def test_a_layer_and_its_factor_are_refused(self) -> None:

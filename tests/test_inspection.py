@@ -110,7 +110,12 @@ def test_plot_shows_modules_by_subbands(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="Format 'abc' is not supported"):
         report.plot(tmp_path / "plot.abc")
-    assert not [path.name for path in tmp_path.iterdir() if "abc" in path.name]
+    with pytest.raises(FileNotFoundError, match=r"There is no folder '.*missing' to write 'plot.png' into"):
+        report.plot(tmp_path / "missing" / "plot.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"folder.png' is a folder; name an image file"):
+        report.plot(tmp_path / "folder.png")
+    assert not [path.name for path in tmp_path.iterdir() if "abc" in path.name or path.name.startswith(".")]
 
 
 def test_progress_goes_over_all_modules(tmp_path):

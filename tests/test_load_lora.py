@@ -335,18 +335,19 @@ def put(name: str, *shape: int):
     [
         (lose("up.lora_B.weight"), "lacks 'up.lora_B.weight'"),
         (lose("tokens.lora_embedding_A"), "lacks 'tokens.lora_embedding_A'"),
-        (put("up.lora_A.weight", 4, 9), r"'up.lora_A.weight' of shape \(4, 9\).*asks for \(4, 8\)"),
+        (put("up.lora_A.weight", 4, 9), r"another base model: sizes .* 'up' \(there \(13, 9\), here \(13, 8\)\)"),
         (put("up.lora_A.weight", 5, 8), r"'up.lora_A.weight' of shape \(5, 8\).*asks for \(4, 8\)"),
-        (put("conv.lora_A.weight", 4, 6, 2, 2), r"'conv.lora_A.weight' of shape \(4, 6, 2, 2\)"),
+        (put("conv.lora_A.weight", 4, 6, 2, 2), r"'conv' \(there \(4, 6, 2, 2\), here \(4, 6, 3, 3\)\)"),
         (put("conv.lora_B.weight", 4, 4), r"'conv.lora_B.weight' of shape \(4, 4\)"),
         (put("up.lora_magnitude_vector", 13), "holds 'up.lora_magnitude_vector'"),
         (put("up.lora_B.bias", 13), "holds 'up.lora_B.bias'"),
-        (put("other.lora_A.weight", 4, 8), "holds 'other.lora_A.weight'"),
+        (put("other.lora_A.weight", 4, 8), "another base model: it adapts 'other', which this model lacks"),
+        (put("norm.lora_A.weight", 4, 4), "holds 'norm.lora_A.weight', of which its config says nothing"),
         (put("other.weight", 2), "the model has no 'other.weight'"),
         (lose("head.weight"), "lacks 'head.weight', which is part of what `modules_to_save`"),
         (lambda tensors: [lose(f"head.{part}")(tensors) for part in ("weight", "bias")], "lacks 'head', which"),
         (put("head.weight", 3, 5), r"'head.weight' of shape \(3, 5\), but in the model"),
-        (put("up.lora_A.weight", 4, 0), r"of shape \(4, 0\)"),
+        (put("up.lora_A.weight", 4, 0), r"'up' \(there \(13, 0\), here \(13, 8\)\)"),
         (lambda tensors: tensors["base_model.model.up.lora_A.weight"].fill_(torch.nan), "not finite"),
         (lambda tensors: tensors.update({"up.lora_A.weight": torch.ones(4, 8)}), "does not start with"),
     ],
@@ -355,6 +356,37 @@ def test_keys_that_do_not_fit_are_refused(tmp_path, change, match):
     trained_lora(tmp_path, Model(), modules_to_save=["head"])
     rewrite_weights(tmp_path, change)
     refused(tmp_path, match)
+
+
+def llama(**sizes: int) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **sizes}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "target_modules", "match"),
+    [
+        (
+            {"hidden_size": 24},
+            ["q_proj"],
+            r"sizes \(out, in\) differ in .*0.self_attn.q_proj' \(there \(16, 16\), here",
+        ),
+        ({"hidden_size": 24}, ["embed_tokens"], r"'model.embed_tokens' \(there \(16, 40\), here \(24, 40\)\)"),
+        ({"num_hidden_layers": 1}, ["q_proj"], "it adapts 'model.layers.1.self_attn.q_proj', which this model lacks"),
+        ({"num_hidden_layers": 1}, "all-linear", "it adapts 'model.layers.1.*and 4 more, which this model lacks"),
+        ({"num_hidden_layers": 3}, ["q_proj"], r"lacks all of 'model.layers.2.self_attn.q_proj'.*another base model"),
+    ],
+)
+def test_another_base_model_is_named_as_the_cause(tmp_path, sizes, target_modules, match):
+    trained_lora(tmp_path, llama(), target_modules=target_modules)
+    rewrite_config(tmp_path, base_model_name_or_path="the-base")
+    refused(tmp_path, f"^The LoRA in .*{match}", llama(**sizes))
+    refused(tmp_path, "another base model, 'the-base' by its config", llama(**sizes))
+
+
+def test_another_architecture_is_named_as_the_cause(tmp_path):
+    trained_lora(tmp_path, llama(), target_modules=["q_proj"])
+    refused(tmp_path, "trained on another base model: it adapts 'model.layers.0.self_attn.q_proj'", Model())
 
 
 @pytest.mark.parametrize(
@@ -404,7 +436,7 @@ def test_another_model_is_refused(tmp_path):
     trained_lora(tmp_path, Model())
     wide = Model()
     wide.up, wide.proj = nn.Linear(8, 16), Conv1D(6, 16)
-    refused(tmp_path, r"'proj.lora_A.weight' of shape \(4, 13\)|'up.lora_B.weight' of shape \(13, 4\)", wide)
+    refused(tmp_path, r"sizes \(out, in\) differ in 'up' \(there \(13, 8\), here \(16, 8\)\), 'proj' \(", wide)
     less = Model()
     less.up = nn.Identity()
     refused(tmp_path, "Target module up|'up", less, error=(TypeError, ValueError))

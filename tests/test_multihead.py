@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from references import dense_coefficients, inverse_transform
+from references import dense_coefficients, inverse_transform, module_shapes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wara_peft
-from wara_peft import WaRAConfig
+from wara_peft import WaRAConfig, adapted_weight
 from wara_peft.experts import ParameterLayer
 
 WIDTH, HEADS = 16, 4
@@ -122,6 +124,29 @@ def test_cross_attention_and_no_batch(batch_first):
         torch.testing.assert_close(model(*one), expected(*one), rtol=1e-4, atol=1e-5)
 
 
+def test_another_release_may_give_the_arguments_of_the_attention_other_places(monkeypatch):
+    """`nn.MultiheadAttention` gives fourteen arguments by position; we tell them apart by the release's names."""
+    model, x = adapted(Attention()), inputs()
+    expected = model(x, x, x)
+    attention = F.multi_head_attention_forward
+    signature = inspect.signature(attention)
+    names = ["added", *reversed(signature.parameters)]
+
+    def multi_head_attention_forward(*, added: str, **arguments):
+        assert added == "new"
+        return attention(**arguments)
+
+    def of_another_release(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        moved = ["new", *(call.arguments[name] for name in names[1:])]
+        return adapted_weight.AdaptedWeight.__torch_function__(multi_head_attention_forward, (), tuple(moved))
+
+    monkeypatch.setattr(F, "multi_head_attention_forward", of_another_release)
+    monkeypatch.setattr(adapted_weight, "_ATTENTION_PARAMETERS", tuple(names))
+    torch.testing.assert_close(model(x, x, x), expected)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_in_pytorchs_transformer_layers_whose_kernel_would_leave_it_out(training, norm_first):
@@ -228,7 +253,7 @@ def test_saving_loading_and_a_second_adapter(tmp_path):
     expected = model(inputs())
     loaded = PeftModel.from_pretrained(Encoder(), tmp_path).eval()
     torch.testing.assert_close(loaded(inputs()), expected)
-    shapes = loaded.peft_config["default"].module_shapes
+    shapes = module_shapes(loaded)
     assert shapes["encoder.layers.0.self_attn.in_proj_weight"] == ["MultiheadAttention", 3 * WIDTH, WIDTH, 0, 0]
     assert shapes["encoder.layers.0.self_attn.out_proj"] == ["Linear", WIDTH, WIDTH]
     loaded.add_adapter("other", WaRAConfig(r=1, target_modules=["self_attn", "head"]))
@@ -267,6 +292,36 @@ def test_a_view_is_refreshed():
     with pytest.warns(UserWarning, match="engines that serve LoRA"):
         _, tensors = wara_peft.to_lora(model, None)
     torch.testing.assert_close(view.state_dict(), tensors)
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj"])
+def test_weights_that_are_computed_train_and_do_not_merge(name):
+    base = Attention()
+    owner = (base.attn, name) if name == "in_proj_weight" else (base.attn.out_proj, "weight")
+    nn.utils.parametrizations.weight_norm(*owner)
+    plain = {"in_proj_weight": base.attn.in_proj_weight, "out_proj": base.attn.out_proj.weight}
+    plain = {key: value.detach().clone() for key, value in plain.items()}
+    model, dense, x = adapted(base), Attention(), torch.randn(2, 5, WIDTH)
+    layers = model.base_model.model.attn.layers
+    for key, weight in {"in_proj_weight": dense.attn.in_proj_weight, "out_proj": dense.attn.out_proj.weight}.items():
+        weight.data = plain[key] + layers[key].get_delta_weight("default")
+    expected = model(x, x, x)[0]
+    torch.testing.assert_close(expected, dense(x, x, x)[0], rtol=1e-4, atol=1e-5)
+    keys = model.state_dict().keys()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            ValueError, match=rf"Cannot merge: parameter 'attn\.{name}' is parametrized.*parametrizations"
+        ):
+            merge()
+    assert model.state_dict().keys() == keys and torch.equal(model(x, x, x)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_the_old_weight_norm_is_refused():
+    base = Attention()
+    nn.utils.weight_norm(base.attn, "in_proj_weight")
+    with pytest.raises(ValueError, match=r"'attn\.in_proj_weight' cannot be adapted: it is computed"):
+        adapted(base)
 
 
 def test_refusals():

@@ -66,7 +66,7 @@ def test_an_installed_package_brings_its_method(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     for program in (LOADS, REGISTERS):
         command = [sys.executable, "-c", program]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
         assert result.returncode == 0, result.stderr
         if program is LOADS:
             assert "PEFT has no method 'NOBODYS', and no installed package adds it." in result.stdout

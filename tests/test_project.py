@@ -71,6 +71,30 @@ def test_pythons_that_are_claimed_are_those_that_ci_runs():
     assert PROJECT["requires-python"] == f">={min(run, key=lambda name: int(name.partition('.')[2]))}"
 
 
+def test_peft_and_transformers_have_an_upper_bound():
+    """The next minor release but one: the package overrides internals, which may have moved by then."""
+    pinned = dict(re.findall(r"^([\w-]+)==(.+)$", read("constraints.txt"), re.MULTILINE))
+    ranges = {one.name: one.specifier for one in map(Requirement, PROJECT["dependencies"])}
+    for name in ("peft", "transformers"):
+        major, minor = map(int, pinned[name].split(".")[:2])
+        assert ranges[name].contains(f"{major}.{minor + 1}.99") and not ranges[name].contains(f"{major}.{minor + 2}.0")
+
+
+def test_ci_runs_the_quick_selection_with_other_kernels_too():
+    """After the README's test command, as a machine without vector instructions and with one core computes it."""
+    commands = [line for line in read(".ci/run").splitlines() if line and not line.startswith(("#", "echo"))]
+    assert commands[-2] == 'eval "$test_command"'
+    assert commands[-1] == 'ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -m "not slow"'
+    assert [step for step in WORKFLOW["jobs"]["check"]["steps"] if step.get("run") == ".ci/run"]
+
+
+def test_ci_tries_the_sweep_on_pefts_main_branch():
+    commands = [step.get("run", "") for step in WORKFLOW["jobs"]["peft-main"]["steps"]]
+    taken = next(index for index, one in enumerate(commands) if "git+https://github.com/huggingface/peft" in one)
+    sweep = next(index for index, one in enumerate(commands) if "tests/families" in one)
+    assert taken < sweep and commands[sweep].startswith("pytest tests/test_upstream.py")
+
+
 def test_ranges_have_a_lower_bound_to_test():
     """Without one the job with the lowest versions would take the first release that there ever was."""
     extras = [entry for entries in PROJECT["optional-dependencies"].values() for entry in entries]

@@ -95,7 +95,7 @@ class TestEveryKind:
         assert ((merged - target).abs() <= step_of(target, kind)).all()
         assert (merged - target).norm() < 0.5 * delta.norm()
         model.unmerge_adapter()
-        assert ((dequantized(up) - (merged - delta)).abs() <= step_of(merged - delta, kind)).all()
+        assert torch.equal(dequantized(up), before)
         assert type(up.base_layer) is type(base.up)
 
     def test_merge_after_an_eval_forward_equals_merge_before(self, kind):

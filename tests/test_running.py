@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,9 +68,9 @@ def made(tmp_path_factory) -> Path:
 
 
 def run(*words: object, python_path: str = str(ROOT), **options) -> subprocess.CompletedProcess[str]:
-    before = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+    before = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
     return subprocess.run(
-        [COMMAND, "run", *map(str, words)], env=before, capture_output=True, text=True, timeout=300, **options
+        [COMMAND, "run", *map(str, words)], env=before, capture_output=True, text=True, timeout=1800, **options
     )
 
 
@@ -94,7 +96,7 @@ def test_accelerate_launch(made, tmp_path):
 def test_without_it_peft_does_not_know_the_adapter(made, tmp_path):
     """What the others would see if nothing were done."""
     words = [made / "loader.py", made / "base", made / "adapter", tmp_path / "logits.pt", "here"]
-    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=1800)
     assert result.returncode != 0 and "WARA" in result.stderr
 
 
@@ -175,6 +177,7 @@ def test_the_command_and_its_environment(tmp_path, monkeypatch):
     script.write_text("")
     assert command(str(script), ["a"], False) == [sys.executable, str(script), "a"]
     assert command("package.module", ["-x"], True) == [sys.executable, "-m", "package.module", "-x"]
+    assert command(sys.executable, ["-c", "1"], False) == [sys.executable, "-c", "1"]  # a path to an interpreter
     assert command("accelerate", [], False) == [str(Path(sys.executable).parent / "accelerate")]
     (tmp_path / "tool").write_text("#!/bin/sh\n")
     (tmp_path / "tool").chmod(0o755)
@@ -185,6 +188,171 @@ def test_the_command_and_its_environment(tmp_path, monkeypatch):
     assert once["PYTHONPATH"].split(os.pathsep) == [STARTUP, "one", "two"]
     assert environment(once) == once
     assert {path.name for path in Path(STARTUP).glob("*.py")} == {"__init__.py", "sitecustomize.py"}
+
+
+def written(path: Path, text: str, mode: int = 0o644) -> Path:
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def test_python_gets_only_what_is_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/bin:/usr/bin")
+    python = [sys.executable]
+    written(Path("run.sh"), "#!/bin/sh\n", 0o755)
+    assert command("./run.sh", ["a"], False) == ["./run.sh", "a"]
+    assert command("run.sh", ["a"], False) == ["run.sh", "a"]
+    written(Path("tool"), "#!/other/bin/python3\n", 0o755)  # its own interpreter knows its packages
+    assert command("./tool", [], False) == ["./tool"]
+    written(Path("script.py"), "#!/usr/bin/python3\n", 0o755)
+    assert command("./script.py", [], False) == [*python, "./script.py"]
+    written(Path("train"), "import sys\n")
+    assert command("train", [], False) == [*python, "train"]
+    written(Path("marked"), "#!/usr/bin/env python3\n")
+    assert command("./marked", [], False) == [*python, "./marked"]
+    with zipfile.ZipFile("program", "w") as file:
+        file.writestr("__main__.py", "")
+    assert command("./program", [], False) == [*python, "./program"]
+    Path("folder").mkdir()
+    written(Path("folder", "__main__.py"), "")
+    assert command("./folder", [], False) == [*python, "./folder"]
+    # A clone of a program's repository has a folder of its name, and the command is meant.
+    Path("sh").mkdir()
+    written(Path("sh", "__main__.py"), "")
+    assert command("sh", ["-c", "true"], False)[0] in ("/bin/sh", "/usr/bin/sh")
+    assert command("./sh", [], False) == [*python, "./sh"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        ("#!/bin/sh\n", "run.sh", "'./run.sh' is no Python program, and may not be executed. Allow it (chmod +x"),
+        ("#!/bin/sh\n", "run", "'./run' is no Python program, and may not be executed"),
+        ("\0ELF", "binary", "'./binary' is no Python program, and may not be executed"),
+        ("text", "notes.txt", "'./notes.txt' is no Python program, and may not be executed"),
+        (None, "missing.sh", "There is no file './missing.sh'."),
+        (None, "folder/", "'./folder/' is a folder without a `__main__.py`"),
+    ],
+)
+def test_files_that_cannot_run(tmp_path, monkeypatch, text, name, said):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        written(Path(name), text)
+    elif name.endswith("/"):
+        Path(name).mkdir()
+    with pytest.raises((FileNotFoundError, PermissionError), match=re.escape(said)):
+        command(f"./{name}", [], False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("echo\n", "its first line name an interpreter (#!/bin/sh)"),
+        ("#!/no/such/interpreter\n", "the interpreter that its first line names is missing"),
+    ],
+)
+def test_files_that_the_system_cannot_start(tmp_path, text, said):
+    file = written(tmp_path / "file", text, 0o755)
+    result = run(file)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"wara-peft: {str(file)!r} cannot be started: ") and said in line
+
+
+@pytest.mark.slow
+def test_other_programs_run_as_they_are(tmp_path):
+    """A shell script, whose exit code and signals are its own, and in which Python children load WaRA adapters."""
+    child = written(
+        tmp_path / "child.py", "import sys, peft\nsys.exit(7 if 'WARA' in peft.PeftType.__members__ else 1)"
+    )
+    script = written(tmp_path / "run.sh", '#!/bin/sh\nshift\n"$@"\nexit $?\n', 0o755)
+    assert run(script, "first", sys.executable, child).returncode == 7
+    assert run(sys.executable, child).returncode == 7
+    assert run(sys.executable, "-c", child.read_text()).returncode == 7
+    killed = written(tmp_path / "killed", "#!/bin/sh\nkill -TERM $$\n", 0o755)
+    assert run(killed).returncode == -signal.SIGTERM
+    # Python ignores SIGPIPE, and what it executes must not: it would not end when its reader does.
+    ignores = written(tmp_path / "ignores", "#!/bin/sh\nkill -PIPE $$\nexit 0\n", 0o755)
+    assert run(ignores).returncode == -signal.SIGPIPE
+
+
+FIRST_IMPORTS = [
+    "import peft",
+    "import accelerate",
+    "import datasets",
+    "import diffusers, trl, transformers",
+    "import wara_peft",
+    "from transformers import Trainer",
+    "from transformers import TrainingArguments",
+    "from transformers.trainer_utils import set_seed",
+    "from diffusers.training_utils import EMAModel",
+    "from trl import SFTTrainer",
+    "from sentence_transformers import SentenceTransformer",
+    "from peft.tuners.lora import LoraLayer",
+]
+# A process for each of them, begun where no library but PyTorch is imported.
+FIRST = f"""
+import importlib.util, os, sys, torch, traceback
+def program(first):
+    exec(first)
+    import peft, pickle, transformers
+    from transformers import Trainer
+    assert "wara_peft" in sys.modules and "WARA" in peft.PeftType.__members__
+    import wara_peft
+    for callback in (wara_peft.SaveAsLora, wara_peft.RankShrinking, wara_peft.RankSchedule):
+        assert issubclass(callback, transformers.TrainerCallback)
+        assert pickle.loads(pickle.dumps(callback)) is callback
+assert not {{"transformers", "peft", "accelerate"}} & sys.modules.keys()
+for first in {FIRST_IMPORTS!r}:
+    if importlib.util.find_spec(first.split()[1].strip(",").split(".")[0]) is None:
+        continue
+    child = os.fork()
+    if not child:
+        try:
+            program(first)
+        except BaseException:
+            print(f"after {{first!r}}:", traceback.format_exc(), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+print("all ran")
+"""
+
+
+@pytest.mark.slow
+def test_whatever_a_program_imports_first(tmp_path):
+    """PEFT, and with it this package, may be imported while others are half imported."""
+    before = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = command(str(written(tmp_path / "program.py", FIRST)), [], False)
+    result = subprocess.run(words, env=environment(before), capture_output=True, text=True, timeout=900)
+    assert result.stdout == "all ran\n", result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_importing_needs_nothing_that_peft_does_not_need():
+    """Of transformers and the like; PEFT itself is imported while some of their modules are half loaded."""
+    code = """
+import sys
+LIBRARIES = ("transformers", "accelerate", "diffusers", "datasets", "trl", "sentence_transformers")
+def of_libraries():
+    return {name for name in sys.modules if name.split(".")[0] in LIBRARIES}
+import peft
+before = of_libraries()
+import wara_peft
+assert of_libraries() == before, of_libraries() - before
+assert not {name for name in before if "trainer" in name}
+assert {"SaveAsLora", "RankShrinking", "RankSchedule"} <= set(dir(wara_peft)) and of_libraries() == before
+from wara_peft import *
+assert SaveAsLora is wara_peft.SaveAsLora and "transformers.trainer_callback" in sys.modules
+import importlib
+importlib.reload(peft)
+importlib.reload(wara_peft)
+assert SaveAsLora is wara_peft.SaveAsLora and "WARA" in peft.PeftType.__members__
+assert not hasattr(wara_peft, "NoSuchName")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_adapter_of_these_tests_matters(made):

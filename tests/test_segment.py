@@ -153,7 +153,7 @@ def test_rates_are_those_that_validation_of_other_seeds_chose(segment):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("segment")
-    result = run(SCRIPT, "--quick", directory=folder, timeout=300)
+    result = run(SCRIPT, "--quick", directory=folder)
     assert result.returncode == 0, result.stderr
     return result, folder / "segment_output" / "quick"
 
@@ -185,7 +185,7 @@ class TestQuickRun:
         shutil.copytree(quick[1], folder)
         kept = (folder / "segmentation.jsonl").read_text().splitlines(keepends=True)
         (folder / "segmentation.jsonl").write_text("".join(kept[:-1]))
-        again = run(SCRIPT, "--quick", directory=tmp_path, timeout=300)
+        again = run(SCRIPT, "--quick", directory=tmp_path)
         assert again.returncode == 0, again.stderr
         assert "Pretrained model found" in again.stdout
         lines, before = self.lines(folder), [json.loads(line) for line in kept]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from wara_peft import WaRAConfig
+from wara_peft.layer import WaRALayer
 
 TOKENS = torch.arange(1, 25).view(4, 6)
 
@@ -129,6 +131,18 @@ def test_offloaded_to_disk(config_class, tmp_path, monkeypatch):
         offload_dir=str(tmp_path / "offload_adapter"),
     )
     torch.testing.assert_close(logits(loaded), expected, atol=1e-6, rtol=1e-6)
+    with loaded.disable_adapter():
+        without = logits(loaded)
+    if config_class is not LoraConfig:
+        before = logits(loaded)
+        last = [module for module in loaded.modules() if isinstance(module, WaRALayer)][-1]
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(last, "set_base_weight", Mock(side_effect=MemoryError))
+            loaded.merge_adapter()
+        assert last.base_layer.weight.is_meta and torch.equal(logits(loaded), before)
     loaded.merge_adapter()
     torch.testing.assert_close(logits(loaded), expected, atol=1e-5, rtol=1e-5)
     assert any(parameter.is_meta for parameter in loaded.parameters())
+    loaded.unmerge_adapter()
+    with loaded.disable_adapter():
+        torch.testing.assert_close(logits(loaded), without, atol=0 if config_class is not LoraConfig else 1e-5, rtol=0)

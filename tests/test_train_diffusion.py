@@ -126,7 +126,7 @@ def test_rates_are_those_that_other_seeds_chose() -> None:
 class TestScript:
     @pytest.mark.slow
     def test_quick_run_and_no_cell_twice(self, tmp_path: Path) -> None:
-        result = run(SCRIPT, "--quick", directory=tmp_path, timeout=600)
+        result = run(SCRIPT, "--quick", directory=tmp_path)
         assert result.returncode == 0, result.stderr
         folder = tmp_path / "train_diffusion_output" / "quick"
         lines = (folder / "diffusion.jsonl").read_text().splitlines()

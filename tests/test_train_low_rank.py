@@ -181,7 +181,7 @@ def test_rates_are_those_that_validation_of_other_seeds_chose(methods) -> None:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("low_rank")
-    result = run(SCRIPT, "--quick", directory=folder, timeout=600)
+    result = run(SCRIPT, "--quick", directory=folder)
     assert result.returncode == 0, result.stderr
     return result, folder / "train_low_rank_output" / "quick"
 
@@ -226,7 +226,7 @@ class TestQuickRun:
         kept = (folder / "low_rank_training.jsonl").read_text().splitlines(keepends=True)
         # The last run was killed while it wrote its line.
         (folder / "low_rank_training.jsonl").write_text("".join(kept[:-1]) + kept[-1][:40])
-        again = run(SCRIPT, "--quick", directory=tmp_path, timeout=300)
+        again = run(SCRIPT, "--quick", directory=tmp_path)
         assert again.returncode == 0, again.stderr
         lines, before = (folder / "low_rank_training.jsonl").read_text().splitlines(), [json.loads(k) for k in kept]
         assert [json.loads(line) for line in lines[:-2]] == before[:-1] and lines[-2] == kept[-1][:40]
@@ -241,7 +241,7 @@ class TestQuickRun:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["SLTrain", "Maestro"])
 def test_a_training_that_is_killed_resumes_to_the_bit(tmp_path: Path, method: str) -> None:
-    result = run(RESUMING, "--method", method, directory=tmp_path, timeout=600)
+    result = run(RESUMING, "--method", method, directory=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "killed after step 10" in result.stdout and "A fresh process resumes checkpoint-6" in result.stdout
     assert re.search(r"all [\d,]+ numbers of \d+ tensors are equal to the bit", result.stdout)

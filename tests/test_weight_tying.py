@@ -19,6 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.references import module_shapes
 from wara_peft import WaRAConfig, save_as_lora
 
 TOKENS = torch.arange(1, 25).view(4, 6)
@@ -66,7 +67,7 @@ def test_both_layers_have_one_delta_and_one_set_of_parameters(fields):
     embedding, head = layers(model)
     torch.testing.assert_close(embedding.get_delta_weight("default"), head.get_delta_weight("default"))
     assert list(head.wara_A.parameters()) == list(head.wara_B.parameters()) == []
-    assert set(model.peft_config["default"].module_shapes) == {EMBEDDING, "model.layers.0.self_attn.q_proj"}
+    assert set(module_shapes(model)) == {EMBEDDING, "model.layers.0.self_attn.q_proj"}
     name = head.wara_A["default"].subbands[-1]
     swapped = name[1] + name[0] + name[2:]
     assert torch.equal(head.wara_A["default"].subband(name), embedding.wara_B["default"].subband(swapped).T)
@@ -112,7 +113,7 @@ def test_merging_keeps_the_tie(fields):
         model.merge_adapter()
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     model.unmerge_adapter()
-    torch.testing.assert_close(model.get_input_embeddings().weight, weight, atol=1e-6, rtol=1e-6)
+    assert torch.equal(model.get_input_embeddings().weight, weight)
 
     with pytest.warns(UserWarning, match="tie_word_embeddings"):
         merged = copy.deepcopy(model).merge_and_unload()
@@ -174,6 +175,64 @@ def test_a_tie_that_peft_does_not_see_is_refused_too():
     model = get_peft_model(base, WaRAConfig(**fields))
     with pytest.raises(ValueError, match=r"'bert.embeddings.word_embeddings': .*'cls.predictions.decoder'"):
         model.merge_and_unload()
+
+
+TOKEN_FIELDS = {
+    "head": ({"trainable_token_indices": {"lm_head": [1, 5]}}, "tokens of module 'lm_head'.*'model.embed_tokens'"),
+    "others": (
+        {"trainable_token_indices": {"lm_head": [1, 5], "embed_tokens": [2, 5]}},
+        "tokens of module 'model.embed_tokens'.*'lm_head'",
+    ),
+    "beside an adapter of the embedding": (
+        {"trainable_token_indices": {"lm_head": [1, 5]}, "target_modules": ["q_proj", "embed_tokens"]},
+        "into module 'model.embed_tokens': its weight is tied to 'lm_head'",
+    ),
+    "beside an adapter of the head": (
+        {"trainable_token_indices": {"embed_tokens": [1, 5]}, "target_modules": ["q_proj", "lm_head"]},
+        "into module 'lm_head': its weight is computed from other tensors",
+    ),
+}
+
+
+def with_tokens(base: nn.Module, **fields) -> PeftModel:
+    model = get_peft_model(base, WaRAConfig(init_weights=False, **{"target_modules": ["q_proj"], **fields})).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*`ensure_weight_tying` is not set to True", "ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("case", TOKEN_FIELDS)
+def test_merging_tokens_into_a_weight_that_another_layer_uses_without_them_is_refused(case):
+    fields, said = TOKEN_FIELDS[case]
+    model = with_tokens(llama(), **fields)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=f"Cannot merge .*{said}"):
+            merge()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    if case != "beside an adapter of the head":
+        # The remedy of the message makes the two equal.
+        expected, embedding = logits(model), model.get_input_embeddings()
+        while not isinstance(embedding, nn.Embedding):
+            embedding = getattr(embedding, "token_adapter", embedding).base_layer
+        embedding.weight = nn.Parameter(embedding.weight.detach().clone())
+        torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tokens", [[1, 5], {"embed_tokens": [1, 5]}, {"lm_head": [1, 5], "embed_tokens": [1, 5]}])
+def test_tokens_that_peft_ties_merge(tokens):
+    model = with_tokens(llama(), trainable_token_indices=tokens)
+    expected = logits(model)
+    before = model.get_input_embeddings().token_adapter.base_layer.weight.detach().clone()
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(model.get_input_embeddings().token_adapter.base_layer.weight, before)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
 
 
 def encoder_decoder(kind: str) -> nn.Module:

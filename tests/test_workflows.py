@@ -17,7 +17,9 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
 )
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -29,6 +31,7 @@ from tests.training_run import base_model, data, logits
 from wara_peft import WaRAConfig
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = "adapter_model.safetensors"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -193,25 +196,37 @@ def test_trainer_on_images_resumes_with_the_losses_of_an_uninterrupted_run(form,
 
 @pytest.mark.parametrize("config_class", [WaRAConfig, LoraConfig])
 def test_load_best_model_at_end(config_class, tmp_path):
-    """The learning rate makes later epochs worse, so that the best checkpoint is not the last."""
+    """The score of the second epoch is given as the best one, so that neither the first nor the last is it."""
+    scores = iter([1.0, 3.0, 2.0, 0.0])
     model = get_peft_model(base_model(), config_class(target_modules="all-linear", task_type="SEQ_CLS"))
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=8,
-        num_train_epochs=6,
-        learning_rate=0.5,
+        num_train_epochs=4,
+        learning_rate=1e-2,
         eval_strategy="epoch",
         save_strategy="epoch",
         load_best_model_at_end=True,
+        metric_for_best_model="score",
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data(), eval_dataset=data())
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data(),
+        eval_dataset=data(),
+        compute_metrics=lambda _: {"score": next(scores)},
+    )
     trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert min(losses) < losses[-1]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    first, best, third, last = (load_file(tmp_path / f"checkpoint-{6 * epoch}" / WEIGHTS) for epoch in (1, 2, 3, 4))
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-12"
+    found = get_peft_model_state_dict(model)
+    assert found.keys() == best.keys()
+    assert all(torch.equal(found[key], value) for key, value in best.items())
+    for other in (first, third, last):
+        assert all(not torch.equal(other[key], value) for key, value in best.items())
 
 
 def test_what_a_lora_user_asks_a_model(capsys):

@@ -1,11 +1,20 @@
 """WaRA (Wavelet Low-Rank Adaptation, arXiv 2506.24092) for Hugging Face PEFT; importing it registers the method."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import registration
+
+if TYPE_CHECKING:
+    from .allocation.schedule import RankSchedule
+    from .checkpoint_callback import SaveAsLora
+    from .rank_shrinking import RankShrinking
 
 registration.peft_type()  # `WaRAConfig` names `PeftType.WARA`, so the member comes first.
 
-from .allocation import RankSchedule, allocate_ranks  # noqa: E402
-from .checkpoint_callback import SaveAsLora  # noqa: E402
+from .allocation import allocate_ranks  # noqa: E402
 from .config import WaRAConfig  # noqa: E402
 from .export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
@@ -13,7 +22,7 @@ from .initialization import initialize_from_data  # noqa: E402
 from .load_lora import load_lora  # noqa: E402
 from .lora_view import LoraView, lora_view  # noqa: E402
 from .model import WaRAModel  # noqa: E402
-from .nested import RankShrinking, rank_penalty, shrink_ranks  # noqa: E402
+from .nested import rank_penalty, shrink_ranks  # noqa: E402
 from .optimizer_groups import optimizer_groups  # noqa: E402
 from .rescaling import rescale_adapter_scale  # noqa: E402
 
@@ -40,3 +49,24 @@ __all__ = [
     "to_lora",
 ]
 __version__ = "0.1.0"
+
+_CALLBACKS = {
+    "RankSchedule": "allocation.schedule",
+    "RankShrinking": "rank_shrinking",
+    "SaveAsLora": "checkpoint_callback",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a callback when it is asked for, since each needs transformers' Trainer.
+
+    PEFT can be imported by a part of Trainer that is itself being imported, and `wara-peft run` imports this package
+    right after PEFT. So importing this package must need nothing of Trainer.
+    """
+    if name not in _CALLBACKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_CALLBACKS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

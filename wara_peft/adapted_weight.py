@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -202,44 +203,35 @@ def _grouped(func: Any, x: Tensor, weight: AdaptedWeight, offs: Tensor, **kwargs
     return result
 
 
-def _attention(
-    func: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    num_heads: int,
-    in_proj_weight: Tensor | AdaptedWeight,
-    in_proj_bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor | AdaptedWeight,
-    out_proj_bias: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+_ATTENTION_PARAMETERS = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
+
+
+def _attention(func: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """PyTorch's attention, (T, B, d) or (T, d), with adapted projections.
 
     It takes those of q, k and v as weights of their own, with which it multiplies. That of the output it takes only if
     it is a tensor: so it gets W_o over the rows of right, or, where their input is dropped out, the identity, and what
-    it puts out is finished here.
+    it puts out is finished here. All arguments are told apart by the names that this release of PyTorch gives them.
     """
-    names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    kwargs |= {"use_separate_proj_weight": True, **dict(zip(names, in_proj_weight.chunk(3), strict=True))}
-    before = (query, key, value, embed_dim, num_heads, None, in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p)
-    if not isinstance(out_proj_weight, AdaptedWeight):
-        result: tuple[Tensor, Tensor | None] = func(*before, out_proj_weight, out_proj_bias, **kwargs)
+    call = {**dict(zip(_ATTENTION_PARAMETERS, args, strict=False)), **kwargs}
+    parts = zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), call["in_proj_weight"].chunk(3), strict=True)
+    call |= {"use_separate_proj_weight": True, "in_proj_weight": None, **dict(parts)}
+    projection, bias = call["out_proj_weight"], call["out_proj_bias"]
+    if not isinstance(projection, AdaptedWeight):
+        result: tuple[Tensor, Tensor | None] = func(**call)
         return result
-    weight, updates = out_proj_weight.weight, out_proj_weight.updates
+    weight, updates = projection.weight, projection.updates
     if any(isinstance(update.dropout, nn.Dropout) and update.dropout.training for update in updates):
         identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-        attended, weights = func(*before, identity, None, **kwargs)
-        return _linear(F.linear, attended, out_proj_weight, out_proj_bias), weights
+        attended, weights = func(**call | {"out_proj_weight": identity, "out_proj_bias": None})
+        return _linear(F.linear, attended, projection, bias), weights
     rights = [update.right.to(weight.dtype) for update in updates]
     sizes = [len(rows) for rows in (weight, *rights)]
-    bias = None if out_proj_bias is None else F.pad(out_proj_bias, (0, sum(sizes[1:])))
-    output, weights = func(*before, torch.cat([weight, *rights]), bias, **kwargs)
+    wide = {
+        "out_proj_weight": torch.cat([weight, *rights]),
+        "out_proj_bias": None if bias is None else F.pad(bias, (0, sum(sizes[1:]))),
+    }
+    output, weights = func(**call | wide)
     output, *hidden = output.split(sizes, dim=-1)
     for update, channels in zip(updates, hidden, strict=True):
         output = _plus(output, channels, update.left.to(channels.dtype).T)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from .arguments import shown
 from .components import wara_config
 from .config import WaRAConfig
 from .conv import Conv
@@ -76,7 +77,7 @@ def adapter_source(
         return _of_model(model, adapter_name)
     if isinstance(model, (str, os.PathLike)):
         return _in_directory(adapter_directory(model, adapter_name), component)
-    raise TypeError(f"model={model!r} must be a model with WaRA adapters, or the path of a saved one.")
+    raise TypeError(f"model must be a model with WaRA adapters, or the path of a saved one, and is {shown(model)}.")
 
 
 def adapter_directory(path: str | os.PathLike[str], adapter_name: str) -> Path:

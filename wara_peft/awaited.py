@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,46 +21,42 @@ class AwaitedAdapter:
 
     Attributes:
         config: the config as it was loaded, with the shapes and hashes of the modules that the tensors belong to.
+            The model writes neither.
         trained: names of the model's parameters that trained before the adapter was added.
     """
 
     config: WaRAConfig
     trained: list[str]
 
-    def check(self, found: WaRAConfig) -> None:
+    def check(self, found: Mapping[str, Any]) -> None:
         """Compare the modules that the saved adapter belongs to with those that have it now.
 
         Args:
-            found: the tuner's own config of the adapter.
+            found: fields of the config as this model has them.
 
         Raises:
             ValueError: they have other shapes or, where the basis is not saved, other weights.
         """
-        _check_shapes(self.config.module_shapes or {}, found.module_shapes or {})
-        _check_base_weights(self.config.base_weight_hashes or {}, found.base_weight_hashes or {})
+        _check_shapes(self.config.module_shapes or {}, found["module_shapes"])
+        _check_base_weights(self.config.base_weight_hashes or {}, found["base_weight_hashes"] or {})
 
-    def check_tensors(self, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-        """Compare what is being loaded with what the config asks for in the modules that it was saved for.
+    def check_tensors(self, given: Collection[str], own: Iterable[str]) -> None:
+        """Compare what is being loaded with what the modules have that the adapter was saved for.
 
         Args:
-            given: tensors of the adapter's factors that are being loaded, by key.
-            own: those that the model has.
+            given: keys of tensors of the adapter's factors that are being loaded.
+            own: keys of those that the model has.
 
         Raises:
-            ValueError: one is missing, or has no place. PyTorch says which ones are of another shape.
+            ValueError: one is missing.
         """
         modules = tuple(f"{name}." for name in self.config.module_shapes or ())
         missing = [repr(key) for key in own if key.startswith(modules) and key not in given]
-        stray = [repr(key) for key in given if key not in own]
-        if not missing and not stray:
-            return
-        said = [f"it lacks {first(missing)}"] if missing else []
-        said += [f"it holds {first(stray)}, which the config does not ask for"] if stray else []
-        raise ValueError(
-            f"The file of the saved adapter contradicts its config, with form={self.config.form!r}, levels="
-            f"{self.config.levels} and r={self.config.r}: {' and '.join(said)}. Use a complete copy of the adapter, "
-            "whose two files belong together."
-        )
+        if missing:
+            raise ValueError(
+                f"The file of the saved adapter lacks {first(missing)}, which its config asks for. Use a complete "
+                "copy of the adapter, whose two files belong together."
+            )
 
     def check_biases(self, missing: Iterable[str]) -> None:
         """Compare the biases that are being loaded with those that train with the adapter.
@@ -87,7 +83,7 @@ class AwaitedAdapter:
                 "lost, and the base model's values stay."
             )
 
-    def warn_if_another(self, found: WaRAConfig) -> None:
+    def warn_if_another(self, found: Mapping[str, Any]) -> None:
         """Warn of modules that the tensors cannot belong to, where only loading would make such an adapter.
 
         transformers loads without `load_state_dict`, where `check` is called otherwise.
@@ -98,17 +94,17 @@ class AwaitedAdapter:
             except ValueError as error:
                 warnings.warn(f"{error} A new adapter is made with its config, which does not train (inference_mode).")
 
-    def may_be(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], found: WaRAConfig) -> bool:
+    def may_be(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], found: Mapping[str, Any]) -> bool:
         """Whether tensors may be those of the saved adapter, and not a checkpoint of the one in the model.
 
         Args:
             tensors: what is being loaded, by key.
             own: what the model has.
-            found: the tuner's own config of the adapter.
+            found: fields of the config as this model has them.
         """
         if any(key in own and own[key].shape != tensor.shape for key, tensor in tensors.items()):
             return True
-        saved, here = self.config.module_shapes or {}, found.module_shapes or {}
+        saved, here = self.config.module_shapes or {}, found["module_shapes"]
         lengths = [
             pair for name in saved.keys() & here.keys() for pair in zip(saved[name][1:3], here[name][1:3], strict=True)
         ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -13,9 +12,8 @@ from torch import nn
 from .config import WaRAConfig
 from .experts import AdaptedModule
 from .kinds import IN_PROJ, LINEAR, BareParameter, Kind
+from .mergeable import FLOATS
 from .messages import first
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,14 @@ def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
 
 
 def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
-    """Target in the experts of a mixture what LoRA targets there, in place.
+    """Target in the experts of a mixture what LoRA targets there, in place, as PEFT does it with LoRA's config.
 
     Where transformers keeps in one parameter what were linear layers of each expert, PEFT's LoRA takes "all-linear",
     and names of those layers such as `w1` or `gate_proj`, for the parameters, router included, and doubles rank and
     alpha where two layers became one. Asked with a LoRA's config, it says what these are.
 
     Args:
-        config: the tuner's own copy of the config. A saved adapter's names what it adapts already.
+        config: the config. A saved adapter's names what it adapts already.
         model: the model.
 
     Raises:
@@ -117,6 +115,8 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
         return
     config.target_modules = lora.target_modules
     config.target_parameters = sorted(lora.target_parameters)
+    # New ones: the dicts that the user gave may serve another config or model.
+    config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
     for pattern, times in (lora.rank_pattern or {}).items():
         every = {name: rank * times for name, rank in config.ranks_of("").items()}
         config.rank_pattern.setdefault(pattern, every if config.subband_ranks else config.r * times)
@@ -181,6 +181,8 @@ def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None
     is_layer = isinstance(parameter.module, BaseTunerLayer) or isinstance(owner, (nn.Linear, nn.Embedding))
     if is_layer and not parameter.inside:
         return f"it is the weight of a layer. Name the layer, {module_name!r}, in `target_modules`."
+    if parameter.name not in (*owner._parameters, *getattr(owner, "parametrizations", ())):
+        return "it is computed from other tensors, as by `torch.nn.utils.weight_norm`. Take that off first."
     bare = parameter.bare
     if bare.dtype not in FLOATS:
         return f"it is quantized, to {bare.dtype}. Adapt the model that is not quantized."

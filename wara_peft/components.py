@@ -13,13 +13,22 @@ from torch import nn
 from .config import WaRAConfig
 from .forms import SubbandFactor
 from .layer import WaRALayer
+from .resolution import as_in_model, as_written, note
 
 Kept = Mapping[str, Mapping[str, Sequence[int]]]
 """Indices of components, by module and subband."""
 
 
+def fields_in_model(model: nn.Module, adapter_name: str) -> Mapping[str, Any]:
+    """The fields of an adapter's config as a model has resolved them and found them out, as its layers have them."""
+    for module in model.modules():
+        if isinstance(module, WaRALayer) and adapter_name in module.in_model:
+            return module.in_model[adapter_name]
+    return {}
+
+
 def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:
-    """The tuner's config of a model's WaRA adapter.
+    """The config of a model's WaRA adapter as this model has resolved it, in a copy.
 
     Raises:
         ValueError: there is none of that name.
@@ -31,7 +40,7 @@ def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:
     config = configs[adapter_name]
     if not isinstance(config, WaRAConfig):
         raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
-    return config
+    return cast(WaRAConfig, as_in_model(config, fields_in_model(model, adapter_name)))
 
 
 def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
@@ -91,7 +100,7 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
     """Cut an adapter to some of its components, in place: ΔW is what it would be with the others zero.
 
     Each module's scaling stays what it is. A module without components loses the adapter, and its base layer comes
-    back if it has no other one. The tuner's config is changed with it, so that the adapter saves, loads, exports and
+    back if it has no other one. The tuner gets another config for it, so that the adapter saves, loads, exports and
     merges as any other. Parameters are new ones: an optimizer made before does not know them.
 
     Args:
@@ -117,6 +126,7 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
     gone = [layer.get_base_layer() for name, layer in layers.items() if not any(ranks[name].values())]
     if changed.bias == "wara_only" and any(getattr(base, "bias", None) is not None for base in gone):
         changed.bias = "all"  # or those that have trained would not be saved
+    in_model = note(changed, as_written(changed), {"module_shapes": changed.module_shapes, "base_weight_hashes": None})
     cast(Any, model).peft_config[adapter_name] = changed
     for name, layer in layers.items():
         if any(ranks[name].values()):
@@ -126,7 +136,9 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
             source = module.tied_to.get(adapter_name, module)
             if not any(ranks[source.module_name].values()):
                 _take_out(model, name, module, adapter_name)
-            elif source is not module:
+                continue
+            module.in_model[adapter_name] = in_model
+            if source is not module:
                 module.tie_again(source)
 
 
@@ -162,8 +174,9 @@ def _cut(layer: WaRALayer, adapter_name: str, config: WaRAConfig, kept: Mapping[
         new.requires_grad_(next(before.parameters()).requires_grad)
         new.train(before.training)
         getattr(layer, container)[adapter_name] = new
+    layer.r[adapter_name] = layer.total_rank(adapter_name)
     alpha = config.alpha_of(layer.module_name)
-    layer.wara_alpha[adapter_name] = layer.total_rank(adapter_name) if alpha is None else alpha
+    layer.wara_alpha[adapter_name] = layer.r[adapter_name] if alpha is None else alpha
     layer.set_scale(adapter_name, scaled_by)
 
 

@@ -22,6 +22,7 @@ from .forms import FORMS, Form, importance_order, turns_of
 from .lora_fields import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
 from .model_card import add_loading_section
 from .patterns import exact_pattern, in_any_order, suffix_matches, value_for
+from .resolution import Resolution, as_to_write
 
 
 @with_help
@@ -91,11 +92,11 @@ class WaRAConfig(PeftConfig):
             None writes the default, coarse levels first.
         rank_penalty: with `ordered_dropout`, λ of the hierarchical group lasso λ Σ_b (‖A[b:]‖ + ‖B[:, b:]‖) over the
             components in order, which is added to the loss that the model returns while it trains.
-        module_shapes: written by the library and saved with the adapter, `{module: [kind, out, in]}`. For a
+        module_shapes: written by the library when the adapter is saved, `{module: [kind, out, in]}`. For a
             convolution `in` is that of one group, and `[kind, out, in, groups]` tells if there are several. Of a bare
             parameter it is `[kind, out, in, experts, position]`, with 0 experts for a matrix and its position among
             the parameters of its module.
-        base_weight_hashes: written by the library where `save_basis` is False, `{module: SHA-256 of its weight}`.
+        base_weight_hashes: written likewise where `save_basis` is False, `{module: SHA-256 of its weight}`.
 
     Raises:
         ValueError: a value is out of range, or fields contradict each other.
@@ -170,6 +171,7 @@ class WaRAConfig(PeftConfig):
         # Filled by the model, as PEFT expects it, where `ensure_weight_tying` finds tied modules.
         self.modules_to_tie: set[str] | None = None
         self.target_modules_to_tie: set[str] | None = None
+        self.resolution: Resolution | None = None  # by the last model that used this config
         if isinstance(self.grid_size, list):  # as JSON keeps it
             self.grid_size = tuple(self.grid_size)
         check_config(self)
@@ -294,9 +296,14 @@ class WaRAConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, as they are saved: patterns that overlap are written so that their order is free."""
-        names = list(self.module_shapes) if self.module_shapes else None
-        fields: dict[str, Any] = super().to_dict()
+        """All fields, with what the model that was last asked for the adapter's tensors has found out.
+
+        PEFT and transformers ask a model for the tensors, and write its config next. Patterns that overlap are written
+        so that their order is free.
+        """
+        config = as_to_write(self)
+        names = list(config.module_shapes) if config.module_shapes else None
+        fields = dataclasses.asdict(config)
         for name in ("rank_pattern", "alpha_pattern"):
             fields[name] = in_any_order(name, fields[name], names)
         return fields

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -64,28 +64,32 @@ class ParameterLayer(WaRALayer):
             return Update(factor_a.mT, factor_b.mT * self.scaling[adapter], dropout)
         return Update(factor_b, factor_a * self.scaling[adapter], dropout)
 
-    def _add_to_base_weight(self, adapter_names: list[str], sign: int, check_finite: bool) -> None:
-        """One expert after the other, so that no ΔW of all of them is there at once."""
+    def weight_place(self) -> tuple[nn.Module, str]:
+        return self.bare.owner, self.bare.name
+
+    def _check_weight(self) -> None:
         if is_parametrized(self.bare.owner, self.bare.name):
             raise ValueError(
-                f"Parameter {self.module_name!r} is parametrized, as quantized experts are, and has no weight to "
-                "merge into. Load the model without quantization, and merge the saved adapter into that."
+                f"Cannot merge: parameter {self.module_name!r} is parametrized, as quantized experts are, and has no "
+                "weight to merge into. Load the model without quantization or parametrizations, and merge the saved "
+                "adapter into that."
             )
-        with torch.no_grad():
-            weight = self.get_base_weight()
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            updates = [self.low_rank_update(name, dtype) for name in adapter_names]
-            merged = torch.empty_like(weight)
-            experts = range(len(weight)) if self.kind.has_experts else [None]
-            for expert in experts:
-                own = slice(None) if expert is None else expert
-                total = weight[own].to(dtype, copy=True)
-                for update in updates:
-                    total.add_(_of_expert(update, expert).dense(dtype).to(total.device), alpha=sign)
-                merged[own] = total.to(weight.dtype)
-            if check_finite and not torch.isfinite(merged).all():
-                raise self._not_finite(adapter_names)
-            self.set_base_weight(merged)
+
+    def _add_to_base_weight(self, updates: list[LowRankUpdate], to_check: Sequence[str] = ()) -> None:
+        """One expert after the other, so that no ΔW of all of them is there at once."""
+        weight = self.get_base_weight()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        merged = torch.empty_like(weight)
+        experts = range(len(weight)) if self.kind.has_experts else [None]
+        for expert in experts:
+            own = slice(None) if expert is None else expert
+            total = weight[own].to(dtype, copy=True)
+            for update in updates:
+                total.add_(_of_expert(update, expert).to(total.device).dense(dtype))
+            merged[own] = total.to(weight.dtype)
+        if to_check and not torch.isfinite(merged).all():
+            raise self._not_finite(to_check)
+        self.set_base_weight(merged)
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -132,6 +136,7 @@ class AdaptedModule(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = base_layer.training
         self._inside = 0  # forwards that are under way, in all threads
 
     @property
@@ -185,6 +190,13 @@ class AdaptedModule(nn.Module):
                         if is_parametrized(owner, name):
                             owner.parametrizations[name].pop(-1)  # type: ignore[union-attr, index]
                         vars(owner).pop(name, None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedModule:
+        """Move or cast the parameters, which are the module's and no part of the layers that adapt them."""
+        with ExitStack() as stack:
+            for layer in self.layers.values():
+                stack.enter_context(layer.following_casts(fn))
+            return cast(AdaptedModule, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import id_tensor_storage
 
 from .adapter_source import AdapterSource, adapter_directory, adapter_source
+from .arguments import check_argument, shown
 from .diffusion import check_together, component_of, write_components
 from .disk.adapter import Track, untracked
 from .disk.contents import PEFT_PREFIX
@@ -73,6 +74,7 @@ def to_lora(
             or under `strict` there is something that engines do not take; for a path, see `SavedAdapter`.
         TypeError: the adapter is not a WaRA adapter, or `rank` or `dtype` is of the wrong type.
     """
+    check_argument("to_lora(model, rank)", "model", model, "an nn.Module or a path")
     return convert(model, rank, adapter_name, prefix=prefix, dtype=dtype, strict=strict, track=track)[:2]
 
 
@@ -103,12 +105,17 @@ def save_as_lora(
     Raises:
         ValueError: `path` is a file, or the adapter's own directory, or `format` and `component` do not fit; for
             `format="diffusers"` also what `component_of` in `wara_peft.diffusion` raises.
+        TypeError: an argument is of another kind, as where two are swapped; see also `to_lora`.
 
     Example:
         >>> save_as_lora("my-lora", {"unet": unet, "text_encoder": "my-text-adapter"}, format="diffusers")
         ... # doctest: +SKIP
     """
+    call = "save_as_lora(path, model, rank)"
+    check_argument(call, "path", path, "a str or os.PathLike")
     models = model if isinstance(model, Mapping) else {component: model}
+    for item in models.values():
+        check_argument(call, "model", item, "an nn.Module or a path")
     if isinstance(model, Mapping) and (format == "peft" or component is not None):
         raise ValueError("Several models, by component, are for format='diffusers', without `component`.")
     paths = [item for item in models.values() if isinstance(item, (str, os.PathLike))]
@@ -160,6 +167,7 @@ def lora_error(model: Model, rank: int | float, adapter_name: str = "default") -
     Args:
         model, rank, adapter_name: as in `to_lora`, whose errors apply.
     """
+    check_argument("lora_error(model, rank)", "model", model, "an nn.Module or a path")
     _check_rank(rank)
     return _errors(_modules(adapter_source(model, adapter_name), rank, None, None, untracked))
 
@@ -290,7 +298,8 @@ def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
 
 def _check_rank(rank: int | float) -> None:
     if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise TypeError(f"rank={rank!r} must be an int or a float.")
+        name = f" The adapter's name is given as adapter_name={rank!r}." if isinstance(rank, str) else ""
+        raise TypeError(f"rank={shown(rank)} must be an int or a float.{name}")
     if isinstance(rank, int) and rank < 1:
         raise ValueError(f"rank={rank!r} must be at least 1.")
     if isinstance(rank, float) and not 0.0 < rank <= 1.0:
@@ -303,7 +312,7 @@ def _check_prefix(prefix: int, rank: int | float | None) -> None:
             f"Give rank={rank!r}, the best approximation, or prefix={prefix!r}, the first ones, not both."
         )
     if isinstance(prefix, bool) or not isinstance(prefix, int):
-        raise TypeError(f"prefix={prefix!r} must be an int.")
+        raise TypeError(f"prefix={shown(prefix)} must be an int.")
     if prefix < 1:
         raise ValueError(f"prefix={prefix!r} must be at least 1.")
 

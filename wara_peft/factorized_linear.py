@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .factorized import DictionaryLinear, LowRankLinear
+from .kept_weight import KeptWeight
 from .layer import Linear
+from .low_rank_update import LowRankUpdate
 
 
 class FactorizedLinear(Linear):
@@ -20,32 +23,43 @@ class FactorizedLinear(Linear):
     """
 
     @property
-    def _factorized(self) -> LowRankLinear | DictionaryLinear:
+    def factorized(self) -> LowRankLinear | DictionaryLinear:
+        """The base layer."""
         return cast(LowRankLinear | DictionaryLinear, self.get_base_layer())
 
     def _base_features(self) -> tuple[int, int]:
-        return self._factorized.in_features, self._factorized.out_features
+        return self.factorized.in_features, self.factorized.out_features
 
-    @torch.no_grad()
-    def _add_to_base_weight(self, adapter_names: list[str], sign: int, check_finite: bool) -> None:
-        base = self._factorized
-        dtype = torch.promote_types(base.down.weight.dtype, torch.float32)
-        updates = [self.low_rank_update(name, dtype) for name in adapter_names]
-        units = sum(update.rank for update in updates)
-        if sign < 0:
-            self._set_base_layer(base.without_last(units))
-            return
-        self._check_factors(units)
+    def _check_weight(self) -> None:
+        self._check_factors(0)
+
+    def _weights(self) -> list[Tensor]:
+        base = self.factorized
+        return [base.down.weight.data, (base.up.weight if isinstance(base, LowRankLinear) else base.values).data]
+
+    def _keep_weight(self) -> KeptUnits:
+        return KeptUnits(self)
+
+    def _update_to_merge(self, adapter_name: str) -> LowRankUpdate:
+        with torch.no_grad():
+            return self.low_rank_update(
+                adapter_name, torch.promote_types(self.factorized.down.weight.dtype, torch.float32)
+            )
+
+    def _add_to_base_weight(self, updates: list[LowRankUpdate], to_check: Sequence[str] = ()) -> None:
+        base = self.factorized
+        self._check_factors(sum(update.rank for update in updates))
+        device = base.down.weight.device
         left = torch.cat([update.factor_b for update in updates], 1)
         right = torch.cat([update.factor_a for update in updates])
-        merged = base.appended(left, right)
-        if check_finite and not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):
-            raise self._not_finite(adapter_names)
-        self._set_base_layer(merged)
+        merged = base.appended(left.to(device), right.to(device))
+        if to_check and not all(bool(parameter.isfinite().all()) for parameter in merged.parameters()):
+            raise self._not_finite(to_check)
+        self.set_factorized(merged)
 
     def _check_factors(self, units: int) -> None:
         """Refuse to merge where the result would be no factorised layer of its kind."""
-        base = self._factorized
+        base = self.factorized
         weight: Tensor = base.down.weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             raise ValueError(
@@ -61,9 +75,33 @@ class FactorizedLinear(Linear):
                 f"{base.out_features} outputs can have. Serve the adapter unmerged, or leave the layer dense."
             )
 
-    def _set_base_layer(self, base: nn.Module) -> None:
-        """Put it below what other adapters have put around it."""
+    def set_factorized(self, base: nn.Module) -> None:
+        """Put a base layer below what other adapters have put around it."""
         owner: Any = self
         while isinstance(owner.base_layer, BaseTunerLayer):
             owner = owner.base_layer
         owner.base_layer = base
+
+
+class KeptUnits(KeptWeight):
+    """How many units of rank, or atoms, a factorised layer has of its own: all that merging adds lies behind them."""
+
+    def __init__(self, layer: FactorizedLinear) -> None:
+        self.base: LowRankLinear | DictionaryLinear | None = layer.factorized
+        self.units = _units(layer.factorized)
+        self.updates, self.seal = {}, None
+
+    def restore(self, layer: FactorizedLinear) -> None:
+        base = layer.factorized
+        layer.set_factorized(self.base or base.without_last(_units(base) - self.units))
+
+    def to_main_memory(self) -> None:
+        """Keep no more than the number."""
+        self.base = None
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Do nothing: what the layer has of its own is cast with it."""
+
+
+def _units(base: LowRankLinear | DictionaryLinear) -> int:
+    return base.rank if isinstance(base, LowRankLinear) else base.atoms

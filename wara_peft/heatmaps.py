@@ -28,8 +28,14 @@ def draw_heatmaps(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: matplotlib does not know the ending of the file's name.
+        FileNotFoundError: the file's folder is missing.
+        ValueError: matplotlib does not know the ending of the file's name, or the name is that of a folder.
     """
+    target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name an image file.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(target.parent)!r} to write {target.name!r} into.")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -46,7 +52,7 @@ def draw_heatmaps(
         axes.set_xlabel("subband (out axis, in axis, level)")
         axes.set_title(name)
         figure.colorbar(image, ax=axes)
-    target, drawn = Path(path), io.BytesIO()
+    drawn = io.BytesIO()
     figure.savefig(drawn, format=target.suffix.removeprefix(".") or None, dpi=120)
     temporary = target.with_name(f".{uuid.uuid4().hex[:8]}.{target.name}")
     try:

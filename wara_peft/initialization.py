@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .arguments import check_argument
 from .calibration import arguments_of, evaluating
 from .forms import SubbandFactor
 from .layer import WaRALayer
@@ -40,6 +41,9 @@ def initialize_from_data(
         ValueError: there is no such adapter, it is not of that kind or has been trained, no batch reached one of its
             layers, or the inputs of one are not finite. Nothing is changed then.
     """
+    call = "initialize_from_data(model, dataloader)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "dataloader", dataloader, "an iterable of batches")
     layers = _layers(model, adapter_name)
     moments = Moments(model)
     with evaluating(model), moments.watching(layers), torch.no_grad():

@@ -79,6 +79,7 @@ class BareParameter(nn.Module):
     def __init__(self, owner: nn.Module, name: str, kind: Kind | None = None, inside: str = "") -> None:
         super().__init__()
         self._owner = [owner]  # in a list, so that it is not registered as a part of this module
+        self.training = owner.training
         self.name, self.inside = name, inside
         weight = self.weight
         self.shape, self.dtype = tuple(getattr(weight, "ds_shape", weight.shape)), weight.dtype

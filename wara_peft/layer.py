@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from .config import WaRAConfig, scaling
+from .enabling import TrainedBefore, switch
 from .forms import Form, Parts, SubbandFactor, TiedFactor
 from .kinds import Kind, ModuleShape, kind_of
 from .low_rank_update import LowRankUpdate
+from .merging import MergingLayer
 from .quantization import base_weight
 from .wavelet import autocast_off, is_autocast_on
 
@@ -59,7 +60,7 @@ class _PartsOfLayer(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
-class WaRALayer(nn.Module, BaseTunerLayer):
+class WaRALayer(MergingLayer):
     """What all WaRA layers share: factors, scaling, forward and merging, by adapter name.
 
     Args:
@@ -76,11 +77,15 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         wara_A, wara_B: for each adapter one side of its pairs; `factors` gives what hands out Â (R, n) and B̂ (m, R).
         wara_gain, wara_core, wara_basis, token_mixing: further parts that some forms have.
         wara_alpha, scaling: for each adapter the numerator of its scaling, and the scaling in use.
+        r: for each adapter R, as scripts read LoRA's `r`; `wara_alpha` stands for `lora_alpha`.
+        in_model: for each adapter the fields of its config as they are in this model, which all its layers share.
     """
 
     adapter_layer_names: tuple[str, ...] = TENSOR_PARTS
     other_param_names: tuple[str, ...] = (
         "forms",
+        "in_model",
+        "r",
         "wara_alpha",
         "scaling",
         "use_rslora",
@@ -101,6 +106,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.training = self.get_base_layer().training
         self.module_name = module_name
         self.forms: dict[str, Form] = {}
         self.wara_A = nn.ModuleDict({})
@@ -109,18 +115,23 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         self.wara_core = nn.ModuleDict({})
         self.wara_basis = nn.ModuleDict({})
         self.wara_dropout = nn.ModuleDict({})
+        self.in_model: dict[str, Mapping[str, Any]] = {}
+        self.r: dict[str, int] = {}
         self.wara_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.tied_to: dict[str, WaRALayer] = {}
         self.token_mixing: dict[str, Any] = {}
         self._disable_adapters = False
+        self._trained_before: TrainedBefore | None = None
         self._active_adapter = adapter_name
-        self.merged_adapters: list[str] = []
+        self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
         self.in_features, self.out_features = self._base_features()
         self.update_layer(adapter_name, config, module_name, tied_to, context)
+        for name in (*self.adapter_layer_names, "wara_dropout"):
+            getattr(self, name).training = self.training
 
     def _base_features(self) -> tuple[int, int]:
         """in_features and out_features; the model has refused layers of which they are unknown."""
@@ -130,11 +141,6 @@ class WaRALayer(nn.Module, BaseTunerLayer):
     def kind(self) -> Kind:
         """What the base layer is."""
         return kind_of(self.get_base_layer())
-
-    @property
-    def r(self) -> dict[str, int]:
-        """R of each adapter by name, as scripts read LoRA's `r`; `wara_alpha` stands for `lora_alpha`."""
-        return {adapter_name: self.total_rank(adapter_name) for adapter_name in self.wara_A}
 
     @property
     def shape(self) -> ModuleShape:
@@ -149,7 +155,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         tied_to: WaRALayer | None = None,
         context: Any = None,
     ) -> None:
-        """Add an adapter, initialised, on the device of the base layer.
+        """Add an adapter, initialised, on the device and in the mode (train or eval) of the base layer.
 
         Args:
             adapter_name: its name.
@@ -170,14 +176,18 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             if not config.form_object.may_be_loaded(parts):
                 self._fill_from_weight(adapter_name)
         self.wara_dropout[adapter_name] = nn.Dropout(config.wara_dropout) if config.wara_dropout else nn.Identity()
+        self.r[adapter_name] = self.total_rank(adapter_name)
         alpha = config.alpha_of(module_name if tied_to is None else tied_to.module_name)
-        self.wara_alpha[adapter_name] = self.total_rank(adapter_name) if alpha is None else alpha
+        self.wara_alpha[adapter_name] = self.r[adapter_name] if alpha is None else alpha
         self.use_rslora[adapter_name] = config.use_rslora
         self.set_scale(adapter_name, 1.0)
         if tied_to is None:
             self.reset_wara_parameters(adapter_name, config.init_weights)
         packed = getattr(self.get_base_layer(), "W_q", None)  # HQQ's name for its weight, which PEFT does not look for
         self._move_adapter_to_device_of_base_layer(adapter_name, None if packed is None else packed.device)
+        for container in (self.wara_A, self.wara_B, self.wara_core, self.wara_basis, self.wara_dropout):
+            if adapter_name in container:
+                container[adapter_name].train(self.get_base_layer().training)
         self.set_adapter(self.active_adapters)
 
     def _tie(self, adapter_name: str, tied_to: WaRALayer) -> None:
@@ -256,6 +266,17 @@ class WaRALayer(nn.Module, BaseTunerLayer):
             else:
                 self.scaling[adapter] /= scale
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters. Disabled ones are frozen; enabled again, those train that trained before."""
+        parameters = {
+            f"{container}.{name}": parameter
+            for container in self.adapter_layer_names
+            for name, parameter in getattr(self, container).named_parameters()
+        }
+        self._trained_before = switch(
+            enabled, self._trained_before, parameters, lambda: self.active_adapters, super().enable_adapters
+        )
+
     def check_has_delta_weight(self, adapter_names: Iterable[str]) -> None:
         """Refuse adapters whose change of the output no weight can make.
 
@@ -313,7 +334,7 @@ class WaRALayer(nn.Module, BaseTunerLayer):
         """
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        disabled, merged = self.disable_adapters, self.merged
+        disabled, merged = self._disable_adapters, self.merged_adapters  # PEFT's properties, without their calls
         if disabled and merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -348,57 +369,6 @@ class WaRALayer(nn.Module, BaseTunerLayer):
                 part = self._add_product(result.index_select(0, chosen), x.index_select(0, chosen), adapter)
                 result = result.index_copy(0, chosen, part.to(result.dtype))
         return result
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the ΔW of adapters to the base weight, in float32 or better and with one rounding.
-
-        Args:
-            safe_merge: check that the merged weight is finite before it replaces the base weight.
-            adapter_names: adapters to merge; None means the active ones.
-
-        Raises:
-            ValueError: `safe_merge` found a value that is not finite; the base weight is untouched.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.wara_A]
-        if not names:
-            return
-        self.check_has_delta_weight(names)
-        try:
-            self._add_to_base_weight(names, sign=1, check_finite=safe_merge)
-        except Exception as error:
-            if hasattr(error, "add_note"):  # Python 3.11 on
-                error.add_note(f"This happened while merging into module {self.module_name!r}.")
-            raise
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Subtract the ΔW of all merged adapters from the base weight."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
-            return
-        self._add_to_base_weight(self.merged_adapters, sign=-1, check_finite=False)
-        self.merged_adapters = []
-
-    @torch.no_grad()
-    def _add_to_base_weight(self, adapter_names: list[str], sign: int, check_finite: bool) -> None:
-        weight = self.get_base_weight()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(dtype, copy=True)
-        for name in adapter_names:
-            if name in self.tied_to and self.get_base_layer().weight is self.tied_to[name].get_base_layer().weight:
-                continue  # the one weight of both layers gets its ΔW from the other
-            total.add_(self.get_delta_weight(name, dtype).to(total.device), alpha=sign)
-        merged = total.to(weight.dtype)
-        if check_finite and not torch.isfinite(merged).all():
-            raise self._not_finite(adapter_names)
-        self.set_base_weight(merged)
-
-    def _not_finite(self, adapter_names: list[str]) -> ValueError:
-        return ValueError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken "
-            f"in module {self.module_name!r}. The base weight is unchanged; merge without this adapter, or load "
-            "it again from a good checkpoint."
-        )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a LoRA of rank R, which `wara_peft.to_lora` converts without error: all with a ΔW."""

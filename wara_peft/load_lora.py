@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from torch import nn
 
+from .arguments import check_argument
 from .config import WaRAConfig
 from .disk.lora import SavedLora
 from .kinds import BareParameter, kind_of
@@ -50,6 +51,10 @@ def load_lora(
     Warns:
         UserWarning: names what the LoRA has and WaRA does not, or patterns between which a lost order decides.
     """
+    call = "load_lora(model, path, adapter_name)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "path", path, "a str or os.PathLike")
+    check_argument(call, "adapter_name", adapter_name, "a str")
     saved = SavedLora(path)
     config = _config(saved.config, fields)
     base = model.get_base_model() if isinstance(model, PeftModel) else model

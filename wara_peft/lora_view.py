@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_source import adapter_source
+from .arguments import check_argument
 from .disk.contents import PEFT_PREFIX
 from .disk.directory import written_at_once
 from .export import lora_name, to_lora, write_lora
@@ -125,6 +126,7 @@ def lora_view(model: nn.Module, adapter_name: str = "default") -> LoraView:
         ...     view.refresh()
         ...     engine.load(view.config, view.state_dict())
     """
-    if not isinstance(model, nn.Module):
+    if isinstance(model, (str, os.PathLike)):
         raise TypeError(f"model={model!r} must be a model with WaRA adapters; to_lora reads directories.")
+    check_argument("lora_view(model, adapter_name)", "model", model, "an nn.Module")
     return LoraView(model, adapter_name)

@@ -37,6 +37,15 @@ class LowRankUpdate:
         """Kernel size of a convolution, empty for other layers."""
         return tuple(self.factor_a.shape[2:])
 
+    def to(self, device: torch.device | str, copy: bool = False) -> LowRankUpdate:
+        """The update on a device; with `copy` in memory of its own there."""
+        return replace(
+            self, factor_a=self.factor_a.to(device, copy=copy), factor_b=self.factor_b.to(device, copy=copy)
+        )
+
+    def __neg__(self) -> LowRankUpdate:
+        return replace(self, factor_b=-self.factor_b)
+
     def first(self, components: Sequence[int]) -> LowRankUpdate:
         """The update by some components alone: rows of Â with their columns of B̂."""
         chosen = list(components)

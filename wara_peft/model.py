@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,16 +11,18 @@ from functools import partial
 from typing import Any, Literal, cast
 
 from accelerate import init_empty_weights
-from peft.config import PeftConfig
+from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
     find_parameter_name_by_module,
+    onload_layer,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -37,23 +40,36 @@ from .bare_parameters import (
 )
 from .bypassed import check_called, keep_called, let_go
 from .combine import combine
+from .components import fields_in_model
 from .config import WaRAConfig
 from .conv import Conv
 from .embedding import Embedding
+from .enabling import TrainedBefore, switch
 from .experts import AdaptedModule, ParameterLayer
 from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
 from .in_full import AROUND, places_in, resized_embedding, trained_biases
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import TENSOR_PARTS, Linear, WaRALayer, is_of_a_factor
+from .mergeable import FLOATS
 from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
+from .overwriting import check_keys, check_saved_adapter
+from .pad_token import warn_of_pad_token
 from .patterns import Unseen
 from .quantization import base_weight, keep_unpacked
+from .resolution import as_written, note, use
 from .rollback import undone_on_error
-from .targets import check_factors, check_in_full, check_ranks, targeted_names, warn_of_unmatched
-from .ties import check_ties, keep_ties_in_replicas, unwrapped, without
+from .targets import (
+    check_factors,
+    check_forwards,
+    check_in_full,
+    check_ranks,
+    targeted_names,
+    warn_of_unmatched,
+)
+from .ties import check_ties, check_token_ties, keep_ties_in_replicas, unwrapped, without
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
@@ -77,8 +93,8 @@ class WaRAModel(BaseTuner):
             of other shapes is refused when its file is loaded, and then removed again.
 
     Attributes:
-        peft_config: the tuner's own copy of each adapter's config, on which it writes what it finds out; the object
-            that was passed in stays as it was.
+        peft_config: for each adapter the object that was passed in. Targets are resolved in it, as PEFT does it for
+            every method; what this model finds out besides, its layers keep, so that the object can serve others.
     """
 
     prefix: str = "wara_"
@@ -89,42 +105,50 @@ class WaRAModel(BaseTuner):
     _injected: str = ""
     # Adapters whose config came with a saved one, until its tensors come.
     _awaited: Mapping[str, AwaitedAdapter] = {}
+    _trained_before: TrainedBefore | None = None
+    # Of the adapter that is being injected.
+    _base_weight_hashes: Mapping[str, str] | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add the adapter of that name to all its target modules, and record their shapes in its config."""
+        """Add the adapter of that name to all its target modules; their shapes are saved with it."""
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
             # PEFT takes any key for one of a factor.
             state_dict = {key: value for key, value in state_dict.items() if is_of_a_factor(key)}
             kwargs["state_dict"] = state_dict
             self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
-        given = cast(WaRAConfig, self.peft_config[adapter_name])
+        config = cast(WaRAConfig, self.peft_config[adapter_name])
+        before = dict(vars(config))
+        written = as_written(config)
+        named = targeted_names(config) if config.module_shapes is None else ()
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         try:
             check_adapter_name(adapter_name)
             self._injected = adapter_name
-            self.peft_config[adapter_name] = copy.deepcopy(given)
-            with _unseen_patterns(cast(WaRAConfig, self.peft_config[adapter_name])):
+            with _unseen_patterns(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
+            vars(config).update(before)
             raise
         finally:
             self._named_by_state_dict = None
         keep_unpacked(model)
-        config = cast(WaRAConfig, self.peft_config[adapter_name])
-        config.module_shapes = {
-            name: module.shape.as_list()
+        layers = {
+            name: module
             for name, module in model.named_modules()
-            if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
+            if isinstance(module, WaRALayer) and adapter_name in module.wara_A
         }
-        named = targeted_names(given) if given.module_shapes is None else ()
-        warn_of_unmatched(config, named, [name for name, _ in model.named_modules()])
-        if given.module_shapes is not None:
-            awaited = AwaitedAdapter(given, trained)
-            awaited.warn_if_another(config)
+        shapes = {name: layer.shape.as_list() for name, layer in layers.items() if adapter_name not in layer.tied_to}
+        in_model = note(config, written, {"module_shapes": shapes, "base_weight_hashes": self._base_weight_hashes})
+        for layer in layers.values():
+            layer.in_model[adapter_name] = in_model
+        warn_of_unmatched(config, shapes, named, [name for name, _ in model.named_modules()])
+        if config.module_shapes is not None:
+            awaited = AwaitedAdapter(config, trained)
+            awaited.warn_if_another(in_model)
             self._awaited = {**self._awaited, adapter_name: awaited}
         keep_ties_in_replicas(model)
         keep_called(model)
@@ -134,15 +158,15 @@ class WaRAModel(BaseTuner):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
         for adapter_name in [name for name in self._awaited if name in self.peft_config]:
-            awaited, config = self._awaited[adapter_name], cast(WaRAConfig, self.peft_config[adapter_name])
+            awaited, found = self._awaited[adapter_name], fields_in_model(self, adapter_name)
             tensors = self._factors_in(state_dict, prefix, adapter_name)
             own = self._factors_in(self.state_dict(prefix=prefix), prefix, adapter_name) if tensors else {}
-            if tensors and awaited.may_be(tensors, own, config):
+            if tensors and awaited.may_be(tensors, own, found):
                 try:
-                    awaited.check(config)
+                    awaited.check(found)
                     awaited.check_tensors(tensors, own)
                     given = {AROUND.sub("", key.removeprefix(f"{prefix}model.")) for key in state_dict}
-                    biases = trained_biases(self.model, config, adapter_name, self.model.state_dict())
+                    biases = trained_biases(self.model, awaited.config, adapter_name, self.model.state_dict())
                     awaited.check_biases(key for key in biases if AROUND.sub("", key) not in given)
                 except ValueError:
                     self._remove(adapter_name)
@@ -182,6 +206,7 @@ class WaRAModel(BaseTuner):
             for name, base in bases.items()
         }
         peft_config.form_object.check_targets(peft_config, model, targets)
+        self._base_weight_hashes = peft_config.form_object.base_weight_hashes(peft_config, targets)
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
@@ -194,7 +219,9 @@ class WaRAModel(BaseTuner):
         tuner = cls.__new__(cls)  # which is not initialised, for that would inject
         nn.Module.__init__(tuner)
         tuner.model = model
-        resolved = tuner._prepare_adapter_config(copy.deepcopy(config), cls.get_model_config(model))
+        config = copy.deepcopy(config)
+        as_written(config)
+        resolved = tuner._prepare_adapter_config(config, cls.get_model_config(model))
         return tuner._checked_bases(resolved, model)
 
     def _checked_bases(self, peft_config: WaRAConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -226,6 +253,7 @@ class WaRAModel(BaseTuner):
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
         check_called(model, bases)
+        check_forwards(bases)
         check_factors(bases)
         parameters += named_parameters(peft_config, model)
         check_parameters(peft_config, parameters, bases)
@@ -236,6 +264,11 @@ class WaRAModel(BaseTuner):
 
     def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
+        if backend is None and cast(Tensor, base_layer.weight).dtype not in FLOATS:
+            raise ValueError(
+                f"form={peft_config.form!r} needs the weight of module {name!r}, which is quantized, to "
+                f"{cast(Tensor, base_layer.weight).dtype}. Use form='subband', or a base model that is not quantized."
+            )
         try:
             return base_weight(base_layer, backend)
         except TypeError as error:  # of backends that cannot dequantize
@@ -345,6 +378,18 @@ class WaRAModel(BaseTuner):
         for gain, trains in before:
             gain[adapter_name].requires_grad_(trains)
 
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Enable or disable all adapters; heads and tokens that were frozen before are frozen again when enabled."""
+        parameters = {
+            f"{name}.{inner}": parameter
+            for name, module in self.model.named_modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+            for inner, parameter in module.named_parameters()
+        }
+        self._trained_before = switch(
+            enabled, self._trained_before, parameters, lambda: self.active_adapters, super()._enable_adapter_layers
+        )
+
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Target the input embedding, and leave the layers tied to it to its adapter."""
         tied_weight_keys = unwrapped(tied_weight_keys)
@@ -437,17 +482,36 @@ class WaRAModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """What PEFT saves of an adapter, from a state dict, with all biases that train and both resized embeddings."""
+        """The tensors to save, with all biases that train and both resized embeddings.
+
+        PEFT writes the config next, so it gets what this model has found out.
+        """
+        use(config, fields_in_model(model, adapter_name))
+        warn_of_pad_token(model, config)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         config = cast(WaRAConfig, config)
         biases = trained_biases(model, config, adapter_name, state_dict)
         return found | biases | resized_embedding(model, config, state_dict)
 
+    def check_saved_adapter(self, adapter_name: str, path: str | os.PathLike[str], **hub: Any) -> None:
+        """Refuse a saved adapter whose tensors would mean something else in the adapter of that name.
+
+        `PeftModel.load_adapter` calls this where an adapter of the name is in the model.
+
+        Raises:
+            ValueError: see `wara_peft.overwriting.check_saved_adapter`.
+        """
+        check_saved_adapter(self, adapter_name, path, **hub)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """A saved adapter's tensors by the keys that the model has for them, whatever other adapters it has."""
+        """The tensors under the keys that the model has for them, whatever other adapters it has.
+
+        Those that some modules have under other keys are refused.
+        """
+        check_keys(model, adapter_name, state_dict)
         return places_in(model, super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict))
 
     @classmethod
@@ -495,16 +559,41 @@ class WaRAModel(BaseTuner):
                 module.check_has_delta_weight(adapters)
                 if any(adapter in module.wara_A for adapter in adapters):
                     merged[name] = adapters
+                    module.check_mergeable(adapters)
+                if any(adapter in module.wara_A and adapter not in module.merged_adapters for adapter in adapters):
+                    module.check_not_written()
         check_ties(self.model, merged)
+        check_token_ties(self.model, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.
 
-        For this the base weights of the target modules are kept, in main memory, until the last one is merged.
+        The base weights of the target modules are kept, in main memory, until `unmerge_adapter`.
         """
         self._check_mergeable(adapter_names)
         with undone_on_error(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self, adapter_names: list[str] | None = None) -> None:
+        """Put the base weights back as they were before the adapters were merged, to the bit.
+
+        Args:
+            adapter_names: adapters to take out, so that the weights are as if only the others had been merged; None
+                means all, and adapters of other methods beside them as well.
+
+        Raises:
+            ValueError: something else wrote a base weight since. No weight of a module is changed then, unless
+                adapters of several methods lie around it.
+        """
+        # In reverse, since of adapters around one layer the outer ones are merged first.
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)][::-1]
+        for layer in layers:
+            if isinstance(layer, WaRALayer) and not isinstance(layer.base_layer, BaseTunerLayer):
+                layer.check_not_written()
+        for layer in layers:
+            if isinstance(layer, WaRALayer) or adapter_names is None:
+                with onload_layer(layer):
+                    layer.unmerge(*([adapter_names] if isinstance(layer, WaRALayer) else []))
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
         self,
@@ -513,6 +602,7 @@ class WaRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        layers = [module for module in self.model.modules() if isinstance(module, WaRALayer)]
         if merge:
             self._check_mergeable(adapter_names)
         with undone_on_error(self.model) if merge else nullcontext():
@@ -521,6 +611,8 @@ class WaRAModel(BaseTuner):
             )
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
+        for layer in layers:  # they may stay in memory for a while, as circles do
+            layer.forget_kept_weight()
         let_go(self.model)
         watch_no_more(self.model)
         return unloaded
@@ -529,11 +621,15 @@ class WaRAModel(BaseTuner):
 @contextmanager
 def _unseen_patterns(config: WaRAConfig) -> Iterator[None]:
     """Scope in which PEFT does not see patterns; `warn_of_unmatched` warns of those that match nothing."""
-    config.rank_pattern, config.alpha_pattern = Unseen(config.rank_pattern), Unseen(config.alpha_pattern)
+    before: dict[str, Any] = {name: getattr(config, name) for name in ("rank_pattern", "alpha_pattern")}
+    for name, patterns in before.items():
+        setattr(config, name, Unseen(patterns))
     try:
         yield
     finally:
-        config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
+        for name, patterns in before.items():
+            now = getattr(config, name)
+            setattr(config, name, patterns if now == patterns else dict(now))
 
 
 def shape_of(base_layer: nn.Module) -> ModuleShape:

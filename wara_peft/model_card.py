@@ -54,7 +54,7 @@ def add_loading_section(save_directory: str, task_type: str | None) -> None:
     text = _text(path) or "---\nlibrary_name: peft\n---\n"
     if HEADING not in text:
         path.write_text(f"{text.rstrip()}\n\n{section(task_type)}", encoding="utf-8", errors="surrogateescape")
-        _add_tag(path)
+    _add_tag(path)  # PEFT keeps the text of a card that is there, and writes its own tags
 
 
 def _add_tag(path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
+from .arguments import check_argument
 from .components import config_of, keep_components, layers_of, subband_of
 from .config import WaRAConfig
 from .forms import OrderedFactor, SubbandFactor
@@ -28,7 +28,7 @@ def set_rank(model: nn.Module, adapter_name: str, rank: int | None) -> None:
     Raises:
         ValueError: the adapter was trained without `ordered_dropout`, is merged, or the rank is less than 1.
     """
-    layers = _ordered(model, adapter_name)
+    layers = ordered_layers(model, adapter_name)
     if rank is not None and rank < 1:
         raise ValueError(f"rank={rank!r} must be at least 1; None is all components.")
     merged = [repr(name) for name, layer in layers.items() if adapter_name in layer.merged_adapters]
@@ -49,7 +49,8 @@ def rank_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:
     Raises:
         ValueError: the adapter was trained without `ordered_dropout`.
     """
-    layers = _ordered(model, adapter_name)
+    check_argument("rank_penalty(model, adapter_name)", "model", model, "an nn.Module")
+    layers = ordered_layers(model, adapter_name)
     total = group_lasso(tail for layer in layers.values() for tail in _tails(layer, adapter_name))
     return config_of(model, adapter_name).rank_penalty * total
 
@@ -78,7 +79,10 @@ def shrink_ranks(
     Raises:
         ValueError: the adapter was trained without `ordered_dropout`, or the threshold is negative.
     """
-    layers = _ordered(model, adapter_name)
+    call = "shrink_ranks(model, threshold)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "threshold", threshold, "a number")
+    layers = ordered_layers(model, adapter_name)
     if threshold < 0:
         raise ValueError(f"threshold={threshold!r} must be at least 0.")
     config = config_of(model, adapter_name)
@@ -108,30 +112,6 @@ def cut_ranks(model: nn.Module, adapter_name: str = "default") -> None:
         found = {band: factor_b.subband(band).any(0).nonzero().flatten().tolist() for band in factor_b.ranks}
         kept[name] = {band: indices for band, indices in found.items() if indices}
     keep_components(model, adapter_name, kept)
-
-
-class RankShrinking(TrainerCallback):
-    """Calls `shrink_ranks` at the end of each epoch, and `cut_ranks` at the end of the training.
-
-    Args:
-        threshold: as in `shrink_ranks`.
-        adapter_name: the adapter, with `ordered_dropout` and a `rank_penalty`.
-    """
-
-    def __init__(self, threshold: float = 1e-5, adapter_name: str = "default") -> None:
-        self.threshold = threshold
-        self.adapter_name = adapter_name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        _ordered(model, self.adapter_name)
-
-    def on_epoch_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
-    ) -> None:
-        shrink_ranks(model, self.threshold, self.adapter_name, optimizer)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        cut_ranks(model, self.adapter_name)
 
 
 def add_penalty(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
@@ -170,7 +150,7 @@ def _penalised(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _ordered(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
+def ordered_layers(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
     """The layers of an adapter whose components have an order."""
     if not config_of(model, adapter_name).ordered_dropout:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .arguments import check_argument
 from .embedding import Embedding
 from .layer import WaRALayer
 
@@ -44,6 +45,7 @@ def optimizer_groups(
     Raises:
         ValueError: a rate is negative or not finite, or no WaRA adapter of the model trains.
     """
+    check_argument("optimizer_groups(model, lr, lr_ratio)", "model", model, "an nn.Module")
     given = {"lr": lr, "lr_ratio": lr_ratio, "weight_decay": weight_decay, "lr_embedding": lr_embedding}
     for name, value in given.items():
         if not (math.isfinite(value) and value >= 0):

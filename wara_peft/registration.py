@@ -1,7 +1,15 @@
-"""Makes PEFT know the method WARA: a member of its `PeftType` enum, and the entries of its registries."""
+"""Makes PEFT know the method WARA: a member of its `PeftType` enum, the entries of its registries, and one question.
+
+PEFT loads a saved adapter over one that is in the model without a look at the saved config. So
+`PeftModel.load_adapter` asks the tuner first, if that has an answer.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -37,6 +45,23 @@ def register(config_class: type, model_class: type) -> None:
     for registry in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         registry.pop(member, None)
     register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)
+    _ask_the_tuner_before_loading()
+
+
+def _ask_the_tuner_before_loading() -> None:
+    load_adapter = PeftModel.load_adapter
+    if getattr(load_adapter, "_asks_the_tuner", False):
+        return
+
+    @functools.wraps(load_adapter)
+    def asking(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        check = getattr(type(self.base_model), "check_saved_adapter", None)
+        if check is not None and adapter_name in self.peft_config:
+            check(self.base_model, adapter_name, model_id, **kwargs)
+        return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+    asking._asks_the_tuner = True  # type: ignore[attr-defined]
+    PeftModel.load_adapter = asking  # type: ignore[method-assign]
 
 
 def _add_member() -> PeftType:

@@ -6,17 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .experts import AdaptedModule, ParameterLayer
+from .experts import AdaptedModule
+from .merging import MergingLayer
 
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Put base weights and adapter layers of the model back as they are now if the block raises."""
-    saved = [_LayerState(module) for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    """Put base weights and adapter layers of the model back as they are now if the block raises.
+
+    Layers of WaRA take out what was merged; those of other methods cannot to the bit, so their weights are copied.
+    """
+    ours = [module for module in model.modules() if isinstance(module, MergingLayer)]
+    merged_before = [list(layer.merged_adapters) for layer in ours]
+    saved = [
+        _LayerState(module)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, MergingLayer)
+    ]
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -28,27 +39,38 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for parent, name, child in places:
             setattr(parent, name, child)
+        for layer, before in zip(ours, merged_before, strict=True):
+            new = [name for name in layer.merged_adapters if name not in before]
+            if new:
+                with onload_layer(layer):
+                    layer.unmerge(new)
+            _offload(layer.get_base_layer())
         for state in saved:
             state.restore()
         raise
 
 
-class _LayerState:
-    """What merging changes in one adapter layer, and how to put it back.
+def _offload(base_layer: nn.Module) -> None:
+    """Offload the weight of a layer that was loaded for merging, and stayed so because merging failed."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    if getattr(hook, "offload", False) and not any(parameter.is_meta for parameter in base_layer.parameters()):
+        hook.post_forward(base_layer, torch.tensor([]))  # type: ignore[union-attr]
 
-    Merging gives a parameter new data, so on the CPU the old data need no copy; elsewhere they are copied to main
-    memory, for a device that holds the model need not hold it twice. Backends of quantized layers also replace
-    parameters, or the whole base layer, and change what bitsandbytes keeps beside the weight; where accelerate has
-    offloaded a weight, its hook holds the data.
+
+class _LayerState:
+    """What merging changes in an adapter layer of another method, and how to put it back.
+
+    Merging may add to a weight in place, so its values are copied, to main memory; where accelerate has offloaded a
+    weight, its hook holds the data.
     """
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.merged_adapters = list(layer.merged_adapters)
         self.inner = layer.base_layer
-        self.base_layer = layer.bare.owner if isinstance(layer, ParameterLayer) else layer.get_base_layer()
+        self.base_layer = layer.get_base_layer()
         self.parameters = {
-            name: (parameter, parameter.data if parameter.device.type in ("cpu", "meta") else parameter.data.cpu())
+            name: (parameter, parameter.data if parameter.is_meta else parameter.data.to("cpu", copy=True))
             for name, parameter in self.base_layer.named_parameters(recurse=False)
         }
         beside: list[Any] = [parameter for parameter, _ in self.parameters.values()]

@@ -2,34 +2,90 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import signal
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 STARTUP = str(Path(__file__).parent / "startup")
+PYTHON_ENDINGS = (".py", ".pyw", ".pyc", ".pyz")
+
+
+def execute(words: list[str], environment: Mapping[str, str]) -> NoReturn:
+    """Become the program, so that its exit code, signals and tracebacks are its own.
+
+    Raises:
+        OSError: the system cannot start it.
+    """
+    for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores these, and what it starts would go on ignoring them
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    try:
+        os.execve(words[0], words, environment)
+    except OSError as error:
+        raise OSError(_why_it_cannot_start(words[0], error)) from error
 
 
 def command(program: str, arguments: Sequence[str], is_module: bool) -> list[str]:
-    """What to execute: this Python with a script or module, or a command of its environment or on the PATH.
+    """What to execute: this Python with a script or module, or any other program as it is.
+
+    A Python script is a file with an ending of Python's, a folder or zip file with `__main__.py`, or a file without
+    an ending that may not be executed. A bare name without such an ending is a command of this Python's environment
+    or on the PATH before it is a file in the working directory.
 
     Raises:
-        FileNotFoundError: there is neither a script nor a command of that name.
+        FileNotFoundError: there is neither a script nor a command of that name, or a folder has no `__main__.py`.
+        PermissionError: the file is no Python program, and may not be executed.
     """
     if is_module:
         return [sys.executable, "-m", program, *arguments]
     path = Path(program)
-    if path.is_file() or (path / "__main__.py").is_file():
+    if os.path.basename(program) == program and not (path.is_file() and program.endswith(PYTHON_ENDINGS)):
+        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        found = shutil.which(program, path=places)
+        if found is not None:
+            return [found, *arguments]
+        if not path.exists():
+            raise FileNotFoundError(f"There is no script {program!r}, and no command of that name. A module needs -m.")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {program!r}.")
+    if path.is_dir() and not (path / "__main__.py").is_file():
+        raise FileNotFoundError(f"{program!r} is a folder without a `__main__.py`, which Python could run.")
+    if path.is_dir() or program.endswith(PYTHON_ENDINGS):
         return [sys.executable, program, *arguments]
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    found = shutil.which(program, path=places)
-    if found is None:
-        raise FileNotFoundError(f"There is no script {program!r}, and no command of that name. A module needs -m.")
-    return [found, *arguments]
+    if os.access(path, os.X_OK):
+        return [program, *arguments]
+    if zipfile.is_zipfile(path) or not (path.suffix or _begins_as_another_program(path)):
+        return [sys.executable, program, *arguments]
+    raise PermissionError(
+        f"{program!r} is no Python program, and may not be executed. Allow it (chmod +x {program}), or name the "
+        "program that runs it, as in `wara-peft run sh FILE`."
+    )
 
 
 def environment(before: Mapping[str, str]) -> dict[str, str]:
     """The environment in which Python, and every Python that it starts, imports `wara_peft` right after `peft`."""
     others = [path for path in before.get("PYTHONPATH", "").split(os.pathsep) if path and path != STARTUP]
     return {**before, "PYTHONPATH": os.pathsep.join([STARTUP, *others])}
+
+
+def _begins_as_another_program(path: Path) -> bool:
+    """Whether the first line names an interpreter that is not Python, or the file is a binary."""
+    with path.open("rb") as file:
+        line = file.readline(1000)
+    return b"\0" in line or (line.startswith(b"#!") and b"python" not in line)
+
+
+def _why_it_cannot_start(program: str, error: OSError) -> str:
+    if error.errno == errno.ENOEXEC:
+        reason = "it is neither a binary of this system, nor does its first line name an interpreter (#!/bin/sh)"
+    elif error.errno == errno.ENOENT:  # the program itself was there a moment ago
+        reason = "the interpreter that its first line names is missing"
+    else:
+        reason = str(error.strerror)
+    return f"{program!r} cannot be started: {reason}."

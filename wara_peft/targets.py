@@ -7,12 +7,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .config import WaRAConfig
 from .kinds import kind_of
 from .lora_fields import BOTH
 from .messages import first
+from .own_forward import TRIED, has_own_forward, reason_against_adapting
 from .patterns import NEGATED, check_in_time, matches
 
 
@@ -110,14 +111,34 @@ def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) 
             )
 
 
-def warn_of_unmatched(config: WaRAConfig, named: Iterable[str], modules: Iterable[str]) -> None:
+def check_forwards(targets: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose own forward makes something to which an adapter's product cannot be added.
+
+    Raises:
+        ValueError: one of the base layers is such a layer.
+    """
+    for name, base in targets.items():
+        if isinstance(base, TRIED) and isinstance(base._parameters.get("weight"), Tensor) and has_own_forward(base):
+            reason = reason_against_adapting(base)
+            if reason is not None:
+                raise ValueError(
+                    f"Target module {name!r}, a {type(base).__name__}, cannot be adapted: {reason}. Leave it out with "
+                    "`exclude_modules`, or train it in full with `modules_to_save`."
+                )
+
+
+def warn_of_unmatched(
+    config: WaRAConfig, adapted: Iterable[str], named: Iterable[str], modules: Iterable[str]
+) -> None:
     """Warn of names and patterns that match nothing: PEFT does so where none matches, and of patterns for modules.
 
     Args:
         config: the config, resolved for the model.
+        adapted: names of the modules and parameters that it adapts.
         named: names that its user has given as `target_modules` or `target_parameters`.
         modules: names of all modules of the model, adapted parameters included.
     """
+    adapted = list(adapted)
     still_named = targeted_names(config) & set(named)
     matched = {name for name in still_named if any(f".{module}".endswith(f".{name}") for module in modules)}
     if still_named - matched:
@@ -132,7 +153,7 @@ def warn_of_unmatched(config: WaRAConfig, named: Iterable[str], modules: Iterabl
             pattern
             for pattern in sorted(patterns)
             if not pattern.startswith((BOTH, NEGATED))
-            and not any(matches(pattern, name, field_name) for name in config.module_shapes or {})
+            and not any(matches(pattern, name, field_name) for name in adapted)
         ]
         if unmatched:
             warnings.warn(

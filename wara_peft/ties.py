@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from .kinds import BareParameter
@@ -50,7 +52,7 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
     users: dict[int, list[str]] = {}
     names: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
-        names[module] = name.removesuffix(".base_layer")
+        names[module] = _plain_name(name)
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(names[module])
     layers = {name: module for name, module in model.named_modules() if name in merged}
@@ -73,6 +75,44 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
                 "`tie_word_embeddings=False` in the model's config), or train the adapter with "
                 "`ensure_weight_tying=True`."
             )
+
+
+def check_token_ties(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Refuse to merge trained tokens into a weight that another module uses without them.
+
+    Args:
+        model: the model.
+        adapter_names: the adapters to merge; None means the active ones.
+
+    Raises:
+        ValueError: the weight of a module with trained tokens is tied to that of one that has others, or none.
+    """
+    trained = {
+        _plain_name(name): module for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)
+    }
+    sources = {name: module.tied_adapter or module for name, module in trained.items()}
+    weights = {
+        (_plain_name(name), id(parameter))
+        for name, module in model.named_modules()
+        for parameter in module.parameters(recurse=False)
+    }
+    for name, module in trained.items():
+        merged = module.active_adapters if adapter_names is None else adapter_names
+        weight = id(module.get_base_layer().weight)
+        others = sorted(repr(o) for o, used in weights if used == weight and sources.get(o) is not sources[name])
+        if others and any(adapter in module.trainable_tokens_delta for adapter in merged):
+            raise ValueError(
+                f"Cannot merge the trained tokens of module {name!r}: its weight is tied to {first(others)}, which "
+                "would change too, though these tokens are not trained there. Train the same tokens of the input "
+                "embedding, to which PEFT ties the others, or give that module a weight of its own first "
+                "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
+                "`tie_word_embeddings=False` in the model's config)."
+            )
+
+
+def _plain_name(name: str) -> str:
+    """A module's name without what adapters and trained tokens have put around it."""
+    return re.sub(r"(\.base_layer|\.token_adapter)+$", "", name)
 
 
 def _share_adapters(layer: Any, other: Any, adapter_names: list[str]) -> bool:

@@ -419,7 +419,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert result.returncode == 0, result.stderr
     for score in ("gradient", "activation"):

@@ -542,9 +542,9 @@ class TestRefusals:
         saved(tmp_path, llama(), target_modules=["q_proj"])
         path = tmp_path / "base" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-        begun = time.monotonic()
+        begun = time.process_time()
         self.refused(tmp_path, said)
-        assert time.monotonic() - begun < 20  # seconds, where 10**7 layers would take hours
+        assert time.process_time() - begun < 20  # seconds, where 10**7 layers would take hours
 
     def test_an_out_that_is_there(self, tmp_path):
         saved(tmp_path, llama(), target_modules=["q_proj"])

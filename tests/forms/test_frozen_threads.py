@@ -40,7 +40,7 @@ def test_threads_enter_and_leave_at_random(form):
     with ThreadPoolExecutor(8) as threads:
         for served in [threads.submit(serve, seed) for seed in range(8)]:
             served.result()
-    assert all(factor.keeping._kept is None for factor in model.modules() if isinstance(factor, SubbandFactor))
+    assert all(factor.keeping._frozen is None for factor in model.modules() if isinstance(factor, SubbandFactor))
     model(x).sum().backward()  # trains again
 
 

@@ -1,7 +1,6 @@
-"""Ranks by module and subband for a budget of parameters, found before training or while it goes on."""
+"""Ranks by module and subband for a budget of parameters, found before training, or while it goes on (`schedule`)."""
 
 from .allocate import Allocation, allocate_ranks
 from .report import AllocationReport, ModuleAllocation
-from .schedule import RankSchedule
 
-__all__ = ["Allocation", "AllocationReport", "ModuleAllocation", "RankSchedule", "allocate_ranks"]
+__all__ = ["Allocation", "AllocationReport", "ModuleAllocation", "allocate_ranks"]

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
+from ..arguments import check_argument, shown
 from ..calibration import LossFunction, evaluating, frozen, groups_within
 from ..config import WaRAConfig
 from ..kinds import kind_of
@@ -120,6 +121,11 @@ def allocate_ranks(
 
     Source: gains by gradient and cost as in GoRA (arXiv 2502.12171), by a greedy choice of single pairs.
     """
+    call = "allocate_ranks(model, config, dataloader)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "dataloader", dataloader, "an iterable of batches")
+    if not isinstance(config, WaRAConfig):
+        raise TypeError(f"{call}: config must be a WaRAConfig, and is {shown(config)}.")
     _check_arguments(config, batches, score, max_bytes, budget, like)
     targets = _targets(model, config, min_rank, max_rank)
     if like is not None:

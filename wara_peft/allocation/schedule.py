@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..arguments import check_argument
 from ..components import config_of, cost, keep_components, layers_of, subband_of
 from ..layer import WaRALayer
 from .budget import CubicBudget, lora_parameters
@@ -89,6 +90,8 @@ class RankSchedule(TrainerCallback):
         adapter_name: str = "default",
         state: str | os.PathLike[str] | None = None,
     ) -> None:
+        if budget is not None:
+            check_argument("RankSchedule(budget) or RankSchedule(like=...)", "budget", budget, "an int")
         if (budget is None) == (like is None):
             raise ValueError("Give either `budget` or `like`.")
         for name, value in (("warmup", warmup), ("final", final)):

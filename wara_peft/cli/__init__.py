@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from .. import __version__
 from .options import Adapter, Debug, Dtype, Out, Overwrite, check_device, local_directory, read_budget
 from .tables import pairs, print_adapter, print_compression
 from .terminal import PROGRAM, err, failures_in_a_line, out, say, tracked
@@ -27,23 +28,42 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
+    ] = False,
+) -> None:
+    """Take the options that are given before a command."""
+
+
 @app.command(
+    no_args_is_help=True,
     epilog=f"""Examples:\n
     {PROGRAM} export my-adapter my-lora\n
     {PROGRAM} export my-adapter my-lora --dtype bf16 --strict\n
     {PROGRAM} export my-adapter my-lora --rank 8\n
     {PROGRAM} export my-adapter my-lora --energy 0.99\n
     {PROGRAM} export my-nested-adapter my-lora --prefix 8\n
-    {PROGRAM} export unet-adapter text-adapter my-lora --format diffusers"""
+    {PROGRAM} export unet-adapter text-adapter my-lora --format diffusers""",
 )
 def export(
+    context: typer.Context,
     adapters: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="ADAPTER",
             help="Directory of a saved WaRA adapter, or a Hub name; one a component for diffusers.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    *,
     path: Out,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Best approximation of this rank; exact if left out.")
@@ -71,6 +91,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write an adapter as a LoRA checkpoint, exactly or with a lower rank."""
+    if not adapters:  # a single word is taken for OUT
+        context.fail("Missing argument 'OUT'.")
     if sum(given is not None for given in (rank, energy, prefix)) > 1:
         raise typer.BadParameter("give one of --rank, --energy and --prefix.")
     if energy is not None and not 0.0 < energy <= 1.0:
@@ -244,6 +266,8 @@ def inspect(
             print(json.dumps(report.as_dict(), indent=2))
         else:
             print_adapter(report)
+        if plot is not None:
+            say(f"Wrote {plot}: ranks and shares of energy, modules x subbands.", err if as_json else out)
 
 
 @app.command(
@@ -254,16 +278,15 @@ def inspect(
     {PROGRAM} run accelerate launch train.py""",
 )
 def run(
-    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A Python script, or a command such as trl.")],
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A Python script, or any other program.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Handed on as they are.")] = None,
     module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as in python -m.")] = False,
 ) -> None:
     """Run a program, and all that it starts, in which PEFT loads WaRA adapters though nothing imports wara_peft."""
     with failures_in_a_line(debug=False):
-        from ..running import command, environment
+        from ..running import command, environment, execute
 
-        words = command(program, arguments or [], module)
-        os.execve(words[0], words, environment(os.environ))  # its exit code, signals and tracebacks are its own
+        execute(command(program, arguments or [], module), environment(os.environ))
 
 
 def _inspect_compressed(path: Path, plot: Path | None, as_json: bool) -> None:

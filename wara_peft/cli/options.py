@@ -53,9 +53,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="On failure show the whole 
 
 
 def local_directory(path: Path, weights: bool = False) -> Path:
-    """The directory itself, or what the Hub has under that name, downloaded, without pickles."""
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
+    """The directory itself, or what the Hub has under that name, downloaded, without pickles.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if path.exists():
         return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)):
+        raise FileNotFoundError(f"There is no {'model' if weights else 'adapter'} directory {str(path)!r}.")
     from huggingface_hub import snapshot_download
 
     patterns = (

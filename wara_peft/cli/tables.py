@@ -56,10 +56,11 @@ def print_adapter(report: AdapterReport) -> None:
     lora = report.lora_parameters
     as_lora = "it mixes tokens, and is no LoRA" if lora is None else f"as LoRA of rank {report.rank}: {lora:,}"
     out.print(f"{len(report.modules)} modules, {parameters:,} trained parameters; {as_lora}.")
-    shares = Table("subband", "share of energy")
-    for name, share in (*report.energy_shares().items(), *report.level_shares().items()):
-        shares.add_row(name, f"{share:.1%}")
-    out.print(shares)
+    for title, shares in (("subband", report.energy_shares()), ("level", report.level_shares())):
+        table = Table(title, "share of energy")
+        for name, share in shares.items():
+            table.add_row(name, f"{share:.1%}")
+        out.print(table)
     if report.others:
         say(f"It also holds, in full: {', '.join(report.others)}")
 

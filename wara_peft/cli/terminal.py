@@ -46,11 +46,18 @@ def failures_in_a_line(debug: bool) -> Iterator[None]:
                 err.print(visible(line))
         else:
             interrupted = interrupted or isinstance(error, KeyboardInterrupt)
-            reason = "interrupted; nothing was written." if interrupted else str(error)
+            reason = "interrupted; nothing was written." if interrupted else _reason(error)
             _complain(reason or type(error).__name__)
         raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _reason(error: BaseException) -> str:
+    """The error's text, without a number where it is the system's."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {str(error.filename)!r}"
+    return str(error)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -61,8 +68,8 @@ def _complain(text: str) -> None:
     err.print(f"{PROGRAM}: {visible(' '.join(text.split()))}")
 
 
-def say(text: str) -> None:
-    out.print(visible(text), soft_wrap=True)
+def say(text: str, console: Console = out) -> None:
+    console.print(visible(text), soft_wrap=True)
 
 
 def visible(text: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..arguments import check_argument
 from ..calibration import LossFunction, arguments_of, evaluating, frozen, groups_within, loss_of, with_gradient
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first
@@ -71,6 +72,9 @@ def calibrate(
     Warns:
         UserWarning: a layer has seen fewer positions than it has inputs, so that its moment is singular.
     """
+    call = "calibrate(model, dataloader, statistics)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "dataloader", dataloader, "an iterable of batches")
     unknown = [kind for kind in statistics if kind not in KINDS]
     if unknown or not statistics:
         raise ValueError(f"statistics={statistics!r} must be some of {', '.join(map(repr, KINDS))}.")

@@ -18,7 +18,7 @@ from ..disk.directory import written_at_once
 from ..disk.skeleton import Skeleton
 from ..factorized.saved import describe
 from .calibrate import MAX_BYTES, calibrate
-from .compress import compress
+from .compress import check_options, compress
 from .report import CompressionReport
 from .saving import class_of, write_compressed
 from .solvers import SOLVERS
@@ -68,8 +68,7 @@ def compress_checkpoint(
         ValueError: as `calibrate` and `compress`; the model is compressed already, or has no tokenizer; or there are
             no texts where the solver needs them.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is unknown; use one of {', '.join(map(repr, SOLVERS))}.")
+    check_options(budget, solver, allocation, cost)
     directory = Path(base)
     checkpoint = Checkpoint(directory)
     skeleton = Skeleton(checkpoint)

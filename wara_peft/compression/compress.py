@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ..arguments import check_argument, shown
 from ..calibration import LossFunction
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first
@@ -84,8 +85,17 @@ def compress(
         ValueError: an argument is unknown or out of range; a target matches nothing; the budget is less than rank 1
             of all layers; statistics are missing, of another model, not finite, or of a layer that never ran; a weight
             is quantized, on the meta device or not finite; or the model has adapters.
+        TypeError: an argument is of another kind, as where two are swapped.
     """
-    _check_arguments(solver, statistics, allocation, cost)
+    call = "compress(model, budget, solver, statistics)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "solver", solver, "a str")
+    check_options(budget, solver, allocation, cost)
+    needs = SOLVERS[solver].needs
+    if statistics is None and needs:
+        raise ValueError(
+            f"solver={solver!r} needs statistics: pass calibrate(model, dataloader, statistics={list(needs)!r})."
+        )
     batches = None if sequential is None else list(sequential)
     if batches == []:
         raise ValueError("sequential gives no batches.")
@@ -150,19 +160,21 @@ def compress(
     return report
 
 
-def _check_arguments(
-    solver: str, statistics: Mapping[str, LayerStatistics] | None, allocation: str, cost: str | Cost
+def check_options(
+    budget: float | int | str | Mapping[str, int], solver: str, allocation: str, cost: str | Cost
 ) -> None:
+    """Refuse what no model can be compressed by.
+
+    Raises:
+        ValueError: a name is unknown, or the budget is no share, no number and no size.
+    """
     for what, value, known in (("solver", solver, SOLVERS), ("allocation", allocation, ALLOCATIONS)):
         if value not in known:
             raise ValueError(f"{what}={value!r} is unknown; use one of {', '.join(map(repr, known))}.")
     if not callable(cost) and cost not in COSTS:
         raise ValueError(f"cost={cost!r} is unknown; use one of {', '.join(map(repr, COSTS))}, or a function.")
-    needs = SOLVERS[solver].needs
-    if statistics is None and needs:
-        raise ValueError(
-            f"solver={solver!r} needs statistics: pass calibrate(model, dataloader, statistics={list(needs)!r})."
-        )
+    if not isinstance(budget, Mapping):
+        _limit(budget, 1.0, "bytes" if isinstance(budget, str) else "parameters")
 
 
 def _targets(
@@ -279,6 +291,6 @@ def _limit(budget: float | int | str, before: float, unit: str) -> float:
     if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
         return budget
     raise ValueError(
-        f"budget={budget!r} must be a share between 0 and 1, as 0.6, an int of at least 1, or a size in bytes, as "
-        "'48MB'."
+        f"budget={shown(budget)} must be a share between 0 and 1, as 0.6, an int of at least 1, or a size in bytes, "
+        "as '48MB'."
     )

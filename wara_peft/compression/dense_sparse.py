@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..arguments import check_argument
 from ..factorized.dense_sparse_linear import DenseSparseLinear, StraightThroughLinear
 from ..factorized.low_rank_linear import linear_shape
 from .dictionary import ITERATIONS, Dictionary, ksvd
@@ -33,6 +34,7 @@ def dense_sparse(
     Raises:
         ValueError: numbers out of their range, or as many numbers as the weight has.
     """
+    check_argument("dense_sparse(weight, block, atoms, nonzeros)", "weight", weight, "a torch.Tensor")
     m, n = weight.shape
     layer = DenseSparseLinear(n, m, block, atoms, nonzeros, False, weight.device, weight.dtype)
     numbers = layer.bases.numel() + layer.values.numel()
@@ -81,6 +83,7 @@ def straight_through(
     Raises:
         ValueError: numbers that do not fit a layer, which is named, or as in `factorize`.
     """
+    check_argument("straight_through(model, block, atoms, nonzeros)", "model", model, "an nn.Module")
     check_base(model)
     before = sum(parameter.numel() for parameter in model.parameters())
     is_tied = tied_to_others(model)
@@ -124,6 +127,7 @@ class StraightThroughFactorizer(TrainerCallback):
 
     def __init__(self, period: int = 10, iterations: int = 1) -> None:
         for name, value in (("period", period), ("iterations", iterations)):
+            check_argument("StraightThroughFactorizer(period, iterations)", name, value, "an int")
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1.")
         self.period, self.iterations = period, iterations

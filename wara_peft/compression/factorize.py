@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..arguments import check_argument
 from ..attention import LowRankMultiheadAttention
 from ..factorized.low_rank_linear import (
     LowRankLinear,
@@ -66,6 +67,7 @@ def factorize(
             (quantized, on the meta device, not finite; the message has its name), a model with PEFT adapters, or a
             model that is itself a linear layer.
     """
+    check_argument("factorize(model, rank)", "model", model, "an nn.Module")
     check_solver(solver)
     resolve_rank(rank, 1, 1)
     check_base(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from ..arguments import check_argument, shown
 from .depth import depth_shares
 from .statistics import LayerStatistics
 
@@ -77,6 +78,7 @@ def cache_bases(
         ValueError: a rank out of range, statistics that are missing or of another layer, keys of a model with rotary
             embeddings, or a model whose values are not those of its `v_proj` in a cache that only grows.
     """
+    check_argument("cache_bases(model, rank)", "model", model, "an nn.Module")
     projections = _projections(model, "v_proj")
     if keys and _is_rotary(model):
         raise ValueError(
@@ -126,6 +128,8 @@ class _LowRankLayer(DynamicLayer):
 
 def cache_bytes(cache: Cache) -> int:
     """What the keys and values in a cache take."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"cache_bytes(cache): cache must be a Cache of transformers, and is {shown(cache)}.")
     return sum(
         tensor.nbytes
         for layer in cache.layers

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
+from ..arguments import check_argument, shown
 from ..factorized.dense import dense_layer
 from ..factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
 from ..factorized.low_rank_linear import factorize_linear
@@ -42,8 +43,9 @@ def ordered_low_rank(
     Raises:
         ValueError: a rank below 1, a target that matches nothing, or a layer that cannot be factorised.
     """
+    check_argument("ordered_low_rank(model, rank)", "model", model, "an nn.Module")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank={rank!r} must be an int of at least 1; None is full rank.")
+        raise ValueError(f"rank={shown(rank)} must be an int of at least 1; None is full rank.")
     check_base(model)
     before = sum(parameter.numel() for parameter in model.parameters())
     is_tied = tied_to_others(model)
@@ -119,6 +121,7 @@ class OrderedRankTraining(TrainerCallback):
 
     def __init__(self, penalty: float, threshold: float = 1e-5, seed: int = 0) -> None:
         for name, value in (("penalty", penalty), ("threshold", threshold)):
+            check_argument("OrderedRankTraining(penalty, threshold)", name, value, "a number")
             if value < 0:
                 raise ValueError(f"{name}={value!r} must be at least 0.")
         self.factor, self.threshold, self.seed = penalty, threshold, seed

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..arguments import check_argument
 from ..factorized import LowRankPlusSparseLinear
 from ..factorized.dense import dense_layer
 from ..factorized.low_rank_linear import linear_shape
@@ -49,6 +50,7 @@ def low_rank_plus_sparse(
             (1 − δ) m n / (m + n) of a layer on; a target that matches nothing or is quantized, on the meta device or
             not finite; or a model with PEFT adapters.
     """
+    check_argument("low_rank_plus_sparse(model, rank, density)", "model", model, "an nn.Module")
     if not isinstance(density, float) or not 0 < density < 1:
         raise ValueError(
             f"density={density!r} must be a float between 0 and 1: the share of entries of the sparse part. At 0 use "
@@ -103,6 +105,7 @@ def to_dense(model: nn.Module) -> list[str]:
     Raises:
         ValueError: there is none, or the model has PEFT adapters.
     """
+    check_argument("to_dense(model)", "model", model, "an nn.Module")
     check_base(model)
     names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, FACTORIZED)]
     if not names:

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..arguments import check_argument
 from ..disk.checkpoint import Checkpoint, read_json
 from ..disk.directory import written_at_once
 from ..disk.skeleton import Skeleton, keys_of_parameters
@@ -50,6 +51,9 @@ def save_compressed(
         TypeError: it is no model of transformers.
         ValueError: it has no factorised layer, or adapters, or `path` is there.
     """
+    call = "save_compressed(model, path)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "path", path, "a str or os.PathLike")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"{type(model).__name__} is no PreTrainedModel. Save the state_dict of other models, and an adapter by "
@@ -103,6 +107,7 @@ def load_compressed(
         ValueError: files are broken, incomplete or contradict each other, the config is of no class of transformers or
             asks for far more than there is, values of factors are not finite, or there is an adapter.
     """
+    check_argument("load_compressed(path)", "path", path, "a str or os.PathLike")
     base = Path(path)
     checkpoint = Checkpoint(base)
     if (base / ADAPTER).is_file():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
+from ..arguments import check_argument
 from ..calibration import arguments_of, evaluating
 from ..factorized.shared_base_linear import SharedBaseLinear, tie_bases
 from ..messages import first
@@ -55,6 +56,9 @@ def share_bases(
         ValueError: a share out of range, a budget below rank 1, layers that do not fit together, are not there, come
             twice or are tied, or statistics that are missing. Nothing is changed then.
     """
+    call = "share_bases(model, groups, budget)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "budget", budget, "a number")
     if not 0 < budget < 1 or not 0 <= sparsity < 1:
         raise ValueError(
             f"budget={budget!r} must be between 0 and 1, and sparsity={sparsity!r} at least 0 and below 1."
@@ -190,6 +194,10 @@ def minimise_block_errors(
     Raises:
         ValueError: no such layers or batches, a block that did not run, or numbers out of range.
     """
+    call = "minimise_block_errors(model, reference, blocks, batches)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "reference", reference, "an nn.Module")
+    check_argument(call, "batches", batches, "an iterable of batches")
     if not 0 <= sparsity < 1 or epochs < 1 or interval < 1:
         raise ValueError(
             f"sparsity={sparsity!r} must be in [0, 1), epochs={epochs!r}, interval={interval!r} at least 1."

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..arguments import check_argument
 from ..disk.checkpoint import read_json
 from ..disk.directory import written_at_once
 from ..disk.tensors import FLOATS, TensorFile
@@ -74,6 +75,9 @@ def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Layer
     Raises:
         ValueError: there is something at `path`.
     """
+    call = "save_statistics(path, statistics)"
+    check_argument(call, "path", path, "a str or os.PathLike")
+    check_argument(call, "statistics", statistics, "a mapping")
     with StatisticsWriter(path) as writer:
         writer.add(statistics)
 
@@ -118,6 +122,7 @@ def load_statistics(path: str | os.PathLike[str]) -> Mapping[str, LayerStatistic
         FileNotFoundError: there are none, or a file is missing.
         ValueError: the files are broken or do not fit each other; values are looked at when they are read.
     """
+    check_argument("load_statistics(path)", "path", path, "a str or os.PathLike")
     return _SavedStatistics(Path(path))
 
 

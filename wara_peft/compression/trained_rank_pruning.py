@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..arguments import check_argument
 from ..factorized.low_rank_conv import (
     CONVOLUTIONS,
     Scheme,
@@ -83,6 +84,8 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         scheme: Scheme = "channel",
         target_modules: str | list[str] | None = None,
     ) -> None:
+        for name, value in (("energy", energy), ("penalty", penalty), ("period", period)):
+            check_argument("TrainedRankPruning(energy, penalty, period)", name, value, "a number")
         if not 0 < energy <= 1:
             raise ValueError(f"energy={energy!r} must be more than 0 and at most 1.")
         if penalty < 0:

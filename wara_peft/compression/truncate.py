@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ..arguments import check_argument
 from ..factorized import LowRankLinear
 from ..messages import first
 from .layers import solve
@@ -39,6 +40,7 @@ def truncate(
         ValueError: a name is that of no `LowRankLinear`, a rank is less than 1, the statistics lack a layer's moment
             or are of another shape, or the model has adapters. Nothing is cut then.
     """
+    check_argument("truncate(model, ranks)", "model", model, "an nn.Module")
     check_base(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
     asked = dict.fromkeys(layers, ranks) if isinstance(ranks, int) else dict(ranks)

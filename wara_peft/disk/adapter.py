@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 
 import torch
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from torch import Tensor
+from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 
 from ..config import WaRAConfig, scaling
 from ..forms import Form, Parts, SubbandFactor
 from ..kinds import KINDS
 from ..low_rank_update import ExpertsUpdate, LowRankUpdate
+from ..messages import first
 from .checkpoint import read_json
 from .component_file import FILE_NAME, ComponentFile
 from .contents import PEFT_PREFIX, Contents, module_shapes
@@ -195,17 +197,30 @@ def read_config(directory: Path, method: str, config_class: type[_Config]) -> _C
         ValueError: it is another method's, or broken.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"There is no adapter directory {str(directory)!r}.")
+        is_file = ": it is a file; name the directory that it lies in" if directory.exists() else ""
+        raise FileNotFoundError(f"There is no adapter directory {str(directory)!r}{is_file}.")
     path = directory / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+        raise FileNotFoundError(f"There is no file {str(path)!r}.{_what_else(directory)}")
     return parse_config(read_json(path), path, method, config_class)
+
+
+def _what_else(directory: Path) -> str:
+    """What a directory without an adapter's config holds in its place."""
+    folders = [repr(str(file.parent)) for file in sorted(directory.glob(f"*/{CONFIG_NAME}"))]
+    if folders:  # PEFT saves adapters of other names than "default" so, and Trainer its checkpoints
+        return f" Adapters lie in {first(folders)}: name one of these."
+    if (directory / MODEL_CONFIG).is_file():
+        return f" {str(directory)!r} is the directory of a model, not of an adapter."
+    return ""
 
 
 def parse_config(fields: dict[str, Any], path: Path, method: str, config_class: type[_Config]) -> _Config:
     """The config of these fields, which were read from that path; see `read_config`."""
     if fields.get("peft_type") != method.upper():
-        raise ValueError(f"{str(path)!r} is not of a {method} adapter: its peft_type is {fields.get('peft_type')!r}.")
+        found = fields.get("peft_type")
+        remedy = " `PeftModel.from_pretrained` loads it as it is." if found in [*PeftType.__members__] else ""
+        raise ValueError(f"{str(path)!r} is not of a {method} adapter: its peft_type is {found!r}.{remedy}")
     try:
         config = config_class.from_peft_type(**fields)
     except Exception as error:  # whatever a damaged config leads to

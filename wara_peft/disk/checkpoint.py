@@ -16,6 +16,7 @@ from .tensors import TensorFile, TensorInfo
 
 COPIED_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 """Endings of the files of a model's configuration, tokenizer and processor."""
+ADAPTER_CONFIG = "adapter_config.json"
 LICENSE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 
@@ -35,7 +36,8 @@ class Checkpoint:
     def __init__(self, base: Path) -> None:
         self.base = base
         if not base.is_dir():
-            raise FileNotFoundError(f"There is no model directory {str(base)!r}.")
+            is_file = ": it is a file; name the directory that it lies in" if base.exists() else ""
+            raise FileNotFoundError(f"There is no model directory {str(base)!r}{is_file}.")
         self.file_of: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._opened: dict[str, TensorFile] = {}
@@ -67,6 +69,8 @@ class Checkpoint:
                 if pickled
                 else ""
             )
+            if (self.base / ADAPTER_CONFIG).is_file():
+                remedy = " It is the directory of an adapter, not of a model."
             raise FileNotFoundError(
                 f"{str(self.base)!r} has neither {SAFE_WEIGHTS_NAME!r} nor {SAFE_WEIGHTS_INDEX_NAME!r}.{remedy}"
             )

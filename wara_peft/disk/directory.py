@@ -43,6 +43,9 @@ def written_at_once(
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise ValueError(f"path={str(path)!r} is a file; name a directory.")
+    file = next((parent for parent in target.parents if parent.exists()), target.parent)
+    if not file.is_dir():
+        raise ValueError(f"path={str(path)!r} would lie in {str(file)!r}, which is a file; name a directory.")
     _check_inputs(path, target, existing, inputs)
     new_parents = [parent for parent in target.parents if not parent.exists()]  # innermost first
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"

@@ -6,6 +6,7 @@ LoRA's A and B of a module are the pair of the subband `aa0`, whose parameters a
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Set
 from pathlib import Path
@@ -111,6 +112,7 @@ class SavedLora:
         Warns:
             UserWarning: see `Contents`.
         """
+        self._check_base(modules, model_shapes)
         contents = _LoraContents(self.config, modules, tied, self._file)
         self._check_others(contents, in_full, model_shapes)
         keys = list(contents.tensors)
@@ -121,6 +123,40 @@ class SavedLora:
                 # B of a convolution has a kernel of one.
                 values[f"{module}.{name}"] = tensor.flatten(1) if name.startswith("wara_B") else tensor
         return {PEFT_PREFIX + key: value for key, value in values.items()}
+
+    def _check_base(self, modules: dict[str, ModuleShape], model_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse a LoRA whose modules the model lacks, or has in other sizes."""
+        held: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, info in self._file.tensors.items():
+            module, found, name = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+            if found:
+                held.setdefault(module.replace(".base_layer", ""), {})[f"lora_{name}"] = info.shape
+        known = {name[: dot.start()] for name in model_shapes for dot in re.finditer(r"\.", name)}
+        absent = [repr(module) for module in held if module not in known]
+        differences = [f"it adapts {first(absent)}, which this model lacks"] if absent else []
+        sizes = []
+        for module, shape in modules.items():
+            rows, columns = (held.get(module, {}).get(name, ()) for name in shape.kind.lora_names)
+            if len(rows) < 2 or len(columns) < 2 or rows[0] != columns[1]:
+                continue  # the file itself is damaged
+            there, here = (columns[0], *rows[1:]), (shape.out_features, shape.in_features, *shape.kernel)
+            if there != here:
+                sizes.append(f"{module!r} (there {there}, here {here})")
+        if sizes:
+            differences.append(f"sizes (out, in) differ in {first(sizes)}")
+        recorded = self.config.base_model_name_or_path
+        origin = f", {recorded!r} by its config" if recorded else ""
+        if differences:
+            raise ValueError(
+                f"The LoRA in {str(self.path)!r} was trained on another base model{origin}: "
+                f"{'; '.join(differences)}. Load it on that model, with its embeddings resized as then."
+            )
+        lacking = [repr(module) for module in modules if module not in held]
+        if lacking:
+            raise ValueError(
+                f"The LoRA in {str(self.path)!r} lacks all of {first(lacking)}, which its config means in this model. "
+                f"Either it was trained on another base model{origin}, or its file is not complete."
+            )
 
     def _check_others(
         self, contents: Contents, in_full: Set[str], model_shapes: Mapping[str, tuple[int, ...]]

@@ -14,10 +14,11 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
+from ..mergeable import check_mergeable
 from ..messages import first
 from .adapter import SavedAdapter, Track, untracked
 from .base_model import AdaptedModel, empty_model
-from .checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
+from .checkpoint import ADAPTER_CONFIG, Checkpoint, ShardWriter, copy_beside, read_json
 from .contents import PEFT_INTERNAL, TOKENS, parameter_of
 from .directory import written_at_once
 from .skeleton import keys_of_parameters
@@ -56,6 +57,7 @@ def merge_checkpoint(
             another that the adapter does not change alike, quantized or not in the checkpoint, or a value is not
             finite in its dtype. Nothing is written then.
     """
+    _check_order(Path(base), Path(adapter))
     checkpoint, saved = Checkpoint(Path(base)), SavedAdapter(adapter)
     plan = _Plan(checkpoint, saved)
     with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base, adapter)) as directory:
@@ -67,6 +69,14 @@ def merge_checkpoint(
         writer.finish()
         copy_beside(checkpoint.base, directory)
         _write_config(checkpoint.base, directory, plan, dtype)
+
+
+def _check_order(base: Path, adapter: Path) -> None:
+    holds = [{name for name in (CONFIG_NAME, ADAPTER_CONFIG) if (path / name).is_file()} for path in (base, adapter)]
+    if holds == [{ADAPTER_CONFIG}, {CONFIG_NAME}]:
+        raise ValueError(
+            f"{str(base)!r} is an adapter, and {str(adapter)!r} a model. Give the base model first, then the adapter."
+        )
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,9 @@ class _Plan:
         missing = [repr(name) for name in changes if name not in self.parameters]
         if missing:
             warnings.warn(f"{type(self.model).__name__} has no {first(missing)}, which is left out, as by PEFT.")
+        for name, shape in saved.modules.items():
+            if not shape.kind.is_parameter and shape.parameter_of(name) in self.parameters:
+                check_mergeable(name, self.model.get_submodule(name))
         self.changes: dict[str, _Change] = {}
         self.added: list[_Change] = []
         keys_of = keys_of_parameters(self.model, checkpoint)

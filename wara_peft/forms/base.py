@@ -112,7 +112,7 @@ class Form:
         """Check all targets before the first is replaced, and warn of what will work but badly.
 
         Args:
-            settings: the tuner's own copy of the config.
+            settings: the config.
             model: the model.
             targets: by name.
 
@@ -124,6 +124,10 @@ class Form:
         }
         warn_about_levels(settings, lengths)
         _warn_about_two_outputs(targets)
+
+    def base_weight_hashes(self, settings: Settings, targets: Mapping[str, Target]) -> dict[str, str] | None:
+        """By name the hashes of base weights from which a saved adapter makes its basis again, if it does."""
+        return None
 
     def context(self, settings: Settings, model: nn.Module, module_name: str) -> Any:
         """What `create` has to know of the model around a module."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_argument
 from ..wavelet import Axis, Subband, subbands, synthesis, synthesis_at, synthesis_into
 from .keeping import Keeping
 
@@ -131,6 +132,10 @@ class SubbandFactor(nn.Module):
         """Write the factor, without gradients, into a tensor of its shape."""
         synthesis_into(out, self.coefficients(), self.axis, self.dim)
 
+    def sources(self) -> tuple[Tensor, ...]:
+        """The tensors that the factor is made from; none if a parametrization has taken one away."""
+        return () if self._modules else tuple(self._parameters.values())  # type: ignore[arg-type]  # none is None
+
     def forward(self, positions: Tensor | None = None) -> Tensor:
         """Â, of shape (R, length, *kernel), or B̂, of shape (length, R).
 
@@ -144,7 +149,7 @@ class SubbandFactor(nn.Module):
         if positions is not None:
             self.keeping.check_gradients()
             return synthesis_at(self.coefficients(), self.axis, positions)
-        return self.keeping.get(self, self.synthesise)
+        return self.keeping.get(self.sources, self.synthesise)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SubbandFactor:
         super()._apply(fn, recurse)
@@ -227,9 +232,10 @@ def frozen_factors(model: nn.Module) -> Iterator[None]:
     """Scope in which each WaRA factor of `model` is synthesised once, on first use, and then reused.
 
     For serving unmerged adapters: outside of it factors are synthesised anew in every forward, so that no change of a
-    weight goes unseen. Inside, changes of the adapters' values go unseen, forwards that ask for gradients are refused
-    with a RuntimeError, and switching, moving or casting adapters works. Scopes nest, also those of several threads
-    over one model, in any order; leaving the last one, also by an exception, leaves nothing behind.
+    weight goes unseen. Inside, changes of the adapters' values go unseen, but those by `load_state_dict`; forwards
+    that ask for gradients are refused with a RuntimeError, and switching, moving or casting adapters works. Scopes
+    nest, also those of several threads over one model, in any order; leaving the last one, also by an exception,
+    leaves nothing behind.
 
     Args:
         model: any module; adapters that it has on entry take part.
@@ -238,6 +244,7 @@ def frozen_factors(model: nn.Module) -> Iterator[None]:
         >>> with torch.inference_mode(), wara_peft.frozen_factors(model):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
+    check_argument("frozen_factors(model)", "model", model, "an nn.Module")
     factors = [module for module in model.modules() if isinstance(module, SubbandFactor)]
     for factor in factors:
         factor.keeping.enter()

@@ -1,70 +1,91 @@
 """How long a synthesised factor is kept: for the length of a scope, and no longer.
 
-There are two kinds of scopes. A user opens `frozen_factors` over a model, and promises that nothing trains inside. The
-library opens one around each call that PEFT makes of a model, since weights do not change within one `generate`; it
-promises nothing, so it keeps a factor from its second call without gradients on, which a plain forward does not reach,
-and steps aside for good where the factor has been called with gradients, moved, cast or loaded meanwhile.
+There are two kinds of scopes. A user opens `frozen_factors` over a model, and promises that nothing changes inside: a
+factor is kept from its first use on, and is not checked. The library opens one around each call that PEFT makes of a
+model, such as a `generate`, and promises nothing. There a factor is kept from its second use without gradients on,
+which a plain forward does not reach, and every use checks that the tensors that it was made from are the same objects,
+of the same version, in the same storage.
+
+Some writers leave no such trace. Fused optimizers are noticed by a hook after every optimizer's step. Writes through
+`.data` or a NumPy view, and those of kernels and collectives that PyTorch's autograd does not know, go unseen until
+the call ends, unless `torch.autograd.graph.increment_version` tells.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _change = threading.Lock()
+_steps = 0
+"""How many steps optimizers have made, in any thread."""
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    if not torch.compiler.is_compiling():  # compiled steps raise the versions of what they write
+        _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class Keeping:
     """What one factor keeps inside `frozen_factors`, and how often it may have changed.
 
     Attributes:
-        changes: counts what ends the keeping inside a call: forwards with gradients, moves, casts, loads.
+        changes: counts what may change a factor and leave no trace at its tensors: forwards with gradients, moves,
+            casts, loads, limits.
     """
 
     def __init__(self) -> None:
         self.changes = 0
         self._scopes = 0  # that are open, in any thread
-        self._kept: _Kept | None = None
+        self._frozen: _Frozen | None = None
 
     def enter(self) -> None:
         with _change:
             self._scopes += 1
-            self._kept = self._kept or _Kept()
+            self._frozen = self._frozen or _Frozen()
 
     def leave(self) -> None:
         with _change:
             self._scopes -= 1
-            self._kept = self._kept if self._scopes else None
+            self._frozen = self._frozen if self._scopes else None
 
     def changed(self) -> None:
-        """Forget what is kept, which is made anew if a scope is open."""
+        """Forget what is kept; if a scope is open, the next use synthesises the factor again."""
         with _change:
             self.changes += 1
-            self._kept = _Kept() if self._scopes else None
+            self._frozen = _Frozen() if self._scopes else None
 
-    def get(self, factor: nn.Module, synthesise: Callable[[], Tensor]) -> Tensor:
+    def get(self, sources: Callable[[], Sequence[Tensor]], synthesise: Callable[[], Tensor]) -> Tensor:
         """The factor, kept or made now.
 
         Args:
-            factor: the factor's module.
-            synthesise: makes its tensor.
+            sources: gives the tensors that the factor is made from, or none of them if they are not all known.
+            synthesise: makes the factor.
 
         Raises:
             RuntimeError: inside `frozen_factors` while gradients are enabled.
         """
-        kept = self._kept  # read once: another thread may enter or leave a scope meanwhile
-        if kept is not None:
+        frozen = self._frozen  # read once: another thread may enter or leave a scope meanwhile
+        if frozen is not None:
             if torch.is_grad_enabled():
                 self.check_gradients()
-            if kept.tensor is None:
-                kept.tensor = synthesise()
-            return kept.tensor
-        if torch.compiler.is_compiling():  # a graph computes it anew, and must leave nothing here
+            if frozen.tensor is None:
+                frozen.tensor = synthesise()
+            return frozen.tensor
+        if torch.compiler.is_compiling():  # a graph synthesises its factors itself, and must leave nothing here
             return synthesise()
         if torch.is_grad_enabled():
             self.changes += 1
@@ -72,10 +93,23 @@ class Keeping:
         call = _call.get()
         if call is None:
             return synthesise()
-        changes, tensor = call.kept.get(factor, _NOTHING)
-        if tensor is not None and changes == self.changes:
-            return tensor
-        return call.make(factor, self.changes, synthesise)
+        made = call.made.get(self)
+        unchanged = False
+        if made is not None and made.changes == self.changes and made.steps == _steps:
+            now = sources()
+            unchanged = len(now) == len(made.traces)
+            for (tensor, version, address), current in zip(made.traces, now, strict=False):
+                if current is not tensor or current._version != version or current.data_ptr() != address:
+                    unchanged = False
+                    break
+            if unchanged and made.tensor is not None:
+                return made.tensor
+        # Noted before the factor is made, so that what another thread writes meanwhile is seen at the next use.
+        changes, steps, traces = self.changes, _steps, _traces(sources())
+        factor = synthesise()
+        if traces:
+            call.made[self] = _Made(changes, steps, traces, factor if unchanged and call.can_keep else None)
+        return factor
 
     def check_gradients(self) -> None:
         """Refuse gradients inside `frozen_factors`.
@@ -83,47 +117,58 @@ class Keeping:
         Raises:
             RuntimeError: they are enabled there.
         """
-        if self._kept is not None and torch.is_grad_enabled():
+        if self._frozen is not None and torch.is_grad_enabled():
             raise RuntimeError(
                 "Inside wara_peft.frozen_factors the factors are constants, and this forward asks for gradients. "
                 "Run it under torch.no_grad() or torch.inference_mode(), or leave the scope to train."
             )
 
 
-class _Kept:
+class _Frozen:
     """A factor's tensor inside `frozen_factors`, None until its first use there."""
 
     tensor: Tensor | None = None
 
 
-_Entry = tuple[int | None, Tensor | None]
-_NOTHING: _Entry = (None, None)
-"""What a call holds of a factor before its first use."""
+_Trace = tuple[Tensor, int, int]
+"""A tensor, its version, and the address of its storage."""
+
+
+def _traces(tensors: Sequence[Tensor]) -> list[_Trace] | None:
+    """How to notice later that one of these tensors was changed; None if that cannot be noticed."""
+    try:
+        return [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
+    except RuntimeError:  # inference tensors have no version, and tensors of torch.func and fake ones no storage
+        return None
+
+
+class _Made(NamedTuple):
+    """A factor that a call has made.
+
+    Attributes:
+        changes, steps: how often the factor had changed, and optimizers had stepped, before.
+        traces: of the tensors that it was made from.
+        tensor: the factor, once it was used twice.
+    """
+
+    changes: int
+    steps: int
+    traces: list[_Trace]
+    tensor: Tensor | None
 
 
 class _Call:
-    """One call of a model: what its factors keep, each with the number of changes with which it was first called."""
+    """One call of a model, and what its factors have made in it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.kept: dict[nn.Module, _Entry] = {}
-        self._factors: set[nn.Module] | None = None
+        self.made: dict[Keeping, _Made] = {}
 
-    def make(self, factor: nn.Module, changes: int, synthesise: Callable[[], Tensor]) -> Tensor:
-        """The factor made now, and kept if it was called before with the same number of changes."""
-        tensor = synthesise()
-        at_first, _ = self.kept.get(factor, _NOTHING)
-        if at_first is None:
-            self.kept[factor] = (changes, None)
-        elif at_first == changes and self._is_of_model(factor):
-            self.kept[factor] = (changes, tensor)
-        return tensor
-
-    def _is_of_model(self, factor: nn.Module) -> bool:
-        """Whether it is not another model's, which may be trained in between."""
-        if self._factors is None:
-            self._factors = set(self.model.modules())
-        return factor in self._factors
+    @cached_property
+    def can_keep(self) -> bool:
+        """Whether parameters tell that they were changed: those that FSDP2 gathers for each forward do not."""
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        return fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in self.model.modules())
 
 
 _call: ContextVar[_Call | None] = ContextVar("wara_peft_call", default=None)
@@ -131,7 +176,7 @@ _call: ContextVar[_Call | None] = ContextVar("wara_peft_call", default=None)
 
 @contextmanager
 def one_call(model: nn.Module) -> Iterator[None]:
-    """Scope of one call of a model, in this thread: inside, its factors are kept from their second use on."""
+    """Scope of one call of a model, in this thread: inside, factors are kept from their second use on."""
     if torch.compiler.is_compiling():  # a graph keeps nothing
         yield
         return

@@ -146,6 +146,11 @@ class TinyFactor(SubbandFactor):
     def _rows(self, level: int) -> Tensor:
         return self.basis.rows(self.dim, level)
 
+    def sources(self) -> tuple[Tensor, ...]:
+        if self.basis._modules or self.core._modules:
+            return ()
+        return (*self.basis._buffers.values(), *self.core._parameters.values())  # type: ignore[arg-type]  # none is None
+
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
         factor = super().synthesise(dtype or self.dtype)
         return self.core(factor) if self.dim == OUT_DIM else factor
@@ -166,18 +171,17 @@ class TinyForm(Form):
     }
 
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        """Check ranks and the weights that a basis is made from, and record their hashes if the basis is not saved."""
+        """Check ranks and the weights that a basis is made from."""
         self._check_ranks(settings, targets)
-        hashes = {}
         for name, target in targets.items():
-            if _comes_with_the_adapter(settings, name, target.shape):
-                continue
-            weight = target.weight()
-            _check_weight(name, weight, target.shape)
-            if not settings.save_basis:
-                hashes[name] = weight_hash(weight)
-        settings.base_weight_hashes = hashes or None
+            if not _comes_with_the_adapter(settings, name, target.shape):
+                _check_weight(name, target.weight(), target.shape)
         super().check_targets(settings, model, targets)
+
+    def base_weight_hashes(self, settings: Settings, targets: Mapping[str, Target]) -> dict[str, str] | None:
+        if settings.save_basis:
+            return None
+        return {name: weight_hash(target.weight()) for name, target in targets.items()}
 
     def _check_ranks(self, settings: Settings, targets: Mapping[str, Target]) -> None:
         too_large = []
