@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from torch import nn
 
 from .arguments import check_argument
+from .compiled import plain_model, unwrapped
 from .config import WaRAConfig
 from .disk.lora import SavedLora
 from .kinds import BareParameter, kind_of
@@ -55,14 +56,14 @@ def load_lora(
     check_argument(call, "adapter_name", adapter_name, "a str")
     saved = SavedLora(path)
     config = _config(saved.config, fields)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    targets = WaRAModel.targets_of(base, config)
-    _check_targets(targets)
-    shapes = {name: shape_of(target) for name, target in targets.items()}
-    tied = _tied_to(targets, base) if config.ensure_weight_tying else set()
-    state_dict = saved.state_dict(shapes, tied, _in_full(config, base), _shapes_in(base))
-    if isinstance(model, PeftModel):
-        adapted = model
+    adapted = unwrapped(model)
+    with plain_model(adapted.get_base_model() if isinstance(adapted, PeftModel) else model) as base:
+        targets = WaRAModel.targets_of(base, config)
+        _check_targets(targets)
+        shapes = {name: shape_of(target) for name, target in targets.items()}
+        tied = _tied_to(targets, base) if config.ensure_weight_tying else set()
+        state_dict = saved.state_dict(shapes, tied, _in_full(config, base), _shapes_in(base))
+    if isinstance(adapted, PeftModel):
         adapted.add_adapter(adapter_name, config)
     else:
         adapted = get_peft_model(model, config, adapter_name)

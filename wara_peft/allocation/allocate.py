@@ -23,6 +23,7 @@ from torch import nn
 
 from ..arguments import check_argument, shown
 from ..calibration import LossFunction, evaluating, frozen, groups_within
+from ..compiled import on_plain_model
 from ..config import WaRAConfig
 from ..kinds import kind_of
 from ..messages import first
@@ -66,6 +67,7 @@ class _Target:
         return sum(self.bands[name].shape(*self.shape))
 
 
+@on_plain_model
 def allocate_ranks(
     model: nn.Module,
     config: WaRAConfig,
