@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from torch import nn
 
@@ -67,7 +67,9 @@ def load_lora(
         adapted.add_adapter(adapter_name, config)
     else:
         adapted = get_peft_model(model, config, adapter_name)
-    set_peft_model_state_dict(adapted, state_dict, adapter_name)
+    # The LoRA is the undecomposed matrix; subbands beside it keep their first values.
+    own = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
+    set_peft_model_state_dict(adapted, own | state_dict, adapter_name)
     return adapted
 
 
