@@ -12,6 +12,7 @@ PICTURE = Path(__file__).with_suffix(".png")
 DRAWN = "Description"
 """Where the picture's metadata say what is drawn in it."""
 ORDER = (
+    ("compiled",),
     ("factorized",),
     (
         "arguments",

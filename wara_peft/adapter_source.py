@@ -13,6 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .arguments import shown
+from .compiled import on_plain_model
 from .components import wara_config
 from .config import WaRAConfig
 from .conv import Conv
@@ -64,6 +65,7 @@ class AdapterSource:
     warnings: list[str] = field(default_factory=list)
 
 
+@on_plain_model
 def adapter_source(
     model: nn.Module | str | os.PathLike[str], adapter_name: str, component: str | None = None
 ) -> AdapterSource:

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import _get_submodules
 from torch import nn
 
+from .compiled import on_plain_model
 from .config import WaRAConfig
 from .forms import SubbandFactor
 from .layer import WaRALayer
@@ -95,6 +96,7 @@ def subband_of(factor: SubbandFactor, row: int, level: int | None = None) -> tup
     raise IndexError(row)
 
 
+@on_plain_model
 @torch.no_grad()
 def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
     """Cut an adapter to some of its components, in place: ΔW is what it would be with the others zero.

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .compiled import plain_names
 from .config_checks import MAX_LEVELS, check_config, check_range
 from .field_help import with_help
 from .field_types import Json, check_types, read_json
@@ -23,6 +24,19 @@ from .lora_fields import LORA_FIELDS, Match, fields_from_lora, hint, subband_ran
 from .model_card import add_loading_section
 from .patterns import exact_pattern, in_any_order, suffix_matches, value_for
 from .resolution import Resolution, as_to_write
+
+NAMING = (
+    "target_modules",
+    "exclude_modules",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+    "rank_pattern",
+    "alpha_pattern",
+    "module_shapes",
+    "base_weight_hashes",
+)
+"""Fields that have names of modules, or patterns for them."""
 
 
 @with_help
@@ -159,6 +173,8 @@ class WaRAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         read_json(self)
+        for name in NAMING:  # an adapter may have been saved beside a compiled model
+            setattr(self, name, plain_names(getattr(self, name)))
         check_types(self)
         super().__post_init__()
         self.peft_type = PeftType.WARA  # type: ignore[attr-defined]

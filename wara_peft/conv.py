@@ -27,11 +27,6 @@ class Conv(WaRALayer):
         return cast(nn.Conv2d, self.get_base_layer())  # or one of its siblings, which have the same attributes
 
     @property
-    def groups(self) -> int:
-        """Of the base layer, where PEFT's LoRA looks if it is added to a convolution that has a WaRA adapter."""
-        return self.convolution.groups
-
-    @property
     def shape(self) -> ModuleShape:
         conv = self.convolution
         in_channels = self.in_features // conv.groups

@@ -12,12 +12,14 @@ from tqdm.auto import tqdm
 
 from .arguments import check_argument
 from .calibration import arguments_of, evaluating
+from .compiled import on_plain_model
 from .forms import SubbandFactor
 from .layer import WaRALayer
 from .moments import Moments
 from .wavelet import into_band
 
 
+@on_plain_model
 def initialize_from_data(
     model: nn.Module, dataloader: Iterable[Any], adapter_name: str = "default", show_progress_bar: bool = True
 ) -> None:

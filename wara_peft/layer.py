@@ -374,6 +374,21 @@ class WaRALayer(MergingLayer):
         """Whether the adapter is a LoRA of rank R, which `wara_peft.to_lora` converts without error: all with a ΔW."""
         return self.forms[adapter_name].has_delta_weight
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the adapted layer has, such as a convolution's `stride`, for modules around it that read it.
+
+        Names with an underscore are the layer's own, such as hooks that libraries put there and take off again.
+        """
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:  # as nn.Module finds it, without a further call
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base_layer" not in modules:  # the latter while it is being copied
+                raise
+            return getattr(self.get_base_layer(), name)
+
     def __repr__(self) -> str:
         return "wara." + super().__repr__()
 

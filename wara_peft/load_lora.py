@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from torch import nn
 
 from .arguments import check_argument
+from .compiled import plain_model, unwrapped
 from .config import WaRAConfig
 from .disk.lora import SavedLora
 from .kinds import BareParameter, kind_of
@@ -57,19 +58,21 @@ def load_lora(
     check_argument(call, "adapter_name", adapter_name, "a str")
     saved = SavedLora(path)
     config = _config(saved.config, fields)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    targets = WaRAModel.targets_of(base, config)
-    _check_targets(targets)
-    shapes = {name: shape_of(target) for name, target in targets.items()}
+    adapted = unwrapped(model)
+    with plain_model(adapted.get_base_model() if isinstance(adapted, PeftModel) else model) as base:
+        targets = WaRAModel.targets_of(base, config)
+        _check_targets(targets)
+        shapes = {name: shape_of(target) for name, target in targets.items()}
+        tied = _tied_to(targets, base) if config.ensure_weight_tying else set()
+        state_dict = saved.state_dict(shapes, tied, _in_full(config, base), _shapes_in(base))
     _warn_of_lost_order(saved, targets)
-    tied = _tied_to(targets, base) if config.ensure_weight_tying else set()
-    state_dict = saved.state_dict(shapes, tied, _in_full(config, base), _shapes_in(base))
-    if isinstance(model, PeftModel):
-        adapted = model
+    if isinstance(adapted, PeftModel):
         adapted.add_adapter(adapter_name, config)
     else:
         adapted = get_peft_model(model, config, adapter_name)
-    set_peft_model_state_dict(adapted, state_dict, adapter_name)
+    # The LoRA is the undecomposed matrix; subbands beside it keep their first values.
+    own = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
+    set_peft_model_state_dict(adapted, own | state_dict, adapter_name)
     return adapted
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapter_source import adapter_source
 from .arguments import check_argument
+from .compiled import on_plain_model
 from .disk.contents import PEFT_PREFIX
 from .disk.directory import written_at_once
 from .export import lora_name, to_lora, write_lora
@@ -104,6 +105,7 @@ class LoraView:
             write_lora(directory, self.config, self._tensors)
 
 
+@on_plain_model
 def lora_view(model: nn.Module, adapter_name: str = "default") -> LoraView:
     """The exact LoRA of a live WaRA adapter, to be refreshed in place, for example after each optimizer step.
 

@@ -40,6 +40,7 @@ from .bare_parameters import (
 )
 from .bypassed import check_called, keep_called, let_go
 from .combine import combine
+from .compiled import compiled_in_place, plain_model, plain_name
 from .components import fields_in_model
 from .config import WaRAConfig
 from .conv import Conv
@@ -111,11 +112,20 @@ class WaRAModel(BaseTuner):
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add the adapter of that name to all its target modules; their shapes are saved with it."""
+        """Add the adapter of that name to all its target modules; their shapes are saved with it.
+
+        What `torch.compile` has wrapped is compiled in place from then on, so that names are those of the plain model.
+        """
+        with compiled_in_place(model) as plain:
+            if self.model is model:
+                self.model = plain
+            self._inject(plain, adapter_name, *args, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
             # PEFT takes any key for one of a factor.
-            state_dict = {key: value for key, value in state_dict.items() if is_of_a_factor(key)}
+            state_dict = {plain_name(key): value for key, value in state_dict.items() if is_of_a_factor(key)}
             kwargs["state_dict"] = state_dict
             self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
         config = cast(WaRAConfig, self.peft_config[adapter_name])
@@ -454,7 +464,8 @@ class WaRAModel(BaseTuner):
             "density": density,
             "majority_sign_method": majority_sign_method,
         }
-        combine(self, adapters, weights, adapter_name, combination_type, options)
+        with plain_model(self.model):
+            combine(self, adapters, weights, adapter_name, combination_type, options)
 
     def set_rank(self, adapter_name: str, rank: int | None) -> None:
         """Compute with the first `rank` components of each module of an adapter, trained with `ordered_dropout`.
@@ -496,23 +507,37 @@ class WaRAModel(BaseTuner):
     def check_saved_adapter(self, adapter_name: str, path: str | os.PathLike[str], **hub: Any) -> None:
         """Refuse a saved adapter whose tensors would mean something else in the adapter of that name.
 
-        `PeftModel.load_adapter` calls this where an adapter of the name is in the model.
+        `PeftModel.load_adapter` calls this where an adapter of the name is in the model. One that was put there for
+        these tensors, as by `PeftModel.from_pretrained`, is taken out again.
 
         Raises:
             ValueError: see `wara_peft.overwriting.check_saved_adapter`.
         """
-        check_saved_adapter(self, adapter_name, path, **hub)
+        try:
+            check_saved_adapter(self, adapter_name, path, **hub)
+        except ValueError:
+            if adapter_name in self._awaited:
+                self._remove(adapter_name)
+            raise
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Key in the file of an adapter, where names are those of the plain model; PEFT inverts this to load."""
+        return super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The tensors under the keys that the model has for them, whatever other adapters it has.
+        """The tensors under the keys that the model has for them, compiled or not, whatever other adapters it has.
 
         Those that some modules have under other keys are refused.
         """
-        check_keys(model, adapter_name, state_dict)
-        return places_in(model, super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict))
+        plain = {plain_name(key): value for key, value in state_dict.items()}
+        check_keys(model, adapter_name, plain)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
+        here = {plain_name(key): key for key in model.state_dict() if plain_name(key) != key}
+        return places_in(model, {here.get(key, key): value for key, value in remapped.items()})
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -542,7 +567,9 @@ class WaRAModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for name, module in self.model.named_modules():
+        with plain_model(self.model) as model:
+            modules = dict(model.named_modules())
+        for name, module in modules.items():
             backend = module.quantization_backend if isinstance(module, WaRALayer) else None
             if backend is not None and not backend.supports_merge:
                 raise ValueError(
@@ -553,17 +580,18 @@ class WaRAModel(BaseTuner):
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched."""
         merged: dict[str, list[str]] = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, WaRALayer):
-                adapters = list(module.active_adapters if adapter_names is None else adapter_names)
-                module.check_has_delta_weight(adapters)
-                if any(adapter in module.wara_A for adapter in adapters):
-                    merged[name] = adapters
-                    module.check_mergeable(adapters)
-                if any(adapter in module.wara_A and adapter not in module.merged_adapters for adapter in adapters):
-                    module.check_not_written()
-        check_ties(self.model, merged)
-        check_token_ties(self.model, adapter_names)
+        with plain_model(self.model) as model:
+            for name, module in model.named_modules():
+                if isinstance(module, WaRALayer):
+                    adapters = list(module.active_adapters if adapter_names is None else adapter_names)
+                    module.check_has_delta_weight(adapters)
+                    if any(adapter in module.wara_A for adapter in adapters):
+                        merged[name] = adapters
+                        module.check_mergeable(adapters)
+                    if any(adapter in module.wara_A and adapter not in module.merged_adapters for adapter in adapters):
+                        module.check_not_written()
+            check_ties(model, merged)
+            check_token_ties(model, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.

@@ -63,6 +63,40 @@ def unmasked(model: nn.Module) -> int:
     return total
 
 
+class Deep(Regression):
+    """A regression with a layer that the adapter leaves alone, and one that trains in full."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third, self.head = nn.Linear(6, 7), nn.Linear(5, 3)
+
+
+LORAS = {
+    "the adapter's modules": {},
+    "all linear": {"target_modules": "all-linear"},
+    "one that the adapter does not have": {"target_modules": ["first", "third"]},
+    "a pattern": {"target_modules": "first|head"},
+    "ranks by name": {"target_modules": "all-linear", "rank_pattern": {"first": 1}},
+}
+
+
+@pytest.mark.parametrize("fields", LORAS.values(), ids=LORAS)
+def test_a_lora_is_counted_as_peft_makes_it(fields):
+    torch.manual_seed(0)
+    config = WaRAConfig(target_modules=["first", "second"], modules_to_save=["head"], r=40)
+    model = get_peft_model(Deep(), config)
+    schedule = RankSchedule(like=LoraConfig(r=2, **fields))
+    schedule.start(model, 10)
+    lora = get_peft_model(Deep(), LoraConfig(r=2, **{"target_modules": ["first", "second"], **fields}))
+    assert schedule.running.budget.last == lora.get_nb_trainable_parameters()[0]
+    assert model.base_model.model.first is layers_of(model, "default")["first"]
+
+
+def test_a_lora_that_adapts_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"name no module of the model"):
+        RankSchedule(like=LoraConfig(r=2, target_modules=["none"])).start(adapted(), 10)
+
+
 class Recorder(TrainerCallback):
     """Calls a function after each step of the optimizer; stands after the schedule in the list of callbacks."""
 

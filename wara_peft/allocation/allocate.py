@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -13,16 +12,12 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import send_to_device
 from peft import LoraConfig
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from ..arguments import check_argument, shown
 from ..calibration import LossFunction, evaluating, frozen, groups_within
+from ..compiled import on_plain_model
 from ..config import WaRAConfig
 from ..kinds import kind_of
 from ..messages import first
@@ -31,7 +26,7 @@ from ..patterns import value_for
 from ..quantization import keep_unpacked
 from ..wavelet import Subband, subbands
 from .blocks import Spectrum, of_gradient, of_inputs
-from .budget import lora_parameters
+from .budget import lora_parameters_in
 from .greedy import Item, spend
 from .report import AllocationReport, ModuleAllocation
 from .signals import covariances, gradients, processes
@@ -66,6 +61,7 @@ class _Target:
         return sum(self.bands[name].shape(*self.shape))
 
 
+@on_plain_model
 def allocate_ranks(
     model: nn.Module,
     config: WaRAConfig,
@@ -129,7 +125,7 @@ def allocate_ranks(
     _check_arguments(config, batches, score, max_bytes, budget, like)
     targets = _targets(model, config, min_rank, max_rank)
     if like is not None:
-        budget = _like(model, like, list(targets))
+        budget = lora_parameters_in(model, like, {name: target.layer for name, target in targets.items()})
     elif budget is None:
         budget = sum(
             config.ranks_of(name)[band] * target.cost(band)
@@ -239,13 +235,6 @@ def _rank_of(field_name: str, ranks: Ranks, module_name: str, band: str, default
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
         raise ValueError(f"{field_name}={found!r} for module {module_name!r} must be an int of at least 0.")
     return found
-
-
-def _like(model: nn.Module, like: LoraConfig, targets: list[str]) -> int:
-    if like.target_modules is not None:
-        like = _maybe_include_all_linear_layers(copy.deepcopy(like), model)  # type: ignore[assignment]
-        targets = [name for name, _ in model.named_modules() if name and check_target_module_exists(like, name)]
-    return lora_parameters(like, {name: model.get_submodule(name) for name in targets})
 
 
 def _check_floors(targets: dict[str, _Target], counts: dict[str, dict[str, int]], budget: int) -> None:

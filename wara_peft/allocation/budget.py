@@ -2,15 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ..bare_parameters import original
+from ..compiled import plain_model
+from ..experts import AdaptedModule
 from ..kinds import kind_of
+
+
+def lora_parameters_in(model: nn.Module, like: LoraConfig, modules: Mapping[str, nn.Module]) -> int:
+    """Parameters of a LoRA on a model, which may have adapters; without `target_modules` of its own on `modules`.
+
+    Args:
+        model: the base model, or one that has adapters around it.
+        like: the LoRA's config.
+        modules: base layers by their names in the base model.
+
+    Raises:
+        ValueError: it adapts what is not linear, or nothing.
+    """
+    if like.target_modules is None:
+        return lora_parameters(like, modules)
+    base: nn.Module = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
+    with plain_model(base) as plain, _without_adapters(plain):
+        like = cast(LoraConfig, _maybe_include_all_linear_layers(copy.deepcopy(like), plain))
+        named = dict(plain.named_modules())
+    found = {name: module for name, module in named.items() if name and check_target_module_exists(like, name)}
+    if not found:
+        raise ValueError(f"`like` has target_modules={like.target_modules!r}, which name no module of the model.")
+    return lora_parameters(like, found)
+
+
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    """Scope in which the layers that adapters have replaced are in their places."""
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, (BaseTunerLayer, AdaptedModule, AuxiliaryTrainingWrapper))
+    ]
+    try:
+        for parent, name, child in places:
+            parent._modules[name] = _original(child)
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
+
+
+def _original(module: nn.Module) -> nn.Module:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _original(cast(nn.Module, module.original_module))
+    return original(module)
 
 
 def lora_parameters(like: LoraConfig, modules: Mapping[str, nn.Module]) -> int:

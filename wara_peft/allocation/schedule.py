@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..arguments import check_argument
 from ..components import config_of, cost, keep_components, layers_of, subband_of
 from ..layer import WaRALayer
-from .budget import CubicBudget, lora_parameters
+from .budget import CubicBudget, lora_parameters_in
 from .greedy import affordable
 from .sensitivity import Sensitivity
 
@@ -61,7 +60,8 @@ class RankSchedule(TrainerCallback):
 
     Args:
         budget: how many parameters the adapter may have in the end.
-        like: a LoRA whose parameters to count in place of that, on the adapter's modules.
+        like: a LoRA whose parameters to count in place of that; without `target_modules` of its own, on the
+            adapter's modules.
         warmup: steps before the first cut, or, as a float, their share of all steps.
         final: steps, or their share, for which the choice is fixed.
         interval: steps between two choices.
@@ -122,11 +122,8 @@ class RankSchedule(TrainerCallback):
         size, cheapest = sum(running.costs), min(running.costs)
         budget = self.budget
         if self.like is not None:
-            like = self.like
             bases = {name: layer.get_base_layer() for name, layer in layers.items()}
-            if like.target_modules is not None:
-                bases = {name: base for name, base in bases.items() if check_target_module_exists(like, name)}
-            budget = lora_parameters(like, bases)
+            budget = lora_parameters_in(model, self.like, bases)
         assert budget is not None
         if budget < cheapest:
             raise ValueError(

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import check_argument
 from ..calibration import LossFunction, arguments_of, evaluating, frozen, groups_within, loss_of, with_gradient
+from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first
 from ..moments import Moments
@@ -29,6 +30,7 @@ MAX_PRODUCTS = 2**22
 """How many products of the gradients of two positions are in memory at a time, or as many as one sample has."""
 
 
+@on_plain_model
 def calibrate(
     model: nn.Module,
     dataloader: Iterable[Any],

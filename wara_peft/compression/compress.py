@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import check_argument, shown
 from ..calibration import LossFunction
+from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first
 from .allocation import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
@@ -29,6 +30,7 @@ from .statistics import LayerStatistics
 from .targets import TIED, check_base, checked, linear_targets, tied_to_others
 
 
+@on_plain_model
 @torch.no_grad()
 def compress(
     model: nn.Module,

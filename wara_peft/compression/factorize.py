@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import check_argument
 from ..attention import LowRankMultiheadAttention
+from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import (
     LowRankLinear,
     Solver,
@@ -38,6 +39,7 @@ class Factorization:
     parameters_after: int
 
 
+@on_plain_model
 def factorize(
     model: nn.Module,
     rank: int | float,

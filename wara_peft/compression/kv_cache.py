@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..arguments import check_argument, shown
+from ..compiled import on_plain_model
 from .depth import depth_shares
 from .statistics import LayerStatistics
 
@@ -44,6 +45,7 @@ class LayerBases:
     keys: HeadBases | None = None
 
 
+@on_plain_model
 @torch.no_grad()
 def cache_bases(
     model: PreTrainedModel,

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from ..arguments import check_argument, shown
+from ..compiled import on_plain_model
 from ..factorized.dense import dense_layer
 from ..factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
 from ..factorized.low_rank_linear import factorize_linear
@@ -25,6 +26,7 @@ from .targets import TIED, check_base, checked_layer, layer_targets, tied_to_oth
 Ordered = OrderedLowRankLinear | OrderedLowRankConv
 
 
+@on_plain_model
 def ordered_low_rank(
     model: nn.Module, rank: int | None = None, target_modules: str | list[str] | None = None
 ) -> Factorization:
@@ -270,6 +272,7 @@ def _empty(layer: Ordered, rank: int, optimizer: torch.optim.Optimizer | None) -
             tensor.narrow(dim, rank, layer.rank - rank).zero_()
 
 
+@on_plain_model
 def _layers(model: nn.Module) -> dict[str, Ordered]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Ordered)}
 

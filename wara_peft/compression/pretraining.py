@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..arguments import check_argument
+from ..compiled import on_plain_model
 from ..factorized import LowRankPlusSparseLinear
 from ..factorized.dense import dense_layer
 from ..factorized.low_rank_linear import linear_shape
@@ -17,6 +18,7 @@ from .replacement import replace_everywhere
 from .targets import TIED, check_base, checked, linear_targets, tied_to_others
 
 
+@on_plain_model
 def low_rank_plus_sparse(
     model: nn.Module,
     rank: int,
@@ -93,6 +95,7 @@ def low_rank_plus_sparse(
     return Factorization(replaced, left, parameters_before, parameters_after)
 
 
+@on_plain_model
 def to_dense(model: nn.Module) -> list[str]:
     """Replace all factorised layers of a model, in place, by linear layers and convolutions of the same weight.
 

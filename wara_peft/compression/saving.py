@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..arguments import check_argument
+from ..compiled import on_plain_model
 from ..disk.checkpoint import Checkpoint, read_json
 from ..disk.directory import written_at_once
 from ..disk.skeleton import Skeleton, keys_of_parameters
@@ -35,6 +36,7 @@ SPARE_NUMBERS = 100_000_000
 """How many numbers a model may have in buffers that no file holds, such as tables of positions."""
 
 
+@on_plain_model
 def save_compressed(
     model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: str = "5GB"
 ) -> None:

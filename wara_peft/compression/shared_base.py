@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import check_argument
 from ..calibration import arguments_of, evaluating
+from ..compiled import on_plain_model
 from ..factorized.shared_base_linear import SharedBaseLinear, tie_bases
 from ..messages import first
 from .replacement import replace_everywhere
@@ -27,6 +28,7 @@ def shared_rank(width: int, columns: int, budget: float, sparsity: float) -> int
     return min(rank, width, columns)
 
 
+@on_plain_model
 @torch.no_grad()
 def share_bases(
     model: nn.Module,
@@ -158,6 +160,7 @@ def prune_together(
         layer.prune(own, optimizer)
 
 
+@on_plain_model
 def minimise_block_errors(
     model: nn.Module,
     reference: nn.Module,

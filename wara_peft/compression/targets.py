@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..compiled import on_plain_model
 from ..factorized.low_rank_conv import CONVOLUTIONS, checked_conv
 from ..factorized.low_rank_linear import check_values, checked_linear
 from ..factorized.saved import FACTORIZED
@@ -18,6 +19,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 LINEAR = (nn.Linear, Conv1D)
 
 
+@on_plain_model
 def check_base(model: nn.Module) -> None:
     """Refuse a model whose layers cannot be replaced.
 
@@ -39,6 +41,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     return {name: layer for name, layer in with_attentions(model).items() if isinstance(layer, LINEAR)}
 
 
+@on_plain_model
 def with_attentions(model: nn.Module) -> dict[str, nn.Linear | Conv1D | nn.MultiheadAttention]:
     """The same, and PyTorch's attentions, each as a whole."""
     found: dict[str, nn.Linear | Conv1D | nn.MultiheadAttention] = {}
@@ -107,6 +110,7 @@ def linear_targets(model: nn.Module, target_modules: str | list[str] | None) -> 
     return chosen(candidates, target_modules)
 
 
+@on_plain_model
 def layer_targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Module]:
     """As `linear_targets`, with convolutions; None leaves those with groups out."""
     candidates: dict[str, nn.Module] = {}

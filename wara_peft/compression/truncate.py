@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..arguments import check_argument
+from ..compiled import on_plain_model
 from ..factorized import LowRankLinear
 from ..messages import first
 from .layers import solve
@@ -16,6 +17,7 @@ from .statistics import LayerStatistics, check_finite, probe_of
 from .targets import check_base
 
 
+@on_plain_model
 @torch.no_grad()
 def truncate(
     model: nn.Module, ranks: int | Mapping[str, int], statistics: Mapping[str, LayerStatistics] | None = None

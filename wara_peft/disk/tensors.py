@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..compiled import plain_name
+
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes that weights are computed in; shorter floats have scales beside them."""
 INTEGERS = frozenset(("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"))
@@ -31,7 +33,7 @@ class TensorFile:
     `parse_local_safetensors_file_metadata` does not.
 
     Attributes:
-        tensors: the `TensorInfo` of each tensor by key.
+        tensors: the `TensorInfo` of each tensor by the key that it has where the model is not compiled.
         metadata: what else the header says.
 
     Raises:
@@ -42,7 +44,8 @@ class TensorFile:
         self.path = path
         with self._open() as file:
             self.metadata: dict[str, str] = file.metadata() or {}
-            self.tensors = {key: self._info(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118  # no dict
+            self._keys = {plain_name(key): key for key in file.keys()}  # noqa: SIM118  # no dict
+            self.tensors = {key: self._info(file.get_slice(own)) for key, own in self._keys.items()}
 
     def _open(self) -> Any:
         try:
@@ -57,4 +60,4 @@ class TensorFile:
     def read(self, keys: Iterable[str]) -> list[Tensor]:
         """The tensors of these keys."""
         with self._open() as file:
-            return [file.get_tensor(key) for key in keys]
+            return [file.get_tensor(self._keys[key]) for key in keys]

@@ -41,7 +41,7 @@ def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor
         else:
             assert rows is not None
             values = rows.index_select(1, needed)
-        values = values.view(len(bands), -1, len(positions))  # (R_j, shifts, N)
+        values = values.view(len(bands), len(shifts), len(positions))  # (R_j, shifts, N)
         parts.append((values * taps.index_select(2, place % 2**level)).sum(1))
     if coefficients[0] is not None:
         parts.append(coefficients[0].index_select(1, positions))
