@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.references import transform
 from wara_peft import WaRAConfig, save_as_lora
+from wara_peft.own_forward import has_own_forward, reason_against_adapting
 from wara_peft.quantization import keep_unpacked
 
 # quantized layer: one row a case
@@ -228,6 +229,11 @@ class TestOtherForms:
         with pytest.raises(ValueError, match=r"form='grid'.*cannot be merged"):
             model.merge_and_unload()
         assert torch.equal(dequantized(up), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_of_bitsandbytes_is_not_tried_with_weights_that_are_not_packed(kind):
+    assert has_own_forward(Mlp(kind).up) and reason_against_adapting(Mlp(kind).up) is None
 
 
 def test_tiny_needs_weights_that_can_be_read(monkeypatch):

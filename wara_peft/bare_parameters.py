@@ -12,8 +12,8 @@ from torch import nn
 from .config import WaRAConfig
 from .experts import AdaptedModule
 from .kinds import IN_PROJ, LINEAR, BareParameter, Kind
-from .mergeable import FLOATS
 from .messages import first
+from .quantization import FLOATS
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from .own_forward import adds_up, has_own_forward
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .quantization import FLOATS
 
 
 def check_mergeable(module_name: str, base: nn.Module) -> None:

@@ -52,14 +52,13 @@ from .forms import Target, one_call, watch_no_more
 from .in_full import AROUND, places_in, resized_embedding, trained_biases
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .layer import TENSOR_PARTS, Linear, WaRALayer, is_of_a_factor
-from .mergeable import FLOATS
 from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
 from .overwriting import check_keys, check_saved_adapter
 from .pad_token import warn_of_pad_token
 from .patterns import Unseen
-from .quantization import base_weight, keep_unpacked
+from .quantization import FLOATS, base_weight, keep_unpacked
 from .resolution import as_written, note, use
 from .rollback import undone_on_error
 from .targets import (

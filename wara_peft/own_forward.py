@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from .quantization import FLOATS
+
 TRIED = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Classes whose subclasses can be tried."""
 _KNOWN = {cls.forward for cls in TRIED}
@@ -51,16 +53,25 @@ def adds_up(base: nn.Module) -> bool:
 
 @torch.no_grad()
 def reason_against_adapting(base: nn.Module) -> str | None:
-    """Why the result of a layer cannot have an adapter's added to it; None if it can, or nothing can be told."""
+    """Why a layer's result cannot have an adapter's added to it; None if it can, or nothing can be told.
+
+    Args:
+        base: any layer; only those with a forward of their own, and a weight that is not quantized, are tried.
+    """
+    weight = base._parameters.get("weight")
+    if not isinstance(base, TRIED) or type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
+        return None
+    if not has_own_forward(base):
+        return None
     if isinstance(base, nn.Embedding):
         return _reason_against_embedding(base)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.empty(_shape(base), device="meta")
-    for x in _inputs(base, 1.0, generator, weight.device):
-        found = _result(base, x, weight)
+    empty = torch.empty(_shape(base), device="meta")
+    for x in _inputs(base, 1.0, generator, empty.device):
+        found = _result(base, x, empty)
         if isinstance(found, tuple):
             return "its forward returns several values"
-        if isinstance(found, Tensor) and found.shape != _product(base, x, weight).shape:
+        if isinstance(found, Tensor) and found.shape != _product(base, x, empty).shape:
             return "its forward pads, or reshapes, so that its result has another shape than the adapter's"
     return None
 

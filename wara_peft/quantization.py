@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .kinds import kind_of
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights that are not quantized."""
+
 
 def base_weight(base_layer: nn.Module, backend: QuantizationBackend | None) -> Tensor:
     """Weight (m, n) of a linear layer, dequantized."""

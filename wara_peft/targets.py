@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from .config import WaRAConfig
 from .kinds import kind_of
 from .lora_fields import BOTH
 from .messages import first
-from .own_forward import TRIED, has_own_forward, reason_against_adapting
+from .own_forward import reason_against_adapting
 from .patterns import NEGATED, check_in_time, matches
 
 
@@ -118,13 +118,12 @@ def check_forwards(targets: Mapping[str, nn.Module]) -> None:
         ValueError: one of the base layers is such a layer.
     """
     for name, base in targets.items():
-        if isinstance(base, TRIED) and isinstance(base._parameters.get("weight"), Tensor) and has_own_forward(base):
-            reason = reason_against_adapting(base)
-            if reason is not None:
-                raise ValueError(
-                    f"Target module {name!r}, a {type(base).__name__}, cannot be adapted: {reason}. Leave it out with "
-                    "`exclude_modules`, or train it in full with `modules_to_save`."
-                )
+        reason = reason_against_adapting(base)
+        if reason is not None:
+            raise ValueError(
+                f"Target module {name!r}, a {type(base).__name__}, cannot be adapted: {reason}. Leave it out with "
+                "`exclude_modules`, or train it in full with `modules_to_save`."
+            )
 
 
 def warn_of_unmatched(
