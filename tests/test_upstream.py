@@ -71,19 +71,23 @@ UPSTREAM = {
                 "_convert_state_dict_for_initial_model": "peft_model peft_config "
                 "path_initial_model_for_weight_conversion output_state_dict kwargs",
                 "_create_and_replace": "peft_config adapter_name target target_name parent current_key parameter_name",
+                "_enable_adapter_layers": "enabled",
+                "_get_adapter_state_dict": "model config adapter_name state_dict unwanted_adapter_names",
                 "_inject_parameters": "peft_config model adapter_name low_cpu_mem_usage",
                 "_prepare_adapter_config": "peft_config model_config",
                 "_prepare_model": "peft_config model",
+                "_remap_adapter_state_dict_for_load": "model config adapter_name state_dict",
                 "_replace_module": "parent child_name new_module child",
                 "_unload_and_optionally_merge": "merge progressbar safe_merge adapter_names",
             },
             BaseTunerLayer: {
+                "enable_adapters": "enabled",
                 "merge": "safe_merge adapter_names",
                 "supports_lora_conversion": "adapter_name",
                 "unmerge": "",
                 "_move_adapter_to_device_of_base_layer": "adapter_name device",
             },
-            PeftConfigMixin: {"save_pretrained": "save_directory kwargs"},
+            PeftConfigMixin: {"save_pretrained": "save_directory kwargs", "to_dict": ""},
         },
     ),
     "transformers": Seen(
@@ -130,7 +134,7 @@ PYTHON = [
 ]
 """What a member is added to PEFT's enumeration with; Python 3.13 has one more, which is looked for."""
 SINCE_PYTHON_3_13 = {"_hashable_values_"}
-OURS = {"_added_by_wara_peft", "_use_nested_tensor_without_adapters"}
+OURS = {"_added_by_wara_peft", "_asks_the_tuner", "_use_nested_tensor_without_adapters"}
 """Attributes that we put on objects of others."""
 
 OWNERS = [*(pair for seen in UPSTREAM.values() for pair in seen.names), *PYTHON]
