@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -107,7 +108,9 @@ def _saved_in_full(model: nn.Module, config: WaRAConfig, targets: Mapping[str, n
         original = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
         is_embedding = any(original is layer for layer in resizable)
         if name.endswith(names_in_full(config)) or (name and is_embedding):
-            yield from (f"{name}.{key}" for key in original.state_dict())
+            # Without the factors of other adapters, whose keys have these adapters' names.
+            base = original.get_base_layer() if isinstance(original, BaseTunerLayer) else original
+            yield from (f"{name}.{key}" for key in base.state_dict())
         elif config.bias != "none" and getattr(module, "bias", None) is not None:
             layer = targets.get(name)
             if layer is not None and not isinstance(layer, BareParameter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -116,7 +117,7 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
     config.target_modules = lora.target_modules
     config.target_parameters = sorted(lora.target_parameters)
     # New ones: the dicts that the user gave may serve another config or model.
-    config.rank_pattern, config.alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
+    config.rank_pattern, config.alpha_pattern = copy.copy(config.rank_pattern), copy.copy(config.alpha_pattern)
     for pattern, times in (lora.rank_pattern or {}).items():
         every = {name: rank * times for name, rank in config.ranks_of("").items()}
         config.rank_pattern.setdefault(pattern, every if config.subband_ranks else config.r * times)
