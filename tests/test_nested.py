@@ -147,8 +147,6 @@ class TestDraw:
         expected = columns @ (weights[:, None] * full)
         mean = columns @ torch.stack(seen).mean(0)
         torch.testing.assert_close(mean, expected, atol=0.03 * float(expected.norm()), rtol=0)
-        with torch.no_grad():
-            assert torch.equal(rows(), full)
         model.eval()
         assert torch.equal(rows(), full)
 
@@ -156,15 +154,21 @@ class TestDraw:
     def test_what_checkpointing_computes_again_has_the_same_draw(self, reentrant):
         model = nested(target_modules=["out"]).train()
         layer = model.base_model.model.out
+        rows, columns = layer.wara_A["default"], layer.wara_B["default"]
         x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-        found = []
-        for run in (lambda: layer(x), lambda: checkpoint(layer, x, use_reentrant=reentrant)):
-            torch.manual_seed(7)
-            model.zero_grad()
-            run().square().sum().backward()
-            found.append([layer.wara_A["default"].level1.grad.clone(), layer.wara_B["default"].level1.grad.clone()])
-        for plain, again in zip(*found, strict=True):
-            assert torch.equal(plain, again)
+        kept = set()
+        for seed in range(8):
+            found = []
+            for run in (lambda: layer(x), lambda: checkpoint(layer, x, use_reentrant=reentrant)):
+                torch.manual_seed(seed)
+                model.zero_grad()
+                result = run()
+                result.square().sum().backward()
+                found.append([result, rows.level1.grad.clone(), columns.level1.grad.clone()])
+            for plain, again in zip(*found, strict=True):
+                torch.testing.assert_close(plain, again, rtol=1e-12, atol=1e-12)
+            kept.add(int(rows.level1.grad.any(1).sum()))
+        assert len(kept) > 1
 
     def test_without_it_nothing_is_drawn(self):
         torch.manual_seed(0)

@@ -68,11 +68,15 @@ class OrderedFactor(SubbandFactor):
             out[row].zero_()
 
     def forward(self, positions: Tensor | None = None) -> Tensor:
-        """As `SubbandFactor`, with rows that are left out as zeros."""
+        """As `SubbandFactor`, with rows that are left out as zeros.
+
+        As dropout does, it draws in training mode, with gradients or without: reentrant checkpointing runs the forward
+        without them first, and what it computes again in backward must be the same.
+        """
         factor = super().forward(positions)
         if positions is not None and self.limit is not None:
             factor = self._first(factor, self.limit)
-        if self.training and torch.is_grad_enabled():
+        if self.training:
             factor = self._first(factor, torch.randint(1, self.rank + 1, (), device=factor.device))
         return factor
 
