@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.diffusion_models import TINY, WIDTH, sd3_transformer, unet
+from tests.references import descend
 from tests.test_diffusers import CLOSE, adapted, config, read, say
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora
 from wara_peft.disk.adapter import SavedAdapter
@@ -119,7 +120,7 @@ class TestMethods:
     def test_do_what_they_do_with_lora(self, component, calls, two_loras):
         wara, lora = two(component), two_loras(component)
         before = output(component, wara)
-        assert (before - output(component, MODELS[component][0]())).norm() > 0.1 * before.norm()
+        assert (before - output(component, MODELS[component][0]())).norm() > 0.01 * before.norm()
         torch.testing.assert_close(before, output(component, lora), **CLOSE)
         for name, *arguments in CALLS[calls]:
             for model in (wara, lora):
@@ -182,12 +183,7 @@ class TestMethods:
                     model(image, encoder_hidden_states=text, timestep=torch.tensor([5]), **more).sample.square().mean()
                 )
 
-            first = loss()
-            first.backward()
-            # A step down the gradient g is one of -rate g², to first order; this one takes off a hundredth.
-            squares = sum(value.grad.square().sum() for value in trained.values() if value.grad is not None)
-            torch.optim.SGD(trained.values(), lr=0.01 * first.item() / squares.item()).step()
-            assert loss().item() == pytest.approx(0.99 * first.item(), rel=1e-3)
+            descend(loss, trained.values())
         base = make().state_dict()
         kept = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
         assert all(torch.equal(kept[name], value) for name, value in base.items())

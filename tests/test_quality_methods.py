@@ -129,7 +129,7 @@ class TestRanks:
 
     def test_over_subbands_they_differ_within_a_module(self) -> None:
         wara = self.ranks("WaRA subband, ranks by gradient", 16.0)
-        assert any(max(ranks.values()) - min(ranks.values()) > 1 for ranks in wara.values())
+        assert any(max(ranks.values()) > min(ranks.values()) for ranks in wara.values())
 
     @pytest.mark.parametrize("name", ["LoRA, ranks while training", "WaRA subband, ranks while training"])
     def test_while_training_it_comes_down_to_the_budget(self, name: str) -> None:

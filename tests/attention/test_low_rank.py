@@ -64,7 +64,7 @@ class TestEqualToPyTorch:
         low_rank = LowRankMultiheadAttention.from_multihead(attention, rank=WIDTH)
         inputs = states(torch.float32)
         for got, expected in zip(low_rank(*inputs), attention(*inputs), strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
     def test_at_a_rank_that_the_weights_have(self) -> None:
         attention = multihead()

@@ -18,7 +18,7 @@ from diffusers import (
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from tests.references import grid_result
+from tests.references import descend, grid_result
 from wara_peft import WaRAConfig
 from wara_peft.forms.seen_grids import SeenGrids
 from wara_peft.layer import WaRALayer
@@ -225,16 +225,13 @@ def test_training_saving_and_loading(name, pairs, tmp_path):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained
     assert all("wara_" in n for n in trained)
-    optimizer = torch.optim.Adam(trained.values(), lr=0.01)
-    losses = []
-    for _ in range(8):
-        loss = (call(model, 0) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+
+    def loss() -> Tensor:
+        torch.manual_seed(0)  # a DiT in training leaves labels out at random
+        return (call(model, 0) - target).square().mean()
+
+    descend(loss, trained.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
     model.eval()
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make(name)[0], tmp_path, autocast_adapter_dtype=False).double().eval()
