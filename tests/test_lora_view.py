@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.references import Conv1DModel, Mlp
 from tests.test_many_adapters import Everything
 from wara_peft import WaRAConfig, lora_view, rescale_adapter_scale, to_lora
-from wara_peft.wavelet import elementwise
+from wara_peft.forms import SubbandFactor
 
 IN_FULL = "ignore:PEFT loads all of this LoRA:UserWarning"
 USEFUL = "ignore:levels=. is more than is useful:UserWarning"
@@ -120,7 +120,8 @@ def test_refresh_allocates_nothing_after_the_first_time(case):
     view.refresh()  # makes the taps of the filters, once in a process
     expected = {key: value.clone() for key, value in view.state_dict().items()}
     train(model)
-    taps = [tensor for cell in elementwise._taps.__closure__ for tensor in _tensors_in(cell.cell_contents)]
+    axes = [module.axis for module in model.modules() if isinstance(module, SubbandFactor)]
+    taps = [tensor for axis in axes for shared in axis.constants._held.values() for tensor in shared.tensors]
     with Allocations([*model.parameters(), *view.state_dict().values(), *taps]) as allocations:
         view.refresh()
     assert allocations.made == []
@@ -129,10 +130,6 @@ def test_refresh_allocates_nothing_after_the_first_time(case):
     with Allocations([*model.parameters(), *view.state_dict().values()]) as allocations:
         to_lora(model)
     assert allocations.made  # the count can count
-
-
-def _tensors_in(kept: object) -> list[torch.Tensor]:
-    return tree_leaves(list(kept.values())) if isinstance(kept, dict) else []
 
 
 @pytest.mark.parametrize("form", ["subband", "tiny"])

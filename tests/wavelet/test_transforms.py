@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import numpy as np
@@ -11,17 +12,24 @@ import torch
 
 from tests.references import WAVELETS
 from tests.references import synthesis_matrix as build_synthesis_matrix
-from wara_peft.wavelet import Axis, adjoint, one_step, synthesis, synthesis_at, synthesis_into, transforms
+from wara_peft.wavelet import Axis, adjoint, haar, one_step, synthesis, synthesis_at, synthesis_into, transforms
 
 # below the length of the filters, odd at every level, odd at some, divided by all
 LENGTHS = (1, 2, 3, 5, 8, 13, 22, 24, 37, 48)
 LEVELS = (1, 2, 3, 4)
-# What is chosen by wavelet, device, dtype and mode, forced: an attribute of a module, and its value.
+# bands of the rows of level 1 and coarser, by number of levels
+EQUAL_RANKS = {levels: (*("dad",) * (levels - 1), "adad") for levels in LEVELS}
+DIFFERENT_RANKS = {levels: ("dad", "da", "addad", "d")[:levels] for levels in LEVELS}
+NO_HAAR = (haar, "serves", lambda *_: False)
+BLOCKS = [NO_HAAR, (one_step, "DEVICES", ())]
+# a layout; and what is chosen by it, wavelet, device, dtype and mode, forced: an attribute of a module, and its value
 WAYS = {
-    "one step": [],
-    "elementwise": [(one_step, "DEVICES", ())],
-    "elementwise, without a node": [(one_step, "DEVICES", ()), (transforms, "is_transformed", lambda: True)],
+    "as chosen": (DIFFERENT_RANKS, []),
+    "one step": (EQUAL_RANKS, [NO_HAAR]),
+    "blocks": (DIFFERENT_RANKS, BLOCKS),
+    "blocks, without a node": (DIFFERENT_RANKS, [*BLOCKS, (transforms, "is_transformed", lambda: True)]),
 }
+layout = DIFFERENT_RANKS
 
 synthesis_matrix = cache(build_synthesis_matrix)
 each_levels = pytest.mark.parametrize("levels", LEVELS)
@@ -31,13 +39,15 @@ each_dim = pytest.mark.parametrize("dim", [0, 1])
 
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
-    for module, name, value in WAYS[request.param]:
+    bands, forced = WAYS[request.param]
+    monkeypatch.setattr(sys.modules[__name__], "layout", bands)
+    for module, name, value in forced:
         monkeypatch.setattr(module, name, value)
 
 
 def axis_of(wavelet: str, length: int, levels: int) -> Axis:
-    """Rows of both bands at each level, in no particular order and in different numbers, and untransformed ones."""
-    return Axis(wavelet, length, ("aa", *("dad", "da", "addad", "d")[:levels]))
+    """Rows of each level, and untransformed ones."""
+    return Axis(wavelet, length, ("aa", *layout[levels]))
 
 
 def coefficients_of(axis: Axis, dim: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor | None]:
@@ -291,18 +301,36 @@ def test_backward_saves_nothing(levels, compiled):
     assert saved == []
 
 
-def test_what_has_no_kernel_is_transformed_elementwise(monkeypatch):
-    axis = axis_of("db4", 24, 2)
-    rows = coefficients_of(axis, 1)
-    steps = []
-    monkeypatch.setattr(one_step, "synthesise", lambda *arguments: steps.append(arguments) or torch.zeros(9, 24))
-    synthesis(rows, axis, 1)
-    assert len(steps) == 1
+def test_what_has_no_kernel_or_many_blocks_takes_other_ways(monkeypatch):
+    equal, different = (Axis("db4", 24, ("aa", *bands[2])) for bands in (EQUAL_RANKS, DIFFERENT_RANKS))
+    rows, others = coefficients_of(equal, 1), coefficients_of(different, 1)
+    calls = []
+    monkeypatch.setattr(one_step, "synthesise", lambda *arguments: calls.append(arguments) or torch.zeros(7, 24))
+    synthesis(rows, equal, 1)
+    assert len(calls) == 1
+    np.testing.assert_allclose(synthesis(others, different, 1), expected_synthesis(others, different, 1), atol=1e-12)
     for name, without in (("DEVICES", ("cuda",)), ("DTYPES", (torch.float32,))):
         with monkeypatch.context() as patch:
             patch.setattr(one_step, name, without)
-            np.testing.assert_allclose(synthesis(rows, axis, 1).numpy(), expected_synthesis(rows, axis, 1), atol=1e-12)
-    assert len(steps) == 1
+            np.testing.assert_allclose(synthesis(rows, equal, 1), expected_synthesis(rows, equal, 1), atol=1e-12)
+    assert len(calls) == 1
+
+
+def test_long_axes_of_many_blocks():
+    for wavelet, levels, length in (("db4", 3, 1000), ("db4", 1, 999), ("haar", 3, 514), ("db16", 2, 260)):
+        for bands in (EQUAL_RANKS, DIFFERENT_RANKS):
+            axis = Axis(wavelet, length, ("", *bands[levels]))
+            for dim in (0, 1):
+                coefficients = coefficients_of(axis, dim)
+                found = synthesis(coefficients, axis, dim)
+                np.testing.assert_allclose(found, expected_synthesis(coefficients, axis, dim), atol=1e-12)
+                # <S c, s> = <c, S* s>
+                signal = torch.randn_like(found)
+                back = adjoint(signal, axis, dim)
+                products = [
+                    (part * rows).sum() for part, rows in zip(back, coefficients, strict=True) if rows is not None
+                ]
+                torch.testing.assert_close(sum(products), (found * signal).sum(), atol=1e-9, rtol=1e-12)
 
 
 @each_levels

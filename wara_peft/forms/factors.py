@@ -154,6 +154,7 @@ class SubbandFactor(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> SubbandFactor:
         super()._apply(fn, recurse)
         self.keeping.changed()
+        self.axis.constants.clear()  # they stay on the device that this factor may have left
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -86,6 +86,6 @@ class OrderedFactor(SubbandFactor):
         self.keeping.changed()
 
     def _first(self, factor: Tensor, number: int | Tensor) -> Tensor:
-        (places,) = _places(factor, self.order)
+        (places,) = _places(self.axis.constants, factor, self.order)
         kept = (places < number).to(factor.dtype)
         return factor * kept.view(-1, *[1] * (factor.dim() - 1))

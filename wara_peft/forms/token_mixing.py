@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..wavelet import Subband, autocast_off, axis_sizes, constant_tensors
+from ..wavelet import Constants, Subband, autocast_off, axis_sizes, constant_tensors
 from .token_grid import TokenGrid
 
 
@@ -32,8 +32,14 @@ def grid_subbands(levels: int) -> tuple[Subband, ...]:
     return (Subband("a", "a", levels), *details)
 
 
+class _Derived:
+    """Not a field, as in `Axis`."""
+
+    constants: Constants
+
+
 @dataclass(frozen=True)
-class TokenMixing:
+class TokenMixing(_Derived):
     """Σ_s of P_s on the channels of each subband: what happens between A and B.
 
     Args:
@@ -47,6 +53,9 @@ class TokenMixing:
     grid: TokenGrid
     wavelet: str
     channels: tuple[Subband, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "constants", Constants())
 
     def __call__(self, hidden: Tensor, gain: Tensor | None = None) -> Tensor:
         """Move channels through the wavelet.
@@ -95,8 +104,9 @@ class TokenMixing:
         batch, _, channels = patches.shape
         of_rows = tuple((band.level, band.out_band) for band in self.channels)
         of_columns = tuple((band.level, band.in_band) for band in self.channels)
-        (along_rows,) = _projections(patches, patches.dtype, self.wavelet, rows, of_rows)  # (R, H, H)
-        (along_columns,) = _projections(patches, patches.dtype, self.wavelet, columns, of_columns)  # (R, W, W)
+        of_both = self.constants, patches, patches.dtype, self.wavelet
+        (along_rows,) = _projections(*of_both, rows, of_rows)  # (R, H, H)
+        (along_columns,) = _projections(*of_both, columns, of_columns)  # (R, W, W)
         signal = patches.permute(2, 0, 1).reshape(channels, batch * rows, columns)
         signal = torch.bmm(signal, along_columns.mT).view(channels, batch, rows, columns)
         signal = signal.transpose(2, 3).reshape(channels, batch * columns, rows)

@@ -12,7 +12,7 @@ of modules or of PEFT.
 Source of the boundary handling: PyWavelets, mode "periodization".
 """
 
-from .constant_tensors import constant_tensors
+from .constant_tensors import Constants, constant_tensors
 from .filters import Filters, filters, max_useful_level
 from .layout import Axis, Subband, axis_sizes, subbands
 from .modes import autocast_off, is_autocast_on
@@ -20,6 +20,7 @@ from .transforms import adjoint, into_band, synthesis, synthesis_at, synthesis_i
 
 __all__ = [
     "Axis",
+    "Constants",
     "Filters",
     "Subband",
     "adjoint",

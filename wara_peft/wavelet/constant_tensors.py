@@ -1,9 +1,11 @@
-"""Constant tensors, made once for each combination of arguments and device."""
+"""Constant tensors: objects that need the same ones share them, and the last of these objects takes them along."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable
 from functools import wraps
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -11,29 +13,62 @@ from torch import Tensor
 from .modes import is_plain
 
 
-def constant_tensors(build: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Decorator: keep the tensors that a function of a device and hashable arguments makes.
+class Constants:
+    """The constant tensors that one object uses. Copies and pickles of that object start without any."""
 
-    In place of the device it is then called with a tensor that the constants will meet.
+    def __init__(self) -> None:
+        self._held: dict[Hashable, _Shared] = {}
+
+    def clear(self) -> None:
+        """Let go of all of them. The next use makes what it needs, or takes what another object holds."""
+        self._held.clear()
+
+    def __reduce__(self) -> tuple[type[Constants], tuple[()]]:
+        return Constants, ()
+
+
+class _Shared:
+    """Tensors that live for as long as some `Constants` holds them."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+
+
+_all_shared: WeakValueDictionary[Hashable, _Shared] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def constant_tensors(build: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Decorator: share the tensors that a function of a device and hashable arguments makes.
+
+    The function is then called with the `Constants` of the object that uses the tensors, and with a tensor that they
+    will meet in place of the device.
 
     Nothing that is in force at their first use stays with them. The device is named, whatever the default device is.
     They are made outside of inference mode, whose tensors autograd does not take. What is made for fake tensors and
     other subclasses, in a trace or inside a transform of torch.func is of use only there, and not kept; in a graph of
     torch.compile the making is a part of the graph. They are no buffers, which a cast of the model would round.
     """
-    kept: dict[tuple[Hashable, ...], tuple[Tensor, ...]] = {}
 
     @wraps(build)
-    def get(like: Tensor, *args: Hashable) -> tuple[Tensor, ...]:
+    def get(constants: Constants, like: Tensor, *args: Hashable) -> tuple[Tensor, ...]:
         if not is_plain(like):
             return build(like.device, *args)
-        key = (like.device, *args)
-        found = kept.get(key)
+        key = (build, like.device, *args)
+        found = constants._held.get(key) or _all_shared.get(key)
         if found is None:
             with torch.inference_mode(False):
-                found = build(like.device, *args)
-            if all(map(is_plain, found)):
-                kept[key] = found
-        return found
+                tensors = build(like.device, *args)
+            if not all(map(is_plain, tensors)):
+                return tensors
+            with _lock:  # another thread may have made the same ones meanwhile
+                found = _all_shared.setdefault(key, _Shared(tensors))
+        constants._held[key] = found
+        return found.tensors
 
     return get
+
+
+def kept_bytes() -> int:
+    """Bytes of all constant tensors that are kept at the moment, on all devices."""
+    return sum(tensor.nbytes for shared in list(_all_shared.values()) for tensor in shared.tensors)

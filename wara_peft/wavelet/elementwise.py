@@ -1,7 +1,4 @@
-"""The same sums by elementwise operations: for single samples, and where there is no kernel that does it in one step.
-
-torch.compile fuses them, torch.func sees through them, and every device and dtype has them.
-"""
+"""Synthesis by elementwise operations: of single samples, and into a tensor that is there."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
@@ -31,7 +27,7 @@ def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor
         if not bands:
             continue
         sample = next(rows for rows in coefficients[level:] if rows is not None)
-        (taps,) = _taps(sample, sample.dtype, axis.wavelet, bands, level)  # (R_j, shifts, 2^j)
+        (taps,) = _taps(axis.constants, sample, sample.dtype, axis.wavelet, bands, level)  # (R_j, shifts, 2^j)
         shifts = torch.arange(taps.shape[1], device=positions.device)[:, None]
         place = positions + _offset(axis.wavelet, level)
         needed = (place // 2**level - shifts).remainder(finer.sizes[level]).flatten()  # (shifts · N,)
@@ -46,25 +42,6 @@ def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor
     if coefficients[0] is not None:
         parts.append(coefficients[0].index_select(1, positions))
     return torch.cat(parts)
-
-
-def decompose(rows: Tensor, axis: Axis) -> list[Tensor | None]:
-    """`adjoint` with `dim=1` of the rows of level 1 and coarser, on an axis that is transformed at once."""
-    result: list[Tensor | None] = [None] * len(axis.bands)
-    start = 0
-    for level in range(axis.levels, 0, -1):
-        bands, size = axis.bands[level], axis.sizes[level]
-        if not bands:
-            continue
-        own = F.pad(rows.narrow(0, start, len(bands)), (0, (size << level) - axis.length))
-        start += len(bands)
-        (taps,) = _taps(rows, rows.dtype, axis.wavelet, bands, level)
-        taps = taps.flatten(1)[:, None]  # (R_j, 1, K)
-        first = torch.arange(size, device=rows.device)[:, None] * 2**level - _offset(axis.wavelet, level)
-        needed = (first + torch.arange(taps.shape[2], device=rows.device)).remainder(size << level)  # (d_j, K)
-        values = own.index_select(1, needed.flatten()).view(-1, *needed.shape)  # (R_j, d_j, K)
-        result[level] = (values * taps).sum(2)
-    return result
 
 
 def writes_in_place(out: Tensor, coefficients: Sequence[Tensor | None], axis: Axis) -> bool:
@@ -93,7 +70,7 @@ def synthesise_into(out: Tensor, coefficients: Sequence[Tensor | None], axis: Ax
         if not level:
             own.copy_(rows)
             continue
-        (taps,) = _taps(rows, rows.dtype, axis.wavelet, axis.bands[level], level)  # (R_j, shifts, 2^j)
+        (taps,) = _taps(axis.constants, rows, rows.dtype, axis.wavelet, axis.bands[level], level)  # (R_j, shifts, 2^j)
         size, step = axis.sizes[level], 2**level
         blocks = own.unflatten(1, (size, step))
         whole, rest = divmod(_offset(axis.wavelet, level), step)

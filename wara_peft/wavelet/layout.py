@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 
+from .constant_tensors import Constants
+
 BANDS = ("a", "d")
 
 
@@ -59,7 +61,14 @@ class _Derived:
     rows: int
     transformed_rows: int
     last_level_at_once: int
+    runs: tuple[tuple[tuple[str, int], ...], ...]
     block_width: int
+    constants: Constants
+
+
+# Letters of a level all of whose subbands have the same rank, one for each subband or two that stand for one band.
+_EQUAL_RANKS = {"a", "d", "ad"}
+_COARSEST, _FINER = {*_EQUAL_RANKS, "adad", "aadd"}, {*_EQUAL_RANKS, "dad", "add"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,10 @@ class Axis(_Derived):
         transformed_rows: rows of level 1 and coarser.
         last_level_at_once: the level at which the axis is to be split so that none but its first level trims, or 0
             where none does: a level of odd length is trimmed, after which coarser ones have no equivalent filter.
-        block_width: the largest number of transformed rows such that all blocks of so many lie in one band.
+        runs: for each level its bands, each with the number of rows that lie in it side by side.
+        block_width: number of rows of a block where all levels are laid out as ranks that are equal lay them out, in
+            few blocks of one band each; 0 elsewhere.
+        constants: the constant tensors that transforms of this axis use.
     """
 
     wavelet: str
@@ -87,27 +99,41 @@ class Axis(_Derived):
 
     def __post_init__(self) -> None:
         # Computed once: every forward of every factor reads them.
-        first, *others = self.bands
-        sizes = axis_sizes(self.length, len(others))
-        transformed = sum(map(len, others))
+        sizes = axis_sizes(self.length, self.levels)
+        transformed = sum(map(len, self.bands[1:]))
         odd = (level for level in range(1, len(sizes)) if sizes[level] % 2 and any(self.bands[level + 1 :]))
-        runs = [len(list(rows)) for letters in others for _, rows in groupby(letters)]
+        runs = tuple(tuple((band, len(list(rows))) for band, rows in groupby(letters)) for letters in self.bands)
+        width = math.gcd(*(rows for level in runs[1:] for _, rows in level))
+        coarsest, *finer = [letters[::width] for letters in self.bands[:0:-1] if letters] or [""]
+        equal = coarsest in _COARSEST and _FINER.issuperset(finer)
         object.__setattr__(self, "sizes", sizes)
-        object.__setattr__(self, "rows", len(first) + transformed)
+        object.__setattr__(self, "rows", len(self.bands[0]) + transformed)
         object.__setattr__(self, "transformed_rows", transformed)
         object.__setattr__(self, "last_level_at_once", next(odd, 0))
-        object.__setattr__(self, "block_width", math.gcd(*runs))
+        object.__setattr__(self, "runs", runs)
+        object.__setattr__(self, "block_width", width if equal else 0)
+        object.__setattr__(self, "constants", Constants())
 
     @property
     def levels(self) -> int:
         return len(self.bands) - 1
 
     def split(self, level: int) -> tuple[Axis, Axis]:
-        """The axis as two, one after the other: levels 0 ... `level`, and those beyond it.
+        """The axis as two, one after the other: levels 0 ... `level`, and those beyond it. They share its constants.
 
         What comes out of the coarser one, whose level 0 is this `level`, is what the finer one has at that level: the
         coarser rows, now in band a, and then its own.
         """
         coarser = Axis(self.wavelet, self.sizes[level], self.bands[level:])
         joined = "a" * coarser.transformed_rows + self.bands[level]
-        return Axis(self.wavelet, self.length, (*self.bands[:level], joined)), coarser
+        finer = Axis(self.wavelet, self.length, (*self.bands[:level], joined))
+        return finer._with_constants_of(self), coarser._with_constants_of(self)
+
+    def repeated(self, times: int) -> Axis:
+        """The axis with so many rows for each one. It shares the constants."""
+        bands = tuple("".join(band * times for band in bands) for bands in self.bands)
+        return Axis(self.wavelet, self.length, bands)._with_constants_of(self)
+
+    def _with_constants_of(self, other: Axis) -> Axis:
+        object.__setattr__(self, "constants", other.constants)
+        return self

@@ -5,8 +5,9 @@ each level has one equivalent filter. Rows of one band that lie side by side sha
 all levels as a table whose rows are such blocks, all sums are one `torch.nn.functional.embedding_bag`: one kernel, for
 any wavelet and number of levels, and in float32 or better inside.
 
-What is kept are the places in the table and the taps: for each layout of rows and direction 8 bytes (of float32) for
-each of up to F taps of each block at each sample. All factors of one layout share them.
+The places in the table and the taps take 8 bytes (of float32) for each of up to F taps of each block at each sample.
+So layouts of few blocks only are transformed in this way, those that equal ranks make, whose blocks are the same ones
+whatever the rank is: see `Axis.block_width`. All factors of the same length share them.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from torch import Tensor
 
 from .constant_tensors import constant_tensors
 from .filters import equivalent_filter
-from .layout import Axis
+from .layout import Axis, axis_sizes
 from .modes import is_plain
 
 DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def serves(rows: Tensor) -> bool:
-    """Whether rows are transformed in one step: plain tensors on a device and of a dtype that have the kernel.
+def serves(rows: Tensor, axis: Axis) -> bool:
+    """Whether rows are transformed in one step: plain tensors in few blocks, on a device and of a dtype with a kernel.
 
-    Compilers fuse elementwise operations themselves, and torch.func cannot see into this one.
+    torch.func cannot see into it.
     """
-    return rows.device.type in DEVICES and rows.dtype in DTYPES and is_plain(rows)
+    return axis.block_width > 0 and rows.device.type in DEVICES and rows.dtype in DTYPES and is_plain(rows)
 
 
 def synthesise(coefficients: list[Tensor | None], axis: Axis, dim: int) -> Tensor:
@@ -49,7 +50,10 @@ def synthesise(coefficients: list[Tensor | None], axis: Axis, dim: int) -> Tenso
     else:
         parts = [(rows.T if dim == 1 else rows).reshape(-1, width) for rows in levels]
         table = torch.cat(parts) if len(parts) > 1 else parts[0]
-    places, taps, starts = _synthesis_sums(table, table.dtype, axis.wavelet, axis.length, axis.bands, by_block)
+    blocks = _blocks(axis)
+    places, taps, starts = _synthesis_sums(
+        axis.constants, table, table.dtype, axis.wavelet, axis.length, blocks, by_block
+    )
     sums = F.embedding_bag(places, table, starts, mode="sum", per_sample_weights=taps)
     result = sums.view(axis.length, axis.transformed_rows)
     return result.T if dim == 1 else result
@@ -64,7 +68,9 @@ def decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
     """
     width = axis.block_width
     table = (signal.T if dim == 1 else signal).reshape(-1, width)  # (d · blocks, width)
-    places, taps, starts = _adjoint_sums(table, table.dtype, axis.wavelet, axis.length, axis.bands, dim)
+    places, taps, starts = _adjoint_sums(
+        axis.constants, table, table.dtype, axis.wavelet, axis.length, _blocks(axis), dim
+    )
     sums = F.embedding_bag(places, table, starts, mode="sum", per_sample_weights=taps)
     result: list[Tensor | None] = [None] * len(axis.bands)
     start = 0
@@ -79,6 +85,11 @@ def decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
     return result
 
 
+def _blocks(axis: Axis) -> tuple[str, ...]:
+    """The band of each block of level 1 and coarser; the same whatever rank all subbands have."""
+    return ("", *(letters[:: axis.block_width] for letters in axis.bands[1:]))
+
+
 def _levels_with_rows(bands: tuple[str, ...]) -> list[int]:
     """From level 1 on, coarsest first."""
     return [level for level in range(len(bands) - 1, 0, -1) if bands[level]]
@@ -86,37 +97,35 @@ def _levels_with_rows(bands: tuple[str, ...]) -> list[int]:
 
 @constant_tensors
 def _synthesis_sums(
-    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, bands: tuple[str, ...], by_block: bool
+    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, blocks: tuple[str, ...], by_block: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each block at each sample: places in the table, their taps, and where each sum starts in these two."""
-    axis = Axis(wavelet, length, bands)
-    width, sizes = axis.block_width, axis.sizes
+    sizes = axis_sizes(length, len(blocks) - 1)
     places, taps, before = [], [], 0
-    for level in _levels_with_rows(bands):
-        size, step, blocks = sizes[level], 2**level, len(bands[level]) // width
-        for block in range(blocks):
-            own, offset = equivalent_filter(wavelet, bands[level][block * width], level)
+    for level in _levels_with_rows(blocks):
+        size, step, count = sizes[level], 2**level, len(blocks[level])
+        for block, band in enumerate(blocks[level]):
+            own, offset = equivalent_filter(wavelet, band, level)
             by_phase = np.pad(own, (0, -len(own) % step)).reshape(-1, step).T  # (2^j, shifts)
             at = np.arange(length) + offset
             needed = (at[:, None] // step - np.arange(by_phase.shape[1])) % size  # (d, shifts)
-            places.append(before + (needed + block * size if by_block else needed * blocks + block))
+            places.append(before + (needed + block * size if by_block else needed * count + block))
             taps.append(by_phase[at % step])
-        before += size * blocks
+        before += size * count
     counts = np.tile([block.shape[1] for block in places], length)
     return _tensors(device, dtype, np.concatenate(places, 1), np.concatenate(taps, 1), counts)
 
 
 @constant_tensors
 def _adjoint_sums(
-    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, bands: tuple[str, ...], dim: int
+    device: torch.device, dtype: torch.dtype, wavelet: str, length: int, blocks: tuple[str, ...], dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for each coefficient of each block, with places in the signal."""
-    axis = Axis(wavelet, length, bands)
-    width, sizes = axis.block_width, axis.sizes
-    all_blocks = sum(map(len, bands[1:])) // width
+    """For each coefficient of each block: places in the signal, their taps, and where each sum starts in these two."""
+    sizes = axis_sizes(length, len(blocks) - 1)
+    all_blocks = sum(map(len, blocks))
     places, taps, counts, before = [], [], [], 0
-    for level in _levels_with_rows(bands):
-        size, step, letters = sizes[level], 2**level, bands[level][::width]
+    for level in _levels_with_rows(blocks):
+        size, step, letters = sizes[level], 2**level, blocks[level]
         filters = [equivalent_filter(wavelet, band, level) for band in letters]
         longest, offset = filters[0]
         needed = (np.arange(size)[:, None] * step - offset + np.arange(len(longest))) % (size * step)  # (d_j, K_j)

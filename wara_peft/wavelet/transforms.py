@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import elementwise, one_step
+from . import blocks, elementwise, haar, one_step
 from .layout import Axis
 from .modes import autocast_off, is_transformed
 
@@ -143,7 +143,7 @@ def _synthesise(coefficients: Coefficients, axis: Axis, dim: int) -> Tensor:
     if sample.ndim > 2:
         kernel = sample.shape[2:]
         flat = [None if rows is None else _fold_kernel(rows) for rows in coefficients]
-        return _unfold_kernel(_synthesise(flat, _repeated(axis, kernel.numel()), dim), kernel)
+        return _unfold_kernel(_synthesise(flat, axis.repeated(kernel.numel()), dim), kernel)
     if not axis.transformed_rows:
         return sample
     level = axis.last_level_at_once
@@ -151,31 +151,37 @@ def _synthesise(coefficients: Coefficients, axis: Axis, dim: int) -> Tensor:
         axis, coarser = axis.split(level)
         coefficients = [*coefficients[:level], _synthesise(coefficients[level:], coarser, dim)]
     untransformed, *transformed = coefficients
-    if one_step.serves(sample):
+    if haar.serves(sample, axis):
+        assert transformed[0] is not None
+        result = haar.synthesise(transformed[0], axis, dim)
+    elif one_step.serves(sample, axis):
         result = one_step.synthesise([None, *transformed], axis, dim)
+    elif dim == 1:
+        result = blocks.synthesise([None, *transformed], axis)
     else:
-        rows = [None if rows is None or dim == 1 else rows.T for rows in transformed]
-        positions = torch.arange(axis.length, device=sample.device)
-        result = elementwise.samples([None, *(transformed if dim == 1 else rows)], axis, positions)
-        result = result if dim == 1 else result.T
+        result = blocks.synthesise([None, *(None if rows is None else rows.T for rows in transformed)], axis).T
     return result if untransformed is None else torch.cat((result, untransformed), 1 - dim)
 
 
 def _decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
     if signal.ndim > 2:
         kernel = signal.shape[2:]
-        parts = _decompose(_fold_kernel(signal), _repeated(axis, kernel.numel()), dim)
+        parts = _decompose(_fold_kernel(signal), axis.repeated(kernel.numel()), dim)
         return [None if rows is None else _unfold_kernel(rows, kernel) for rows in parts]
     transformed = signal.narrow(1 - dim, 0, axis.transformed_rows)
     level = axis.last_level_at_once
     finer, coarser = axis.split(level) if level else (axis, None)
     result: list[Tensor | None]
-    if one_step.serves(signal) and axis.transformed_rows:
+    if not axis.transformed_rows:
+        result = [None] * len(axis.bands)
+    elif haar.serves(signal, finer):
+        result = haar.decompose(transformed, finer, dim)
+    elif one_step.serves(signal, finer):
         result = one_step.decompose(transformed, finer, dim)
     elif dim == 1:
-        result = elementwise.decompose(transformed, finer)
+        result = blocks.decompose(transformed, finer)
     else:
-        result = [None if rows is None else rows.T for rows in elementwise.decompose(transformed.T, finer)]
+        result = [None if rows is None else rows.T for rows in blocks.decompose(transformed.T, finer)]
     if coarser is not None:
         joined = result[level]
         assert joined is not None
@@ -193,11 +199,6 @@ def _fold_kernel(rows: Tensor) -> Tensor:
 def _unfold_kernel(rows: Tensor, kernel: torch.Size) -> Tensor:
     """Inverse of `_fold_kernel`."""
     return rows.view(-1, kernel.numel(), rows.shape[1]).transpose(1, 2).reshape(-1, rows.shape[1], *kernel)
-
-
-def _repeated(axis: Axis, times: int) -> Axis:
-    """The axis with so many rows for each one."""
-    return Axis(axis.wavelet, axis.length, tuple("".join(band * times for band in bands) for bands in axis.bands))
 
 
 def _check_shapes(coefficients: Coefficients, axis: Axis, dim: int) -> None:
