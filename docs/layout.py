@@ -25,6 +25,7 @@ ORDER = (
         "model_card",
         "pad_token",
     ),
+    ("refusals",),
     ("resolution", "enabling", "svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
     ("wavelet", "attention"),
     ("forms",),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
+import warnings
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.detr import modeling_detr as detr
+from transformers.models.wavlm import modeling_wavlm as wavlm
 
 from tests.references import Mlp, module_shapes
 from wara_peft import WaRAConfig
@@ -98,7 +103,7 @@ def test_state_space_models_are_adapted_as_by_lora_where_that_has_an_effect(kind
         if lora is not None or name == "dt_proj":  # which LoRA adapts, to no effect
             assert message is not None, name
             assert "An adapter would have no effect in target module" in message
-            assert f".{name}'" in message and f"exclude_modules=['{name}']" in message
+            assert f".{name}'" in message and "Name others in `target_modules`" in message
             continue
         assert message is None, name
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -116,13 +121,109 @@ def test_lora_has_no_effect_where_it_is_let():
         assert torch.equal(model(input_ids=TOKENS).logits, base(input_ids=TOKENS).logits)
 
 
-def test_all_linear_names_all_that_is_to_be_left_out():
-    message = refusal(WaRAConfig(target_modules="all-linear"), state_space("mamba"))
-    assert message is not None and "`exclude_modules=['dt_proj', 'out_proj']`" in message
-    model = get_peft_model(
-        state_space("mamba"), WaRAConfig(target_modules="all-linear", exclude_modules=["dt_proj", "out_proj"])
-    )
-    assert {name.rpartition(".")[2] for name in module_shapes(model)} == {"in_proj", "x_proj"}
+class TestAllLinear:
+    """What the user did not name is left out, with one warning."""
+
+    def test_state_space_models_are_adapted_where_that_has_an_effect(self, tmp_path):
+        with pytest.warns(UserWarning, match="all-linear") as caught:
+            model = get_peft_model(state_space("mamba"), WaRAConfig(target_modules="all-linear", init_weights=False))
+        (message,) = [str(warning.message) for warning in caught if "all-linear" in str(warning.message)]
+        assert "leaves 2 of 4 layers out" in message
+        assert "'backbone.layers.0.mixer.dt_proj': MambaMixer passes its weight to a kernel" in message
+        assert "'backbone.layers.0.mixer.out_proj': the fused kernel" in message
+        assert "`exclude_modules=['dt_proj', 'out_proj']` leaves modules out without a warning" in message
+        adapted = set(module_shapes(model))
+        assert {name.rpartition(".")[2] for name in adapted} == {"in_proj", "x_proj"}
+        model.save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*all-linear")
+            again = PeftModel.from_pretrained(state_space("mamba"), tmp_path)
+            silent = WaRAConfig(target_modules="all-linear", exclude_modules=["dt_proj", "out_proj"])
+            assert set(module_shapes(get_peft_model(state_space("mamba"), silent))) == adapted
+        assert set(module_shapes(again)) == adapted
+        with torch.no_grad():
+            torch.testing.assert_close(again(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+
+    @pytest.mark.parametrize("excluded", [["linear1"], r".*linear1", None])
+    def test_names_that_end_alike_stay_apart(self, excluded, tmp_path):
+        """The attention's out_proj is left out, the model's own is not, also by a saved config."""
+        config = WaRAConfig(target_modules="all-linear", exclude_modules=excluded)
+        with pytest.warns(UserWarning, match=r"'encoder.self_attn.out_proj': MultiheadAttention reads its weight"):
+            model = get_peft_model(Encoder(), config)
+        expected = {"out_proj", "encoder.linear2", *([] if excluded else ["encoder.linear1"])}
+        assert set(module_shapes(model)) == expected
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(Encoder(), tmp_path)
+        assert set(module_shapes(again)) == expected
+
+    @pytest.mark.parametrize("excluded", [["linear1"], r".*linear1", None])
+    def test_what_the_warning_names_is_enough(self, excluded):
+        fields = {"target_modules": "all-linear", "exclude_modules": excluded}
+        with pytest.warns(UserWarning, match="all-linear") as caught:
+            model = get_peft_model(Encoder(), WaRAConfig(**fields))
+        named = re.search(r"`exclude_modules=(.*)` leaves", str(caught[0].message))
+        assert named is not None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*all-linear")
+            fields["exclude_modules"] = ast.literal_eval(named[1])
+            again = get_peft_model(Encoder(), WaRAConfig(**fields))
+        assert module_shapes(again) == module_shapes(model)
+
+    def test_a_model_of_nothing_else_is_refused(self):
+        attention = nn.Sequential(nn.MultiheadAttention(16, 2))
+        message = refusal(WaRAConfig(target_modules="all-linear"), attention)
+        assert message is not None and "'0.out_proj': MultiheadAttention reads its weight" in message
+
+    def test_a_second_adapter_leaves_out_the_same(self):
+        model = get_peft_model(Encoder(), WaRAConfig(target_modules=["linear1"]))
+        with pytest.warns(UserWarning, match="leaves 1 of 4 layers out"):
+            model.add_adapter("other", WaRAConfig(target_modules="all-linear"))
+        assert set(module_shapes(model, "other")) == {"out_proj", "encoder.linear1", "encoder.linear2"}
+
+
+class Reads(nn.Module):
+    """A layer of which only the weight is used, and one of which the dtype is looked at before it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(8, 8)
+        self.called = nn.Linear(8, 8)
+        self.by_another = nn.Linear(8, 8)
+        nn.init.zeros_(self.called.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.linear(x, self.read.weight, self.read.bias)
+        assert self.by_another.weight.dtype == x.dtype
+        return self.called(x.to(self.called.weight.dtype))
+
+
+class CallsAnothers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Reads()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner.by_another(self.inner(x))
+
+
+def test_a_layer_of_which_only_the_weight_is_read_is_refused():
+    message = refusal(WaRAConfig(target_modules=["read", "called", "by_another"]), CallsAnothers())
+    assert message is not None and "module 'inner.read': Reads reads its weight and never calls it." in message
+    assert "`exclude_modules=['read']`" in message
+    assert "called'" not in message and "by_another'" not in message
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: wavlm.WavLMAttention(16, 2, num_buckets=4, max_distance=8), "q_proj"),
+        (lambda: detr.DetrMHAttentionMap(16, 2), "k_proj"),
+    ],
+)
+def test_layers_of_transformers_of_which_only_the_weight_is_read(make, name):
+    """LoRA adapts them, to no effect until it is merged."""
+    message = refusal(WaRAConfig(target_modules=[name]), nn.ModuleDict({"attention": make()}))
+    assert message is not None and f"no effect in target module 'attention.{name}'" in message
 
 
 class Encoder(nn.Module):
@@ -140,14 +241,13 @@ class Encoder(nn.Module):
 class TestPyTorchsAttention:
     x = torch.randn(2, 5, 16)
 
-    @pytest.mark.parametrize("targets", [["out_proj"], "all-linear", ["encoder.self_attn.out_proj"]])
+    @pytest.mark.parametrize("targets", [["out_proj"], ["encoder.self_attn.out_proj"]])
     def test_its_out_proj_is_refused(self, targets):
         message = refusal(WaRAConfig(target_modules=targets), Encoder())
         assert message is not None
         assert "in target module 'encoder.self_attn.out_proj': MultiheadAttention reads its weight" in message
         # Where other modules are called so, the name alone would leave them out as well.
-        full = "out_proj" if targets == ["encoder.self_attn.out_proj"] else "encoder.self_attn.out_proj"
-        assert f"exclude_modules=['{full}']" in message
+        assert ("exclude_modules=['self_attn.out_proj']" in message) == (targets == ["out_proj"])
 
     def test_lora_has_no_effect_there(self):
         base = Encoder()

@@ -207,6 +207,7 @@ def test_outputs_and_gradients_are_those_of_loras_of_rank_r(make):
         torch.testing.assert_close(along, (by_lora * factor_a.synthesise().detach()).sum())
 
 
+@pytest.mark.filterwarnings("ignore:target_modules='all-linear' leaves")
 @pytest.mark.parametrize("make", [make for make in MIXTURES if make is not llama4])
 def test_all_linear_trains_what_lora_trains_and_as_many_parameters(make):
     ours = get_peft_model(make(), WaRAConfig(r=4, target_modules="all-linear"))
@@ -221,9 +222,66 @@ def test_all_linear_trains_what_lora_trains_and_as_many_parameters(make):
 
 def test_llama4s_router_is_no_layer_to_adapt():
     """It returns two values, with which LoRA's forward fails too."""
-    for targets in ("all-linear", ["router"]):
-        with pytest.raises(ValueError, match=r"'model\.layers\.0\.feed_forward\.router', a .* returns several values"):
-            get_peft_model(llama4(), WaRAConfig(target_modules=targets))
+    message = r"'model\.layers\.0\.feed_forward\.router'.*, a .* returns several values"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(llama4(), WaRAConfig(target_modules=["router"]))
+    with pytest.warns(UserWarning, match=message):
+        model = get_peft_model(llama4(), WaRAConfig(target_modules="all-linear"))
+    assert not any("router" in name for name in module_shapes(model))
+    assert logits(model).isfinite().all()
+
+
+OTHER_CONFIGS = {
+    "tiny": {"form": "tiny", "r": 2},
+    "shared": {"form": "shared"},
+    "orthogonal": {"init_weights": "orthogonal"},
+    "ordered": {"ordered_dropout": True},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_all_linear_leaves_experts_out_that_a_config_cannot_adapt(name, tmp_path):
+    with pytest.warns(UserWarning, match="all-linear") as caught:
+        model = get_peft_model(mixtral(), WaRAConfig(target_modules="all-linear", **OTHER_CONFIGS[name]))
+    (message,) = [str(warning.message) for warning in caught if "all-linear" in str(warning.message)]
+    assert "leaves 6 of 14 layers out" in message  # the router's weight and two stacks, twice
+    assert "'model.layers.0.mlp.experts.gate_up_proj'" in message and "bare parameters" in message
+    adapted = {key.rpartition(".")[2] for key in module_shapes(model)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(mixtral(), tmp_path)
+    assert module_shapes(again) == module_shapes(model)
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("named", [{"target_parameters": EXPERTS}, {"target_modules": ["q_proj", "w1", "w2", "w3"]}])
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_experts_that_are_named_are_refused(name, named):
+    fields = {"target_modules": "all-linear", **named, **OTHER_CONFIGS[name]}
+    if "target_parameters" in named:  # which "all-linear" beside them does not excuse
+        with (
+            pytest.warns(UserWarning, match="all-linear"),
+            pytest.raises(ValueError, match=r"gate_up_proj.*bare parameters"),
+        ):
+            get_peft_model(mixtral(), WaRAConfig(**fields))
+    else:
+        with pytest.raises(ValueError, match=r"(gate_up|down)_proj.*bare parameters"):
+            get_peft_model(mixtral(), WaRAConfig(**fields))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "gate_proj", "up_proj", "down_proj"]])
+def test_dense_layers_that_lora_leaves_out_are_named(targets):
+    """PEFT takes their names for those of the experts' layers."""
+    with pytest.warns(UserWarning, match="takes the names of target module") as caught:
+        ours = get_peft_model(deepseek(), WaRAConfig(target_modules=targets))
+    message = next(str(warning.message) for warning in caught if "takes the names" in str(warning.message))
+    assert "'model.layers.0.mlp.down_proj'" in message and "and 3 more" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loras = get_peft_model(deepseek(), LoraConfig(r=8, target_modules=targets))
+    dense = [name for name, module in loras.named_modules() if isinstance(module, nn.Linear) and "mlp" in name]
+    assert len([name for name in dense if "lora_" not in name]) == 6
+    assert not any("shared_experts" in name for name in module_shapes(ours))
 
 
 @pytest.mark.parametrize("make", [mixtral, qwen3_moe])

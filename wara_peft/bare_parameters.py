@@ -7,7 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from torch import nn
 
 from .config import WaRAConfig
@@ -15,6 +19,13 @@ from .experts import AdaptedModule
 from .kinds import IN_PROJ, LINEAR, BareParameter, Kind
 from .messages import first
 from .quantization import FLOATS
+from .refusals import Refusal
+from .targets import is_all_linear
+
+_LOST = (
+    "PEFT takes the names of target module {} for those of experts, whose parameters it adapts in their place: "
+    "neither its LoRA nor WaRA adapts dense layers and shared experts of such models."
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
     ]
 
 
-def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
+def use_loras_targets(config: WaRAConfig, model: nn.Module) -> dict[str, Refusal]:
     """Target in the experts of a mixture what LoRA targets there, in place, as PEFT does it with LoRA's config.
 
     Where transformers keeps in one parameter what were linear layers of each expert, PEFT's LoRA takes "all-linear",
@@ -94,11 +105,15 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
         config: the config. A saved adapter's names what it adapts already.
         model: the model.
 
+    Returns:
+        Why parameters and layers that the config stands for are not targeted, by name: parameters that this form does
+        not adapt, if "all-linear" names them, and linear layers that LoRA leaves out.
+
     Raises:
         ValueError: one of two layers that became one parameter is named without the other.
     """
     if config.module_shapes is not None:
-        return
+        return {}
     # as PEFT imports it, which takes a while, and transformers 5
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -111,11 +126,18 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
         task_type=config.task_type,
     )
     before = lora.target_modules
+    linear = _linear_layers(lora, model)
     convert_peft_config_for_transformers(lora, model=model, conversions=None)
     if not lora.target_parameters or lora.target_modules == before:
-        return
+        return {}
+    reason = _reason_of_config(config) if is_all_linear(config) else None
     config.target_modules = lora.target_modules
-    config.target_parameters = sorted(lora.target_parameters)
+    lost = {name: Refusal(_LOST) for name in sorted(linear - _linear_layers(lora, model))}
+    named, config.target_parameters = config.target_parameters, sorted(lora.target_parameters)
+    if reason is not None:
+        found = {parameter.full_name: Refusal(f"{{}}, {reason}") for parameter in named_parameters(config, model)}
+        config.target_parameters = named
+        return found | lost
     # New ones: the dicts that the user gave may serve another config or model.
     config.rank_pattern, config.alpha_pattern = copy.copy(config.rank_pattern), copy.copy(config.alpha_pattern)
     for pattern, times in (lora.rank_pattern or {}).items():
@@ -123,6 +145,17 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> None:
         config.rank_pattern.setdefault(pattern, every if config.subband_ranks else config.r * times)
         if config.wara_alpha is not None:
             config.alpha_pattern.setdefault(pattern, config.wara_alpha * times)
+    return lost
+
+
+def _linear_layers(lora: LoraConfig, model: nn.Module) -> set[str]:
+    """The linear layers of the model that a config targets, by name."""
+    resolved = _maybe_include_all_linear_layers(copy.copy(lora), model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and check_target_module_exists(resolved, name)
+    }
 
 
 def named_parameters(config: WaRAConfig, model: nn.Module) -> Iterator[NamedParameter]:
@@ -158,21 +191,29 @@ def check_parameters(config: WaRAConfig, parameters: list[NamedParameter], targe
     if not parameters:
         return
     names = first([repr(parameter.full_name) for parameter in parameters])
-    if not config.form_object.adapts_parameters or not isinstance(config.init_weights, bool):
-        raise ValueError(
-            f"{names}, bare parameters, are not adapted by form={config.form!r} with init_weights="
-            f"{config.init_weights!r}: use form='subband' with True or False, or leave them out."
-        )
-    if config.ordered_dropout:
-        raise ValueError(
-            f"{names}, bare parameters, have no order of components for ordered_dropout=True. Train without it, or "
-            "leave them out."
-        )
+    reason = _reason_of_config(config)
+    if reason is not None:
+        raise ValueError(f"{names}, {reason}")
     targets = list(targets)
     for parameter in parameters:
         reason = _reason_against(parameter, targets)
         if reason is not None:
             raise ValueError(f"The parameter {parameter.full_name!r} cannot be adapted: {reason}")
+
+
+def _reason_of_config(config: WaRAConfig) -> str | None:
+    """Why a config can adapt no bare parameters."""
+    if not config.form_object.adapts_parameters or not isinstance(config.init_weights, bool):
+        return (
+            f"bare parameters, are not adapted by form={config.form!r} with init_weights={config.init_weights!r}: use "
+            "form='subband' with True or False, or leave them out."
+        )
+    if config.ordered_dropout:
+        return (
+            "bare parameters, have no order of components for ordered_dropout=True. Train without it, or leave them "
+            "out."
+        )
+    return None
 
 
 def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None:

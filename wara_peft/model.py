@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
@@ -38,7 +39,7 @@ from .bare_parameters import (
     projections,
     use_loras_targets,
 )
-from .bypassed import check_called, keep_called, let_go
+from .bypassed import keep_called, let_go, never_called
 from .combine import combine
 from .compiled import compiled_in_place, plain_model, plain_name
 from .components import fields_in_model
@@ -59,13 +60,16 @@ from .overwriting import check_keys, check_saved_adapter
 from .pad_token import warn_of_pad_token
 from .patterns import Unseen
 from .quantization import FLOATS, base_weight, keep_unpacked
+from .refusals import Refusal, explain, refuse
 from .resolution import as_written, note, use
 from .rollback import undone_on_error
 from .targets import (
     check_factors,
-    check_forwards,
     check_in_full,
     check_ranks,
+    is_all_linear,
+    leave_out,
+    of_other_forwards,
     targeted_names,
     warn_of_unmatched,
 )
@@ -235,14 +239,25 @@ class WaRAModel(BaseTuner):
 
     def _checked_bases(self, peft_config: WaRAConfig, model: nn.Module) -> dict[str, nn.Module]:
         """The base layers that are to be adapted, by name; they are of kinds that can be."""
+        modules, parameters = self._found(peft_config, model)
+        refusals = self._refusals(peft_config, modules)
+        if refusals:
+            raise ValueError(refuse(refusals, modules, peft_config.exclude_modules))
+        check_factors(modules)
+        check_parameters(peft_config, parameters, modules)
+        bases = {**modules, **{parameter.full_name: parameter.bare for parameter in parameters}}
+        check_ranks(peft_config, bases)
+        check_in_full(peft_config, model, bases)
+        return bases
+
+    def _found(self, peft_config: WaRAConfig, model: nn.Module) -> tuple[dict[str, nn.Module], list[NamedParameter]]:
+        """The base layers, by name, and the bare parameters that the config targets; they are of kinds that can be."""
         _maybe_include_all_linear_layers(peft_config, model)
-        form = peft_config.form_object
-        bases: dict[str, nn.Module] = {}
+        modules: dict[str, nn.Module] = {}
         unsupported = []
-        only_linear = form.linear_only or not isinstance(peft_config.init_weights, bool)
+        only_linear = peft_config.form_object.linear_only or not isinstance(peft_config.init_weights, bool)
         parameters: list[NamedParameter] = []
-        targets = dict(self._targets(peft_config, model))
-        for name, module in targets.items():
+        for name, module in dict(self._targets(peft_config, model)).items():
             of_attention = projections(name, module)
             if of_attention:
                 parameters += of_attention
@@ -251,7 +266,7 @@ class WaRAModel(BaseTuner):
             layer_class = self._layer_class(base)
             if layer_class is None or (only_linear and not issubclass(layer_class, Linear)):
                 unsupported.append(f"{name} ({type(base).__name__})")
-            bases[name] = base
+            modules[name] = base
         if unsupported:
             supported = SUPPORTED
             if only_linear:
@@ -261,15 +276,13 @@ class WaRAModel(BaseTuner):
                 f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
                 "in `target_modules`, or leave these out with `exclude_modules`."
             )
-        check_called(model, bases)
-        check_forwards(bases)
-        check_factors(bases)
-        parameters += named_parameters(peft_config, model)
-        check_parameters(peft_config, parameters, bases)
-        bases.update((parameter.full_name, parameter.bare) for parameter in parameters)
-        check_ranks(peft_config, bases)
-        check_in_full(peft_config, model, bases)
-        return bases
+        return modules, [*parameters, *named_parameters(peft_config, model)]
+
+    def _refusals(self, peft_config: WaRAConfig, modules: dict[str, nn.Module]) -> dict[str, Refusal]:
+        """Why some of these base layers cannot be adapted, by name."""
+        refusals = of_other_forwards(modules) | never_called(self.model, modules)
+        shapes = {name: shape_of(base) for name, base in modules.items() if name not in refusals}
+        return refusals | peft_config.form_object.unsuitable(peft_config, self.model, shapes)
 
     def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
         backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
@@ -309,12 +322,22 @@ class WaRAModel(BaseTuner):
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
     def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
-        """As PEFT resolves targets, and in the experts of a mixture as it does for LoRA."""
+        """As PEFT resolves targets, and in the experts of a mixture as it does for LoRA.
+
+        What "all-linear" names and cannot be adapted is left out; what the user names is refused later.
+        """
+        all_linear = is_all_linear(peft_config) and self._named_by_state_dict is None
         if peft_config.target_modules is None and peft_config.target_parameters:
             default = self.target_module_mapping.get(model_config["model_type"], ())
             peft_config.target_modules = default if isinstance(default, str) else list(default)
         super()._prepare_adapter_config(peft_config, model_config)
-        use_loras_targets(peft_config, self.model)
+        refusals = use_loras_targets(peft_config, self.model)
+        if all_linear:
+            modules, _ = self._found(peft_config, self.model)
+            refusals |= self._refusals(peft_config, modules)
+            leave_out(peft_config, refusals, list(modules), [name for name, _ in self.model.named_modules()])
+        elif refusals:
+            warnings.warn(explain(refusals))
         return peft_config
 
     def _inject_parameters(  # type: ignore[override]
@@ -417,6 +440,22 @@ class WaRAModel(BaseTuner):
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
         others = [name for name in without(peft_config.modules_to_save, tied_weight_keys) if name != embedding]
         peft_config.modules_to_save = [*others, embedding]
+
+    @property
+    def get_input_embeddings(self) -> Callable[[], nn.Module | None]:
+        """The base model's function; None is its result where transformers knows no embedding, as in speech models.
+
+        PEFT calls it to save an adapter on a layer that is called `lm_head`, and so fails for LoRA on wav2vec 2.0.
+        """
+        find = self.model.get_input_embeddings
+
+        def found() -> nn.Module | None:
+            try:
+                return find()  # type: ignore[no-any-return]
+            except NotImplementedError:
+                return None
+
+        return found
 
     def add_weighted_adapter(
         self,

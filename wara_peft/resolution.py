@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TARGETS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+TARGETS = ("target_modules", "exclude_modules", "target_parameters", "rank_pattern", "alpha_pattern")
 """Fields in which a tuner writes the names that it has found in the model: of linear layers, experts and ties."""
 TIES = ("modules_to_tie", "target_modules_to_tie")
 """Attributes, no fields, in which a tuner writes what the model ties."""

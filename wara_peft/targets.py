@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from .config import WaRAConfig
@@ -14,7 +15,8 @@ from .kinds import kind_of
 from .lora_fields import BOTH
 from .messages import first
 from .own_forward import reason_against_adapting
-from .patterns import NEGATED, check_in_time, matches
+from .patterns import NEGATED, check_in_time, matches, suffix_matches
+from .refusals import Refusal, exclusion, explain
 
 
 def check_ranks(config: WaRAConfig, names: Collection[str]) -> None:
@@ -111,19 +113,47 @@ def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) 
             )
 
 
-def check_forwards(targets: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose own forward makes something to which an adapter's product cannot be added.
-
-    Raises:
-        ValueError: one of the base layers is such a layer.
-    """
+def of_other_forwards(targets: Mapping[str, nn.Module]) -> dict[str, Refusal]:
+    """Why layers whose own forward makes something else than a product cannot be adapted, by name."""
+    found = {}
     for name, base in targets.items():
         reason = reason_against_adapting(base)
         if reason is not None:
-            raise ValueError(
-                f"Target module {name!r}, a {type(base).__name__}, cannot be adapted: {reason}. Leave it out with "
-                "`exclude_modules`, or train it in full with `modules_to_save`."
+            found[name] = Refusal(
+                f"Target module {{}}, a {type(base).__name__}, cannot be adapted: {reason}. `modules_to_save` trains it "
+                "in full."
             )
+    return found
+
+
+def is_all_linear(config: WaRAConfig) -> bool:
+    """Whether a config asks for all linear layers, and so names none of them."""
+    targets = config.target_modules
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def leave_out(config: WaRAConfig, refusals: Mapping[str, Refusal], targets: list[str], names: list[str]) -> None:
+    """Resolve "all-linear" to the modules that can be adapted, and warn of what cannot; if nothing can, do nothing.
+
+    Args:
+        config: the config, which is changed in place.
+        refusals: why modules and bare parameters cannot be adapted, by name.
+        targets: names of all modules that the config targets now.
+        names: names of all modules of the model.
+    """
+    kept = [name for name in targets if name not in refusals]
+    if not kept or not refusals:
+        return
+    modules = [name for name in refusals if name in names]
+    excluded = exclusion(modules, kept, config.exclude_modules)
+    without_warning = f" `exclude_modules={excluded!r}` leaves modules out without a warning." if modules else ""
+    warnings.warn(
+        f"target_modules='all-linear' leaves {len(refusals)} of {len(refusals) + len(kept)} layers out. "
+        f"{explain(refusals)}{without_warning}"
+    )
+    if len(kept) < len(targets):
+        config.target_modules = set(kept)  # type: ignore[assignment]  # PEFT keeps a set
+        config.exclude_modules = suffix_matches(kept, names) or config.exclude_modules
 
 
 def warn_of_unmatched(

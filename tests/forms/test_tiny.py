@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.references import WAVELETS, Mlp, inverse_transform, saved_config, transform
+from tests.references import WAVELETS, Mlp, inverse_transform, module_shapes, saved_config, transform
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora
 from wara_peft.layer import Linear
 
@@ -278,7 +278,7 @@ BAD_BASES = {
         "'down' has values that are not finite",
     ),
     "on the meta device": (lambda base: base.down.to("meta"), {}, "'down', which is on the meta device"),
-    "rank": (lambda base: None, {"r": 7}, r"fewer in 'up' \(aa1: 7, at most 6\).*and 5 more"),
+    "rank": (lambda base: None, {"r": 7}, r"fewer in 'up' \(aa1: 7, at most 6\), 'down' \(aa1: 7"),
 }
 
 
@@ -290,6 +290,23 @@ def test_bad_bases_are_refused_before_anything_changes(case):
     with pytest.raises(ValueError, match=message):
         model_of(base, **fields)
     assert type(base.up) is nn.Linear
+
+
+def test_all_linear_leaves_out_heads_with_less_outputs_than_the_rank(tmp_path):
+    config = WaRAConfig(form="tiny", r=4, target_modules="all-linear", init_weights=False)
+    with pytest.warns(UserWarning, match="all-linear") as caught:
+        model = get_peft_model(Mlp(), config)
+    (message,) = [str(warning.message) for warning in caught]
+    assert "leaves 1 of 3 layers out" in message and "`exclude_modules=['head']`" in message
+    assert "there are fewer in 'head' (aa1: 4, at most 2)" in message
+    assert set(module_shapes(model)) == {"up", "down"}
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Mlp(), tmp_path)
+    assert module_shapes(again) == module_shapes(model)
+    smaller = WaRAConfig(form="tiny", r=4, target_modules="all-linear", rank_pattern={"head": 2})
+    assert set(module_shapes(get_peft_model(Mlp(), smaller))) == {"up", "down", "head"}
+    with pytest.raises(ValueError, match=r"fewer in 'head' .*`exclude_modules=\['head'\]`"):
+        get_peft_model(Mlp(), WaRAConfig(form="tiny", r=4, target_modules=["up", "head"]))
 
 
 @pytest.mark.parametrize("saved", [True, False])

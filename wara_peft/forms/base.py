@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kinds import ModuleShape
 from ..messages import first
+from ..refusals import Refusal
 from ..wavelet import Subband, max_useful_level, subbands
 from .experts import ExpertsFactor
 from .factors import SubbandFactor
@@ -107,6 +108,18 @@ class Form:
         return sum(ranks.values())
 
     # The modules that it is to adapt.
+
+    def unsuitable(
+        self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
+    ) -> dict[str, Refusal]:
+        """Why this form cannot adapt some of these modules, by name.
+
+        Args:
+            settings: the config.
+            model: the model.
+            shapes: of the modules, by name.
+        """
+        return {}
 
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
         """Check all targets before the first is replaced, and warn of what will work but badly.

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..kinds import ModuleShape
 from ..messages import first
+from ..refusals import Refusal
 from ..wavelet import Subband
 from .base import Form, Parts, Settings, Target, warn_about_levels
 from .factors import IN_DIM, OUT_DIM
-from .token_grid import TokenGrid, check_on_grid, known_size, token_grid
+from .token_grid import TokenGrid, check_prefix, known_size, off_grid, token_grid
 from .token_mixing import TokenMixing, grid_subbands
 
 _NOT_COMBINED = (
@@ -85,8 +86,15 @@ class GridForm(Form):
     def total_rank(self, settings: Settings, ranks: Mapping[str, int]) -> int:
         return next(iter(ranks.values())) if self.single_pair(settings) else sum(ranks.values())
 
+    def unsuitable(
+        self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
+    ) -> dict[str, Refusal]:
+        """Modules whose tokens lie on no grid."""
+        return off_grid(model, shapes)
+
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        check_on_grid(model, targets)
+        if settings.module_shapes is None:  # a saved adapter has been trained with its number
+            check_prefix(model, targets, settings)
         known = {name: known_size(model, name, settings) for name in targets}
         sizes = {name: size for name, size in known.items() if size is not None}
         collapsed = [repr(name) for name, size in sizes.items() if size == (1, 1)]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds import ModuleShape
-from ..messages import first
+from ..refusals import Refusal
 from ..svd import largest_singular
 from ..wavelet import autocast_off, axis_sizes, subbands
 from .base import Form, Parts, Settings, Target
@@ -170,9 +170,25 @@ class TinyForm(Form):
         "linear": "those factors of form='tiny' are fixed. Use 'cat', which is exact."
     }
 
+    def unsuitable(
+        self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
+    ) -> dict[str, Refusal]:
+        """Modules with less singular values in a subband than its rank."""
+        sentence = (
+            "form='tiny' takes as many singular vectors as the rank, and there are fewer in {}. A smaller rank for "
+            "them is given by `r`, `subband_ranks` or `rank_pattern`."
+        )
+        found = {}
+        for name, shape in shapes.items():
+            ranks = settings.ranks_of(name)
+            for band in self.subbands(settings):
+                largest = min(band.shape(*shape.lengths))
+                if ranks[band.name] > largest and name not in found:
+                    found[name] = Refusal(sentence, f" ({band.name}: {ranks[band.name]}, at most {largest})")
+        return found
+
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        """Check ranks and the weights that a basis is made from."""
-        self._check_ranks(settings, targets)
+        """Check the weights that a basis is made from."""
         for name, target in targets.items():
             if not _comes_with_the_adapter(settings, name, target.shape):
                 _check_weight(name, target.weight(), target.shape)
@@ -182,21 +198,6 @@ class TinyForm(Form):
         if settings.save_basis:
             return None
         return {name: weight_hash(target.weight()) for name, target in targets.items()}
-
-    def _check_ranks(self, settings: Settings, targets: Mapping[str, Target]) -> None:
-        too_large = []
-        for name, target in targets.items():
-            ranks = settings.ranks_of(name)
-            for band in self.subbands(settings):
-                largest = min(band.shape(*target.shape.lengths))
-                if ranks[band.name] > largest:
-                    too_large.append(f"{name!r} ({band.name}: {ranks[band.name]}, at most {largest})")
-        if too_large:
-            raise ValueError(
-                f"form='tiny' takes as many singular vectors as the rank, and there are fewer in {first(too_large)}. "
-                "Give a smaller rank by `r`, `subband_ranks` or `rank_pattern`, or leave the module out with "
-                "`exclude_modules`."
-            )
 
     def create(
         self, settings: Settings, module_name: str, shape: ModuleShape, ranks: Mapping[str, int], context: Any = None

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..messages import first
+from ..refusals import Refusal
 from .base import Settings
 from .seen_grids import Layout, SeenGrids, seen_grids
 
@@ -25,16 +27,32 @@ PREFIX_PARAMETERS = (
 )
 """Names under which vision models keep the embeddings of tokens that come before the patches."""
 OTHER_ORDERS = {
+    "convnext": "its linear layers see feature maps of four dimensions. Use form='subband'.",
+    "convnextv2": "its linear layers see feature maps of four dimensions. Use form='subband'.",
     "hiera": "it orders its patches by the windows that it pools. Use form='subband'.",
     "llama4_vision_model": "its class token comes after the patches. Use form='subband'.",
+    "levit": "it halves its grids without a convolution, from which a grid is known. Use form='subband'.",
+    "mobilevit": "its layers see every second patch of a row. Use form='subband'.",
+    "vilt": "text comes before the patches in all of its layers. Use form='subband'.",
+    "yolos": "its detection tokens come after the patches. Use form='subband'.",
     "vit_mae": "it shuffles its patches. Use form='subband', or load the encoder's weights into the model that it is "
     "made for (vit).",
 }
-"""Types of models whose tokens are as many as a grid has, but in another order."""
+"""Types of models whose tokens lie in another order than on a grid, or on a grid that nothing tells."""
 WITHOUT_PATCHES = re.compile(
     r"add_[qkv]_proj|to_add_out|encoder_hid_proj|.*context.*|caption_.*|(text|txt)_.*", re.IGNORECASE
 )
 """Names that diffusers' models give to modules which see text alone."""
+
+
+_OF_CONDITIONS = ("diffusers.models.embeddings", "diffusers.models.normalization")
+"""Files of diffusers whose modules, but for those that embed patches, see steps, classes, or pooled text."""
+_CONDITIONED = ("time_emb_proj", "proj_out_1")
+"""Names of layers elsewhere in diffusers that see the same."""
+_POOLS = re.compile(r"(Pooler|PoolerLayer|PoolingHead)$")
+"""Names of transformers' classes that make one vector of all tokens."""
+_CLASSIFIES = re.compile(r"For(Image|Audio|Video)Classification")
+"""Names of those whose layers outside of their base model see that vector."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +119,10 @@ def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGri
     model without a config other sizes are squares. The prefix comes from `num_prefix_tokens`, or from class,
     distillation and register tokens among the parameters of the config's model.
     """
-    around, model_config = _surroundings(model, module_name)
-    scope = [module for module in around if model_config is None or _config_of(module) is model_config]
+    model_config = _surroundings(model, module_name)[1]
     prefix = config.num_prefix_tokens
     if prefix is None:
-        prefix = _prefix_tokens(scope[-1] if scope else model)
+        prefix = _counted_prefix(model, module_name)
     if config.grid_size is not None:
         return TokenGrid(config.grid_size, prefix, fixed=True)
     return TokenGrid(_size(model_config), prefix, square=model_config is None, seen=seen_grids(model))
@@ -116,28 +133,60 @@ def known_size(model: nn.Module, module_name: str, config: Settings) -> tuple[in
     return config.grid_size or _size(_surroundings(model, module_name)[1])
 
 
-def check_on_grid(model: nn.Module, module_names: Iterable[str]) -> None:
-    """Refuse modules whose tokens lie on no grid.
+def _counted_prefix(model: nn.Module, module_name: str) -> int | None:
+    """Number of prefix tokens among the parameters of the model around a module that has the nearest config."""
+    around, model_config = _surroundings(model, module_name)
+    scope = [module for module in around if model_config is None or _config_of(module) is model_config]
+    return _prefix_tokens(scope[-1] if scope else model)
+
+
+def check_prefix(model: nn.Module, module_names: Iterable[str], config: Settings) -> None:
+    """Refuse a `num_prefix_tokens` that is not what a model of transformers has before its patches.
 
     Raises:
-        ValueError: a module is part of a causal or other language model, or of a model whose layers see windows or
-            patches in another order, or sees text alone.
+        ValueError: it is not, in one of these modules.
     """
-    names = list(module_names)
-    text = []
-    for name in names:
+    given = config.num_prefix_tokens
+    for name in module_names if given is not None else ():
+        model_config = _surroundings(model, name)[1]
+        counted = _counted_prefix(model, name) or 0
+        # A model whose config has no size of images may get its patches, and tokens before them, from anywhere.
+        if hasattr(model_config, "model_type") and _size(model_config) is not None and counted != given:
+            raise ValueError(
+                f"num_prefix_tokens={given} is not what module {name!r} sees: its {model_config.model_type} model has "
+                f"{counted} class, distillation and register tokens before the patches. Leave num_prefix_tokens out."
+            )
+
+
+def off_grid(model: nn.Module, module_names: Iterable[str]) -> dict[str, Refusal]:
+    """Why the tokens of some modules lie on no grid, by name.
+
+    They are part of a causal or other language model, or of a model whose layers see windows or patches in another
+    order, or they see text alone, or no tokens at all.
+    """
+    found = {}
+    for name in module_names:
         around, model_config = _surroundings(model, name)
-        _refuse(around, model_config, name)
-        if not hasattr(model_config, "model_type") and _sees_text_alone(around[0], name):
-            text.append(name)
-    if text:
-        kept = set(names) - set(text)
-        excluded = sorted({_own_ending(name, kept) for name in text})
-        raise ValueError(
-            f"form='grid' cannot adapt module {first([repr(name) for name in text])}, which sees text or conditions "
-            f"alone: these lie on no grid. Leave such modules out with `exclude_modules={excluded}`; a second adapter "
-            "of form='subband' can adapt them."
+        sentence = _reason_of_model(around, model_config) or _reason_of_module(model, name, around, model_config)
+        if sentence is not None:
+            found[name] = Refusal(sentence)
+    return found
+
+
+def _reason_of_module(model: nn.Module, module_name: str, around: list[nn.Module], config: Any) -> str | None:
+    """Why a module of a model that has patches sees none of them, if that is so."""
+    of_transformers = hasattr(config, "model_type")
+    if not of_transformers and (_sees_text_alone(around[0], module_name) or _sees_conditions(around, module_name)):
+        return (
+            "form='grid' cannot adapt module {}, which sees text or conditions alone: these lie on no grid. A second "
+            "adapter of form='subband' can adapt them."
         )
+    if _sees_whole_images(model, module_name):
+        return (
+            "form='grid' cannot adapt module {}, which sees one vector for a whole image: that lies on no grid. "
+            "`modules_to_save` trains a head in full."
+        )
+    return None
 
 
 def _sees_text_alone(parent: nn.Module, module_name: str) -> bool:
@@ -148,11 +197,27 @@ def _sees_text_alone(parent: nn.Module, module_name: str) -> bool:
     return any(WITHOUT_PATCHES.fullmatch(part) for part in parts)
 
 
-def _own_ending(name: str, others: Iterable[str]) -> str:
-    """The shortest ending of a module's name that is no ending of the others, for `exclude_modules`."""
-    parts = name.split(".")
-    endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-    return next(ending for ending in endings if not any(f".{other}".endswith(f".{ending}") for other in others))
+def _sees_conditions(around: list[nn.Module], module_name: str) -> bool:
+    """Whether a module of a diffusion model sees an embedding of its step, class or pooled text."""
+    kinds = [type(module) for module in around]
+    embeds = any(kind.__module__ in _OF_CONDITIONS and "PatchEmbed" not in kind.__name__ for kind in kinds)
+    return embeds or module_name.rpartition(".")[2] in _CONDITIONED
+
+
+def _sees_whole_images(model: nn.Module, module_name: str) -> bool:
+    """Whether a module comes after the patches have become one vector: in a pooler, or a head."""
+    parts = module_name.split(".")
+    module = model.get_submodule(module_name)
+    for depth, child in enumerate(parts):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        kind = type(parent).__name__
+        is_classifier = isinstance(parent, PreTrainedModel) and _CLASSIFIES.search(kind) is not None
+        heads: Any = getattr(parent, "get_classifier", tuple)()  # models of timm have such a function
+        if any(module in head.modules() for head in (heads if isinstance(heads, tuple) else (heads,))):
+            return True
+        if _POOLS.search(kind) or (is_classifier and child != parent.base_model_prefix):
+            return True
+    return parts[-1] in ("visual_projection", "text_projection")
 
 
 def _surroundings(model: nn.Module, module_name: str) -> tuple[list[nn.Module], Any]:
@@ -174,8 +239,9 @@ def _config_of(module: nn.Module) -> Any:
     return config if hasattr(config, "model_type") or isinstance(config, Mapping) else None
 
 
-def _refuse(around: list[nn.Module], config: Any, module_name: str) -> None:
-    where = f"form='grid' cannot adapt module {module_name!r}"
+def _reason_of_model(around: list[nn.Module], config: Any) -> str | None:
+    """Why no layer of the model that has the config sees patches in the order of their grid, if that is so."""
+    where = "form='grid' cannot adapt module {}"
     causal = [
         type(module).__name__
         for module in around
@@ -184,19 +250,19 @@ def _refuse(around: list[nn.Module], config: Any, module_name: str) -> None:
     language = hasattr(config, "vocab_size") and not hasattr(config, "image_size")
     if causal or getattr(config, "is_decoder", False) or language:
         name = causal[0] if causal else config.model_type
-        raise ValueError(
+        return (
             f"{where}, which is part of a language model ({name}): its tokens lie on no grid, and in a causal model a "
-            "wavelet over time would leak the future. Use form='subband', or leave the module out with "
-            "`exclude_modules`."
+            "wavelet over time would leak the future. form='subband' can adapt it."
         )
     if getattr(config, "window_size", 0) or getattr(config, "num_windows", 1) > 1:
-        raise ValueError(
-            f"{where} of a {config.model_type} model: its layers see windows of patches, not their grid. Use "
-            "form='subband'."
+        return (
+            f"{where} of a {config.model_type} model: its layers see windows of patches, not their grid. "
+            "form='subband' can adapt it."
         )
     model_type = getattr(config, "model_type", None)
     if model_type in OTHER_ORDERS:
-        raise ValueError(f"{where} of a {model_type} model: {OTHER_ORDERS[model_type]}")
+        return f"{where} of a {model_type} model: {OTHER_ORDERS[model_type]}"
+    return None
 
 
 def _size(config: Any) -> tuple[int, int] | None:
