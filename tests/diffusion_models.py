@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -44,6 +45,21 @@ def unet() -> UNet2DConditionModel:
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=4,
+    ).eval()
+
+
+def dit() -> DiTTransformer2DModel:
+    """Two blocks over patches, with classes."""
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_embeds_ada_norm=3,
+        norm_num_groups=1,
     ).eval()
 
 

@@ -269,9 +269,33 @@ class TestModels:
             explicit(images(14))
 
     def test_inputs_without_tokens(self):
-        model = get_peft_model(tiny_vit(), WaRAConfig(form="grid", target_modules=["classifier"]))
-        with pytest.raises(ValueError, match=r"module 'classifier' needs inputs of shape \(batch, tokens, features\)"):
-            model(images())
+        model = self.model(target_modules=["fc1"])
+        with pytest.raises(ValueError, match=r"module '.*fc1' needs inputs of shape \(batch, tokens, features\)"):
+            model.base_model.model.vit.layers[0].mlp.fc1(torch.randn(4, 16))
+
+    def test_a_head_is_refused_and_left_out_by_all_linear(self):
+        with pytest.raises(
+            ValueError, match=r"'classifier', which sees one vector .*exclude_modules=\['classifier'\]"
+        ):
+            self.model(target_modules=["fc1", "classifier"])
+        with pytest.warns(UserWarning, match=r"'all-linear' leaves 1 of 13 layers out.*'classifier'"):
+            model = self.model(target_modules="all-linear")
+        assert model(images()).logits.shape == (4, 3)
+        with_head = self.model(target_modules="all-linear", modules_to_save=["classifier"])  # says nothing
+        assert with_head.peft_config["default"].module_shapes == model.peft_config["default"].module_shapes
+
+    @pytest.mark.parametrize("given", [0, 2])
+    def test_a_number_of_prefix_tokens_that_is_not_the_models(self, given):
+        base = tiny_vit()
+        message = rf"num_prefix_tokens={given} is not what module 'vit.*fc1' sees: its vit model has 1 class"
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(base, WaRAConfig(form="grid", target_modules=["fc1"], num_prefix_tokens=given))
+        assert not any("wara_" in name for name, _ in base.named_modules())
+        x, results = images(), []
+        for fields in ({}, {"num_prefix_tokens": 1}):
+            torch.manual_seed(1)
+            results.append(self.model(**fields)(x).logits)
+        assert torch.equal(*results)
 
     @pytest.mark.parametrize("pairs", ["separate", "shared"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -285,8 +287,8 @@ class TestWhatSeesTheImage:
             (
                 "UNet",
                 ["to_q", "to_k", "to_v"],
-                r"module 'down_blocks.0.*attn2.to_k', .* which sees text or conditions alone.*"
-                r"`exclude_modules=\['attn2.to_k', 'attn2.to_v'\]`.*form='subband'",
+                r"module 'down_blocks.0.*attn2.to_k', .* which sees text or conditions alone.*form='subband'.*"
+                r"`exclude_modules=\['attn2.to_k', 'attn2.to_v'\]`",
             ),
             (
                 "SD3",
@@ -294,7 +296,8 @@ class TestWhatSeesTheImage:
                 r"\['add_k_proj', 'add_q_proj', 'add_v_proj', 'context_embedder', 'ff_context.net.0.proj', "
                 r"'ff_context.net.2', 'to_add_out'\]",
             ),
-            ("Flux", ["add_k_proj"], r"'transformer_blocks.0.attn.add_k_proj'.*\['add_k_proj'\]"),
+            ("Flux", ["add_k_proj", "to_k"], r"'transformer_blocks.0.attn.add_k_proj'.*\['add_k_proj'\]"),
+            ("DiT", ["norm1.linear"], r"'transformer_blocks.0.norm1.linear'.*Name other modules"),
         ],
     )
     def test_text_is_refused_before_anything_changes(self, name, targets, message):
@@ -349,12 +352,31 @@ class TestWhatSeesTheImage:
         with torch.no_grad():
             assert call(whole, 0).shape == (2, 2, 8, 12)
 
-    def test_conditions_say_so_when_they_come(self):
-        model, call = adapted("DiT", target_modules=["norm1.linear"])
-        with pytest.raises(
-            ValueError, match=r"module '.*norm1.linear' needs inputs of shape \(batch, tokens, features"
-        ):
-            call(model, 0)
+    @pytest.mark.parametrize("name", CALLS)
+    def test_one_list_leaves_out_all_that_is_refused(self, name):
+        """Named one by one, all linear layers that see no image are refused at once; without these it trains."""
+        model, call = make(name)
+        targets = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+        before = {n: type(module) for n, module in model.named_modules()}
+        with pytest.raises(ValueError, match="sees text or conditions alone") as error:
+            get_peft_model(model, WaRAConfig(form="grid", target_modules=targets))
+        assert {n: type(module) for n, module in model.named_modules()} == before
+        excluded = ast.literal_eval(re.search(r"`exclude_modules=(\[.*?\])`", str(error.value))[1])
+        config = WaRAConfig(form="grid", target_modules=targets, exclude_modules=excluded, init_weights=False)
+        adapted = get_peft_model(model, config).double().train()
+        call(adapted, 0).square().sum().backward()
+        trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+        assert len(trained) == 2 * len(config.module_shapes or adapted.peft_config["default"].module_shapes)
+        assert all(p.grad.isfinite().all() for p in trained.values())
+
+        # "all-linear" leaves out the same.
+        other, call = make(name)
+        with pytest.warns(UserWarning, match="all-linear") as caught:
+            other = get_peft_model(other, WaRAConfig(form="grid", target_modules="all-linear")).double().train()
+        assert len([warning for warning in caught if "all-linear" in str(warning.message)]) == 1
+        assert f"`exclude_modules={excluded}`" in str(caught[0].message)
+        assert other.peft_config["default"].module_shapes == adapted.peft_config["default"].module_shapes
+        call(other, 1).square().sum().backward()
 
     def test_a_grid_that_fits_no_resolution(self):
         model, call = adapted("UNet", grid_size=(4, 9))

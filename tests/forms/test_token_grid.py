@@ -13,6 +13,7 @@ from transformers import (
     BertConfig,
     CLIPConfig,
     CLIPModel,
+    ConvNextConfig,
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
@@ -27,6 +28,7 @@ from transformers import (
     VideoMAEConfig,
     ViTConfig,
     ViTMAEConfig,
+    YolosConfig,
 )
 
 from tests.references import tiny_vit
@@ -35,7 +37,7 @@ from wara_peft.layer import WaRALayer
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = {"patch_size": 2, "num_channels": 1, **SIZES}
-TARGETS = r"(?!head).*(query|q_proj|fc1)"  # the head of SigLIP pools all tokens to one
+TARGETS = r"(?!head).*(query|q_proj|fc1|pwconv1)"  # the head of SigLIP pools all tokens to one
 
 # config, height and width of an image, expected prefix tokens, rows and columns
 MODELS = {
@@ -130,6 +132,16 @@ REFUSED = {
             Llama4VisionConfig(image_size=8, intermediate_size=24, projector_input_dim=8, **PATCHES)
         ),
         "of a llama4_vision_model model: its class token comes after the patches",
+    ),
+    "convnext": (
+        lambda: AutoModel.from_config(ConvNextConfig(hidden_sizes=[8], depths=[1], num_stages=1)),
+        "of a convnext model: its linear layers see feature maps of four dimensions",
+    ),
+    "yolos": (
+        lambda: AutoModel.from_config(
+            YolosConfig(num_detection_tokens=2, intermediate_size=24, **{**PATCHES, "image_size": [8, 8]})
+        ),
+        "of a yolos model: its detection tokens come after the patches",
     ),
     "vit_mae": (
         lambda: AutoModel.from_config(ViTMAEConfig(image_size=8, intermediate_size=24, **PATCHES)),
