@@ -62,7 +62,6 @@ class Family:
         left_out: endings of the names that "all-linear" leaves out, each of which the warning has to have.
         still: a regular expression of adapted modules that a training step does not move; the row says why.
         refused: for what is asked in a test, the pattern of the error that says why the family cannot do it.
-        fails: for what is asked in a test, the fault that is known.
         grid: the pattern of the error that form="grid" with "all-linear" raises, or None if it trains.
         needs: the package that the model is from, where not everyone has it.
     """
@@ -72,7 +71,6 @@ class Family:
     left_out: tuple[str, ...] = ()
     still: str = ""
     refused: Mapping[str, str] = field(default_factory=dict)
-    fails: Mapping[str, str] = field(default_factory=dict)
     grid: str | None = "part of a language model"
     needs: str = ""
 
