@@ -46,15 +46,17 @@ def encoder(smoke: bool = False) -> Shape:
     return Shape(lambda: BertModel(config, add_pooling_layer=False), ENCODER_TARGETS, *((2, 4) if smoke else (32, 48)))
 
 
-def decoder(smoke: bool = False, head: bool = False) -> Shape:
-    """A Llama-shaped decoder, with a language model's head or without: 768 wide, 4 layers, every projection adapted,
-    4 × 128 tokens."""
+def decoder(smoke: bool = False, head: bool = False, width: int = 768) -> Shape:
+    """A Llama-shaped decoder, with a language model's head or without, every projection adapted: 768 wide, 4 layers,
+    4 × 128 tokens. One of another width has one layer, and half as many tokens."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    batch, tokens = (2, 4) if smoke else (4, 128) if width == 768 else (2, 128)
     if not smoke:
-        sizes = {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 2048}
+        sizes = {"hidden_size": width, "num_hidden_layers": 4 if width == 768 else 1}
+        sizes |= {"num_attention_heads": width // 64, "intermediate_size": -(-width * 8 // 768) * 256}
     config = LlamaConfig(vocab_size=1000, num_key_value_heads=sizes["num_attention_heads"], **sizes)
     model_class = LlamaForCausalLM if head else LlamaModel
-    return Shape(lambda: model_class(config), DECODER_TARGETS, *((2, 4) if smoke else (4, 128)))
+    return Shape(lambda: model_class(config), DECODER_TARGETS, batch, tokens)
 
 
 WARA = {

@@ -43,11 +43,16 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def target_rows() -> list[tuple[str, float, str, bool]]:
+Value = float | tuple[float, float]
+"""A ratio, or the least and the largest one over settings."""
+
+
+def target_rows() -> list[tuple[str, Value, str, bool]]:
     """Each measurement that has a target: what, value, target, met."""
+    ranges = {name: (low, high) for name, (low, high) in load("settings")["ranges"].items()}
     steps, layer, memory, decode = load("step_time"), load("layer_cost"), load("memory"), load("decode")
-    encoder, decoder = (steps["models"][kind] for kind in ("encoder", "decoder"))
-    rows: list[tuple[str, float, float]] = []
+    encoder = steps["models"]["encoder"]
+    rows: list[tuple[str, Value, float]] = []
     name = "training step, encoder of MiniLM's shape, WaRA r=4 {} / LoRA r=8 (as many parameters)"
     rows.append((name.format("Haar, 1 level"), encoder["methods"]["WaRA haar L1"]["ratio"], 0.97))
     rows.append((name.format("db4, 1 level"), encoder["methods"]["WaRA db4 L1"]["ratio"], 1.00))
@@ -55,10 +60,10 @@ def target_rows() -> list[tuple[str, float, str, bool]]:
     rows.append((name.format("Haar, 3 levels"), encoder["to_lora_r40"]["WaRA haar L3"], 1.03))
     rows.append((name.format("db4, 3 levels"), encoder["to_lora_r40"]["WaRA db4 L3"], 1.10))
     name = "training step, Llama-shaped decoder, WaRA r=4 Haar, 1 level / LoRA r=8"
-    rows.append((name, decoder["methods"]["WaRA haar L1"]["ratio"], 0.96))
-    rows.append(("the same / LoRA r=16 of the same R", decoder["to_lora_r16"]["WaRA haar L1"], 1.00))
+    rows.append((name, ranges["step, haar L1 / LoRA r=8"], 0.96))
+    rows.append(("the same / LoRA r=16 of the same R", ranges["step, haar L1 / LoRA r=16"], 1.00))
     name = "the same, WaRA r=4 db4, 3 levels (R = 40) / LoRA r=40"
-    rows.append((name, decoder["to_lora_r40"]["WaRA db4 L3"], 1.08))
+    rows.append((name, ranges["step, db4 L3 / LoRA r=40"], 1.08))
     for variant in ("WaRA haar L1", "WaRA db4 L1"):
         found = [row for row in layer["by_width"] if row["variant"] == variant]
         worst = max(found, key=lambda row: row["ratio"])
@@ -71,9 +76,10 @@ def target_rows() -> list[tuple[str, float, str, bool]]:
     rows.append(("decoding a token inside `frozen_factors` / LoRA r=16", tokens["WaRA haar L1"]["ratio"], 1.02))
     name = "the same outside of it (reported, no target)"
     rows.append((name, tokens["WaRA haar L1, not frozen"]["ratio"], math.inf))
-    for mode, key in (("", "WaRA haar L1"), (" in training mode", "WaRA haar L1, training mode")):
-        name = f"`generate` of {decode['new_tokens']} tokens{mode}, with no scope / LoRA r=16"
-        rows.append((name, decode["generate"][key]["ratio"], 1.03))
+    name = f"`generate` of {decode['new_tokens']} tokens{{}}, with no scope / LoRA r=16"
+    rows.append((name.format(""), ranges["generate, haar L1 / LoRA r=16"], 1.03))
+    in_training_mode = decode["generate"]["WaRA haar L1, training mode"]["ratio"]
+    rows.append((name.format(" in training mode"), in_training_mode, 1.03))
     injection = load("injection_time")
     name = f"injection into {injection['modules']} modules / LoRA r=8"
     rows.append((name, injection["injection"]["WaRA haar L1"]["ratio"], 1.20))
@@ -82,7 +88,8 @@ def target_rows() -> list[tuple[str, float, str, bool]]:
     name = '`form="grid"`, sampling step on DiT-B\'s shapes / LoRA r=16, both unmerged (reported, no target)'
     rows.append((name, load("grid_sampling")["methods"]["WaRA grid"]["ratio"], math.inf))
     table = [
-        (what, value, "" if limit == math.inf else f"≤ {limit:.2f}", value <= limit) for what, value, limit in rows
+        (what, value, "" if limit == math.inf else f"≤ {limit:.2f}", largest(value) <= limit)
+        for what, value, limit in rows
     ]
     for peer in ("WaveFT", "FourierFT"):
         value = encoder["to_wara_haar_L1"][peer]
@@ -97,8 +104,30 @@ def target_rows() -> list[tuple[str, float, str, bool]]:
 def targets_table() -> str:
     lines = ["| measured | ratio | target | met |", "|---|---|---|---|"]
     for what, value, target, met in target_rows():
-        shown = f"{value:,.0f}" if value > 100 else f"{value:.3f}"
-        lines.append(f"| {what} | {shown} | {target} | {verdict(target, met)} |")
+        lines.append(f"| {what} | {shown(value)} | {target} | {verdict(target, met)} |")
+    return "\n".join(lines)
+
+
+def largest(value: Value) -> float:
+    return value[1] if isinstance(value, tuple) else value
+
+
+def shown(value: Value) -> str:
+    if isinstance(value, tuple):
+        return f"{value[0]:.2f} to {value[1]:.2f}"
+    return f"{value:,.0f}" if value > 100 else f"{value:.3f}"
+
+
+def settings_table() -> str:
+    """The ratios in each setting, from `settings.json`."""
+    result = load("settings")
+    names = list(result["ranges"])
+    lines = [f"| threads | instructions | width | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
+    for setting in result["settings"]:
+        ratios = (setting["ratios"][name] for name in names)
+        cells = [f"{row['ratio']:.2f} ({row['quartiles'][0]:.2f}–{row['quartiles'][1]:.2f})" for row in ratios]
+        name = f"{setting['threads']} | {setting['capability'].lower()} | {setting['width']}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -278,7 +307,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "compression.md": {"healing": healing_table},
     ROOT / "docs" / "training_low_rank.md": {"training": training_table},
     ROOT / "docs" / "vision.md": {"segmentation": segmentation_table, "diffusion": diffusion_table},
-    HERE / "README.md": {"benchmarks": growth_tables},
+    HERE / "README.md": {"benchmarks": growth_tables, "settings": settings_table},
 }
 """Which file has which table between the markers of its name; quality/README.md is written by quality/report.py."""
 

@@ -1,10 +1,11 @@
-"""How much faster is a transform in one step than by elementwise operations?
+"""How long is a transform in each of the ways that wara_peft/wavelet/ has?
 
     python benchmarks/transform_time.py
 
 The synthesis of Â (`dim` 1) and B̂ (`dim` 0) with r = 4 for each subband, and its adjoint on a gradient as it lies in
-training: in one step (`wara_peft/wavelet/one_step.py`), and by elementwise operations (`elementwise.py` beside it),
-which torch.compile fuses and which serve where the kernel is missing. Filters have 2, 8, 16 and 32 taps.
+training: by products of blocks with small matrices (`blocks.py`), which serve whatever the ranks are and in compiled
+graphs; beside it in one step (`one_step.py`), for equal ranks; or, for one level of Haar, by elementwise operations
+(`haar.py`). Filters have 2, 8, 16 and 32 taps.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ import torch
 
 from wara_peft import wavelet
 from wara_peft.forms import SubbandFactor
-from wara_peft.wavelet import one_step
+from wara_peft.wavelet import haar, one_step
 
 RANK = 4
-DEVICES = one_step.DEVICES
 
 
-def elementwise(call: Callable[[], object]) -> Callable[[], None]:
-    """The same without the kernel."""
+def by_blocks(call: Callable[[], object]) -> Callable[[], None]:
+    """The same without the two other ways."""
 
     def run() -> None:
-        one_step.DEVICES = ()
+        devices, serves = one_step.DEVICES, haar.serves
+        one_step.DEVICES, haar.serves = (), lambda *_: False
         try:
             call()
         finally:
-            one_step.DEVICES = DEVICES
+            one_step.DEVICES, haar.serves = devices, serves
 
     return run
 
@@ -55,8 +56,8 @@ if __name__ == "__main__":
         for name, levels in (("haar", 1), ("haar", 3), ("db4", 1), ("db4", 3), ("db8", 1), ("db16", 1)):
             for dim in (1, 0):
                 for operation, call in operations(length, name, levels, dim, options.device).items():
-                    calls = {"one step": call, "elementwise": elementwise(call)}
+                    calls = {"as chosen": call, "blocks": by_blocks(call)}
                     seconds = harness.interleaved(calls, options.rounds, warmup=5, device=options.device)
                     row = {"length": length, "wavelet": name, "levels": levels, "dim": dim, "operation": operation}
-                    results.append({**row, **harness.summary(seconds, "elementwise")["one step"]})
+                    results.append({**row, **harness.summary(seconds, "blocks")["as chosen"]})
     harness.save(options, {"transforms": results})

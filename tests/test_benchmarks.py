@@ -277,6 +277,18 @@ def check_compression(result: dict[str, Any], _: dict[str, Any]) -> None:
     assert [row["width"] for row in result["growth"]] == [width for width in (8, 32, 64) for _ in range(3)]
 
 
+def check_settings(result: dict[str, Any], script: dict[str, Any]) -> None:
+    names = [*script["STEPS"], script["GENERATE"]]
+    (setting,) = result["settings"]
+    assert (setting["threads"], setting["capability"], setting["width"]) == (1, "DEFAULT", 32)
+    assert list(setting["ratios"]) == list(result["ranges"]) == names
+    for name, row in setting["ratios"].items():
+        low, high = row["quartiles"]
+        assert low <= row["ratio"] <= high
+        assert result["ranges"][name] == [row["ratio"]] * 2
+        assert row["ratio"] != 1  # of two variants
+
+
 def check_transform_time(result: dict[str, Any], _: dict[str, Any]) -> None:
     rows = result["transforms"]
     keys = ("length", "wavelet", "levels", "dim", "operation")
@@ -311,9 +323,11 @@ SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], N
     "low_rank_memory": (["--smoke"], check_low_rank_memory),
     "memory": (["--smoke"], check_memory),
     "merge_memory": (["--smoke"], check_merge_memory),
+    "settings": ([*SMOKE, "--tokens", "2"], check_settings),
     "step_time": (SMOKE, check_step_time),
     "transform_time": (SMOKE, check_transform_time),
 }
+START_PROCESSES = ("compression", "import_time", "merge_memory", "settings")
 # Differences of two measurements, which noise makes negative where sizes are tiny.
 DIFFERENCES = ("difference_to_a_real_base", "peak_mebibytes_above_imports")
 
@@ -359,11 +373,7 @@ def run(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Too few samples for a regular moment")
 @pytest.mark.parametrize(
     "name",
-    [
-        # these start processes
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("compression", "import_time", "merge_memory") else [])
-        for name in SCRIPTS
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] if name in START_PROCESSES else []) for name in SCRIPTS],
 )
 def test_wara_bench_smoke(name, run, tmp_path, capsys):
     options, check = SCRIPTS[name]
