@@ -81,12 +81,9 @@ UPSTREAM = {
                 "_convert_state_dict_for_initial_model": "peft_model peft_config "
                 "path_initial_model_for_weight_conversion output_state_dict kwargs",
                 "_create_and_replace": "peft_config adapter_name target target_name parent current_key parameter_name",
-                "_enable_adapter_layers": "enabled",
-                "_get_adapter_state_dict": "model config adapter_name state_dict unwanted_adapter_names",
                 "_inject_parameters": "peft_config model adapter_name low_cpu_mem_usage",
                 "_prepare_adapter_config": "peft_config model_config",
                 "_prepare_model": "peft_config model",
-                "_remap_adapter_state_dict_for_load": "model config adapter_name state_dict",
                 "_replace_module": "parent child_name new_module child",
                 "_unload_and_optionally_merge": "merge progressbar safe_merge adapter_names",
             },

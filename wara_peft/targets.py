@@ -120,8 +120,8 @@ def of_other_forwards(targets: Mapping[str, nn.Module]) -> dict[str, Refusal]:
         reason = reason_against_adapting(base)
         if reason is not None:
             found[name] = Refusal(
-                f"Target module {{}}, a {type(base).__name__}, cannot be adapted: {reason}. `modules_to_save` trains it "
-                "in full."
+                f"Target module {{}}, a {type(base).__name__}, cannot be adapted: {reason}. `modules_to_save` trains "
+                "it in full."
             )
     return found
 
