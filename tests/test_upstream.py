@@ -102,7 +102,7 @@ UPSTREAM = {
         "5.23.0",
         [
             (transformers.AutoModelForCausalLM, "_model_mapping"),
-            (transformers.PreTrainedModel, "_tied_weights_keys"),
+            (transformers.PreTrainedModel, "_init_weights _tied_weights_keys"),
             (MixtralExperts(transformers.MixtralConfig(**TINY)), "_is_expert_parallel"),
         ],
         {},
