@@ -86,23 +86,30 @@ def test_without_gradient_or_with_decay_alone_the_rank_stays(decay: float) -> No
 
 
 def test_rank_falls_as_the_energy_gathers_and_noise_is_taken_away() -> None:
+    """By E_t = max(‖W_t‖², E_{t−1} min(1, ‖W_t‖² / ‖W'_{t−1}‖²)) and the least k with Σ_{i≤k} σ_i² ≥ e E_t."""
     model = net()
+    weight = model.head.weight
     pruning = TrainedRankPruning(energy=0.8, period=1)
     pruning.start(model)
-    pruning.before_forward(0)
-    rank = rank_of(model.head.weight)
-    for step in range(1, 9):  # noise of a hundredth of the energy, again and again
+    reference = left_over = float(weight.detach().square().sum())
+    ranks = []
+    for step in range(10):
         with torch.no_grad():
-            noise = torch.randn_like(model.head.weight)
-            model.head.weight.add_(noise * 0.1 * model.head.weight.norm() / noise.norm())
+            if 0 < step < 9:  # noise of a hundredth of the energy, again and again
+                noise = torch.randn_like(weight)
+                weight.add_(noise * 0.1 * weight.norm() / noise.norm())
+            if step == 9:
+                left, values, right = torch.linalg.svd(weight, full_matrices=False)
+                values[1:] *= 0.01
+                weight.copy_(left * values @ right)
+            energies = torch.linalg.svdvals(weight).square().cumsum(0)
+        total = float(energies[-1])
+        reference = max(total, reference * min(1.0, total / left_over))
+        ranks.append(int((energies < 0.8 * reference).sum()) + 1)
+        left_over = float(energies[ranks[-1] - 1])
         pruning.before_forward(step)
-        assert rank_of(model.head.weight) <= rank + 1
-    with torch.no_grad():
-        left, values, right = torch.linalg.svd(model.head.weight, full_matrices=False)
-        values[1:] *= 0.1
-        model.head.weight.copy_(left * values @ right)
-    pruning.before_forward(9)
-    assert rank_of(model.head.weight) == 1
+        assert rank_of(weight) == ranks[-1]
+    assert max(ranks) < 10 and ranks[-1] < min(ranks[:-1])
 
 
 def test_sub_gradient_is_the_nuclear_norms_and_on_its_steps_alone() -> None:

@@ -22,7 +22,7 @@ from wara_peft.forms.tiny import Basis, Core, TinyFactor
 def _fill(module: nn.Module) -> nn.Module:
     for tensor in (*module.parameters(), *module.buffers()):
         nn.init.normal_(tensor)
-    return module
+    return module.eval()  # in training mode components are left out of an ordered factor
 
 
 def _tiny() -> nn.Module:
