@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import bitsandbytes as bnb
 import numpy as np
@@ -217,7 +218,7 @@ class TestOtherForms:
         up = model.base_model.model.up
         plain = nn.Linear(WIDTH, HIDDEN)
         plain.load_state_dict({"weight": dequantized(up), "bias": base.up.bias.data})
-        config = copy.copy(model.peft_config["default"])
+        config = dataclasses.replace(model.peft_config["default"], target_modules=["up"])
         dense = get_peft_model(nn.ModuleDict({"up": plain}), config).base_model.model["up"].eval()
         dense.load_state_dict({k: v for k, v in up.state_dict().items() if "wara" in k}, strict=False)
         found, expected = up(x) - up.base_layer(x), dense(x) - dense.base_layer(x)
