@@ -23,7 +23,6 @@ ORDER = (
         "patterns",
         "registration",
         "model_card",
-        "pad_token",
     ),
     ("refusals",),
     ("resolution", "enabling", "svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
@@ -36,9 +35,8 @@ ORDER = (
     ("merging",),
     ("layer", "conv", "embedding", "experts", "factorized_linear", "disk"),
     ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
-    ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
     ("adapter_names", "in_full"),
-    ("nested", "overwriting"),
+    ("nested", "overwriting", "pad_token"),
     ("model",),
     (
         "diffusion",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -82,6 +82,33 @@ def test_a_module_without_any_tensor_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"lacks 'down\.wara_A\.default\.level1', 'down\.wara_B\.default\.level1'"):
         PeftModel.from_pretrained(base, tmp_path)
     assert not any(isinstance(module, WaRALayer) for module in base.modules())
+
+
+def test_an_adapter_whose_tensors_are_refused_is_taken_out_again(tmp_path):
+    saved(tmp_path)
+    without(tmp_path, "wara_A.level1")
+    base = Mlp()
+    with pytest.raises(ValueError, match="not all of those of adapter 'default'"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not any(isinstance(module, WaRALayer) for module in base.modules())
+    model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up"], init_weights=False), "first")
+    with pytest.raises(ValueError, match="not all of those of adapter 'second'"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["first"]
+    assert not any(".second." in key for key in model.state_dict())
+
+
+def test_a_deleted_adapter_is_not_awaited_under_the_name_of_a_new_one(tmp_path):
+    saved(tmp_path, bias="wara_only")
+    model = get_peft_model(Mlp(), WaRAConfig(target_modules=["down"]), "first")
+    model.add_adapter("second", WaRAConfig.from_pretrained(tmp_path))
+    model.delete_adapter("second")
+    model.add_adapter("second", WaRAConfig(target_modules=["up"], init_weights=False))
+    tensors = {key: torch.randn_like(value) for key, value in get_peft_model_state_dict(model, None, "second").items()}
+    set_peft_model_state_dict(model, tensors, "second")
+    found = get_peft_model_state_dict(model, adapter_name="second")
+    assert tensors and found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 
 
 CHANGES = {

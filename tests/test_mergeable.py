@@ -171,6 +171,29 @@ def test_refused_before_anything_is_changed(case):
         assert torch.equal(model(x), expected)
 
 
+class DropsOut(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 6)
+        self.kept = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.kept(x))
+
+
+def test_trying_a_forward_calls_no_hook_and_leaves_every_module_in_its_mode():
+    layer, seen = DropsOut(), []
+    layer.kept.eval()
+    layer.register_forward_hook(lambda *_: seen.append("after"))
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    model = get_peft_model(Model(layer), WaRAConfig(target_modules=["layer"], init_weights=False))
+    assert layer.training and not layer.kept.training and not seen
+    expected = model(X)
+    assert seen == ["before", "after"]
+    merged = model.merge_and_unload()
+    assert layer.training and not layer.kept.training and seen == ["before", "after"]
+    torch.testing.assert_close(merged(X), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_layer_that_asks_for_more_than_its_input_is_refused():
     with pytest.raises(ValueError, match="its class, NeedsMore"):
         adapted(lambda: NeedsMore(8, 6)).merge_adapter()

@@ -50,6 +50,14 @@ def test_why_a_reward_model_seems_to_be_another_one(config_class: type, base: Pa
     assert torch.equal(loaded(base, tmp_path / "adapter", pad_token_id=1), expected)
 
 
+def test_saving_a_model_whose_config_is_none_of_transformers(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(8, 8), "score": torch.nn.Linear(8, 2)})
+    model.config, model.name_or_path = {"model_type": "own"}, "base"  # type: ignore[assignment]
+    config = WaRAConfig(task_type="SEQ_CLS", target_modules=["up"])
+    get_peft_model(model, config).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_saving_says_so(base: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"not pad_token_id=1; .* with pad_token_id=None.*\(\.\.\., pad_token_id=1\)"):
         saved(base, tmp_path / "adapter", 1)

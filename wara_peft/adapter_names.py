@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import WaRAConfig
 from .kinds import BareParameter
-from .layer import TENSOR_PARTS, WaRALayer
+from .layer import TENSOR_PARTS, adapted_layers
 from .targets import embeddings, names_in_full
 
 OF_PARTS = (
@@ -82,11 +82,7 @@ def check_saved_apart(
                 "another name."
             )
     for other, config in others.items():
-        adapted = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, WaRALayer) and other in module.wara_A
-        }
+        adapted = adapted_layers(model, other)
         path = _path_with(adapter_name, [*adapted, *_saved_in_full(model, config, adapted)])
         if path is not None:
             raise ValueError(
@@ -108,7 +104,7 @@ def _saved_in_full(model: nn.Module, config: WaRAConfig, targets: Mapping[str, n
         original = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
         is_embedding = any(original is layer for layer in resizable)
         if name.endswith(names_in_full(config)) or (name and is_embedding):
-            # Without the factors of other adapters, whose keys have these adapters' names.
+            # The base layer's keys only: those of factors have the names of the adapters that they belong to.
             base = original.get_base_layer() if isinstance(original, BaseTunerLayer) else original
             yield from (f"{name}.{key}" for key in base.state_dict())
         elif config.bias != "none" and getattr(module, "bias", None) is not None:

@@ -20,7 +20,7 @@ from .conv import Conv
 from .disk.adapter import SavedAdapter
 from .disk.contents import PEFT_PREFIX
 from .kinds import IN_PROJ, Kind
-from .layer import WaRALayer, saved_keys
+from .layer import WaRALayer, adapted_layers, saved_keys
 from .low_rank_update import LowRankUpdate
 from .messages import first
 from .patterns import suffix_matches
@@ -118,14 +118,9 @@ def _recorded_class(config: WaRAConfig) -> tuple[str, str] | None:
 
 def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
     config = wara_config(model, adapter_name)
-    for module in model.modules():
-        if isinstance(module, WaRALayer):
-            module.check_has_delta_weight([adapter_name])
-    adapted = {
-        name.removeprefix(PEFT_PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
-    }
+    adapted = {name.removeprefix(PEFT_PREFIX): layer for name, layer in adapted_layers(model, adapter_name).items()}
+    for layer in adapted.values():
+        layer.check_has_delta_weight([adapter_name])
     layers = {name: layer for name, layer in adapted.items() if adapter_name not in layer.tied_to}
     base_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

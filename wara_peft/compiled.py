@@ -39,8 +39,8 @@ def plain_names(names: Any) -> Any:
     return names
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module that is compiled."""
+def compiled_module(module: nn.Module) -> nn.Module:
+    """The module that a wrapper compiles, or the module itself where it is none."""
     while "_orig_mod" in module._modules:
         module = module._modules["_orig_mod"]  # type: ignore[assignment]  # it is there
     return module
@@ -64,15 +64,15 @@ def compiled_in_place(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The plain model, which is compiled as before.
     """
-    plain, places = unwrapped(model), _wrapped_children(model)
+    plain, places = compiled_module(model), _wrapped_children(model)
     wrappers = [child for _, _, child in places] + ([] if plain is model else [model])
-    before = [(unwrapped(wrapper), unwrapped(wrapper)._compiled_call_impl) for wrapper in wrappers]
+    before = [(compiled_module(wrapper), compiled_module(wrapper)._compiled_call_impl) for wrapper in wrappers]
     try:
         for wrapper in wrappers:
-            inner = unwrapped(wrapper)
+            inner = compiled_module(wrapper)
             inner._compiled_call_impl = wrapper.dynamo_ctx(inner._call_impl)  # type: ignore[operator]
         for parent, name, wrapper in places:
-            parent._modules[name] = unwrapped(wrapper)
+            parent._modules[name] = compiled_module(wrapper)
         yield plain
     except BaseException:
         for parent, name, wrapper in places:
@@ -89,9 +89,9 @@ def plain_model(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         The model itself, or what it wraps.
     """
-    plain, places = unwrapped(model), _wrapped_children(model)
+    plain, places = compiled_module(model), _wrapped_children(model)
     for parent, name, wrapper in places:
-        parent._modules[name] = unwrapped(wrapper)
+        parent._modules[name] = compiled_module(wrapper)
     in_place = [(module, module._compiled_call_impl) for module in plain.modules()]
     in_place = [(module, call) for module, call in in_place if call is not None]
     try:
@@ -102,7 +102,7 @@ def plain_model(model: nn.Module) -> Iterator[nn.Module]:
         for module, call in in_place:
             module._compiled_call_impl = call
         for parent, name, wrapper in places:
-            if parent._modules.get(name) is unwrapped(wrapper):  # or another layer has taken its place
+            if parent._modules.get(name) is compiled_module(wrapper):  # or another layer has taken its place
                 parent._modules[name] = wrapper
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from .compiled import on_plain_model
 from .config import WaRAConfig
 from .forms import SubbandFactor
-from .layer import WaRALayer
+from .layer import WaRALayer, adapted_layers
 from .resolution import as_in_model, as_written, note
 
 Kept = Mapping[str, Mapping[str, Sequence[int]]]
@@ -67,11 +67,8 @@ def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
     """The layers that hold an adapter, by the names that its config has for them; tied ones hold none."""
-    return {
-        module.module_name: module
-        for module in model.modules()
-        if isinstance(module, WaRALayer) and adapter_name in module.wara_A and adapter_name not in module.tied_to
-    }
+    layers = adapted_layers(model, adapter_name).values()
+    return {layer.module_name: layer for layer in layers if adapter_name not in layer.tied_to}
 
 
 def cost(layer: WaRALayer, adapter_name: str, level: int) -> int:
@@ -133,15 +130,14 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
     for name, layer in layers.items():
         if any(ranks[name].values()):
             _cut(layer, adapter_name, changed, kept[name])
-    for name, module in list(model.named_modules()):
-        if isinstance(module, WaRALayer) and adapter_name in module.wara_A:
-            source = module.tied_to.get(adapter_name, module)
-            if not any(ranks[source.module_name].values()):
-                _take_out(model, name, module, adapter_name)
-                continue
-            module.in_model[adapter_name] = in_model
-            if source is not module:
-                module.tie_again(source)
+    for name, layer in adapted_layers(model, adapter_name).items():
+        source = layer.tied_to.get(adapter_name, layer)
+        if not any(ranks[source.module_name].values()):
+            _take_out(model, name, layer, adapter_name)
+            continue
+        layer.in_model[adapter_name] = in_model
+        if source is not layer:
+            layer.tie_again(source)
 
 
 def _check(layers: dict[str, WaRALayer], adapter_name: str, kept: Kept) -> None:

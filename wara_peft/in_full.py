@@ -1,4 +1,4 @@
-"""What PEFT saves of an adapter besides its factors, and under which keys: biases, embeddings."""
+"""Biases and embeddings that are saved with an adapter besides its factors, and their keys."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig
 
 from .config import WaRAConfig
 from .experts import AdaptedModule
-from .layer import WaRALayer
+from .layer import WaRALayer, adapted_layers
 from .targets import embeddings
 
 AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
-"""What is in keys of a module that PEFT has put something around."""
+"""Parts of a key that come from wrappers which PEFT has put around a module."""
 OF_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What is in names of parameters of a model that is distributed or checkpointed, and not in keys of its state dict."""
+"""Parts of a parameter's name that come from FSDP and checkpointing; keys of a state dict do not have them."""
 
 
 def trained_biases(
@@ -32,11 +32,7 @@ def trained_biases(
     """
     if config.bias == "none":
         return {}
-    layers = {
-        OF_WRAPPERS.sub("", name): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, WaRALayer) and adapter_name in layer.wara_A
-    }
+    layers = {OF_WRAPPERS.sub("", name): layer for name, layer in adapted_layers(model, adapter_name).items()}
     if config.bias == "all":
         keys = {key for key in state_dict if key == "bias" or key.endswith(".bias")}
     else:
@@ -73,10 +69,10 @@ def places_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, T
 
 
 def resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT leaves out of a model whose vocabulary was resized, where one of its two embeddings is adapted.
+    """The embedding that PEFT does not save, of two of which one is adapted, if the vocabulary was resized.
 
-    PEFT saves both embeddings of such a model in full, or else those that are adapted. The rows that were added to the
-    other one would be drawn anew before the adapter is loaded.
+    PEFT saves both embeddings of such a model in full, or else only the adapted one. Whoever loads the adapter resizes
+    the base model first, which draws the new rows of the other embedding again, with other values.
     """
     layers = embeddings(model)
     adapted = [layer for layer in layers if isinstance(layer, WaRALayer)]
@@ -94,13 +90,24 @@ def resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, T
 
 def _is_resized(model: Any, config: WaRAConfig) -> bool:
     """Whether the base model's own config, where it is on this machine, tells of another number of tokens."""
-    own = getattr(model, "config", None)
-    path = config.base_model_name_or_path or getattr(model, "name_or_path", None)
-    if not path or not isinstance(own, PreTrainedConfig):
-        return False
-    try:
-        base = type(own).from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError):
+    own: Any = getattr(model, "config", None)
+    base = base_config_on_disk(own, config.base_model_name_or_path or getattr(model, "name_or_path", None))
+    if base is None:
         return False
     sizes = {getattr(entry.get_text_config(), "vocab_size", None) for entry in (own, base)}
     return len(sizes) > 1
+
+
+def base_config_on_disk(config: Any, name_or_path: str | None) -> Any:
+    """The config with which a base model of transformers was saved; None where it is not on this machine.
+
+    Args:
+        config: the config that the model has now.
+        name_or_path: where the base model comes from.
+    """
+    if not name_or_path or not isinstance(config, PreTrainedConfig):
+        return None
+    try:
+        return type(config).from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return None

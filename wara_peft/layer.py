@@ -26,17 +26,25 @@ PARTS = (*TENSOR_PARTS, "token_mixing")
 
 
 def is_of_a_factor(key: str) -> bool:
-    """Whether a key ends as those of factors: in a part's name, which those of adapter and parameter may follow."""
+    """Whether a key is that of a factor: it ends in a part's name, perhaps with an adapter's and a parameter's."""
     return any(part in TENSOR_PARTS for part in key.split(".")[-3:])
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
+    """The layers that have an adapter, tied ones included, by their names in `model`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+    }
 
 
 def saved_keys(model: nn.Module, adapter_name: str) -> set[str]:
     """Keys under which PEFT saves an adapter's factors: names of modules in `model`, without the adapter's name."""
     return {
         f"{name}.{key}"
-        for name, module in model.named_modules()
-        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
-        for key in module.forms[adapter_name].saved(module.parts(adapter_name))
+        for name, layer in adapted_layers(model, adapter_name).items()
+        for key in layer.forms[adapter_name].saved(layer.parts(adapter_name))
     }
 
 
@@ -375,7 +383,7 @@ class WaRALayer(MergingLayer):
         return self.forms[adapter_name].has_delta_weight
 
     def __getattr__(self, name: str) -> Any:
-        """What else the adapted layer has, such as a convolution's `stride`, for modules around it that read it.
+        """Answer for the adapted layer: modules around it read its attributes, such as a convolution's `stride`.
 
         Names with an underscore are the layer's own, such as hooks that libraries put there and take off again.
         """

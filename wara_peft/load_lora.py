@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from torch import nn
 
 from .arguments import check_argument
-from .compiled import plain_model, unwrapped
+from .compiled import compiled_module, plain_model
 from .config import WaRAConfig
 from .disk.lora import SavedLora
 from .kinds import BareParameter, kind_of
@@ -58,7 +58,7 @@ def load_lora(
     check_argument(call, "adapter_name", adapter_name, "a str")
     saved = SavedLora(path)
     config = _config(saved.config, fields)
-    adapted = unwrapped(model)
+    adapted = compiled_module(model)
     with plain_model(adapted.get_base_model() if isinstance(adapted, PeftModel) else model) as base:
         targets = WaRAModel.targets_of(base, config)
         _check_targets(targets)
@@ -117,7 +117,7 @@ def _check_targets(targets: Mapping[str, nn.Module]) -> None:
 
 
 def _warn_of_lost_order(saved: SavedLora, names: Iterable[str]) -> None:
-    """Warn of alphas between which their order in the file decides, as PEFT has sorted them."""
+    """Warn if two patterns give a module different alphas: PEFT sorts patterns in the file, so their order is lost."""
     alphas: Mapping[str, float] = saved.config.alpha_pattern or {}
     for name in names:
         found = [pattern for pattern in alphas if matches(pattern, name, "alpha_pattern")]

@@ -52,7 +52,7 @@ from .factorized_linear import FactorizedLinear
 from .forms import Target, one_call, watch_no_more
 from .in_full import AROUND, places_in, resized_embedding, trained_biases
 from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
-from .layer import TENSOR_PARTS, Linear, WaRALayer, is_of_a_factor
+from .layer import TENSOR_PARTS, Linear, WaRALayer, adapted_layers, is_of_a_factor
 from .messages import first
 from .mixed_batch import mixed_batch
 from .nested import add_penalty, set_rank
@@ -107,17 +107,17 @@ class WaRAModel(BaseTuner):
     _named_by_state_dict: set[str] | None = None
     # Name of the adapter that is being injected.
     _injected: str = ""
-    # Adapters whose config came with a saved one, until its tensors come.
+    # Adapters that are being loaded: their config has arrived, their tensors have not.
     _awaited: Mapping[str, AwaitedAdapter] = {}
     _trained_before: TrainedBefore | None = None
-    # Of the adapter that is being injected.
+    # Hashes of base weights, for the adapter that is being injected.
     _base_weight_hashes: Mapping[str, str] | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add the adapter of that name to all its target modules; their shapes are saved with it.
 
-        What `torch.compile` has wrapped is compiled in place from then on, so that names are those of the plain model.
+        Modules that `torch.compile` has wrapped are compiled in place from then on, which keeps their plain names.
         """
         with compiled_in_place(model) as plain:
             if self.model is model:
@@ -127,7 +127,7 @@ class WaRAModel(BaseTuner):
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         state_dict = kwargs.get("state_dict")
         if state_dict is not None:
-            # PEFT takes any key for one of a factor.
+            # PEFT would take every key for that of a factor.
             state_dict = {plain_name(key): value for key, value in state_dict.items() if is_of_a_factor(key)}
             kwargs["state_dict"] = state_dict
             self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
@@ -149,20 +149,18 @@ class WaRAModel(BaseTuner):
         finally:
             self._named_by_state_dict = None
         keep_unpacked(model)
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, WaRALayer) and adapter_name in module.wara_A
-        }
+        layers = adapted_layers(model, adapter_name)
         shapes = {name: layer.shape.as_list() for name, layer in layers.items() if adapter_name not in layer.tied_to}
         in_model = note(config, written, {"module_shapes": shapes, "base_weight_hashes": self._base_weight_hashes})
         for layer in layers.values():
             layer.in_model[adapter_name] = in_model
         warn_of_unmatched(config, shapes, named, [name for name, _ in model.named_modules()])
+        # An adapter that was deleted may have had the same name.
+        awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         if config.module_shapes is not None:
-            awaited = AwaitedAdapter(config, trained)
-            awaited.warn_if_another(in_model)
-            self._awaited = {**self._awaited, adapter_name: awaited}
+            awaited[adapter_name] = AwaitedAdapter(config, trained)
+            awaited[adapter_name].warn_if_another(in_model)
+        self._awaited = awaited
         keep_ties_in_replicas(model)
         keep_called(model)
         if config.rank_penalty and add_penalty not in model._forward_hooks.values():
@@ -175,20 +173,17 @@ class WaRAModel(BaseTuner):
             tensors = self._factors_in(state_dict, prefix, adapter_name)
             own = self._factors_in(self.state_dict(prefix=prefix), prefix, adapter_name) if tensors else {}
             if tensors and awaited.may_be(tensors, own, found):
-                try:
+                with self._taken_out_on_error(adapter_name):
                     awaited.check(found)
                     awaited.check_tensors(tensors, own)
                     given = {AROUND.sub("", key.removeprefix(f"{prefix}model.")) for key in state_dict}
                     biases = trained_biases(self.model, awaited.config, adapter_name, self.model.state_dict())
                     awaited.check_biases(key for key in biases if AROUND.sub("", key) not in given)
-                except ValueError:
-                    self._remove(adapter_name)
-                    raise
                 self._awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _factors_in(self, state_dict: Mapping[str, Tensor], prefix: str, adapter_name: str) -> dict[str, Tensor]:
-        """What a state dict has of an adapter's factors, by key without the prefix.
+        """The tensors of an adapter's factors in a state dict, by key without the prefix.
 
         Keys of a file that PEFT has not found in the model come without the adapter's name.
         """
@@ -202,6 +197,16 @@ class WaRAModel(BaseTuner):
                 found[key.removeprefix(f"{prefix}model.")] = tensor
         return found
 
+    @contextmanager
+    def _taken_out_on_error(self, adapter_name: str) -> Iterator[None]:
+        """Scope in which the tensors of a saved adapter are checked: refused ones take a new adapter along."""
+        try:
+            yield
+        except ValueError:
+            if adapter_name in self._awaited:
+                self._remove(adapter_name)
+            raise
+
     def _remove(self, adapter_name: str) -> None:
         if len(self.peft_config) > 1:
             self.delete_adapter(adapter_name)
@@ -211,7 +216,7 @@ class WaRAModel(BaseTuner):
                 self.model.get_parameter(name).requires_grad_(True)
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
-        """PEFT calls this with the resolved config, before the first replacement: the place to check all targets."""
+        """Check all targets: PEFT calls this with the resolved config, before it replaces the first module."""
         bases = self._checked_bases(peft_config, model)
         check_saved_apart(model, cast(dict[str, WaRAConfig], self.peft_config), self._injected, bases)
         targets = {
@@ -322,9 +327,9 @@ class WaRAModel(BaseTuner):
         return Linear if backend is not None and backend.layer_type == "linear" else None
 
     def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
-        """As PEFT resolves targets, and in the experts of a mixture as it does for LoRA.
+        """Resolve targets as PEFT does, and targets in the experts of a mixture as PEFT does for LoRA.
 
-        What "all-linear" names and cannot be adapted is left out; what the user names is refused later.
+        Modules of "all-linear" that WaRA cannot adapt are left out; those that the user names are refused later.
         """
         all_linear = is_all_linear(peft_config) and self._named_by_state_dict is None
         if peft_config.target_modules is None and peft_config.target_parameters:
@@ -519,7 +524,7 @@ class WaRAModel(BaseTuner):
     def _get_learnable_bias_state_dict(
         cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
     ) -> dict[str, Tensor]:
-        """Nothing: `_get_adapter_state_dict` adds the biases, for which it has to know the adapter's name."""
+        """Return nothing: `_get_adapter_state_dict` adds the biases, since it knows the adapter's name."""
         return {}
 
     @classmethod
@@ -551,12 +556,8 @@ class WaRAModel(BaseTuner):
         Raises:
             ValueError: see `wara_peft.overwriting.check_saved_adapter`.
         """
-        try:
+        with self._taken_out_on_error(adapter_name):
             check_saved_adapter(self, adapter_name, path, **hub)
-        except ValueError:
-            if adapter_name in self._awaited:
-                self._remove(adapter_name)
-            raise
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -569,10 +570,12 @@ class WaRAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The tensors under the keys that the model has for them, compiled or not, whatever other adapters it has.
 
-        Those that some modules have under other keys are refused.
+        Keys that differ from those of their module's own tensors are refused.
         """
         plain = {plain_name(key): value for key, value in state_dict.items()}
-        check_keys(model, adapter_name, plain)
+        tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
+        with nullcontext() if tuner is None else tuner._taken_out_on_error(adapter_name):
+            check_keys(model, adapter_name, plain)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
         here = {plain_name(key): key for key in model.state_dict() if plain_name(key) != key}
         return places_in(model, {here.get(key, key): value for key, value in remapped.items()})
@@ -606,14 +609,13 @@ class WaRAModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         with plain_model(self.model) as model:
-            modules = dict(model.named_modules())
-        for name, module in modules.items():
-            backend = module.quantization_backend if isinstance(module, WaRALayer) else None
-            if backend is not None and not backend.supports_merge:
-                raise ValueError(
-                    f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve the "
-                    "adapter unmerged, or merge it into the unquantized model."
-                )
+            for name, module in model.named_modules():
+                backend = module.quantization_backend if isinstance(module, WaRALayer) else None
+                if backend is not None and not backend.supports_merge:
+                    raise ValueError(
+                        f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve "
+                        "the adapter unmerged, or merge it into the unquantized model."
+                    )
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched."""
@@ -651,7 +653,7 @@ class WaRAModel(BaseTuner):
             ValueError: something else wrote a base weight since. No weight of a module is changed then, unless
                 adapters of several methods lie around it.
         """
-        # In reverse, since of adapters around one layer the outer ones are merged first.
+        # The order is reversed, since of adapters around one layer PEFT merges the outer ones first.
         layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)][::-1]
         for layer in layers:
             if isinstance(layer, WaRALayer) and not isinstance(layer.base_layer, BaseTunerLayer):
@@ -677,7 +679,7 @@ class WaRAModel(BaseTuner):
             )
         for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
             del self.model._forward_hooks[key]
-        for layer in layers:  # they may stay in memory for a while, as circles do
+        for layer in layers:  # reference cycles may keep these in memory for a while
             layer.forget_kept_weight()
         let_go(self.model)
         watch_no_more(self.model)

@@ -1,4 +1,4 @@
-"""Loading a saved adapter over one that is in a model already: refused where its tensors would mean something else."""
+"""Checks before a saved adapter is loaded over one in the model: its tensors must mean the same there."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import nn
 from .awaited import AwaitedAdapter
 from .components import fields_in_model, layers_of, wara_config
 from .config import WaRAConfig, scaling
+from .disk.contents import PEFT_PREFIX
 from .layer import is_of_a_factor
 from .messages import first
 from .wavelet import filters
@@ -26,7 +27,6 @@ MEANING = ("form", "levels", "grid_pairs", "core", "save_basis")
 """Fields that say what an adapter's tensors are."""
 MEANING_IF_SET = ("component_order", "grid_size", "num_prefix_tokens")
 """Fields that say so where both adapters set them; None leaves them to the model."""
-PEFT_PREFIX = "base_model.model."
 
 
 def check_saved_adapter(model: nn.Module, adapter_name: str, path: str | os.PathLike[str], **hub: Any) -> None:

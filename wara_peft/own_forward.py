@@ -1,4 +1,4 @@
-"""Layers whose forward is not that of their class in PyTorch: what it does is tried out, with weights of our own."""
+"""Layers whose forward is not that of their class in PyTorch; its effect is tried out, with weights made here."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def has_own_forward(base: nn.Module) -> bool:
 def adds_up(base: nn.Module) -> bool:
     """Whether adding ΔW to the layer's weight adds to its result what an adapter adds: x ΔWᵀ of a linear layer.
 
-    It is tried with W and ΔW of our own, in float32, on small and large inputs; the layer itself stays as it is, and
-    may be on the meta device.
+    This tries W and ΔW of its own, in float32, on small and large inputs. The layer itself stays as it is, and may be
+    on the meta device.
     """
     weight = cast(Tensor, base.weight)
     device = torch.device("cpu") if weight.is_meta else weight.device
@@ -77,7 +77,7 @@ def reason_against_adapting(base: nn.Module) -> str | None:
 
 
 def _reason_against_embedding(base: nn.Embedding) -> str | None:
-    """Rows of other tokens are changed, which changes the result if it is made of them."""
+    """Change the rows of other tokens, and see whether the result changes: then it is made of them."""
     weight = torch.zeros(_shape(base))
     (tokens,) = _inputs(base, 1.0, torch.Generator(), weight.device)
     others = torch.ones_like(weight)
@@ -117,18 +117,31 @@ def _result(base: nn.Module, x: Tensor, weight: Tensor) -> Any:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         known = tensor.detach() if not tensor.is_meta or weight.is_meta else torch.ones(tensor.shape)
         tensors[name] = known.to(weight.device, dtype)
-    training = base.training
+    tensors["weight"] = weight
+    modes = {module: module.training for module in base.modules()}
     base.eval()
     try:
-        return functional_call(base, {**tensors, "weight": weight}, (x,))
+        return functional_call(_Forward(base), {f"base.{name}": tensor for name, tensor in tensors.items()}, (x,))
     except Exception:  # whatever it asks for that is not given here
         return None
     finally:
-        base.train(training)
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Forward(nn.Module):
+    """Only a layer's forward: its hooks are the user's, and must not see what is tried here."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Any:
+        return self.base.forward(x)
 
 
 def _product(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What an adapter whose ΔW is `weight` adds to the result."""
+    """The product that an adapter whose ΔW is `weight` adds to the result."""
     if isinstance(base, nn.Embedding):
         return F.embedding(x, weight)
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
@@ -137,6 +150,6 @@ def _product(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _embed_scale(base: nn.Module) -> float:
-    """What an embedding of transformers multiplies rows by, and its adapter too."""
+    """The factor by which an embedding of transformers scales its rows, and its adapter does too."""
     scale = getattr(base, "embed_scale", 1.0)
     return 1.0 if isinstance(scale, Tensor) and (scale.is_meta or scale.numel() > 1) else float(scale)

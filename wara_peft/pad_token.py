@@ -9,6 +9,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from .in_full import base_config_on_disk
+
 
 def warn_of_pad_token(model: nn.Module, config: PeftConfig) -> None:
     """Warn where an adapter that is saved would be loaded beside a base model that reads its scores elsewhere.
@@ -25,10 +27,9 @@ def warn_of_pad_token(model: nn.Module, config: PeftConfig) -> None:
     base = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
     if config.task_type != "SEQ_CLS" or not name or not hasattr(base, "score"):
         return
-    here: Any = base.config
-    try:
-        on_disk: Any = type(here).from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
+    here: Any = getattr(base, "config", None)
+    on_disk = base_config_on_disk(here, name)
+    if on_disk is None:
         return
     used, saved = (found.get_text_config().pad_token_id for found in (here, on_disk))
     if used != saved:

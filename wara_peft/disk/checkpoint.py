@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -16,7 +17,6 @@ from .tensors import TensorFile, TensorInfo
 
 COPIED_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 """Endings of the files of a model's configuration, tokenizer and processor."""
-ADAPTER_CONFIG = "adapter_config.json"
 LICENSE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
@@ -18,7 +19,7 @@ from ..mergeable import check_mergeable
 from ..messages import first
 from .adapter import SavedAdapter, Track, untracked
 from .base_model import AdaptedModel, empty_model
-from .checkpoint import ADAPTER_CONFIG, Checkpoint, ShardWriter, copy_beside, read_json
+from .checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
 from .contents import PEFT_INTERNAL, TOKENS, parameter_of
 from .directory import written_at_once
 from .skeleton import keys_of_parameters

@@ -1,4 +1,4 @@
-"""Constant tensors: objects that need the same ones share them, and the last of these objects takes them along."""
+"""Constant tensors: objects that need the same ones share them, and they are freed with the last of these objects."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def constant_tensors(build: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
     The function is then called with the `Constants` of the object that uses the tensors, and with a tensor that they
     will meet in place of the device.
 
-    Nothing that is in force at their first use stays with them. The device is named, whatever the default device is.
-    They are made outside of inference mode, whose tensors autograd does not take. What is made for fake tensors and
-    other subclasses, in a trace or inside a transform of torch.func is of use only there, and not kept; in a graph of
-    torch.compile the making is a part of the graph. They are no buffers, which a cast of the model would round.
+    The tensors do not depend on the settings at their first use. The device is named, whatever the default device is.
+    They are made outside of inference mode, whose tensors autograd does not take. Tensors that are made for fake
+    tensors and other subclasses, in a trace or inside a transform of torch.func are of use only there, and not kept; a
+    graph of torch.compile makes its own. They are no buffers, since a cast of the model would round buffers.
     """
 
     @wraps(build)
@@ -67,8 +67,3 @@ def constant_tensors(build: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
         return found.tensors
 
     return get
-
-
-def kept_bytes() -> int:
-    """Bytes of all constant tensors that are kept at the moment, on all devices."""
-    return sum(tensor.nbytes for shared in list(_all_shared.values()) for tensor in shared.tensors)
