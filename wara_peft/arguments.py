@@ -1,4 +1,4 @@
-"""Arguments of public functions that are of another kind than their names say, as they are where two were swapped."""
+"""Checks of public functions' arguments: one of a wrong kind was often swapped with its neighbour."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IS: dict[str, Callable[[object], bool]] = {
     "a number": lambda value: isinstance(value, Real) and not isinstance(value, bool),
     "an int": lambda value: isinstance(value, Integral) and not isinstance(value, bool),
     "a mapping": lambda value: isinstance(value, Mapping),
-    # Whatever can be iterated over gives batches; but one batch is a mapping, and gives its keys.
+    # Any iterable may give batches. A mapping is one batch itself, and iterating over it would give its keys.
     "an iterable of batches": lambda value: (
         not isinstance(value, (Mapping, str, Real, nn.Module)) and value is not None
     ),

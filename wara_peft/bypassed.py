@@ -96,7 +96,7 @@ def keep_called(model: nn.Module) -> None:
     """See to it that PyTorch's encoder layers call their adapted layers in eval mode too, until `let_go`.
 
     There an `nn.TransformerEncoderLayer` hands all its weights to one fused kernel, unless one of its layers has a
-    hook, and an `nn.TransformerEncoder` leaves padding out by nested tensors, which that kernel alone takes.
+    hook, and an `nn.TransformerEncoder` leaves padding out by nested tensors, which only that kernel takes.
     Without these padded positions are computed, as in training mode.
     """
     parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
@@ -120,4 +120,4 @@ def let_go(model: nn.Module) -> None:
 
 
 def _change_nothing(module: nn.Module, args: Any) -> None:
-    """A hook that is there to be seen."""
+    """An empty hook: PyTorch skips its fused kernel where a module has a hook."""

@@ -48,5 +48,5 @@ def _occurrences(tokens: Tensor, vocabulary: int) -> Tensor:
 
 
 def _divide_gradient(values: Tensor, divisor: Tensor) -> Tensor:
-    """The values, whose gradient is divided."""
+    """Return the values as they are; in backward their gradient is divided by `divisor`."""
     return values.detach() + (values - values.detach()) / divisor

@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TrainedBefore:
-    """What trained when adapters were disabled.
+    """Records which parameters trained when adapters were disabled.
 
     Attributes:
         names: names of the parameters.
@@ -34,14 +34,14 @@ def switch(
     then, it also has to be of one of those.
 
     Args:
-        enabled: what they shall be.
+        enabled: whether to enable or to disable them.
         before: what this returned when they were disabled; None for adapters that are enabled.
         parameters: by name those whose `requires_grad` PEFT changes.
         active: names of the active adapters.
-        pefts: PEFT's way to enable and disable.
+        pefts: PEFT's function that enables and disables.
 
     Returns:
-        What to hand in when they are enabled again; None where they are.
+        The value for `before` at the next call; None where the adapters are enabled now.
     """
     now = TrainedBefore(frozenset(name for name, value in parameters.items() if value.requires_grad), tuple(active()))
     pefts(enabled)

@@ -76,7 +76,7 @@ class ParameterLayer(WaRALayer):
             )
 
     def _add_to_base_weight(self, updates: list[LowRankUpdate], to_check: Sequence[str] = ()) -> None:
-        """One expert after the other, so that no ΔW of all of them is there at once."""
+        """Add ΔW to one expert after the other, so that ΔW of all experts is never in memory at once."""
         weight = self.get_base_weight()
         dtype = torch.promote_types(weight.dtype, torch.float32)
         merged = torch.empty_like(weight)

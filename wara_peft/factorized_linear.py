@@ -19,7 +19,7 @@ class FactorizedLinear(Linear):
     """WaRA beside a `LowRankLinear` or a `DictionaryLinear` as a whole: result = base(x) + scaling · (x Âᵀ) B̂ᵀ.
 
     Merging is exact, and builds no matrix (m, n): Â and scaling · B̂ become R more units of rank, or R more atoms. They
-    are rounded to the dtype of the factors, which changes ΔW by its own rounding alone, and not by that of W.
+    are rounded to the dtype of the factors, which rounds only ΔW, and not W.
     """
 
     @property
@@ -96,7 +96,7 @@ class KeptUnits(KeptWeight):
         layer.set_factorized(self.base or base.without_last(_units(base) - self.units))
 
     def to_main_memory(self) -> None:
-        """Keep no more than the number."""
+        """Let go of the base layer: the number of units is enough to restore it."""
         self.base = None
 
     def cast(self, dtype: torch.dtype) -> None:

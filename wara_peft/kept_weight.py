@@ -111,7 +111,7 @@ class KeptWeight:
 
 
 class _QuantizedObjects:
-    """What a quantized layer has beside the data of its weight: the parameter itself, and statistics around it.
+    """Keeps what a quantized layer has beside the data of its weight: the parameter itself, and its statistics.
 
     Args:
         base_layer: what the adapter layer has as its base layer.

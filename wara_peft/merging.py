@@ -1,4 +1,4 @@
-"""What adapter layers do to the weight of their base layer: merge updates into it, and put it back to the bit."""
+"""Adapter layers merge updates into the weight of their base layer, and put it back to the bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .mergeable import check_mergeable
 
 
 class MergingLayer(nn.Module, BaseTunerLayer):
-    """An adapter layer as merging sees it.
+    """Base class of adapter layers that merges and unmerges.
 
     From merge to unmerge it keeps the weight as it was before any adapter was merged, and what was merged. From these
     it makes the weight with any of the merged adapters, so that nothing is ever taken off a rounded sum.
@@ -117,12 +117,12 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         return base, "W_q" if hasattr(base, "W_q") else "weight"
 
     def _weights(self) -> list[Tensor]:
-        """What merging writes."""
+        """The tensors that merging writes."""
         owner, name = self.weight_place()
         return [getattr(owner, name).data]
 
     def _keep_weight(self) -> KeptWeight:
-        """What puts the base layer back as it is now."""
+        """Keep the base layer's weight as it is now."""
         return KeptWeight(self)
 
     def _is_merged_by_source(self, adapter_name: str) -> bool:
@@ -141,7 +141,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         return self.low_rank_update(adapter_name, torch.promote_types(dtype, torch.float32))
 
     def _kept_updates(self) -> dict[str, LowRankUpdate]:
-        """What is merged, by the adapter's name.
+        """The updates that are merged, by the adapter's name.
 
         Raises:
             ValueError: something is merged, and this layer does not know what.

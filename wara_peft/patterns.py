@@ -72,7 +72,7 @@ def check_in_time(field_name: str, patterns: Iterable[str], names: Collection[st
 
 
 class Unseen(dict[str, _Value]):
-    """Patterns that PEFT takes for none.
+    """Patterns that look like an empty dict to PEFT.
 
     It matches patterns by `re`, for which a limit of time cannot be set, and only to warn of those that match nothing.
     """
@@ -110,7 +110,7 @@ def in_any_order(
             and not (of_one_module and _named_module(other) is not None)
             and _overlap(field_name, other, pattern, names)
         ]
-        # `^` leaves nothing to the path that PEFT lets stand before a pattern.
+        # PEFT lets any path stand before a pattern. `^` makes that path empty, and `(?:.*\.)?` takes its place.
         changed = rf"^{''.join(map(_negation, others))}(?:.*\.)?(?:{pattern})"
         result[changed if others else pattern] = value
         before.append(pattern)

@@ -17,7 +17,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
     A scaling that is changed inside, as by `set_scale`, stays as it is then. So do adapters that are added or deleted.
 
-    `peft.helpers.rescale_adapter_scale` looks for LoRA's layers alone, and refuses a model that has none. With a
+    `peft.helpers.rescale_adapter_scale` looks only for LoRA's layers, and refuses a model that has none. With a
     multiplier in [0, 1] this is WiSE-FT, as there.
 
     Args:

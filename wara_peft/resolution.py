@@ -1,4 +1,4 @@
-"""What a model makes of a config: PEFT resolves the user's own object in place, so each model keeps its result."""
+"""Configs as a model resolves them: PEFT resolves the user's own object in place, so each model keeps its result."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def note(config: Any, written: Mapping[str, Any], found: Mapping[str, Any]) -> M
         found: further fields, which the model has found out.
     """
     in_model = {name: copy.copy(getattr(config, name)) for name in (*TARGETS, *TIES)} | dict(found)
-    # Not a copy of `modules_to_save`: it is this list to which PEFT adds the head of a task later.
+    # `modules_to_save` is not copied: PEFT adds the head of a task to this very list later.
     pairs = {name: (in_model.get(name, getattr(config, name)), value) for name, value in written.items()}
     config.resolution = Resolution(pairs, in_model)
     return in_model
 
 
 def use(config: Any, in_model: Mapping[str, Any]) -> None:
-    """Note that the model with these fields is the one of which the config will be written next."""
+    """Note that the config will be written next, for the model that has these fields."""
     config.resolution = Resolution({} if config.resolution is None else config.resolution.pairs, in_model)
 
 

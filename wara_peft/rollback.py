@@ -58,7 +58,7 @@ def _offload(base_layer: nn.Module) -> None:
 
 
 class _LayerState:
-    """What merging changes in an adapter layer of another method, and how to put it back.
+    """Keeps what merging changes in an adapter layer of another method, to put it back.
 
     Merging may add to a weight in place, so its values are copied, to main memory; where accelerate has offloaded a
     weight, its hook holds the data.

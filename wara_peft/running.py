@@ -32,7 +32,7 @@ def execute(words: list[str], environment: Mapping[str, str]) -> NoReturn:
 
 
 def command(program: str, arguments: Sequence[str], is_module: bool) -> list[str]:
-    """What to execute: this Python with a script or module, or any other program as it is.
+    """The command line to execute: this Python with a script or module, or any other program as it is.
 
     A Python script is a file with an ending of Python's, a folder or zip file with `__main__.py`, or a file without
     an ending that may not be executed. A bare name without such an ending is a command of this Python's environment

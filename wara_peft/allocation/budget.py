@@ -27,7 +27,7 @@ from ..kinds import kind_of
 
 
 def lora_parameters_in(model: nn.Module, like: LoraConfig, modules: Mapping[str, nn.Module]) -> int:
-    """Parameters of a LoRA on a model, which may have adapters; without `target_modules` of its own on `modules`.
+    """Count the parameters that a LoRA would have on a model; without `target_modules` it is counted on `modules`.
 
     Args:
         model: the base model, or one that has adapters around it.

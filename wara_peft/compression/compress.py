@@ -165,7 +165,7 @@ def compress(
 def check_options(
     budget: float | int | str | Mapping[str, int], solver: str, allocation: str, cost: str | Cost
 ) -> None:
-    """Refuse what no model can be compressed by.
+    """Refuse options that are wrong whatever the model is.
 
     Raises:
         ValueError: a name is unknown, or the budget is no share, no number and no size.

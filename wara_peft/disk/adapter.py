@@ -206,7 +206,7 @@ def read_config(directory: Path, method: str, config_class: type[_Config]) -> _C
 
 
 def _what_else(directory: Path) -> str:
-    """What a directory without an adapter's config holds in its place."""
+    """Say what a directory without an adapter's config holds instead."""
     folders = [repr(str(file.parent)) for file in sorted(directory.glob(f"*/{CONFIG_NAME}"))]
     if folders:  # PEFT saves adapters of other names than "default" so, and Trainer its checkpoints
         return f" Adapters lie in {first(folders)}: name one of these."

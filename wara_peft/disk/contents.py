@@ -52,7 +52,7 @@ class Contents:
     """
 
     parts_of_layers: tuple[str, ...] = TENSOR_PARTS
-    """What a layer's factors lie in, by which a key that nothing in the config explains is known for one of them."""
+    """Names of parts that hold a layer's factors. A key with one that the config does not explain is refused."""
 
     def __init__(self, config: WaRAConfig, modules: dict[str, ModuleShape], file: TensorFile) -> None:
         self.config, self.modules = config, modules
@@ -197,7 +197,7 @@ class Contents:
         return replace(shape, kernel=kernel)
 
     def _looks_like_a_factor(self, key: str) -> bool:
-        """Whether a key ends as those of factors: in the name of a part, or that and a parameter's."""
+        """Whether a key is that of a factor: it ends in a part's name, after which a parameter's may follow."""
         return any(part in self.parts_of_layers for part in key.split(".")[-2:])
 
     def _is_known(self, key: str) -> bool:
@@ -224,7 +224,7 @@ def _places_of_bias(module: str, kind: Kind) -> list[str]:
 
 
 def _of_one_kind(module: str) -> str:
-    """What a module's name has in common with those of its kind in other blocks."""
+    """Replace the block's number in a module's name, so that modules of one kind in all blocks have one name."""
     return re.sub(r"\.\d+\.", ".*.", module)
 
 

@@ -139,7 +139,7 @@ class Form:
         _warn_about_two_outputs(targets)
 
     def base_weight_hashes(self, settings: Settings, targets: Mapping[str, Target]) -> dict[str, str] | None:
-        """By name the hashes of base weights from which a saved adapter makes its basis again, if it does."""
+        """Hashes, by name, of base weights from which a saved adapter makes its basis again; None if it does not."""
         return None
 
     def context(self, settings: Settings, model: nn.Module, module_name: str) -> Any:

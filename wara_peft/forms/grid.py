@@ -89,7 +89,7 @@ class GridForm(Form):
     def unsuitable(
         self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
     ) -> dict[str, Refusal]:
-        """Modules whose tokens lie on no grid."""
+        """Say which modules see tokens that lie on no grid."""
         return off_grid(model, shapes)
 
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:

@@ -104,7 +104,7 @@ class Keeping:
                     break
             if unchanged and made.tensor is not None:
                 return made.tensor
-        # Noted before the factor is made, so that what another thread writes meanwhile is seen at the next use.
+        # These are noted before the factor is made, so that the next use sees what another thread writes meanwhile.
         changes, steps, traces = self.changes, _steps, _traces(sources())
         factor = synthesise()
         if traces:
@@ -135,7 +135,7 @@ _Trace = tuple[Tensor, int, int]
 
 
 def _traces(tensors: Sequence[Tensor]) -> list[_Trace] | None:
-    """How to notice later that one of these tensors was changed; None if that cannot be noticed."""
+    """Record what a later look needs to notice a change of these tensors; None if it cannot be noticed."""
     try:
         return [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
     except RuntimeError:  # inference tensors have no version, and tensors of torch.func and fake ones no storage
@@ -143,7 +143,7 @@ def _traces(tensors: Sequence[Tensor]) -> list[_Trace] | None:
 
 
 class _Made(NamedTuple):
-    """A factor that a call has made.
+    """Holds a factor that a call has made, and how to notice that the factor is stale.
 
     Attributes:
         changes, steps: how often the factor had changed, and optimizers had stepped, before.
@@ -158,7 +158,7 @@ class _Made(NamedTuple):
 
 
 class _Call:
-    """One call of a model, and what its factors have made in it."""
+    """Stands for one call of a model, and holds the factors that were made in it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -68,10 +68,10 @@ class OrderedFactor(SubbandFactor):
             out[row].zero_()
 
     def forward(self, positions: Tensor | None = None) -> Tensor:
-        """As `SubbandFactor`, with rows that are left out as zeros.
+        """Return the factor as `SubbandFactor` does, with zeros in the rows that are left out.
 
-        As dropout does, it draws in training mode, with gradients or without: reentrant checkpointing runs the forward
-        without them first, and what it computes again in backward must be the same.
+        Their number is drawn in training mode, as dropout draws, with gradients or without: reentrant checkpointing
+        first runs the forward without gradients, and the forward that it repeats in backward must give the same.
         """
         factor = super().forward(positions)
         if positions is not None and self.limit is not None:

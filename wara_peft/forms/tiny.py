@@ -173,7 +173,7 @@ class TinyForm(Form):
     def unsuitable(
         self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
     ) -> dict[str, Refusal]:
-        """Modules with less singular values in a subband than its rank."""
+        """Say which modules have fewer singular values in a subband than its rank."""
         sentence = (
             "form='tiny' takes as many singular vectors as the rank, and there are fewer in {}. A smaller rank for "
             "them is given by `r`, `subband_ranks` or `rank_pattern`."

@@ -33,7 +33,7 @@ def grid_subbands(levels: int) -> tuple[Subband, ...]:
 
 
 class _Derived:
-    """Not a field, as in `Axis`."""
+    """Declares an attribute that is no field, for the reason that `wavelet.layout._Derived` gives."""
 
     constants: Constants
 

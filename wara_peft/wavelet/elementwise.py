@@ -1,4 +1,4 @@
-"""Synthesis by elementwise operations: of single samples, and into a tensor that is there."""
+"""Synthesis by elementwise operations: it computes single samples, or writes into a tensor that is given."""
 
 from __future__ import annotations
 

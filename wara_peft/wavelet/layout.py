@@ -55,7 +55,7 @@ def subbands(levels: int) -> tuple[Subband, ...]:
 
 
 class _Derived:
-    """What follows from an axis's fields. Not fields themselves, which Dynamo of PyTorch 2.9 would pass to `Axis`."""
+    """Declares what follows from an axis's fields, and is no field: Dynamo of PyTorch 2.9 passes fields to `Axis`."""
 
     sizes: tuple[int, ...]
     rows: int
@@ -66,7 +66,7 @@ class _Derived:
     constants: Constants
 
 
-# Letters of a level all of whose subbands have the same rank, one for each subband or two that stand for one band.
+# If all subbands of a level have the same rank, its letters, one for each subband or band, are among these.
 _EQUAL_RANKS = {"a", "d", "ad"}
 _COARSEST, _FINER = {*_EQUAL_RANKS, "adad", "aadd"}, {*_EQUAL_RANKS, "dad", "add"}
 
