@@ -35,6 +35,11 @@ class Scaled(nn.Linear):
         return 0.9 * super().forward(x)
 
 
+class ScaledByCall(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
 class Masked(nn.Linear):
     """Pruned: its weight is zero wherever its mask is, so with the weight as it is the mask does nothing."""
 
@@ -108,6 +113,7 @@ REFUSED = {
     "max_norm": (lambda: nn.Embedding(9, 8, max_norm=1.0), TOKENS, "max_norm=1.0"),
     "float8": (lambda: Float8(8, 6), X, "quantized, to torch.float8_e4m3fn"),
     "scaled": (lambda: Scaled(8, 6), X, "its class, Scaled"),
+    "scaled by its call": (lambda: ScaledByCall(8, 6), X, "its class, ScaledByCall"),
     "masked": (lambda: Masked(8, 6), X, "its class, Masked"),
     "clamped": (lambda: Clamped(8, 6), X, "its class, Clamped"),
     "normed": (lambda: Normed(8, 6), X, "its class, Normed"),

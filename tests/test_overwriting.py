@@ -63,6 +63,8 @@ SAME_SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"form": "tiny", "r": 2},
         "save_basis=False there and True here",
     ),
+    "biases": ({"bias": "wara_only"}, {}, "bias='wara_only' there and 'none' here"),
+    "trained modules": ({"modules_to_save": ["head"]}, {}, r"modules_to_save=\['head'\] there and None here"),
     "order of components": (
         {"ordered_dropout": True, "component_order": ["aa0", "dd1", "da1", "ad1", "aa1"]},
         {"ordered_dropout": True},
@@ -82,6 +84,21 @@ def test_what_would_mean_something_else_is_refused(case: str, tmp_path: Path) ->
     assert "WaRAConfig.from_pretrained" in str(raised.value) and "another name" in str(raised.value)
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
     model.load_adapter(tmp_path, "other")  # as the message says
+
+
+@pytest.mark.parametrize("here", [[2], None], ids=["others", "none"])
+def test_rows_of_other_tokens_are_refused(here: list[int] | None, tmp_path: Path) -> None:
+    def adapted(tokens: list[int] | None) -> PeftModel:
+        base = nn.ModuleDict({"embed_tokens": nn.Embedding(5, 12), "up": nn.Linear(12, 8)})
+        rows = None if tokens is None else {"embed_tokens": tokens}
+        return get_peft_model(base, WaRAConfig(target_modules=["up"], trainable_token_indices=rows))
+
+    adapted([1]).save_pretrained(tmp_path)
+    model = adapted(here)
+    before = values(model)
+    with pytest.raises(ValueError, match=r"trainable_token_indices=\{'embed_tokens': \[1\]\} there and"):
+        model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_shapes_of_modules_count(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ MEANING = ("form", "levels", "grid_pairs", "core", "save_basis")
 """Fields that say what an adapter's tensors are."""
 MEANING_IF_SET = ("component_order", "grid_size", "num_prefix_tokens")
 """Fields that say so where both adapters set them; None leaves them to the model."""
+IN_FULL = ("bias", "modules_to_save", "trainable_token_indices")
+"""Fields that say which tensors of the base model an adapter trains, so that a file holds these and no others."""
 
 
 def check_saved_adapter(model: nn.Module, adapter_name: str, path: str | os.PathLike[str], **hub: Any) -> None:
@@ -101,6 +103,11 @@ def _differences(saved: WaRAConfig, here: WaRAConfig) -> Iterator[str]:
     for name, (there, own) in pairs.items():
         same = filters(there) == filters(own) if name == "wavelet" else there == own
         if not same and not (name in MEANING_IF_SET and None in (there, own)):
+            yield f"{name}={there!r} there and {own!r} here"
+    for name in IN_FULL:
+        there, own = getattr(saved, name) or None, getattr(here, name) or None
+        same = set(there or ()) == set(own or ()) if name == "modules_to_save" else there == own
+        if not same:
             yield f"{name}={there!r} there and {own!r} here"
 
 

@@ -23,7 +23,12 @@ TOLERANCE = 0.02
 def has_own_forward(base: nn.Module) -> bool:
     """Whether a layer may compute otherwise than PyTorch's class; hooks that load weights replace its forward too."""
     hooked = hasattr(base, "_hf_hook") or hasattr(base, "_diffusers_hook")
-    return type(base).forward not in _KNOWN or ("forward" in vars(base) and not hooked)
+    own_class = type(base).forward not in _KNOWN or _has_own_call(base)
+    return own_class or ("forward" in vars(base) and not hooked)
+
+
+def _has_own_call(base: nn.Module) -> bool:
+    return type(base).__call__ is not nn.Module.__call__
 
 
 @torch.no_grad()
@@ -130,14 +135,17 @@ def _result(base: nn.Module, x: Tensor, weight: Tensor) -> Any:
 
 
 class _Forward(nn.Module):
-    """Only a layer's forward: its hooks are the user's, and must not see what is tried here."""
+    """Only a layer's forward: its hooks are the user's, and must not see what is tried here.
+
+    Where its class computes in `__call__`, there is no way around the hooks.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
 
     def forward(self, x: Tensor) -> Any:
-        return self.base.forward(x)
+        return self.base(x) if _has_own_call(self.base) else self.base.forward(x)
 
 
 def _product(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
