@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .own_forward import adds_up, has_own_forward
 from .quantization import FLOATS
@@ -22,10 +23,12 @@ def check_mergeable(module_name: str, base: nn.Module) -> None:
     reason, remedy = None, "Serve the adapter unmerged"
     if weight is None:
         reason = "its weight is computed from other tensors, so that what is written to it is lost"
-        remedy += (
-            ", or take off what computes it (`torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')`, "
-            "`torch.nn.utils.remove_weight_norm(module)`) and put the saved adapter beside the plain weight"
-        )
+        if is_parametrized(base) or base._forward_pre_hooks:  # PEFT's wrapper of trained tokens has neither
+            remedy += (
+                ", or take off what computes it (`torch.nn.utils.parametrize.remove_parametrizations(module, "
+                "'weight')`, `torch.nn.utils.remove_weight_norm(module)`) and put the saved adapter beside the plain "
+                "weight"
+            )
     elif weight.dtype not in FLOATS:
         reason = f"its weight is quantized, to {weight.dtype}"
         remedy += ", or merge it into the model that is not quantized"
