@@ -114,7 +114,7 @@ def largest(value: Value) -> float:
 
 def shown(value: Value) -> str:
     if isinstance(value, tuple):
-        return f"{value[0]:.2f} to {value[1]:.2f}"
+        return f"{value[0]:.3f} to {value[1]:.3f}"
     return f"{value:,.0f}" if value > 100 else f"{value:.3f}"
 
 
