@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The cache of torch.compile does not know this setting: code that was made for other instructions would not compile.
 if "ATEN_CPU_CAPABILITY" in os.environ:
     cache = f"torchinductor_{getpass.getuser()}_{os.environ['ATEN_CPU_CAPABILITY']}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), cache))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), cache)  # importing torch may set it
 # Models this small spend their time waiting for each other's threads: they get one, unless the environment says more.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
