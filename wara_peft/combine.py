@@ -169,6 +169,7 @@ def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bo
         core="full",
         save_basis=True,
         base_weight_hashes=None,
+        biased_modules=None,
     )
 
 

@@ -125,7 +125,13 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
     gone = [layer.get_base_layer() for name, layer in layers.items() if not any(ranks[name].values())]
     if changed.bias == "wara_only" and any(getattr(base, "bias", None) is not None for base in gone):
         changed.bias = "all"  # or those that have trained would not be saved
-    in_model = note(changed, as_written(changed), {"module_shapes": changed.module_shapes, "base_weight_hashes": None})
+    shapes, biased = changed.module_shapes or {}, changed.biased_modules
+    found = {
+        "module_shapes": shapes,
+        "base_weight_hashes": None,
+        "biased_modules": None if biased is None else [name for name in biased if name in shapes],
+    }
+    in_model = note(changed, as_written(changed), found)
     cast(Any, model).peft_config[adapter_name] = changed
     for name, layer in layers.items():
         if any(ranks[name].values()):

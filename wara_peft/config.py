@@ -35,6 +35,7 @@ NAMING = (
     "alpha_pattern",
     "module_shapes",
     "base_weight_hashes",
+    "biased_modules",
 )
 """Fields that have names of modules, or patterns for them."""
 
@@ -111,6 +112,7 @@ class WaRAConfig(PeftConfig):
             parameter it is `[kind, out, in, experts, position]`, with 0 experts for a matrix and its position among
             the parameters of its module.
         base_weight_hashes: written likewise where `save_basis` is False, `{module: SHA-256 of its weight}`.
+        biased_modules: written likewise where biases train, the adapted modules that have one.
 
     Raises:
         ValueError: a value is out of range, or fields contradict each other.
@@ -147,6 +149,7 @@ class WaRAConfig(PeftConfig):
     rank_penalty: float = 0.0
     module_shapes: dict[str, list[Any]] | None = None
     base_weight_hashes: dict[str, str] | None = None
+    biased_modules: list[str] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WaRAConfig:
         for name, value in kwargs.items():

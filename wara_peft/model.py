@@ -151,7 +151,13 @@ class WaRAModel(BaseTuner):
         keep_unpacked(model)
         layers = adapted_layers(model, adapter_name)
         shapes = {name: layer.shape.as_list() for name, layer in layers.items() if adapter_name not in layer.tied_to}
-        in_model = note(config, written, {"module_shapes": shapes, "base_weight_hashes": self._base_weight_hashes})
+        biased = [name for name in shapes if getattr(layers[name], "bias", None) is not None]
+        found = {
+            "module_shapes": shapes,
+            "base_weight_hashes": self._base_weight_hashes,
+            "biased_modules": None if config.bias == "none" else biased,
+        }
+        in_model = note(config, written, found)
         for layer in layers.values():
             layer.in_model[adapter_name] = in_model
         warn_of_unmatched(config, shapes, named, [name for name, _ in model.named_modules()])

@@ -468,7 +468,7 @@ class TestRefusals:
                 "layer.1.attention.self.query.base_layer.bias",
                 "lacks the bias of 'bert.*layer.1",
             ),
-            ({"bias": "wara_only"}, ".bias", "query.bias', which its config promises"),
+            ({"bias": "wara_only"}, ".bias", "query', .*which trained with bias"),
             ({"bias": "all"}, "LayerNorm.bias", "LayerNorm.bias', .* and 2 more, which its config promises"),
             ({"trainable_token_indices": {"word_embeddings": [3]}}, "_delta", "lacks the rows of tokens"),
         ],

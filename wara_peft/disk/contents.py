@@ -146,7 +146,11 @@ class Contents:
         return any(_is_part_of(key, names) for key in self.others if not PEFT_INTERNAL.search(key))
 
     def _check_biases(self) -> None:
-        """Which biases there are only the base model knows; but layers of one kind all have theirs, or none has."""
+        """Check that the file has the biases that the config names.
+
+        A config of 0.1.0 names none. Then only the base model knows which there are; but layers of one kind all have
+        theirs, or none has.
+        """
         in_full = tuple(self.config.modules_to_save or ())
         there = {parameter_of(key) for key in self.others if key.endswith(".bias") and not _is_part_of(key, in_full)}
         missing = [
@@ -154,6 +158,15 @@ class Contents:
             for name, shape in self.modules.items()
             if (places := _places_of_bias(name, shape.kind)) and there.isdisjoint(places)
         ]
+        named = getattr(self.config, "biased_modules", None)  # a LoRA has no such field
+        if named is not None:
+            lacking = [repr(name) for name in missing if name in named]
+            if lacking:
+                raise ValueError(
+                    f"{self.name} lacks the bias of {first(lacking)}, which trained with bias={self.config.bias!r}. "
+                    "Use a complete copy of the adapter."
+                )
+            return
         kinds = {_of_one_kind(name) for name in self.modules if name not in missing}
         lacking = [repr(name) for name in missing if _of_one_kind(name) in kinds]
         if lacking:
