@@ -265,8 +265,12 @@ class TestModels:
             r"patches after 1 prefix tokens. Set `grid_size=\(rows, columns\)` and `num_prefix_tokens`",
         ):
             layer(torch.randn(1, 33, 16))
-        with pytest.raises(ValueError, match=r"The 50 tokens.*expected 5 x 7 of patches after 1 prefix tokens"):
-            explicit(images(14))
+        for size, length, side in (((5, 7), 14, 7), ((4, 9), 12, 6)):  # the second one has as many patches
+            said = (
+                rf"grid_size=\({size[0]}, {size[1]}\) is not what module .* sees: .* make \({side}, {side}\) patches"
+            )
+            with pytest.raises(ValueError, match=said):
+                self.model(grid_size=size)(images(length), interpolate_pos_encoding=True)
 
     def test_inputs_without_tokens(self):
         model = self.model(target_modules=["fc1"])

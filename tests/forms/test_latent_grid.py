@@ -280,6 +280,15 @@ def test_flux_compiles_with_its_grid_named():
             call_other(other, 0)
 
 
+def test_positions_are_seen_for_a_second_adapter_whose_grid_is_not_named():
+    model, call = adapted("Flux", grid_size=(4, 9))
+    model.add_adapter("second", grid_config("Flux"))
+    model.double()
+    call(model, 0)
+    layer = model.base_model.model.transformer_blocks[0].attn.to_q
+    assert layer.token_mixing["second"].grid.split(36) == layer.token_mixing["default"].grid.split(36) == (0, 4, 9)
+
+
 class TestWhatSeesTheImage:
     @pytest.mark.parametrize(
         ("name", "targets", "message"),
@@ -381,8 +390,8 @@ class TestWhatSeesTheImage:
     def test_a_grid_that_fits_no_resolution(self):
         model, call = adapted("UNet", grid_size=(4, 9))
         message = (
-            r"The 10 tokens in module 'down_blocks.1.*to_q' fit no grid: expected 4 x 9 of patches after 0 or 1 "
-            r"prefix tokens. Set `grid_size=\(rows, columns\)` and `num_prefix_tokens` in the config, or leave"
+            r"grid_size=\(4, 9\) is not what module 'down_blocks.1.*to_q' sees: the model's convolutions make "
+            r"\(2, 5\) patches of its 10 tokens. Leave grid_size out"
         )
         with pytest.raises(ValueError, match=message):
             call(model, 0)

@@ -31,6 +31,7 @@ class SeenGrids:
 
     def __init__(self) -> None:
         self.layouts: dict[int, Layout | None] = {}
+        self.by_positions = False  # whether transformers that are handed positions are watched too
 
     def find(self, tokens: int, prefixes: Iterable[int]) -> Layout | None:
         """The layout of a sequence, its patches after one of these numbers of prefix tokens: the latest that fits."""
@@ -78,23 +79,33 @@ class SeenGrids:
             self._see(prefix + tokens, (prefix, rows, columns))
 
 
-def seen_grids(model: nn.Module) -> SeenGrids | None:
-    """What is seen of a model, which is watched from the first call on; None where nothing would tell."""
+def seen_grids(model: nn.Module, by_positions: bool = True) -> SeenGrids | None:
+    """What is seen of a model, which is watched from the first call on; None where nothing would tell.
+
+    Args:
+        model: the model.
+        by_positions: whether to watch transformers that are handed positions; torch.compile cannot trace that.
+    """
     at_root = next(iter(_watchers(model).values()), None)
-    if at_root is not None:  # so all of it is watched
+    if at_root is not None and (at_root.by_positions or not by_positions):  # so all that counts is watched
         return at_root
-    watched = {module: _watchers(module) for module in model.modules() if _tells(module)}
+    watched = {
+        module: _watchers(module)
+        for module in model.modules()
+        if isinstance(module, _CONVOLUTIONS) or (by_positions and _is_handed_positions(module))
+    }
     if not watched:
         return None
     seen = next((seen for watchers in watched.values() for seen in watchers.values()), None) or SeenGrids()
-    model.register_forward_pre_hook(seen.start)
+    if at_root is None:
+        model.register_forward_pre_hook(seen.start)
     for module, watchers in watched.items():
-        if watchers:
-            continue
-        if isinstance(module, _CONVOLUTIONS):
+        if not isinstance(module, _CONVOLUTIONS):
+            if not seen.by_positions:
+                module.register_forward_pre_hook(seen.see_positions, with_kwargs=True)
+        elif not watchers:
             module.register_forward_hook(seen.see_output)
-        else:
-            module.register_forward_pre_hook(seen.see_positions, with_kwargs=True)
+    seen.by_positions = seen.by_positions or by_positions
     return seen
 
 
@@ -107,10 +118,8 @@ def watch_no_more(model: nn.Module) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _tells(module: nn.Module) -> bool:
-    """Whether it is a convolution, or a transformer of diffusers that is handed patches with their positions."""
-    if isinstance(module, _CONVOLUTIONS):
-        return True
+def _is_handed_positions(module: nn.Module) -> bool:
+    """Whether it is a transformer of diffusers that gets patches with their positions."""
     of_diffusers = isinstance(getattr(module, "config", None), Mapping)
     return of_diffusers and "img_ids" in inspect.signature(type(module).forward).parameters
 

@@ -62,7 +62,7 @@ class TokenGrid:
     Args:
         size: rows and columns of patches at the image size that the model is made for, or None.
         prefix: number of tokens before the patches, or None.
-        fixed: no other size is right, because the user has named this one.
+        fixed: no other size is right, because the user has named this one; `seen` can only contradict it.
         square: whether other sizes are taken for squares where nothing tells.
         seen: what the model's own modules make of its inputs as it runs, or None where none tells.
     """
@@ -78,8 +78,10 @@ class TokenGrid:
 
         What the model has been seen to make goes first. If nothing has been seen it is the known size, or a square.
         Where the prefix is not known it is what a fixed size leaves, or else none or one.
+
+        A fixed size fits nothing where the model has been seen to make another grid of as many patches.
         """
-        if self._tells is not None:
+        if self._tells is not None and not self.fixed:
             return self._tells.find(tokens, (0, 1) if self.prefix is None else (self.prefix, 0))
         if self.fixed and self.size is not None and self.prefix is None:
             prefixes: tuple[int, ...] = (tokens - math.prod(self.size),)
@@ -87,12 +89,17 @@ class TokenGrid:
             prefixes = (0, 1) if self.prefix is None else (self.prefix,)
         for prefix in prefixes:
             if prefix >= 0 and self.size is not None and tokens - prefix == math.prod(self.size):
-                return prefix, *self.size
+                return None if self.contradicted_by(prefix, tokens) else (prefix, *self.size)
         for prefix in prefixes:
             side = math.isqrt(max(tokens - prefix, 0))
             if self.square and not self.fixed and side and side * side == tokens - prefix:
                 return prefix, side, side
         return None
+
+    def contradicted_by(self, prefix: int, tokens: int) -> tuple[int, ...] | None:
+        """Rows and columns that the model has been seen to make of so many tokens, if the size is another one."""
+        found = None if self._tells is None else self._tells.find(tokens, (prefix,))
+        return None if found is None or found[1:] == self.size else found[1:]
 
     @property
     def _tells(self) -> SeenGrids | None:
@@ -105,7 +112,7 @@ class TokenGrid:
         known = [] if self.size is None else ["{} x {}".format(*self.size)]
         if self.square and not self.fixed:
             known.append("a square")
-        if self._tells is not None:
+        if self._tells is not None and not self.fixed:
             seen = [layout for layout in self._tells.layouts.values() if layout is not None]
             known = [f"{rows} x {columns}" for _, rows, columns in reversed(seen)]
         return f"{first(known) or 'a grid'} of patches after {before} prefix tokens"
@@ -124,7 +131,7 @@ def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGri
     if prefix is None:
         prefix = _counted_prefix(model, module_name)
     if config.grid_size is not None:
-        return TokenGrid(config.grid_size, prefix, fixed=True)
+        return TokenGrid(config.grid_size, prefix, fixed=True, seen=seen_grids(model, by_positions=False))
     return TokenGrid(_size(model_config), prefix, square=model_config is None, seen=seen_grids(model))
 
 

@@ -93,6 +93,13 @@ class TokenMixing(_Derived):
         tokens = hidden.shape[1]
         split = self.grid.split(tokens)
         if split is None:
+            made = self.grid.contradicted_by(self.grid.prefix or 0, tokens) if self.grid.fixed else None
+            if made is not None:
+                raise ValueError(
+                    f"grid_size={self.grid.size} is not what module {self.module_name!r} sees: the model's "
+                    f"convolutions make {made} patches of its {tokens} tokens. Leave grid_size out, or set it to "
+                    f"{made}."
+                )
             raise ValueError(
                 f"The {tokens} tokens in module {self.module_name!r} fit no grid: expected {self.grid}. Set "
                 "`grid_size=(rows, columns)` and `num_prefix_tokens` in the config, or leave the module out with "
