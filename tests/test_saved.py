@@ -151,6 +151,21 @@ def test_what_could_not_be_saved_is_refused_before_anything_is_changed(fields):
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if name != "dictionary.columns")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "trainable_token_indices": {"lm_head": [1, 2]}},
+    ],
+)
+def test_what_only_a_tie_adapts_is_refused_before_anything_is_changed(fields):
+    model = llama(tie_word_embeddings=True)
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match="is to train in full or has rows of tokens that do"):
+        get_peft_model(model, WaRAConfig(**fields, ensure_weight_tying=True))
+    assert list(model.state_dict()) == before
+
+
 def test_two_names_of_one_layer_of_tokens_are_refused():
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"tokens": nn.Embedding(5, 4)}), "up": nn.Linear(4, 4)})
     both = {"encoder.tokens": [1], "tokens": [2]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from unittest.mock import Mock
 
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.references import Mlp
 from wara_peft import WaRAConfig
 from wara_peft.layer import WaRALayer
 
@@ -146,3 +148,13 @@ def test_offloaded_to_disk(config_class, tmp_path, monkeypatch):
     loaded.unmerge_adapter()
     with loaded.disable_adapter():
         torch.testing.assert_close(logits(loaded), without, atol=0 if config_class is not LoraConfig else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["up", "upp"]}, {"alpha_pattern": {"upp": 3}}])
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(fields):
+    model, config = Mlp(), WaRAConfig(**{"target_modules": ["up"], **fields})
+    with warnings.catch_warnings(), pytest.raises(RuntimeWarning, match="upp"):
+        warnings.simplefilter("error")
+        get_peft_model(model, config)
+    assert type(model.up) is nn.Linear and all(parameter.requires_grad for parameter in model.parameters())
+    get_peft_model(model, WaRAConfig(target_modules=["up"]))

@@ -6,7 +6,7 @@ import copy
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
@@ -107,6 +107,8 @@ class WaRAModel(BaseTuner):
     _named_by_state_dict: set[str] | None = None
     # Name of the adapter that is being injected.
     _injected: str = ""
+    # Names of modules and parameters that its user has given.
+    _named: Set[str] = frozenset()
     # Adapters that are being loaded: their config has arrived, their tensors have not.
     _awaited: Mapping[str, AwaitedAdapter] = {}
     _trained_before: TrainedBefore | None = None
@@ -134,7 +136,7 @@ class WaRAModel(BaseTuner):
         config = cast(WaRAConfig, self.peft_config[adapter_name])
         before = dict(vars(config))
         written = as_written(config)
-        named = targeted_names(config) if config.module_shapes is None else ()
+        self._named = targeted_names(config) if config.module_shapes is None else set()
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         try:
             check_adapter_name(adapter_name)
@@ -160,12 +162,10 @@ class WaRAModel(BaseTuner):
         in_model = note(config, written, found)
         for layer in layers.values():
             layer.in_model[adapter_name] = in_model
-        warn_of_unmatched(config, shapes, named, [name for name, _ in model.named_modules()])
         # An adapter that was deleted may have had the same name.
         awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         if config.module_shapes is not None:
             awaited[adapter_name] = AwaitedAdapter(config, trained)
-            awaited[adapter_name].warn_if_another(in_model)
         self._awaited = awaited
         keep_ties_in_replicas(model)
         keep_called(model)
@@ -222,7 +222,10 @@ class WaRAModel(BaseTuner):
                 self.model.get_parameter(name).requires_grad_(True)
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
-        """Check all targets: PEFT calls this with the resolved config, before it replaces the first module."""
+        """Check all targets, and warn: PEFT calls this with the resolved config, before it replaces the first module.
+
+        Whoever makes errors of warnings finds the model as it was.
+        """
         bases = self._checked_bases(peft_config, model)
         check_saved_apart(model, cast(dict[str, WaRAConfig], self.peft_config), self._injected, bases)
         targets = {
@@ -231,6 +234,12 @@ class WaRAModel(BaseTuner):
         }
         peft_config.form_object.check_targets(peft_config, model, targets)
         self._base_weight_hashes = peft_config.form_object.base_weight_hashes(peft_config, targets)
+        shapes = {name: target.shape.as_list() for name, target in targets.items()}
+        if targets:  # or else PEFT says that none matches
+            warn_of_unmatched(peft_config, shapes, self._named, [*(name for name, _ in model.named_modules()), *bases])
+        if peft_config.module_shapes is not None:
+            found = {"module_shapes": shapes, "base_weight_hashes": self._base_weight_hashes}
+            AwaitedAdapter(peft_config, []).warn_if_another(found)
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:

@@ -90,7 +90,9 @@ def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) 
         ValueError: a module that is to train in full is a target, or part of one, or has one inside; or two names of
             layers with rows of tokens mean the same one.
     """
-    ends, targets = names_in_full(config), list(targets)
+    # What is tied to a layer trains in full, or is adapted, with it.
+    ends = (*names_in_full(config), *(config.modules_to_tie or ()))
+    targets = [*targets, *(config.target_modules_to_tie or ())]
     embedding = embeddings(model)[0] if isinstance(config.trainable_token_indices, list) else None
     indices = config.trainable_token_indices
     for name, module in model.named_modules():
