@@ -23,7 +23,7 @@ RANK = 4
 
 
 def by_blocks(call: Callable[[], object]) -> Callable[[], None]:
-    """The same without the two other ways."""
+    """The transform by blocks: the two other ways are switched off."""
 
     def run() -> None:
         devices, serves = one_step.DEVICES, haar.serves

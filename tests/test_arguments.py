@@ -16,7 +16,7 @@ from wara_peft.arguments import shown
 
 BUILT_BY_PEFT = {"WaRAConfig", "WaRAModel"}
 RESULTS = {"CompressionReport", "Factorization", "LayerReport", "LayerStatistics", "LoraView"}
-"""What public functions return, and nobody makes."""
+"""Classes that public functions return and users do not make."""
 LAYERS = {name for name in compression.__all__ if re.search(r"Linear$|Conv(2d)?$|LowRankCache|LowRankTextHead", name)}
 WITHOUT_ARGUMENTS = {"SaveAsLora"}
 PUBLIC = [

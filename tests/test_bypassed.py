@@ -122,7 +122,7 @@ def test_lora_has_no_effect_where_it_is_let():
 
 
 class TestAllLinear:
-    """What the user did not name is left out, with one warning."""
+    """Layers that the user did not name are left out, with one warning."""
 
     def test_state_space_models_are_adapted_where_that_has_an_effect(self, tmp_path):
         with pytest.warns(UserWarning, match="all-linear") as caught:

@@ -32,7 +32,7 @@ BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 
 @pytest.fixture
 def traced_nothing(request):
-    """What is compiled is called as it is, which saves minutes, but in tests that are marked `slow`."""
+    """Compiled modules run uncompiled, which saves minutes; tests that are marked `slow` compile."""
     if request.node.get_closest_marker("slow"):
         yield
     else:
@@ -183,7 +183,7 @@ def test_an_adapted_model_that_is_compiled_keeps_its_names(way, tmp_path):
 
 
 def test_files_that_have_the_wrappers_name_load(tmp_path):
-    """As they were written beside compiled bases before."""
+    """Give keys the prefix that 0.1.0 wrote beside compiled bases."""
     plain = adapt(base(), **CONFIGS["by name"])
     tensors, config = saved(plain, tmp_path)
     prefix = "base_model.model."

@@ -105,7 +105,7 @@ class TestPipelines:
         torch.testing.assert_close(case.tiny.sample(pipeline), case.without, **CLOSE)
 
     def test_unload_leaves_every_bit(self, case):
-        """Of the weights, and of what they compute once those of the fresh components are frozen too."""
+        """The weights are equal to the bit, and so are results once the fresh weights are frozen too."""
         pipeline = case.loaded()
         pipeline.unload_lora_weights()
         fresh = {name: model.requires_grad_(False) for name, model in case.tiny.models().items()}

@@ -179,7 +179,7 @@ def trained(model: nn.Module) -> None:
 
 
 def trained_unseen(model: nn.Module) -> None:
-    """As DeepSpeed's optimizers write."""
+    """Write as DeepSpeed's optimizers do."""
     with torch.enable_grad():
         model.base_model.model(input_ids=PROMPT, labels=PROMPT).loss.backward()
     for parameter in _parameters(model):
@@ -223,7 +223,7 @@ def _logits(model: nn.Module, place: type[Changing], change) -> torch.Tensor:
 
 
 def _unkept(monkeypatch, model: nn.Module, place: type[Changing], change) -> torch.Tensor:
-    """The same of a model that synthesises every factor in every forward."""
+    """Results of a model that synthesises every factor in every forward."""
     monkeypatch.setattr(SubbandFactor, "forward", lambda self: self.synthesise())
     return _logits(model, place, change)
 

@@ -73,14 +73,14 @@ class NeedsMore(nn.Linear):
 
 
 class Same(nn.Linear):
-    """As its parent, written otherwise, and with a bit of bfloat16."""
+    """A layer that computes what its parent does, in other words and with some bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.bfloat16() @ self.weight.bfloat16().T).to(x.dtype) + self.bias
 
 
 class Float8(nn.Linear):
-    """As finegrained float8 layers: the weight in float8, and what scales it beside it."""
+    """A layer like the fine-grained float8 ones: its weight is float8, and a scale lies beside it."""
 
     def __init__(self, *sizes: int) -> None:
         super().__init__(*sizes)

@@ -295,7 +295,7 @@ class TestShrinking:
         torch.testing.assert_close(model(TOKENS), expected, rtol=1e-12, atol=1e-12)
 
     def test_trainer(self, tmp_path: Path):
-        """Of each layer's eight components six are far from zero, and two, which are zero, have no gradient."""
+        """Six of each layer's eight components are far from zero; the other two are zero and have no gradient."""
         model = get_peft_model(llama(), WaRAConfig(ordered_dropout=True, rank_penalty=1e-2, r=2))
         with torch.no_grad():
             for layer in layers_of(model, "default").values():

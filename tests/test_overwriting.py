@@ -102,7 +102,7 @@ def test_rows_of_other_tokens_are_refused(here: list[int] | None, tmp_path: Path
 
 
 def test_shapes_of_modules_count(tmp_path: Path) -> None:
-    """Of 11 and 12 channels the coefficients have equal shapes."""
+    """Coefficients of 11 channels have the shapes of those of 12."""
     get_peft_model(Mlp(11), WaRAConfig(target_modules=["up"])).save_pretrained(tmp_path)
     model = model_of()
     before = values(model)

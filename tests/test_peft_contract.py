@@ -1,4 +1,4 @@
-"""What PEFT promises of every method by its public names: whose object a config is, and what is left of an adapter."""
+"""PEFT's promises for every method, by public names: whose object a config is, and what a deletion leaves."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class TestWhoseObjectTheConfigIs:
 
     @pytest.mark.parametrize("config_class", [WaRAConfig, LoraConfig])
     def test_what_its_user_changes_later_is_not_lost(self, config_class: Any, tmp_path: Path) -> None:
-        """As for a template: the object still says what its user writes into it."""
+        """An object that serves as a template says what its user writes into it."""
         config = config_class(target_modules="all-linear")
         get_peft_model(Mlp(), config)
         config.target_modules = ["up"]

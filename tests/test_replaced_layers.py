@@ -127,7 +127,7 @@ def test_experts_without_tokens(implementation):
 
 
 def _public(layer: nn.Module) -> dict[str, object]:
-    """What a layer keeps and says: attributes of the object, and annotated ones and properties of its class."""
+    """Names of a layer's attributes, annotated ones and properties of its class included."""
     names = {*vars(layer), *layer._parameters, *layer._modules, *layer._buffers}
     names |= {name for kind in type(layer).__mro__[:-2] for name in vars(kind) if not callable(getattr(layer, name))}
     return {name: getattr(layer, name) for name in sorted(names) if not name.startswith("_") and name != "training"}
@@ -160,7 +160,7 @@ def test_its_own_attributes_come_first():
 
 
 def test_private_attributes_stay_with_the_base_layer():
-    """As accelerate's hook, which is found by `hasattr` and then deleted where it was found."""
+    """accelerate looks for its hook by `hasattr`, and deletes it where it was found."""
     layer = adapted(["linear"]).base_model.model.linear
     layer.base_layer._hf_hook = object()
     assert not hasattr(layer, "_hf_hook")

@@ -331,7 +331,7 @@ def test_whatever_a_program_imports_first(tmp_path):
 
 @pytest.mark.slow
 def test_importing_needs_nothing_that_peft_does_not_need():
-    """Of transformers and the like; PEFT itself is imported while some of their modules are half loaded."""
+    """PEFT is imported while modules of transformers are half loaded, so ours must need none of them."""
     code = """
 import sys
 LIBRARIES = ("transformers", "accelerate", "diffusers", "datasets", "trl", "sentence_transformers")

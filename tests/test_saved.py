@@ -1,4 +1,4 @@
-"""What trains is in the file: a fresh model that loads it has every parameter that required gradients."""
+"""Everything that trains is in the file: a fresh model that loads it has every parameter that required gradients."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_what_remains_is_as_if_only_the_others_had_been_merged(kind, order):
 
 @each_kind
 def test_a_merged_adapter_is_deleted(kind):
-    """As transformers and diffusers delete: PEFT's tuner asks to unmerge it first."""
+    """Delete as transformers and diffusers do; PEFT's tuner asks to unmerge first."""
     model = model_of(kind, "a", "b")
     before, expected = base_of(model), copy.deepcopy(model)
     expected.merge_adapter(adapter_names=["b"])
@@ -282,7 +282,7 @@ def test_casts_leave_quantized_weights(kind):
 
 
 def test_a_weight_that_is_moved_by_hand_is_followed():
-    """As offloading hooks do, which give parameters new data."""
+    """Give parameters new data, as offloading hooks do."""
     model = model_of("linear", "a")
     before = base_of(model)
     model.merge_adapter()

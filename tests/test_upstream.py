@@ -41,7 +41,7 @@ TINY = {"num_local_experts": 1, "hidden_size": 2, "intermediate_size": 2}
 
 
 class Seen(NamedTuple):
-    """What the package takes from another one.
+    """Names that the package takes from another one.
 
     Attributes:
         release: in which these were last looked at.
@@ -145,7 +145,7 @@ PYTHON = [
     (MEMBER, "_name_ _value_ _sort_order_"),
     (type(MEMBER), "_member_names_ _member_map_ _value2member_map_"),
 ]
-"""What a member is added to PEFT's enumeration with; Python 3.13 has one more, which is looked for."""
+"""Attributes by which a member is added to PEFT's enumeration; Python 3.13 has one more, which is looked for."""
 SINCE_PYTHON_3_13 = {"_hashable_values_"}
 OURS = {"_added_by_wara_peft", "_asks_the_tuner", "_use_nested_tensor_without_adapters"}
 """Attributes that we put on objects of others."""

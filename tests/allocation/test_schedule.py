@@ -64,7 +64,7 @@ def unmasked(model: nn.Module) -> int:
 
 
 class Deep(Regression):
-    """A regression with a layer that the adapter leaves alone, and one that trains in full."""
+    """A regression with one layer that no adapter touches, and one that trains in full."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -87,7 +87,7 @@ SOUND = {"input_values": noise(2, 80)}
 
 
 def model(make: Any, name: str, **fields: Any) -> Callable[[], nn.Module]:
-    """What builds a model from the config of that name: by an auto class, or by the model's own."""
+    """Return a function that builds a model from the config of that name, by an auto class or by the model's own."""
 
     def build() -> nn.Module:
         config = getattr(transformers, f"{name}Config")(**fields)

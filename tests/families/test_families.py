@@ -1,4 +1,4 @@
-"""What each family of models does with an adapter on all its linear layers: train, save, load, merge, export, unload.
+"""Each family of models with an adapter on all its linear layers: train, save, load, merge, export, unload.
 
 Each test function is a column of the table in `models.py`; a family is built and trained once for all of them.
 The models compute in float64, but many of them have norms or routers in float32, whose rounding is in `TOLERANCE`.

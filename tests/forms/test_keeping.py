@@ -1,4 +1,4 @@
-"""What a call keeps of a factor is given up as soon as one of the tensors that it is made from has changed."""
+"""A call drops a kept factor as soon as one of the tensors that it is made from has changed."""
 
 from __future__ import annotations
 

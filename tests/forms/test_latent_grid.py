@@ -296,7 +296,7 @@ class TestWhatSeesTheImage:
             (
                 "UNet",
                 ["to_q", "to_k", "to_v"],
-                r"module 'down_blocks.0.*attn2.to_k', .* which sees text or conditions alone.*form='subband'.*"
+                r"module 'down_blocks.0.*attn2.to_k', .* which sees only text or conditions.*form='subband'.*"
                 r"`exclude_modules=\['attn2.to_k', 'attn2.to_v'\]`",
             ),
             (
@@ -367,7 +367,7 @@ class TestWhatSeesTheImage:
         model, call = make(name)
         targets = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
         before = {n: type(module) for n, module in model.named_modules()}
-        with pytest.raises(ValueError, match="sees text or conditions alone") as error:
+        with pytest.raises(ValueError, match="sees only text or conditions") as error:
             get_peft_model(model, WaRAConfig(form="grid", target_modules=targets))
         assert {n: type(module) for n, module in model.named_modules()} == before
         excluded = ast.literal_eval(re.search(r"`exclude_modules=(\[.*?\])`", str(error.value))[1])

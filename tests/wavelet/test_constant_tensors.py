@@ -149,7 +149,7 @@ def names(levels: int) -> list[str]:
 
 @torch.no_grad()
 def use_factor(factor: SubbandFactor) -> None:
-    """What a step of training computes, without its gradients."""
+    """Compute what a training step does, without gradients."""
     adjoint(factor(), factor.axis, factor.dim)
 
 

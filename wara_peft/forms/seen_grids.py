@@ -80,7 +80,7 @@ class SeenGrids:
 
 
 def seen_grids(model: nn.Module, by_positions: bool = True) -> SeenGrids | None:
-    """What is seen of a model, which is watched from the first call on; None where nothing would tell.
+    """Watch a model from the first call on, and return what is seen; None where nothing would tell.
 
     Args:
         model: the model.

@@ -169,7 +169,7 @@ def off_grid(model: nn.Module, module_names: Iterable[str]) -> dict[str, Refusal
     """Why the tokens of some modules lie on no grid, by name.
 
     They are part of a causal or other language model, or of a model whose layers see windows or patches in another
-    order, or they see text alone, or no tokens at all.
+    order, or they see only text, or no tokens at all.
     """
     found = {}
     for name in module_names:
@@ -185,7 +185,7 @@ def _reason_of_module(model: nn.Module, module_name: str, around: list[nn.Module
     of_transformers = hasattr(config, "model_type")
     if not of_transformers and (_sees_text_alone(around[0], module_name) or _sees_conditions(around, module_name)):
         return (
-            "form='grid' cannot adapt module {}, which sees text or conditions alone: these lie on no grid. A second "
+            "form='grid' cannot adapt module {}, which sees only text or conditions: these lie on no grid. A second "
             "adapter of form='subband' can adapt them."
         )
     if _sees_whole_images(model, module_name):
