@@ -8,9 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from wara_peft.forms import SubbandFactor
-
-# Nothing here may reach the network.
+# Nothing here may reach the network. huggingface_hub reads this when it is imported, so nothing above may import it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The cache of torch.compile does not know this setting: code that was made for other instructions would not compile.
 if "ATEN_CPU_CAPABILITY" in os.environ:
@@ -28,6 +26,8 @@ def seed() -> None:
 @pytest.fixture
 def syntheses(monkeypatch) -> Counter:
     """How often each factor has been synthesised."""
+    from wara_peft.forms import SubbandFactor
+
     counts: Counter = Counter()
     synthesise = SubbandFactor.synthesise
 
