@@ -23,13 +23,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from wara_peft import WaRAConfig
 
 IMPORTS = """
-import resource, wara_peft, wara_peft.cli, wara_peft.disk.merge
+import resource, wara_peft, wara_peft_cli, wara_peft.disk.adapters.merge
 from peft import AutoPeftModelForCausalLM
 """
 PEAK = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
 WAYS = {
     "imports alone": "",
-    "wara-peft merge": "wara_peft.disk.merge.merge_checkpoint('base', 'adapter', 'merged')",
+    "wara-peft merge": "wara_peft.disk.adapters.merge.merge_checkpoint('base', 'adapter', 'merged')",
     "merge_and_unload": """
 model = AutoPeftModelForCausalLM.from_pretrained('adapter').merge_and_unload()
 model.save_pretrained('merged-in-memory')

@@ -4,95 +4,85 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Container, Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "wara_peft"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "wara_peft"
+COMMAND_LINE = ROOT / "wara_peft_cli"
 PICTURE = Path(__file__).with_suffix(".png")
 DRAWN = "Description"
 """Where the picture's metadata say what is drawn in it."""
 ORDER = (
-    ("compiled",),
-    ("factorized",),
-    (
-        "arguments",
-        "messages",
-        "kinds",
-        "field_help",
-        "field_types",
-        "patterns",
-        "registration",
-        "model_card",
-    ),
-    ("refusals",),
-    ("resolution", "enabling", "svd", "calibration", "moments", "heatmaps", "bypassed", "ordered_components"),
-    ("wavelet", "attention"),
+    ("compiled", "arguments", "messages", "registration", "linear_algebra", "calibration", "wavelet", "factorized"),
+    ("base_layers", "attention"),
     ("forms",),
-    ("config_checks", "lora_fields"),
+    ("config_fields",),
     ("config",),
-    ("own_forward", "kept_weight"),
-    ("mergeable",),
-    ("merging",),
-    ("layer", "conv", "embedding", "experts", "factorized_linear", "disk"),
-    ("components", "combine", "initialization", "rescaling", "optimizer_groups", "mixed_batch"),
-    ("adapter_names", "in_full"),
-    ("nested", "overwriting", "pad_token"),
+    ("layers",),
+    ("disk", "training"),
+    ("injection", "compression", "nested"),
     ("model",),
-    (
-        "diffusion",
-        "export",
-        "load_lora",
-        "lora_view",
-        "checkpoint_callback",
-        "rank_shrinking",
-        "inspection",
-        "allocation",
-        "compression",
-    ),
-    ("cli", "__init__"),
+    ("allocation", "lora", "inspection", "rank_shrinking"),
+    ("__init__",),
+    ("wara_peft_cli",),
 )
 """Rooms from the ground up. What stands on one line may import what stands on lines before it, and not the reverse."""
 
 
 def module_name(path: Path) -> str:
-    """`forms.tiny` for wara_peft/forms/tiny.py, `forms` for its __init__."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    """`forms.tiny` for wara_peft/forms/tiny.py, `forms` for its __init__, `wara_peft_cli.run` in the other package."""
+    parts = path.relative_to(ROOT if COMMAND_LINE in path.parents else PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
+def files() -> list[Path]:
+    """The Python files of both packages."""
+    return sorted([*PACKAGE.rglob("*.py"), *COMMAND_LINE.rglob("*.py")])
+
+
 def imports() -> dict[str, set[str]]:
-    """The modules of the package that each of them imports, anywhere in its text: in functions and for types too."""
-    paths = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+    """The modules that each module of the packages imports, anywhere in its text: in functions and for types too."""
+    paths = {module_name(path): path for path in files()}
     found: dict[str, set[str]] = {}
     for name, path in paths.items():
-        folder = path.relative_to(PACKAGE).parts[:-1]
+        folder = path.relative_to(ROOT).parts[:-1]
         targets: set[str] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
-                targets |= {target for alias in node.names if (target := _resolve(node, alias.name, folder, paths))}
+                base = (
+                    ".".join([*folder[: len(folder) - node.level + 1], node.module or ""])
+                    if node.level
+                    else node.module
+                )
+                found_names = (_module(f"{base}.{alias.name}", paths) or _module(base, paths) for alias in node.names)
+                targets |= {target for target in found_names if target}
             elif isinstance(node, ast.Import):
-                dotted = [alias.name.removeprefix("wara_peft.") for alias in node.names]
-                targets |= {target for target in dotted if target in paths}
+                targets |= {target for alias in node.names if (target := _module(alias.name, paths))}
         found[name] = targets - {name}
     return found
 
 
-def _resolve(node: ast.ImportFrom, imported: str, folder: tuple[str, ...], paths: dict[str, Path]) -> str | None:
-    """The module that `from X import imported` takes something from, or None where it is not of the package."""
-    if node.level:
-        base = [*folder[: len(folder) - node.level + 1], *(node.module or "").split(".")]
-    elif (node.module or "").split(".")[0] == "wara_peft":
-        base = node.module.split(".")[1:] if node.module else []
-    else:
-        return None
-    base = [part for part in base if part]
-    candidates = (".".join([*base, imported]), ".".join(base) or "__init__")
-    return next((name for name in candidates if name in paths), None)
+def _module(dotted: str, paths: Container[str]) -> str | None:
+    """The name here of a module of the packages, or None for another one."""
+    name = "__init__" if dotted == PACKAGE.name else dotted.removeprefix(f"{PACKAGE.name}.")
+    return name if name in paths else None
 
 
 def room(module: str) -> str:
     """The file or folder at the top of the package in which a module lies."""
     return module.split(".")[0]
+
+
+def folders(of_modules: Iterable[str]) -> set[str]:
+    """The folders in which modules lie, `compression.disk` for compression/disk/; the package itself is ``""``."""
+    return {name if _is_folder(name) else name.rpartition(".")[0] for name in of_modules}
+
+
+def _is_folder(module: str) -> bool:
+    path = Path(*module.split("."))
+    return (ROOT / path if module.startswith(COMMAND_LINE.name) else PACKAGE / path).is_dir()
 
 
 def rooms(of_modules: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -150,7 +140,7 @@ def draw(path: Path) -> None:
                 arrowprops={"arrowstyle": "->", "color": "#9aa5b1", "shrinkA": 12, "shrinkB": 12},
             )
     for name, (x, y) in place.items():
-        folder = (PACKAGE / name).is_dir()
+        folder = _is_folder(name)
         axes.text(
             x,
             y,

@@ -17,7 +17,7 @@ from wara_peft.compression import (
     low_rank_plus_sparse,
     ordered_low_rank,
 )
-from wara_peft.compression.ordered import cut_rank
+from wara_peft.compression.training.ordered import cut_rank
 
 WARM_UP, LAST = 0.1, 0.5
 """Shares of the steps: until the full rate is reached, and until no layer has more parameters than it may."""

@@ -46,7 +46,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import wara_peft
-from wara_peft.layer import WaRALayer
+from wara_peft.layers.base import WaRALayer
 
 matplotlib.use("Agg")  # no window: the picture goes to a file
 

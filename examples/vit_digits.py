@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, set_seed
 
 from wara_peft import WaRAConfig
-from wara_peft.layer import WaRALayer
+from wara_peft.layers.base import WaRALayer
 
 matplotlib.use("Agg")  # no window: the picture goes to a file
 

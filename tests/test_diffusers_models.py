@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.diffusion_models import TINY, WIDTH, sd3_transformer, unet
+from tests.lora.test_diffusers import CLOSE, adapted, config, read, say
 from tests.references import descend
-from tests.test_diffusers import CLOSE, adapted, config, read, say
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora
-from wara_peft.disk.adapter import SavedAdapter
+from wara_peft.disk.adapters.adapter import SavedAdapter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:levels=. is more than is useful:UserWarning"),

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from wara_peft import WaRAConfig, frozen_factors
-from wara_peft.forms.keeping import _call, one_call
+from wara_peft.forms.factor_cache import _call, one_call
 
 PROMPT = torch.arange(1, 7).view(2, 3)
 NEW_TOKENS = 12

@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
-from test_generation import NEW_TOKENS, PROMPT, adapted, generate, llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from tests.test_generation import NEW_TOKENS, PROMPT, adapted, generate, llama
 from wara_peft import WaRAConfig
 from wara_peft.forms import SubbandFactor
 

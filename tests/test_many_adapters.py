@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
 
 from wara_peft import WaRAConfig, to_lora
-from wara_peft.layer import WaRALayer
+from wara_peft.layers.base import WaRALayer
 
 SIZES = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TOKENS = torch.arange(3, 23).view(4, 5)

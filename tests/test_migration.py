@@ -16,8 +16,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wara_peft import WaRAConfig
-from wara_peft.layer import WaRALayer
-from wara_peft.lora_fields import IMPLIED, LORA_FIELDS, carried_fields
+from wara_peft.config_fields.from_lora import IMPLIED, LORA_FIELDS, carried_fields
+from wara_peft.layers.base import WaRALayer
 
 OWN = WaRAConfig.__dataclass_fields__
 LORA_FIELD_NAMES = [item.name for item in dataclasses.fields(LoraConfig)]

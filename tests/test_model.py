@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassi
 
 from tests.references import Chain, Conv1DModel, Mlp, module_shapes, tiny_vit
 from wara_peft import WaRAConfig, WaRAModel
-from wara_peft.layer import Linear, WaRALayer
+from wara_peft.layers.base import WaRALayer
+from wara_peft.layers.linear import Linear
 
 
 def tiny_llama() -> nn.Module:

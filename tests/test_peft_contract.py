@@ -28,7 +28,8 @@ from transformers import (
 
 from tests.references import Chain, Mlp, module_shapes, saved_config
 from wara_peft import WaRAConfig
-from wara_peft.components import keep_components, layers_of
+from wara_peft.layers.lookup import layers_of
+from wara_peft.training.components import keep_components
 
 TOKENS = torch.arange(1, 13).view(2, 6)
 

@@ -47,7 +47,7 @@ def test_names_that_the_contributors_guide_gives():
     assert lacking == []
     tests = re.findall(r"-k \"(?:<question> or )?([\w ]+)\"", read("CONTRIBUTING.md"))
     for part in tests[0].split(" or "):
-        assert re.search(rf"def test_\w*{part}", read("tests/test_benchmarks.py")), part
+        assert re.search(rf"def test_\w*{part}", read("tests/benchmarks/test_benchmarks.py")), part
 
 
 def test_versions_are_given_once():

@@ -9,8 +9,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from tests.injection.test_weight_tying import FIELDS, TOKENS, llama, tied
 from tests.references import Mlp, tiny_vit
-from tests.test_weight_tying import FIELDS, TOKENS, llama, tied
 from wara_peft import WaRAConfig, frozen_factors
 
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from wara_peft import WaRAConfig, save_as_lora
-from wara_peft.disk.adapter import SavedAdapter
+from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.factorized import DictionaryLinear, LowRankLinear
 
 AROUND = re.compile(r"\.(base_layer|original_module|modules_to_save\.default|token_adapter)(?=\.)")

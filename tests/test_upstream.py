@@ -32,6 +32,7 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import wara_peft
+from docs.layout import files
 from tests.test_project import PROJECT
 
 PACKAGE = Path(wara_peft.__file__).parent
@@ -193,10 +194,9 @@ def listed() -> set[str]:
 def classes() -> Iterator[type]:
     """All classes that the package defines."""
     for found in pkgutil.walk_packages([str(PACKAGE)], "wara_peft."):
-        if not found.name.startswith("wara_peft.startup."):  # it is for interpreters that are starting
-            for one in vars(importlib.import_module(found.name)).values():
-                if isinstance(one, type) and one.__module__ == found.name:
-                    yield one
+        for one in vars(importlib.import_module(found.name)).values():
+            if isinstance(one, type) and one.__module__ == found.name:
+                yield one
 
 
 def test_names_are_found():
@@ -213,7 +213,7 @@ def test_names_are_found():
 
 def test_no_private_name_is_used_that_is_not_listed():
     """Names that the package defines are its own, unless a listed class has them too."""
-    pairs = [names_in(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    pairs = [names_in(path.read_text(encoding="utf-8")) for path in files()]
     used, defined = (set().union(*sets) for sets in zip(*pairs, strict=True))
     assert len(used) > 50
     owners = [owner for owner, _ in OWNERS if not isinstance(owner, ModuleType)]

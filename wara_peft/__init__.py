@@ -9,22 +9,22 @@ from . import registration
 
 if TYPE_CHECKING:
     from .allocation.schedule import RankSchedule
-    from .checkpoint_callback import SaveAsLora
+    from .lora.checkpoint_callback import SaveAsLora
     from .rank_shrinking import RankShrinking
 
 registration.peft_type()  # `WaRAConfig` names `PeftType.WARA`, so the member comes first.
 
 from .allocation import allocate_ranks  # noqa: E402
 from .config import WaRAConfig  # noqa: E402
-from .export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
-from .initialization import initialize_from_data  # noqa: E402
-from .load_lora import load_lora  # noqa: E402
-from .lora_view import LoraView, lora_view  # noqa: E402
+from .lora.export import lora_error, save_as_lora, to_lora  # noqa: E402
+from .lora.live_view import LoraView, lora_view  # noqa: E402
+from .lora.load import load_lora  # noqa: E402
 from .model import WaRAModel  # noqa: E402
 from .nested import rank_penalty, shrink_ranks  # noqa: E402
-from .optimizer_groups import optimizer_groups  # noqa: E402
-from .rescaling import rescale_adapter_scale  # noqa: E402
+from .training.initialization import initialize_from_data  # noqa: E402
+from .training.optimizer_groups import optimizer_groups  # noqa: E402
+from .training.scale import rescale_adapter_scale  # noqa: E402
 
 registration.register(WaRAConfig, WaRAModel)
 
@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 _CALLBACKS = {
     "RankSchedule": "allocation.schedule",
     "RankShrinking": "rank_shrinking",
-    "SaveAsLora": "checkpoint_callback",
+    "SaveAsLora": "lora.checkpoint_callback",
 }
 
 

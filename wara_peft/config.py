@@ -16,14 +16,14 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .compiled import plain_names
-from .config_checks import MAX_LEVELS, check_config, check_range
-from .field_help import with_help
-from .field_types import Json, check_types, read_json
+from .config_fields.checks import MAX_LEVELS, check_config, check_range
+from .config_fields.field_help import with_help
+from .config_fields.field_types import Json, check_types, read_json
+from .config_fields.from_lora import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
+from .config_fields.model_card import add_loading_section
+from .config_fields.name_patterns import exact_pattern, in_any_order, suffix_matches, value_for
+from .config_fields.resolution import Resolution, as_to_write
 from .forms import FORMS, Form, importance_order, turns_of
-from .lora_fields import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
-from .model_card import add_loading_section
-from .patterns import exact_pattern, in_any_order, suffix_matches, value_for
-from .resolution import Resolution, as_to_write
 
 NAMING = (
     "target_modules",
@@ -170,7 +170,7 @@ class WaRAConfig(PeftConfig):
             if remedy is not None:
                 message = (
                     f"{message}, which is LoRA's: {remedy}. What reads it takes LoRA alone; give it the adapter as "
-                    "one, by `wara_peft.save_as_lora` or `wara_peft.lora_view`"
+                    "one, by `wara_peft.save_as_lora` or `wara_peft.lora.live_view`"
                 )
             raise AttributeError(message)
 

@@ -29,41 +29,24 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from .adapter_names import check_adapter_name, check_saved_apart
-from .awaited import AwaitedAdapter
-from .bare_parameters import (
-    NamedParameter,
-    check_parameters,
-    named_parameters,
-    original,
-    projections,
-    use_loras_targets,
-)
-from .bypassed import keep_called, let_go, never_called
-from .combine import combine
+from .base_layers.kinds import LINEAR, BareParameter, ModuleShape, kind_of
+from .base_layers.never_called import keep_called, let_go, never_called
+from .base_layers.quantization import FLOATS, base_weight, keep_unpacked
+from .base_layers.refusals import Refusal, explain, refuse
 from .compiled import compiled_in_place, plain_model, plain_name
-from .components import fields_in_model
 from .config import WaRAConfig
-from .conv import Conv
-from .embedding import Embedding
-from .enabling import TrainedBefore, switch
-from .experts import AdaptedModule, ParameterLayer
-from .factorized_linear import FactorizedLinear
+from .config_fields.name_patterns import Unseen
+from .config_fields.resolution import as_written, note, use
 from .forms import Target, one_call, watch_no_more
-from .in_full import AROUND, places_in, resized_embedding, trained_biases
-from .kinds import LINEAR, BareParameter, ModuleShape, kind_of
-from .layer import TENSOR_PARTS, Linear, WaRALayer, adapted_layers, is_of_a_factor
-from .messages import first
-from .mixed_batch import mixed_batch
-from .nested import add_penalty, set_rank
-from .overwriting import check_keys, check_saved_adapter
-from .pad_token import warn_of_pad_token
-from .patterns import Unseen
-from .quantization import FLOATS, base_weight, keep_unpacked
-from .refusals import Refusal, explain, refuse
-from .resolution import as_written, note, use
-from .rollback import undone_on_error
-from .targets import (
+from .injection.adapter_names import check_adapter_name, check_saved_apart
+from .injection.combine import combine
+from .injection.expected_file import AwaitedAdapter
+from .injection.loading_over import check_keys, check_saved_adapter
+from .injection.mixed_batch import mixed_batch
+from .injection.pad_token import warn_of_pad_token
+from .injection.rollback import undone_on_error
+from .injection.saved_besides_factors import AROUND, places_in, resized_embedding, trained_biases
+from .injection.target_checks import (
     check_factors,
     check_in_full,
     check_ranks,
@@ -73,7 +56,25 @@ from .targets import (
     targeted_names,
     warn_of_unmatched,
 )
-from .ties import check_ties, check_token_ties, keep_ties_in_replicas, unwrapped, without
+from .injection.target_parameters import (
+    NamedParameter,
+    check_parameters,
+    named_parameters,
+    original,
+    projections,
+    use_loras_targets,
+)
+from .injection.weight_tying import check_ties, check_token_ties, keep_ties_in_replicas, unwrapped, without
+from .layers.base import TENSOR_PARTS, WaRALayer
+from .layers.conv import Conv
+from .layers.embedding import Embedding
+from .layers.enabling import TrainedBefore, switch
+from .layers.factorized import FactorizedLinear
+from .layers.linear import Linear
+from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor
+from .layers.parameters import AdaptedModule, ParameterLayer
+from .messages import first
+from .nested import add_penalty, set_rank
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
@@ -569,7 +570,7 @@ class WaRAModel(BaseTuner):
         these tensors, as by `PeftModel.from_pretrained`, is taken out again.
 
         Raises:
-            ValueError: see `wara_peft.overwriting.check_saved_adapter`.
+            ValueError: see `wara_peft.injection.loading_over.check_saved_adapter`.
         """
         with self._taken_out_on_error(adapter_name):
             check_saved_adapter(self, adapter_name, path, **hub)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_argument
-from .components import config_of, keep_components, layers_of, subband_of
 from .config import WaRAConfig
 from .forms import OrderedFactor, SubbandFactor
-from .layer import WaRALayer
-from .ordered_components import group_lasso, moments_of, tails, worthy
+from .layers.base import WaRALayer
+from .layers.lookup import layers_of
+from .linear_algebra.tails import group_lasso, moments_of, tails, worthy
+from .training.components import config_of, keep_components, subband_of
 
 
 def set_rank(model: nn.Module, adapter_name: str, rank: int | None) -> None:

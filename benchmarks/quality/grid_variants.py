@@ -40,7 +40,7 @@ from quality.training import Built, Problem, trained_parameters
 from wara_peft import WaRAConfig
 from wara_peft.forms.grid import GridFactor
 from wara_peft.forms.token_mixing import TokenMixing
-from wara_peft.layer import WaRALayer
+from wara_peft.layers.base import WaRALayer
 
 SEEDS = range(8)
 KEPT = 2

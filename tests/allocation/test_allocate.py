@@ -19,8 +19,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from tests.references import Conv1DModel, Mlp, synthesis_matrix, transform
 from wara_peft import WaRAConfig, allocate_ranks, save_as_lora
-from wara_peft.disk.adapter import SavedAdapter
-from wara_peft.inspection import inspect_adapter
+from wara_peft.disk.adapters.adapter import SavedAdapter
+from wara_peft.inspection.saved_adapter import inspect_adapter
 
 ROOT = Path(__file__).parents[2]
 PLAIN_LORA = {"aa0": 1, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0}

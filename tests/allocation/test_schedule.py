@@ -17,7 +17,7 @@ from wara_peft import RankSchedule, WaRAConfig, to_lora
 from wara_peft.allocation.budget import CubicBudget
 from wara_peft.allocation.greedy import affordable
 from wara_peft.allocation.sensitivity import Sensitivity
-from wara_peft.components import layers_of
+from wara_peft.layers.lookup import layers_of
 
 FILE = "rank_schedule.safetensors"
 

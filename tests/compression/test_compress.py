@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.compression.models import TwoLayers, batches, bert, for_causal, llama
-from tests.compression.test_calibrate import inputs_by_hand
+from tests.compression.statistics.test_collect import inputs_by_hand
 from wara_peft.compression import DictionaryLinear, LowRankLinear, calibrate, compress
-from wara_peft.compression.allocation import ALLOCATIONS
-from wara_peft.compression.costs import Latency, Shape
-from wara_peft.compression.solvers import SOLVERS
+from wara_peft.compression.budget.costs import Latency, Shape
+from wara_peft.compression.budget.spend import ALLOCATIONS
+from wara_peft.compression.solvers.low_rank import SOLVERS
 
 KINDS = ["inputs", "gradients", "fisher"]
 QUIET = {"show_progress_bar": False}
@@ -231,7 +231,7 @@ class TestCosts:
     def test_the_budget_is_a_share_of_the_cost(self, calibrated, monkeypatch, cost: str) -> None:
         model, _, statistics = calibrated
         table = [1, 16], [2.0, 5.0], 4.0
-        monkeypatch.setattr("wara_peft.compression.costs._timed", lambda m, n, dtype, device: table)
+        monkeypatch.setattr("wara_peft.compression.budget.costs._timed", lambda m, n, dtype, device: table)
         report = compress(copy.deepcopy(model), 0.9, "activation", statistics, "cost", cost=cost, **QUIET)
         assert report.unit == {"latency": "seconds"}.get(cost, cost)
         assert 0 < report.spent <= report.budget * (1 + 1e-12) and report.budget <= 0.9 * report.before

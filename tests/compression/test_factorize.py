@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from references import Chain, Conv1DModel, Mlp
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 import wara_peft
+from tests.references import Chain, Conv1DModel, Mlp
 from wara_peft.attention import LowRankMultiheadAttention
 from wara_peft.compression import LowRankLinear, factorize, factorize_linear
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.compression.models import batches, llama
 from wara_peft.compression import LowRankCache, cache_bases, cache_bytes, calibrate, factorize
-from wara_peft.compression.depth import depth_shares
+from wara_peft.compression.budget.depth import depth_shares
 
 IDS = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -16,9 +16,9 @@ from transformers import BertConfig, BertForSequenceClassification, ViTConfig, V
 
 from tests.references import Chain, Mlp
 from wara_peft import WaRAConfig, save_as_lora, to_lora
-from wara_peft.disk.adapter import SavedAdapter
-from wara_peft.disk.tensors import TensorInfo
-from wara_peft.inspection import inspect_adapter
+from wara_peft.disk.adapters.adapter import SavedAdapter
+from wara_peft.disk.checkpoints.tensors import TensorInfo
+from wara_peft.inspection.saved_adapter import inspect_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

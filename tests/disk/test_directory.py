@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from wara_peft.disk import directory
-from wara_peft.disk.directory import written_at_once
+from wara_peft.disk.checkpoints import directory
+from wara_peft.disk.checkpoints.directory import written_at_once
 
 
 def write(path, text="new", **options):

@@ -34,9 +34,9 @@ from transformers import (
     ViTModel,
 )
 
-from tests.test_weight_tying import encoder_decoder
+from tests.injection.test_weight_tying import encoder_decoder
 from wara_peft import WaRAConfig
-from wara_peft.disk.merge import merge_checkpoint
+from wara_peft.disk.adapters.merge import merge_checkpoint
 
 INDEX = "model.safetensors.index.json"
 

@@ -16,10 +16,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.references import WAVELETS, grid_parts, module_shapes, tiny_vit
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora, to_lora
-from wara_peft.forms.seen_grids import SeenGrids
+from wara_peft.forms.observed_grids import SeenGrids
 from wara_peft.forms.token_grid import TokenGrid
 from wara_peft.forms.token_mixing import TokenMixing, grid_subbands
-from wara_peft.layer import Linear
+from wara_peft.layers.linear import Linear
 
 GRIDS = ((8, 8), (7, 7), (14, 14), (5, 12), (1, 6), (3, 1))
 TARGETS = ["q_proj", "fc1"]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from tests.references import descend, grid_result, module_shapes
 from wara_peft import WaRAConfig
-from wara_peft.forms.seen_grids import SeenGrids
-from wara_peft.layer import WaRALayer
+from wara_peft.forms.observed_grids import SeenGrids
+from wara_peft.layers.base import WaRALayer
 
 ATTENTION = r"to_[qkv]|to_out\.0|net\.0\.proj|net\.2"
 TEXT = 5

@@ -21,7 +21,7 @@ from transformers import (
 
 from tests.references import descend, grid_result
 from wara_peft import WaRAConfig
-from wara_peft.layer import WaRALayer
+from wara_peft.layers.base import WaRALayer
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 12, "patch_size": 4}
 COMMON = {"num_labels": 3, "use_auxiliary_head": False, **SIZES}

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.references import WAVELETS, Mlp, inverse_transform, module_shapes, saved_config, transform
 from wara_peft import WaRAConfig, frozen_factors, save_as_lora
-from wara_peft.layer import Linear
+from wara_peft.layers.linear import Linear
 
 SHAPES = ((8, 8), (9, 14), (22, 13), (12, 20))
 

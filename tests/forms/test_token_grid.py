@@ -33,7 +33,7 @@ from transformers import (
 
 from tests.references import tiny_vit
 from wara_peft import WaRAConfig
-from wara_peft.layer import WaRALayer
+from wara_peft.layers.base import WaRALayer
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 PATCHES = {"patch_size": 2, "num_channels": 1, **SIZES}

@@ -21,7 +21,7 @@ from peft import (
 from transformers import HfArgumentParser
 
 from wara_peft import WaRAConfig
-from wara_peft.lora_fields import LORA_FIELDS
+from wara_peft.config_fields.from_lora import LORA_FIELDS
 
 from .models import ATTENTION, WORDS, X, adapted, layers_of, llama, run, train
 from .table import LORA, Area, Method

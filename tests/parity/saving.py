@@ -187,4 +187,4 @@ AREA.shown_in(
     wara="refused: KeyError: 'WARA'",
     instead="`import wara_peft`, `wara-peft run`, or `SaveAsLora`",
 )
-AREA.shown_in("checkpoints that load without the plugin, by `SaveAsLora`", "tests/test_checkpoint_callback.py")
+AREA.shown_in("checkpoints that load without the plugin, by `SaveAsLora`", "tests/lora/test_checkpoint_callback.py")

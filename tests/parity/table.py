@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from wara_peft import WaRAConfig, save_as_lora
-from wara_peft.layer import WaRALayer
+from wara_peft.layers.base import WaRALayer
 
 WORKS = "works"
 REFUSED = "refused: "

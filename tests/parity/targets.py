@@ -161,4 +161,4 @@ def quantized(method: Method, bits: int) -> str | None:
 
 for bits in (4, 8):
     row(f"bitsandbytes, {bits} bits", needs="bitsandbytes")(partial(quantized, bits=bits))
-AREA.shown_in("merging into and out of bitsandbytes layers", "tests/test_quantization.py")
+AREA.shown_in("merging into and out of bitsandbytes layers", "tests/base_layers/test_quantization.py")

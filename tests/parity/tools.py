@@ -171,6 +171,6 @@ def double(method: Method) -> str | None:
     assert model(X.double()).dtype == torch.float64
 
 
-AREA.shown_in("a server that rolls out, with `lora_view`", "tests/test_lora_view.py")
-AREA.shown_in("the ranks that vLLM takes, of exported adapters", "tests/test_export.py")
-AREA.shown_in("programs that cannot be edited: `wara-peft run`", "tests/test_running.py")
+AREA.shown_in("a server that rolls out, with `lora_view`", "tests/lora/test_live_view.py")
+AREA.shown_in("the ranks that vLLM takes, of exported adapters", "tests/lora/test_export.py")
+AREA.shown_in("programs that cannot be edited: `wara-peft run`", "tests/cli/test_running.py")

@@ -144,7 +144,7 @@ def rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module, name: str) -
 @row(
     "`create_loraplus_optimizer(…, loraplus_lr_ratio=16)`",
     wara="differs: B gets the learning rate of A",
-    instead="`wara_peft.optimizer_groups(model, lr, lr_ratio)`",
+    instead="`wara_peft.training.optimizer_groups(model, lr, lr_ratio)`",
 )
 def loraplus(method: Method) -> str | None:
     model = adapted(method)
@@ -206,5 +206,5 @@ def eva(method: Method) -> str | None:
 
 
 AREA.shown_in("`Trainer`: kill and resume, `load_best_model_at_end`", "tests/test_workflows.py")
-AREA.shown_in("DDP, FSDP1 with `use_orig_params=True`, FSDP2", "tests/test_distributed.py")
+AREA.shown_in("DDP, FSDP1 with `use_orig_params=True`, FSDP2", "tests/distributed/test_distributed.py")
 AREA.shown_in("`nn.DataParallel`", "tests/test_replicas.py")

@@ -16,14 +16,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
 from ..arguments import check_argument, shown
-from ..calibration import LossFunction, evaluating, frozen, groups_within
+from ..base_layers.kinds import kind_of
+from ..base_layers.quantization import keep_unpacked
+from ..calibration.batches import LossFunction, evaluating, frozen, groups_within
 from ..compiled import on_plain_model
 from ..config import WaRAConfig
-from ..kinds import kind_of
+from ..config_fields.name_patterns import value_for
 from ..messages import first
 from ..model import WaRAModel
-from ..patterns import value_for
-from ..quantization import keep_unpacked
 from ..wavelet import Subband, subbands
 from .blocks import Spectrum, of_gradient, of_inputs
 from .budget import lora_parameters_in

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..svd import largest_singular
+from ..linear_algebra.svd import largest_singular
 from ..wavelet import into_band
 
 

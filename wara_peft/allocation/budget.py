@@ -20,10 +20,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..bare_parameters import original
+from ..base_layers.kinds import kind_of
 from ..compiled import plain_model
-from ..experts import AdaptedModule
-from ..kinds import kind_of
+from ..injection.target_parameters import original
+from ..layers.parameters import AdaptedModule
 
 
 def lora_parameters_in(model: nn.Module, like: LoraConfig, modules: Mapping[str, nn.Module]) -> int:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ..heatmaps import draw_heatmaps
+from ..inspection.heatmaps import draw_heatmaps
 from ..wavelet import subbands
 
 

@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..arguments import check_argument
-from ..components import config_of, cost, keep_components, layers_of, subband_of
-from ..layer import WaRALayer
+from ..layers.base import WaRALayer
+from ..layers.lookup import layers_of
+from ..training.components import config_of, cost, keep_components, subband_of
 from .budget import CubicBudget, lora_parameters_in
 from .greedy import affordable
 from .sensitivity import Sensitivity

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..calibration import LossFunction, arguments_of, loss_of, with_gradient
-from ..moments import Moments
+from ..calibration.batches import LossFunction, arguments_of, loss_of, with_gradient
+from ..calibration.input_moments import Moments
 
 
 def gradients(

@@ -14,19 +14,19 @@ from ..factorized import (
     factorize_conv,
     factorize_linear,
 )
-from .calibrate import calibrate
 from .compress import compress
-from .dense_sparse import StraightThroughFactorizer, dense_sparse, straight_through
+from .disk.model import load_compressed, save_compressed
 from .factorize import Factorization, factorize
 from .kv_cache import LowRankCache, cache_bases, cache_bytes
-from .ordered import OrderedRankTraining, ordered_low_rank
-from .pretraining import low_rank_plus_sparse, to_dense
 from .report import CompressionReport, LayerReport
-from .saving import load_compressed, save_compressed
-from .shared_base import minimise_block_errors, share_bases
-from .statistics import LayerStatistics, load_statistics, save_statistics
+from .statistics.collect import calibrate
+from .statistics.layer_statistics import LayerStatistics, load_statistics, save_statistics
 from .text_head import LowRankTextHead
-from .trained_rank_pruning import TrainedRankPruning
+from .training.dense_sparse import StraightThroughFactorizer, dense_sparse, straight_through
+from .training.ordered import OrderedRankTraining, ordered_low_rank
+from .training.pretraining import low_rank_plus_sparse, to_dense
+from .training.shared_base import minimise_block_errors, share_bases
+from .training.trained_rank_pruning import TrainedRankPruning
 from .truncate import truncate
 
 __all__ = [

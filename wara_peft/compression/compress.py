@@ -14,19 +14,19 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..arguments import check_argument, shown
-from ..calibration import LossFunction
+from ..calibration.batches import LossFunction
 from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first
-from .allocation import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
-from .costs import COSTS, Cost, Latency, Shape, nonzeros_of, ranks_that_pay
-from .depth import KEYS_AND_VALUES, depth_shares
-from .layers import on
-from .needed import statistics_of
+from .budget.costs import COSTS, Cost, Latency, Shape, nonzeros_of, ranks_that_pay
+from .budget.depth import KEYS_AND_VALUES, depth_shares
+from .budget.spend import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
 from .replacement import Replacement
 from .report import CompressionReport, LayerReport
-from .solvers import SOLVERS, energies
-from .statistics import LayerStatistics
+from .solvers.low_rank import SOLVERS, energies
+from .solvers.needed_statistics import statistics_of
+from .solvers.solve import on
+from .statistics.layer_statistics import LayerStatistics
 from .targets import TIED, check_base, checked, linear_targets, tied_to_others
 
 

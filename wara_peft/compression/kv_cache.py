@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicLayer
 
 from ..arguments import check_argument, shown
 from ..compiled import on_plain_model
-from .depth import depth_shares
-from .statistics import LayerStatistics
+from .budget.depth import depth_shares
+from .statistics.layer_statistics import LayerStatistics
 
 
 @dataclass(frozen=True, eq=False)

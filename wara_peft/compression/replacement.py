@@ -11,12 +11,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration import LossFunction, arguments_of, evaluating
+from ..calibration.batches import LossFunction, arguments_of, evaluating
 from ..messages import first
-from .calibrate import measure
-from .layers import Solution, solve
-from .needed import nothing_of
-from .statistics import LayerStatistics
+from .solvers.needed_statistics import nothing_of
+from .solvers.solve import Solution, solve
+from .statistics.collect import measure
+from .statistics.layer_statistics import LayerStatistics
 
 
 @dataclass

@@ -12,8 +12,8 @@ from ..arguments import check_argument
 from ..compiled import on_plain_model
 from ..factorized import LowRankLinear
 from ..messages import first
-from .layers import solve
-from .statistics import LayerStatistics, check_finite, probe_of
+from .solvers.solve import solve
+from .statistics.layer_statistics import LayerStatistics, check_finite, probe_of
 from .targets import check_base
 
 

@@ -1,11 +1,11 @@
 """Each form of WaRA is one class: how its parts are made, what they compute, what is saved, how adapters combine."""
 
 from .base import Form, Parts, Settings, Target
+from .factor_cache import one_call
 from .factors import SubbandFactor, TiedFactor, frozen_factors
 from .grid import GridForm
-from .keeping import one_call
+from .observed_grids import watch_no_more
 from .ordered import OrderedFactor, importance_order, turns_of
-from .seen_grids import watch_no_more
 from .shared import SharedForm
 from .subband import SubbandForm
 from .tiny import TinyForm

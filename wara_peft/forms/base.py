@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..kinds import ModuleShape
+from ..base_layers.kinds import ModuleShape
+from ..base_layers.refusals import Refusal
 from ..messages import first
-from ..refusals import Refusal
 from ..wavelet import Subband, max_useful_level, subbands
 from .experts import ExpertsFactor
 from .factors import SubbandFactor

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_argument
 from ..wavelet import Axis, Subband, subbands, synthesis, synthesis_at, synthesis_into
-from .keeping import Keeping
+from .factor_cache import Keeping
 
 IN_DIM = 1
 """Dimension along which Â, of shape (R, n), is transformed."""

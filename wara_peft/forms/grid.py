@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..kinds import ModuleShape
+from ..base_layers.kinds import ModuleShape
+from ..base_layers.refusals import Refusal
 from ..messages import first
-from ..refusals import Refusal
 from ..wavelet import Subband
 from .base import Form, Parts, Settings, Target, warn_about_levels
 from .factors import IN_DIM, OUT_DIM

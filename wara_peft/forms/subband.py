@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..kinds import ModuleShape
+from ..base_layers.kinds import ModuleShape
 from .base import Form, Parts, Settings
 from .experts import ExpertsFactor
 from .factors import IN_DIM, OUT_DIM, SubbandFactor

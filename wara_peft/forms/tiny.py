@@ -19,9 +19,9 @@ import pywt
 import torch
 from torch import Tensor, nn
 
-from ..kinds import ModuleShape
-from ..refusals import Refusal
-from ..svd import largest_singular
+from ..base_layers.kinds import ModuleShape
+from ..base_layers.refusals import Refusal
+from ..linear_algebra.svd import largest_singular
 from ..wavelet import autocast_off, axis_sizes, subbands
 from .base import Form, Parts, Settings, Target
 from .factors import IN_DIM, OUT_DIM, SubbandFactor

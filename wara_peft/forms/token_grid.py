@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..base_layers.refusals import Refusal
 from ..messages import first
-from ..refusals import Refusal
 from .base import Settings
-from .seen_grids import Layout, SeenGrids, seen_grids
+from .observed_grids import Layout, SeenGrids, seen_grids
 
 PREFIX_PARAMETERS = (
     "cls_token",

@@ -1,0 +1,479 @@
+"""The installed command `wara-peft`: run as a process for what it does, and in this one for what it says."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner, Result
+
+from wara_peft import WaRAConfig, to_lora
+from wara_peft.disk.checkpoints.tensors import TensorFile
+from wara_peft_cli import app
+
+COMMAND = Path(sys.executable).parent / "wara-peft"
+TOKENS = torch.arange(1, 7).view(1, 6)
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    command = [COMMAND, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, **options)
+
+
+def say(*arguments: object) -> Result:
+    """The same in this process, which has what takes seconds to import."""
+    return CliRunner().invoke(app, list(map(str, arguments)), prog_name="wara-peft", env={"COLUMNS": "120"})
+
+
+def complaints(result: subprocess.CompletedProcess[str] | Result) -> list[str]:
+    """What the command itself says on stderr; libraries may have their own to say when they are imported."""
+    assert "Traceback" not in result.stderr
+    return [line for line in result.stderr.splitlines() if line.startswith("wara-peft: ")]
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, **sizes)).eval()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A sharded base model and an adapter on it."""
+    path = tmp_path_factory.mktemp("made")
+    llama().save_pretrained(path / "base", max_shard_size="8KB")
+    config = WaRAConfig(target_modules="all-linear", init_weights=False, wavelet="db2", task_type="CAUSAL_LM", r=3)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(path / "base"), config)
+    model.save_pretrained(path / "adapter")
+    return path
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+class TestExport:
+    @pytest.mark.slow
+    def test_exact(self, made, tmp_path):
+        result = run("export", made / "adapter", tmp_path / "lora", "--strict")
+        assert result.returncode == 0, result.stderr
+        assert "LoRA of rank 12, 14 modules" in result.stdout
+        assert "vLLM needs: --max-lora-rank 16" in result.stdout
+        wara = PeftModel.from_pretrained(llama(), made / "adapter")
+        lora = PeftModel.from_pretrained(llama(), tmp_path / "lora")
+        assert (logits(wara) - logits(llama())).abs().max() > 0.1
+        torch.testing.assert_close(logits(lora), logits(wara), atol=1e-5, rtol=1e-5)
+        config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(made / "base")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lora"]
+
+    @pytest.mark.parametrize(("option", "value"), [("--rank", 2), ("--energy", 0.7)])
+    def test_truncated(self, made, tmp_path, option, value):
+        result = say("export", made / "adapter", tmp_path / "lora", option, value, "--dtype", "bf16")
+        assert result.exit_code == 0, result.stderr
+        config, expected = to_lora(made / "adapter", value, dtype=torch.bfloat16)
+        assert f"LoRA of rank {config.r}," in result.stdout
+        assert "Relative error of the weight update, in Frobenius norm: 0." in result.stdout
+        with safe_open(tmp_path / "lora" / "adapter_model.safetensors", framework="pt") as file:
+            assert set(file.keys()) == set(expected)
+            for key, value in expected.items():
+                found = file.get_tensor(key)
+                assert (found.dtype, found.shape) == (torch.bfloat16, value.shape)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ([], "It is exact.\n"),
+            (["--dtype", "fp32"], "It is exact.\n"),
+            (["--dtype", "bf16"], "It is exact, but for the rounding to bfloat16.\n"),
+            (["--rank", 3, "--dtype", "bf16"], ", but for the rounding to bfloat16.\n"),
+        ],
+    )
+    def test_says_how_exact_it_is(self, made, tmp_path, options, said):
+        assert said in say("export", made / "adapter", tmp_path / "lora", *options).stdout
+
+    def test_first_components(self, made, tmp_path):
+        config = WaRAConfig(target_modules="all-linear", init_weights=False, ordered_dropout=True, r=2)
+        get_peft_model(llama(), config).save_pretrained(tmp_path / "nested")
+        result = say("export", tmp_path / "nested", tmp_path / "lora", "--prefix", 3)
+        assert result.exit_code == 0, result.stderr
+        assert "LoRA of rank 3," in result.stdout
+        assert "It is the first 3 components of each module.\n" in result.stdout
+        config, expected = to_lora(tmp_path / "nested", prefix=3)
+        with safe_open(tmp_path / "lora" / "adapter_model.safetensors", framework="pt") as file:
+            assert all(torch.equal(file.get_tensor(key), value) for key, value in expected.items())
+        refused = say("export", made / "adapter", tmp_path / "other", "--prefix", 3)
+        assert refused.exit_code == 1 and "trained without ordered_dropout" in refused.stderr
+        assert say("export", made / "adapter", tmp_path / "other", "--prefix", 3, "--rank", 2).exit_code == 2
+        assert not (tmp_path / "other").exists()
+
+    def test_values_that_a_dtype_cannot_hold(self, tmp_path):
+        model = get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"], init_weights=False, wara_alpha=4e8))
+        model.save_pretrained(tmp_path / "adapter")
+        result = say("export", tmp_path / "adapter", tmp_path / "lora", "--dtype", "fp16")
+        assert result.exit_code == 1
+        (line,) = complaints(result)
+        assert "q_proj' has values that are not finite in torch.float16: export it in a wider dtype" in line
+        assert not result.stdout
+        assert not (tmp_path / "lora").exists()
+
+    @pytest.mark.parametrize("options", [[], ["--rank", 2], ["--energy", 0.7]])
+    def test_reads_each_tensor_once(self, made, tmp_path, options, monkeypatch):
+        read: list[str] = []
+        read_them = TensorFile.read
+
+        def counted(self, keys):
+            keys = list(keys)
+            read.extend(keys)
+            return read_them(self, keys)
+
+        monkeypatch.setattr(TensorFile, "read", counted)
+        assert say("export", made / "adapter", tmp_path / "lora", *options).exit_code == 0
+        with safe_open(made / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+            assert sorted(read) == sorted(file.keys())
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("options", [[], ["--overwrite"]])
+    def test_of_two_to_one_place_one_succeeds(self, made, tmp_path, options):
+        """Whether they meet, or one comes after the other, which then finds the place taken."""
+        arguments = [COMMAND, "export", made / "adapter", tmp_path / "lora", *options]
+        processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+        said = [process.communicate(timeout=1800)[1] for process in processes]
+        codes = [process.returncode for process in processes]
+        assert codes.count(0) == 1 or (options and 0 in codes), said
+        assert all(code == 0 or "Traceback" not in text for code, text in zip(codes, said, strict=True))
+        assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+        config, _ = to_lora(made / "adapter")
+        assert PeftModel.from_pretrained(llama(), tmp_path / "lora").peft_config["default"].r == config.r
+
+    def test_strict(self, tmp_path):
+        model = get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        model.save_pretrained(tmp_path / "adapter")
+        result = say("export", tmp_path / "adapter", tmp_path / "lora", "--strict")
+        assert result.exit_code == 1
+        (line,) = complaints(result)
+        assert "'lm_head.weight'" in line
+        result = say("export", tmp_path / "adapter", tmp_path / "lora")
+        assert result.exit_code == 0
+        (line,) = complaints(result)
+        assert line.startswith("wara-peft: warning: PEFT loads all of this LoRA")
+
+
+class TestMerge:
+    @pytest.mark.slow
+    def test_equals_merge_and_unload(self, made, tmp_path):
+        result = run("merge", made / "base", made / "adapter", tmp_path / "merged")
+        assert result.returncode == 0, result.stderr
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        expected = PeftModel.from_pretrained(llama(), made / "adapter").merge_and_unload()
+        for name, value in expected.state_dict().items():
+            assert torch.equal(merged.state_dict()[name], value), name
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_interrupted(self, tmp_path, number):
+        """A base of many shards, so that the signal meets the merge while it writes."""
+        sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=4000, **sizes))
+        model.save_pretrained(tmp_path / "base", max_shard_size="4MB")
+        model = get_peft_model(model, WaRAConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.save_pretrained(tmp_path / "adapter")
+        arguments = [COMMAND, "merge", "base", "adapter", "merged"]
+        process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not list(tmp_path.glob(".merged.*/model-00002*")):
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=1800)
+        left = sorted(path.name for path in tmp_path.iterdir())
+        if number == signal.SIGTERM:
+            assert process.returncode == 1, said
+            assert "wara-peft: interrupted; nothing was written." in said
+            assert left == ["adapter", "base"]
+            return
+        assert process.returncode == -signal.SIGKILL
+        assert left[0].startswith(".merged.")
+        assert left[1:] == ["adapter", "base", "merged"]
+        assert not list((tmp_path / "merged").iterdir())
+        result = say("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        assert result.exit_code == 0, result.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
+class TestInspect:
+    def test_tables(self, made):
+        result = say("inspect", made / "adapter")
+        assert result.exit_code == 0, result.stderr
+        for text in (
+            "model.layers.1.mlp.down_proj",
+            "32 x 48",
+            "3 in each of 4",
+            "14 modules",
+            "as LoRA of rank 12",
+            "aa1",
+        ):
+            assert text in result.stdout
+        assert "level 1" in result.stdout
+
+    def test_each_table_of_shares_adds_up_to_one_whole(self, made):
+        lines = say("inspect", made / "adapter").stdout.splitlines()
+        tables: list[list[float]] = []
+        for line in lines:
+            if "share of energy" in line:
+                tables.append([])
+            elif tables and (share := re.search(r"([\d.]+)% +│$", line)):
+                tables[-1].append(float(share[1]))
+        assert [len(table) for table in tables] == [4, 2]
+        for table in tables:
+            assert sum(table) == pytest.approx(100, abs=0.3)
+
+    def test_plot_says_what_it_wrote(self, made, tmp_path):
+        result = say("inspect", made / "adapter", "--plot", tmp_path / "energy.png")
+        assert f"Wrote {tmp_path / 'energy.png'}: " in result.stdout and (tmp_path / "energy.png").is_file()
+        result = say("inspect", made / "adapter", "--json", "--plot", tmp_path / "other.png")
+        json.loads(result.stdout)
+        assert f"Wrote {tmp_path / 'other.png'}: " in result.stderr and (tmp_path / "other.png").is_file()
+
+    @pytest.mark.slow
+    def test_json_and_plot(self, made, tmp_path):
+        result = run("inspect", made / "adapter", "--json", "--plot", tmp_path / "energy.png")
+        assert result.returncode == 0, result.stderr
+        report = json.loads(result.stdout)
+        assert report["rank"] == 12
+        assert len(report["modules"]) == 14
+        assert sum(report["energy_shares"].values()) == pytest.approx(1.0)
+        assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
+
+
+FOREIGN = "\x1b[31m[bold]:smile:[/red]\r\x9b2J\u202e\n"
+ESCAPED = r"\x1b[31m[bold]:smile:[/red]\r\x9b2J\u202e\n"
+
+
+class TestForeignText:
+    """It is printed as it is, and what a terminal would obey as an escape."""
+
+    @pytest.fixture
+    def adapter(self, tmp_path, monkeypatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        model = nn.ModuleDict({"[bold]up[/red]": nn.Linear(4, 4), "head[/]": nn.Linear(4, 4)})
+        config = WaRAConfig(target_modules=["[bold]up[/red]"], modules_to_save=["head[/]"])
+        get_peft_model(model, config).save_pretrained("adapter")
+        path = tmp_path / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": FOREIGN}))
+        return path
+
+    def test_inspect(self, adapter):
+        result = say("inspect", "adapter")
+        assert result.exit_code == 0, result.stderr
+        assert f"base model: {ESCAPED}\n" in result.stdout
+        assert "[bold]up[/red]" in result.stdout
+        assert "in full: head[/].bias, head[/].weight" in result.stdout
+        assert json.loads(say("inspect", "adapter", "--json").stdout)["base_model"] == FOREIGN
+
+    @pytest.mark.parametrize("name", ["lora[/v2]", "[red]lora", "lora\x1b[31m", ":smile:"])
+    def test_paths(self, adapter, name):
+        result = say("export", "adapter", name)
+        assert result.exit_code == 0, result.stderr
+        assert f"Wrote {name}:".replace("\x1b", r"\x1b") in result.stdout
+        assert Path(name, "adapter_model.safetensors").is_file()
+
+    @pytest.mark.parametrize("options", [[], ["--debug"]])
+    def test_errors(self, adapter, options):
+        adapter.write_text(json.dumps({"peft_type": "WARA", "wavelet": FOREIGN}))
+        for arguments in (["inspect", "adapter"], ["export", FOREIGN, "lora"], ["merge", "[/base]", "adapter", "out"]):
+            result = say(*arguments, *options)
+            assert result.exit_code == 1
+            assert result.stderr.endswith("\n")
+            assert not set(result.stderr) & set("\x1b\x9b\u202e\r")
+        assert "[/base]" in result.stderr
+
+    def test_warnings(self, adapter):
+        fields = json.loads(adapter.read_text())
+        adapter.write_text(json.dumps({**fields, "unheard[/of]\x1b": 1}))
+        result = say("inspect", "adapter")
+        assert result.exit_code == 0
+        assert any("unheard[/of]" in line for line in complaints(result))
+        assert "\x1b" not in result.stderr
+
+
+class TestImports:
+    """What one subcommand uses cannot stop the others."""
+
+    @pytest.mark.slow
+    def test_without_what_merging_uses(self, made, tmp_path):
+        for name in ("core_model_loading", "conversion_mapping"):
+            code = f"""
+                import sys, wara_peft
+                sys.modules["transformers.{name}"] = None  # from here on it cannot be imported
+                from wara_peft_cli import app
+                for arguments in (["inspect", "adapter"], ["export", "adapter", "{tmp_path}/{name}"]):
+                    app(arguments, standalone_mode=False)
+                print("both ran")
+                app(["merge", "base", "adapter", "{tmp_path}/merged"])
+            """
+            command = [sys.executable, "-c", textwrap.dedent(code)]
+            result = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=1800)
+            assert "both ran" in result.stdout, result.stderr
+            assert result.returncode == 1
+            (line,) = complaints(result)
+            assert f"transformers.{name}" in line
+
+
+class TestUsage:
+    def test_version(self):
+        result = say("--version")
+        assert (result.exit_code, result.stdout) == (0, f"wara-peft {importlib.metadata.version('wara-peft')}\n")
+
+    def test_export_alone_shows_its_help(self):
+        result = say("export")
+        assert result.exit_code == 2 and "Examples:" in result.stdout + result.stderr
+
+    @pytest.mark.parametrize("command", ["export", "merge", "inspect"])
+    def test_help_has_examples(self, command):
+        result = say(command, "--help")
+        assert result.exit_code == 0
+        assert f"wara-peft {command} my-" in result.stdout.split("Examples:")[1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["export", "a"], "Missing argument 'OUT'"),
+            (["export", "a", "--rank", "2"], "Missing argument 'OUT'"),
+            (["merge", "a"], "Missing argument 'ADAPTER'"),
+            (["merge", "a", "b"], "Missing argument 'OUT'"),
+            (["inspect"], "Missing argument 'ADAPTER'"),
+            (["run"], "Missing argument 'PROGRAM'"),
+            (["frobnicate"], "No such command 'frobnicate'"),
+            (["export", "a", "b", "--rank", "2", "--energy", "0.5"], "give one of --rank, --energy and --prefix"),
+            (["export", "a", "b", "--rank", "0"], "Invalid value for '--rank'"),
+            (["export", "a", "b", "--energy", "1.5"], "--energy 1.5 is a share"),
+            (["export", "a", "b", "--dtype", "int8"], "'int8' is not one of fp32"),
+            (["merge", "a", "b", "c", "--device", "abacus"], "abacus"),
+        ],
+    )
+    def test_misuse(self, arguments, said, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        result = say(*arguments)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def limited_file_size() -> None:
+    """As on a full disk, writing fails half way."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+
+class TestFailures:
+    """Each ends with exit status 1, one clear line, and nothing left behind."""
+
+    def fails(self, said: str, *arguments: object) -> None:
+        before = sorted(Path().rglob("*"))
+        result = say(*arguments)
+        assert result.exit_code == 1, result.stderr
+        (line,) = complaints(result)
+        assert said in line
+        assert sorted(Path().rglob("*")) == before
+
+    @pytest.fixture
+    def copied(self, made, tmp_path, monkeypatch) -> Path:
+        monkeypatch.chdir(shutil.copytree(made, tmp_path / "copied"))
+        return Path()
+
+    def test_no_adapter(self, copied):
+        self.fails("There is no adapter directory 'nowhere'", "export", "nowhere", "lora")
+        self.fails("There is no directory 'no/where', and the Hub", "inspect", "no/where")
+
+    @pytest.mark.parametrize("command", [["export", "adapter", "out"], ["merge", "base", "adapter", "out"]])
+    def test_out(self, copied, command):
+        (copied / "out").write_text("mine")
+        self.fails("'out' is a file; name a directory", *command)
+        self.fails("'out' is a file; name a directory", *command, "--overwrite")
+        (copied / "out").unlink()
+        (copied / "out").mkdir()
+        (copied / "out" / "file").write_text("mine")
+        self.fails("'out' exists already", *command)
+        self.fails("adapter_config.json', which is a file", *command[:-1], "adapter/adapter_config.json/out")
+        self.fails("must not be replaced", *command[:-1], "adapter", "--overwrite")
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("command", [["export", "adapter", "new/out"], ["merge", "base", "adapter", "new/out"]])
+    def test_a_disk_that_is_full(self, copied, command):
+        result = run(*command, preexec_fn=limited_file_size)
+        assert result.returncode == 1, result.stderr
+        (line,) = complaints(result)
+        assert "File too large" in line
+        assert sorted(path.name for path in Path().iterdir()) == ["adapter", "base"]
+
+    @pytest.mark.parametrize("command", [["export", "adapter", "out"], ["merge", "base", "adapter", "out"]])
+    def test_out_that_cannot_be_made(self, copied, command, monkeypatch):
+        def mkdir(path: Path, *_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        self.fails(f"wara-peft: Permission denied: {str(Path('out').resolve())!r}", *command)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["export", "base", "out"], "'base' is the directory of a model, not of an adapter"),
+            (["export", "lora", "out"], "its peft_type is 'LORA'. `PeftModel.from_pretrained` loads it as it is."),
+            (["export", "out", "adapter"], "There is no adapter directory 'out'"),
+            (["export", "adapter/adapter_config.json", "out"], "it is a file; name the directory that it lies in"),
+            (["export", "named", "out"], "Adapters lie in 'named/other': name one of these."),
+            (["merge", "adapter", "base", "out"], "'adapter' is an adapter, and 'base' a model. Give the base model"),
+            (["merge", "lora", "base", "out"], "'lora' is an adapter, and 'base' a model. Give the base model first"),
+            (["merge", "base", "base", "out"], "'base' is the directory of a model, not of an adapter"),
+            (["merge", "adapter", "adapter", "out"], "It is the directory of an adapter, not of a model."),
+            (["merge", "base", "lora", "out"], "not of a WaRA adapter: its peft_type is 'LORA'"),
+            (["merge", "base/config.json", "adapter", "out"], "it is a file; name the directory that it lies in"),
+            (["compress", "adapter", "out", "--budget", "0.5"], "It is the directory of an adapter, not of a model."),
+            (["compress", "0.5", "base", "--budget", "out"], "There is no model directory '0.5'."),
+            (["inspect", "lora"], "its peft_type is 'LORA'"),
+            (["inspect", "base"], "is a model without factorised layers"),
+            (["inspect", "named"], "Adapters lie in 'named/other': name one of these."),
+            (["inspect", "adapter", "--plot", "nowhere/plot.png"], "There is no folder 'nowhere' to write 'plot.png'"),
+            (["inspect", "adapter", "--plot", "base"], "'base' is a folder; name an image file"),
+        ],
+    )
+    def test_one_thing_in_the_place_of_another(self, copied, arguments, said):
+        get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained("lora")
+        get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"]), "other").save_pretrained("named")
+        self.fails(said, *arguments)
+
+    def test_a_broken_adapter(self, copied):
+        weights = copied / "adapter" / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        self.fails("is not a complete safetensors file", "export", "adapter", "out")
+        self.fails("is not a complete safetensors file", "merge", "base", "adapter", "out")
+        self.fails("is not a complete safetensors file", "inspect", "adapter")
+
+    def test_a_base_that_does_not_fit(self, copied):
+        config = json.loads((copied / "base" / "config.json").read_text())
+        (copied / "base" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+        self.fails("LlamaForCausalLM has no 'model.layers.1", "merge", "base", "adapter", "out")
+
+    @pytest.mark.slow
+    def test_debug_shows_the_traceback(self, tmp_path):
+        result = run("export", tmp_path / "nowhere", "lora", "--debug")
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr
+        assert "FileNotFoundError: There is no adapter directory" in result.stderr

@@ -1,0 +1,200 @@
+"""Dense bases and sparse coefficients: identities of the layer, and gradients that go straight through."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
+
+from tests.compression.models import TwoLayers, batches, llama
+from wara_peft import WaRAConfig
+from wara_peft.compression import (
+    DenseSparseLinear,
+    StraightThroughFactorizer,
+    StraightThroughLinear,
+    load_compressed,
+    save_compressed,
+    straight_through,
+    to_dense,
+)
+from wara_peft.compression.solvers.dictionary import ksvd
+from wara_peft.compression.solvers.low_rank import Metric
+from wara_peft.compression.training import dense_sparse
+from wara_peft.compression.training.dense_sparse import refresh, set_dictionary
+from wara_peft.factorized.dictionary_linear import unpacked
+
+
+def weight_of(m: int = 12, n: int = 20) -> Tensor:
+    return torch.randn(m, n, dtype=torch.float64)
+
+
+def dense_by_hand(layer: DenseSparseLinear) -> np.ndarray:
+    blocks = len(layer.bases)
+    places = unpacked(layer.support, layer.atoms).view(blocks, layer.in_features, layer.atoms)
+    values = layer.values.detach().view(blocks, layer.in_features, layer.nonzeros)
+    rows = []
+    for block in range(blocks):
+        columns = []
+        for column in range(layer.in_features):
+            atoms = places[block, column].nonzero().flatten().numpy()
+            assert len(atoms) == layer.nonzeros
+            columns.append(layer.bases[block].detach().numpy()[:, atoms] @ values[block, column].numpy())
+        rows.append(np.stack(columns, 1))
+    return np.concatenate(rows)
+
+
+def test_is_the_product_of_its_parts() -> None:
+    layer = dense_sparse(weight_of(), 6, 5, 2)
+    layer.bias = nn.Parameter(torch.randn(12, dtype=torch.float64))
+    expected = torch.from_numpy(dense_by_hand(layer))
+    torch.testing.assert_close(layer.weight.detach(), expected)
+    x = torch.randn(2, 3, 20, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x @ expected.T + layer.bias)
+    sizes = {name: tensor.nbytes for name, tensor in layer.state_dict().items()}
+    assert sizes == {"bases": 8 * 12 * 5, "values": 8 * 2 * 20 * 2, "support": 2 * 20, "bias": 8 * 12}
+
+
+def test_takes_the_factors_of_the_dictionary_solver() -> None:
+    weight = weight_of()
+    layer = DenseSparseLinear(20, 12, 6, 5, 2, bias=False, dtype=torch.float64)
+    for index in (0, 1):
+        found = ksvd(weight[6 * index : 6 * index + 6].T, 5, 2, Metric())
+        set_dictionary(layer, index, found)
+        torch.testing.assert_close(layer.weight.detach()[6 * index : 6 * index + 6], found.weight.T)
+
+
+def test_all_atoms_in_each_column_is_low_rank_by_blocks() -> None:
+    weight = weight_of()
+    layer = dense_sparse(weight, 6, 3, 3, iterations=40)
+    tail = sum(torch.linalg.svdvals(rows)[3:].square().sum() for rows in weight.split(6))
+    torch.testing.assert_close((layer.weight.detach() - weight).square().sum(), tail, rtol=1e-3, atol=0)
+
+
+def made(bias: bool = True) -> tuple[StraightThroughLinear, Tensor]:
+    weight = weight_of()
+    return StraightThroughLinear(weight, weight[:, 0] if bias else None, dense_sparse(weight, 6, 5, 2)), weight
+
+
+def test_gradient_goes_straight_through() -> None:
+    layer, weight = made()
+    x, upstream = torch.randn(4, 20, dtype=torch.float64), torch.randn(4, 12, dtype=torch.float64)
+    approximation = layer.factors.weight.detach().requires_grad_()
+    assert not torch.allclose(approximation, weight, atol=0.1)
+    expected = functional.linear(x, approximation, layer.bias)
+    assert torch.equal(layer(x), expected)
+    (of_approximation,) = torch.autograd.grad((expected * upstream).sum(), approximation)
+    (layer(x) * upstream).sum().backward()
+    assert torch.equal(layer.weight.grad, of_approximation)
+    assert all(parameter.grad is None for parameter in layer.factors.parameters())
+
+
+def test_refreshing_follows_the_weight_and_does_not_get_worse() -> None:
+    layer, _ = made()
+    with torch.no_grad():
+        layer.weight.add_(torch.randn_like(layer.weight) * 0.3)
+
+    def error() -> float:
+        return float((layer.factors.weight - layer.weight).detach().square().sum())
+
+    errors = [error()]
+    for _ in range(4):
+        refresh(layer)
+        errors.append(error())
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
+    assert errors[-1] < 0.9 * errors[0]
+    counts = unpacked(layer.factors.support, 5).sum(1)
+    assert bool((counts == 2).all())
+
+
+def arguments(path: Path, steps: int = 6, save_steps: int = 100) -> TrainingArguments:
+    return TrainingArguments(
+        path, max_steps=steps, save_steps=save_steps, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        seed=3, disable_tqdm=True, logging_steps=100, learning_rate=1e-2, lr_scheduler_type="constant", bf16=True,
+    )  # fmt: skip
+
+
+def rows() -> list[dict[str, Tensor]]:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 40, (16, 8))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def test_trains_ends_in_factors_and_saves(tmp_path: Path) -> None:
+    model = llama()
+    result = straight_through(model, 16, 8, 2, target_modules=["up_proj", "down_proj"])
+    before = model.model.layers[0].mlp.up_proj.factors.support.clone()
+    Trainer(model, arguments(tmp_path / "run"), train_dataset=rows(), callbacks=[StraightThroughFactorizer(2)]).train()
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, DenseSparseLinear) and not torch.equal(layer.support, before)
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == result.parameters_after
+    assert result.parameters_after < result.parameters_before
+    save_compressed(model, tmp_path / "a")
+    loaded = load_compressed(tmp_path / "a")
+    state = model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    with torch.no_grad():
+        batch = batches(1, labelled=False)[0]
+        expected = loaded(**batch).logits
+        assert len(to_dense(loaded)) == 4
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stop", [3, 4])  # between two fits, and right after one
+def test_trainer_resumes_to_the_bit_and_saves(tmp_path: Path, stop: int) -> None:
+    def train(path: Path, steps: int, seed: int = 0, **fields: object) -> nn.Module:
+        torch.manual_seed(seed)
+        model = llama()
+        straight_through(model, 16, 8, 2, target_modules=["up_proj", "down_proj"])
+        callbacks = [StraightThroughFactorizer(2)]
+        Trainer(model, arguments(path, steps, stop), train_dataset=rows(), callbacks=callbacks).train(**fields)
+        return model
+
+    whole = train(tmp_path / "a", 7)
+    train(tmp_path / "b", stop)
+    checkpoint = str(tmp_path / "b" / f"checkpoint-{stop}")
+    # Of other first values, so that all there is comes from the checkpoint.
+    resumed = train(tmp_path / "b", 7, seed=9, resume_from_checkpoint=checkpoint)
+    state = whole.state_dict()
+    assert state.keys() == resumed.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in resumed.state_dict().items())
+    supports = [name for name in state if name.endswith("support")]
+    assert len(supports) == 4
+    save_compressed(resumed, tmp_path / "c")
+    loaded = load_compressed(tmp_path / "c")
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [LoraConfig, WaRAConfig])
+def test_adapters_are_refused_by_name(config: type) -> None:
+    model = TwoLayers(20, 12)
+    straight_through(model, 6, 5, 2, ["first"])
+    with pytest.raises((ValueError, TypeError), match="StraightThroughLinear"):
+        get_peft_model(model, config(target_modules=["first"]))
+    training = StraightThroughFactorizer()
+    training.start(model)
+    training.finish()
+    with pytest.raises((ValueError, TypeError), match="DenseSparseLinear"):
+        get_peft_model(model, config(target_modules=["first"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DenseSparseLinear(20, 12, 5, 4, 2), "block=5 must divide the 12 outputs"),
+        (lambda: DenseSparseLinear(20, 12, 6, 4, 5), "nonzeros=5 must be between 1 and atoms=4"),
+        (lambda: straight_through(TwoLayers(20, 12), 6, 12, 6), "'first' cannot be factorised: block=6, atoms=12"),
+        (lambda: StraightThroughFactorizer(0), "period=0"),
+        (lambda: StraightThroughFactorizer().start(TwoLayers()), "no StraightThroughLinear"),
+    ],
+)
+def test_is_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,79 @@
+"""Why modules cannot be adapted, and the `exclude_modules` that leaves them out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..messages import first
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a module cannot be adapted.
+
+    Attributes:
+        sentence: the reason, with `{}` in place of the names of all modules that have it.
+        detail: what the reason says of this module only.
+    """
+
+    sentence: str
+    detail: str = ""
+
+
+def explain(refusals: Mapping[str, Refusal]) -> str:
+    """A sentence for each reason, with the names of its modules."""
+    by_sentence: dict[str, list[str]] = {}
+    for name, refusal in refusals.items():
+        by_sentence.setdefault(refusal.sentence, []).append(f"{name!r}{refusal.detail}")
+    return " ".join(sentence.format(first(names)) for sentence, names in by_sentence.items())
+
+
+def refuse(refusals: Mapping[str, Refusal], targets: Iterable[str], excluded: Iterable[str] | str | None) -> str:
+    """An error's message: why modules cannot be adapted, and how to adapt the others.
+
+    Args:
+        refusals: the reasons, by module.
+        targets: names of all target modules.
+        excluded: the value of `exclude_modules`.
+    """
+    kept = [name for name in targets if name not in refusals]
+    if not kept:
+        return f"{explain(refusals)} Name others in `target_modules`, or leave these out with `exclude_modules`."
+    return (
+        f"{explain(refusals)} Leave such modules out with `exclude_modules={exclusion(refusals, kept, excluded)!r}`, "
+        "or name other modules in `target_modules`."
+    )
+
+
+def exclusion(refused: Iterable[str], kept: Iterable[str], excluded: Iterable[str] | str | None) -> list[str] | str:
+    """The value of `exclude_modules` that leaves modules out, and no others.
+
+    Args:
+        refused: full names of the modules.
+        kept: full names of the target modules that stay.
+        excluded: the value that the config has now, whose modules stay excluded.
+
+    Returns:
+        The shortest endings of names that tell `refused` from `kept`. Where there is no such ending, or the config has
+        a regular expression, a regular expression.
+    """
+    kept = [f".{name}" for name in kept]
+    endings = {name: _own_ending(name, kept) for name in refused}
+    found = sorted({ending for ending in endings.values() if ending is not None})
+    in_full = [re.escape(name) for name, ending in endings.items() if ending is None]
+    if isinstance(excluded, str) or in_full:
+        if excluded and not isinstance(excluded, str):
+            found, excluded = sorted({*found, *excluded}), None
+        by_ending = [rf"(.*\.)?({'|'.join(re.escape(ending) for ending in found)})"] if found else []
+        return "|".join([*([excluded] if isinstance(excluded, str) else []), *in_full, *by_ending])
+    return sorted({*found, *(excluded or ())})
+
+
+def _own_ending(name: str, others: list[str]) -> str | None:
+    """The shortest ending of a module's name that none of the others has."""
+    parts = name.split(".")
+    starts = [start for start, part in enumerate(parts) if start == 0 or not part.isdigit()]
+    endings = (".".join(parts[start:]) for start in reversed(starts))
+    return next((end for end in endings if not any(other.endswith(f".{end}") for other in others)), None)

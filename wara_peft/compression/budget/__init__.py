@@ -1,0 +1,1 @@
+"""Spends a budget of parameters, bytes or another cost on ranks."""

@@ -1,0 +1,1 @@
+"""Compressed models on disk."""

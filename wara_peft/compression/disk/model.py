@@ -1,0 +1,279 @@
+"""Compressed models on disk: as transformers saves models, and a JSON of what was factorised and how.
+
+Which layers are factorised, and with which ranks, the names and shapes of the tensors say; the JSON must agree. So
+what `Trainer` or `save_pretrained` writes, without the JSON, loads too. Nothing that is read is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...arguments import check_argument
+from ...compiled import on_plain_model
+from ...disk.checkpoints.checkpoint import Checkpoint, read_json
+from ...disk.checkpoints.directory import written_at_once
+from ...disk.checkpoints.skeleton import Skeleton, keys_of_parameters
+from ...factorized import DenseSparseLinear, DictionaryLinear, LowRankPlusSparseLinear, SharedBaseLinear
+from ...factorized.dictionary_linear import unpacked
+from ...factorized.low_rank_plus_sparse_linear import check_places
+from ...factorized.saved import FACTORIZED, describe, put_in_place
+from ...messages import first
+from ..report import CompressionReport
+
+RECORD = "compression.json"
+ADAPTER = "adapter_config.json"
+VERSION = 1
+SPARE_NUMBERS = 100_000_000
+"""How many numbers a model may have in buffers that no file holds, such as tables of positions."""
+
+
+@on_plain_model
+def save_compressed(
+    model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: str = "5GB"
+) -> None:
+    """Write a compressed model of transformers: safetensors, its config, and `compression.json`.
+
+    Args:
+        model: a model that `compress` or `factorize` has changed, or `load_compressed` has loaded. Adapters on it are
+            saved by themselves, or merged before.
+        path: directory to write; it is empty until it is complete.
+        overwrite: replace `path` if it is there.
+        max_shard_size: as in `save_pretrained`.
+
+    Raises:
+        TypeError: it is no model of transformers.
+        ValueError: it has no factorised layer, or adapters, or `path` is there.
+    """
+    call = "save_compressed(model, path)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "path", path, "a str or os.PathLike")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is no PreTrainedModel. Save the state_dict of other models, and an adapter by "
+            "its own save_pretrained."
+        )
+    adapted = [
+        repr(name)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Module)
+    ]
+    if adapted:
+        raise ValueError(f"The model has adapters, in {first(adapted)}. Merge them, or save them by themselves.")
+    with written_at_once(path, "replace" if overwrite else "refuse") as directory:
+        write_compressed(model, directory, max_shard_size)
+
+
+def write_compressed(model: PreTrainedModel, directory: Path, max_shard_size: str = "5GB") -> None:
+    """Write the files of a compressed model into a directory.
+
+    Raises:
+        ValueError: it has no factorised layer.
+    """
+    layers = describe(model)
+    if not layers:
+        raise ValueError("The model has no factorised layer; compress it further, or use its save_pretrained.")
+    report = getattr(model, "compression_report", None)
+    record = {
+        "version": VERSION,
+        "layers": layers,
+        "report": report.as_dict() if isinstance(report, CompressionReport) else None,
+    }
+    cast(Any, model).save_pretrained(directory, max_shard_size=max_shard_size)
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load_compressed(
+    path: str | os.PathLike[str], model_class: type[PreTrainedModel] | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """Load what `save_compressed` has written, or `Trainer` or `save_pretrained` from a compressed model.
+
+    Args:
+        path: the directory.
+        model_class: the class of the model; None takes that which its config names.
+        kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, …
+
+    Returns:
+        The model, in evaluation mode as `from_pretrained` leaves it, with its `compression_report` if that was saved.
+
+    Raises:
+        FileNotFoundError: the directory or a file is missing, or there are only pickles, which are not opened.
+        ValueError: files are broken, incomplete or contradict each other, the config is of no class of transformers or
+            asks for far more than there is, values of factors are not finite, or there is an adapter.
+    """
+    check_argument("load_compressed(path)", "path", path, "a str or os.PathLike")
+    base = Path(path)
+    checkpoint = Checkpoint(base)
+    if (base / ADAPTER).is_file():
+        raise ValueError(f"{str(base)!r} holds {ADAPTER!r}: load an adapter onto its base model.")
+    record = read_record(base)
+    skeleton = Skeleton(checkpoint)
+    chosen = class_of(skeleton) if model_class is None else model_class
+    empty = skeleton.make(chosen)
+    _check_fit(checkpoint, empty)
+    _check_record(base, record, describe(empty))
+    shapes = skeleton.shapes
+
+    class Factorised(chosen):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            put_in_place(self, shapes)
+
+    # What transformers looks up by the name of the class, it finds.
+    Factorised.__name__, Factorised.__qualname__ = chosen.__name__, chosen.__qualname__
+    Factorised.__module__ = chosen.__module__
+    with skeleton.limited():
+        model, info = Factorised.from_pretrained(
+            base, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs
+        )
+    for name, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, and its config does not ask for,")):
+        if info[name]:
+            keys = first([repr(str(key)) for key in sorted(info[name])])
+            raise ValueError(f"{str(base)!r} {what} {keys}. Use a complete copy of the model.")
+    model.__class__ = chosen
+    _check_values(base, model)
+    report = _report_of(base, record)
+    if report is not None:
+        model.compression_report = report
+    return cast(PreTrainedModel, model)
+
+
+def read_record(base: Path) -> dict[str, Any] | None:
+    """What `compression.json` says, or None where there is none.
+
+    Raises:
+        ValueError: it is not JSON, or of a later version.
+    """
+    path = base / RECORD
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    if record.get("version") != VERSION or not isinstance(record.get("layers"), dict):
+        raise ValueError(
+            f"{str(path)!r} has version={record.get('version')!r}, and {VERSION} with layers can be read. Update "
+            "wara-peft, or remove the file: the tensors alone tell of the layers."
+        )
+    return record
+
+
+def saved_layers(base: Path) -> dict[str, dict[str, object]]:
+    """Kind and sizes of the factorised layers in a directory, by the headers of its files, which the JSON must match.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_compressed`.
+    """
+    skeleton = Skeleton(Checkpoint(base))
+    layers = describe(skeleton.make(class_of(skeleton)))
+    _check_record(base, read_record(base), layers)
+    return layers
+
+
+def saved_report(base: Path) -> CompressionReport | None:
+    """What `compress` said when it made the model, if that was saved.
+
+    Raises:
+        ValueError: `compression.json` is broken.
+    """
+    return _report_of(base, read_record(base))
+
+
+def _report_of(base: Path, record: dict[str, Any] | None) -> CompressionReport | None:
+    fields = None if record is None else record.get("report")
+    if fields is None:
+        return None
+    try:
+        return CompressionReport.from_dict(fields)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{str(base / RECORD)!r} has a broken report: {type(error).__name__}: {error}") from error
+
+
+def class_of(skeleton: Skeleton) -> type[PreTrainedModel]:
+    """The class of transformers that a config names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = skeleton.config.architectures or []
+    for name in names if isinstance(names, list) else []:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise ValueError(f"{str(skeleton.path)!r} names no class of transformers: architectures={names!r}.")
+
+
+def _check_fit(checkpoint: Checkpoint, empty: PreTrainedModel) -> None:
+    """Refuse shapes that differ, and a model far larger than its files, before anything is allocated."""
+    parameters = empty.state_dict()
+    for name, keys in keys_of_parameters(empty, checkpoint).items():
+        for key in keys if name in parameters else ():
+            if checkpoint.tensors[key].shape != tuple(parameters[name].shape):
+                raise ValueError(
+                    f"{str(checkpoint.base)!r} has {key!r} of shape {checkpoint.tensors[key].shape}, where "
+                    f"{type(empty).__name__} with its config has {tuple(parameters[name].shape)}."
+                )
+    there = sum(_numbers(info.shape) for info in checkpoint.tensors.values())
+    wanted = _count([*empty.parameters(), *empty.buffers()])
+    if wanted > 4 * there + SPARE_NUMBERS:
+        raise ValueError(
+            f"{str(checkpoint.base)!r} has a config of a model with {wanted:,} numbers, far more than the {there:,} "
+            "in its files."
+        )
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _check_record(base: Path, record: dict[str, Any] | None, found: dict[str, dict[str, object]]) -> None:
+    if not found:
+        raise ValueError(
+            f"{str(base)!r} is a model without factorised layers, neither compressed nor an adapter; load it with "
+            "from_pretrained."
+        )
+    layers = found if record is None else record["layers"]
+    differ = [repr(name) for name in {**layers, **found} if layers.get(name) != found.get(name)]
+    if differ:
+        raise ValueError(
+            f"{str(base / RECORD)!r} contradicts the tensors beside it, about {first(differ)}. Use a complete copy of "
+            "the model."
+        )
+
+
+def _check_values(base: Path, model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if not isinstance(layer, FACTORIZED):
+            continue
+        for parameter in layer.parameters():
+            if not parameter.is_meta and not bool(parameter.isfinite().all()):
+                raise ValueError(f"{str(base)!r} is broken: {name!r} has values that are not finite.")
+        if isinstance(layer, LowRankPlusSparseLinear) and not layer.indices.is_meta:
+            try:
+                check_places(name, layer.indices, layer.nonzeros, layer.in_features * layer.out_features)
+            except ValueError as error:
+                raise ValueError(f"{str(base)!r} is broken: {error}") from error
+        if isinstance(layer, SharedBaseLinear) and not layer.support.is_meta:
+            places = int(unpacked(layer.support, layer.columns).sum())
+            if places != layer.places:
+                raise ValueError(
+                    f"{str(base)!r} is broken: the support of {name!r} has {places} places for {layer.places} values."
+                )
+        if isinstance(layer, (DictionaryLinear, DenseSparseLinear)) and not layer.support.is_meta:
+            counts = unpacked(layer.support, layer.support.shape[1] * 8).sum(1)
+            within = unpacked(layer.support, layer.atoms).sum(1)
+            if not bool((counts == layer.nonzeros).all()) or not torch.equal(counts, within):
+                raise ValueError(
+                    f"{str(base)!r} is broken: the support of {name!r} does not have {layer.nonzeros} of "
+                    f"{layer.atoms} places in each row."
+                )

@@ -1,0 +1,214 @@
+"""Best low-rank approximations of a weight in a metric; nothing here knows of models.
+
+The error of an approximation Ŵ of W, (m, n), is ‖T (W − Ŵ) S‖²_F with S Sᵀ = G, (n, n), and Tᵀ T = H, (m, m). With G
+the second moment of the inputs and H = I it is the mean squared error of the output, E‖(W − Ŵ) x‖².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..statistics.layer_statistics import LayerStatistics
+
+DAMPING = 1e-6
+"""Share of the mean diagonal of E[g gᵀ] that is added to it: outputs whose gradient vanished in the batches count
+little, and not nothing. Where rounding of the sums is worse than that, it is ten times as much, and so on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """What weighs an error.
+
+    Attributes:
+        inputs: G, (n, n), or the diagonal of a diagonal one, (n,); None is I. It may be singular.
+        outputs: H, (m, m), regular; None is I.
+    """
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+    def error(self, difference: Tensor) -> Tensor:
+        """‖T (W − Ŵ) S‖²_F of W − Ŵ, (m, n), in float64."""
+        d = difference.double()
+        right: Tensor = d if self.outputs is None else self.outputs.double() @ d
+        found: Tensor = (right * _times(d, self.inputs)).sum()
+        return found
+
+
+class Factors(NamedTuple):
+    """Ŵ = up @ down, (m, r) and (r, n), in float64, and what it loses.
+
+    Column i of `up` is as long as row i of `down`. `lost` and `energy` are the error of Ŵ and that of 0.
+    """
+
+    up: Tensor
+    down: Tensor
+    lost: float
+    energy: float
+
+
+def energies(weight: Tensor, metric: Metric) -> Tensor:
+    """σ_i² of T W S in descending order, (min(m, n),), in float64: what the i-th unit of rank takes off the error."""
+    values: Tensor = torch.linalg.eigvalsh(_gram(weight.double(), metric)[0])
+    return values.flip(0).clamp(min=0)
+
+
+def low_rank(weight: Tensor, rank: int, metric: Metric) -> Factors:
+    """The approximation of this rank with the least error: ‖T (W − Ŵ) S‖²_F = Σ_{i>r} σ_i² of T W S.
+
+    With U the first r left singular vectors of T W S it is Ŵ = (T⁻¹ U)(Uᵀ T W), which needs no inverse of S: G may be
+    singular (dead inputs, fewer samples than inputs) or close to it. The vectors come from the eigenvalues of
+    T W G Wᵀ Tᵀ where m ≤ n, else of Sᵀ Wᵀ H W S. Rank that the metric has no use for goes to the nearest approximation
+    of the rest of T W, so that full rank gives W.
+
+    Args:
+        weight: W, (m, n).
+        rank: r, from 1 to min(m, n).
+        metric: on the weight's device.
+
+    Source: the identity is theorem 3.2 of SVD-LLM, arXiv 2403.07378; without inverses, DRONE's and others'.
+    """
+    weight = weight.double()
+    gram, root = _gram(weight, metric)
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
+    chol = None if metric.outputs is None else torch.linalg.cholesky(metric.outputs.double())
+    target = weight if chol is None else chol.T @ weight  # T W
+    resolved = min(rank, int((values > values[0] * len(gram) * 4 * torch.finfo(torch.float64).eps).sum()))
+    basis = vectors if len(gram) == len(weight) else target @ (vectors if root is None else _times_root(root, vectors))
+    if resolved < rank:
+        kept = torch.linalg.qr(basis[:, :resolved]).Q
+        rest = target - kept @ (kept.T @ target)
+        basis = torch.cat((kept, _left_vectors(rest, rank - resolved)), 1)
+    if resolved < rank or len(gram) != len(weight):
+        basis = torch.linalg.qr(basis).Q
+    up = basis if chol is None else torch.linalg.solve_triangular(chol.T, basis, upper=True)
+    up, down = balanced(up, basis.T @ target)
+    return Factors(up, down, float(values[rank:].sum()), float(values.sum()))
+
+
+def _gram(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
+    """The smaller one of A Aᵀ and Aᵀ A for A = T W S, up to a change of basis, and S where it is in it."""
+    m, n = weight.shape
+    if m <= n:
+        gram = _times(weight, metric.inputs) @ weight.T
+        if metric.outputs is not None:
+            chol = torch.linalg.cholesky(metric.outputs.double())
+            gram = chol.T @ gram @ chol
+        return (gram + gram.T) / 2, None
+    root = None if metric.inputs is None else root_of(metric.inputs)
+    half = weight if root is None else (_times_root(root, weight.T, transposed=True)).T
+    right = half if metric.outputs is None else metric.outputs.double() @ half
+    gram = half.T @ right
+    return (gram + gram.T) / 2, root
+
+
+def root_of(moment: Tensor) -> Tensor:
+    """S with S Sᵀ = G, in float64: the Cholesky factor if there is one, else Q Λ^½; of a diagonal its square root."""
+    moment = moment.double()
+    if moment.dim() == 1:
+        return moment.clamp(min=0).sqrt()
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    if not bool(failed) and bool(factor.isfinite().all()):
+        return factor  # type: ignore[no-any-return]
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors * values.clamp(min=0).sqrt()  # type: ignore[no-any-return]
+
+
+def _times(weight: Tensor, moment: Tensor | None) -> Tensor:
+    """W G."""
+    if moment is None:
+        return weight
+    return weight * moment.double() if moment.dim() == 1 else weight @ moment.double()
+
+
+def _times_root(root: Tensor, matrix: Tensor, transposed: bool = False) -> Tensor:
+    """S M, or Sᵀ M."""
+    if root.dim() == 1:
+        return root[:, None] * matrix
+    return (root.T if transposed else root) @ matrix
+
+
+def _left_vectors(matrix: Tensor, count: int) -> Tensor:
+    """Vectors that span what the first left singular vectors do, if there are so many that are not zero."""
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)[1]
+    vectors = vectors.flip(1)[:, :count]
+    return vectors if is_wide else matrix @ vectors
+
+
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, in which column i of the first is as long as row i of the second."""
+    lengths = up.norm(dim=0), down.norm(dim=1)
+    ratio = torch.where((lengths[0] > 0) & (lengths[1] > 0), lengths[1] / lengths[0], 1.0).sqrt()
+    return up * ratio, down / ratio[:, None]
+
+
+def centred(statistics: LayerStatistics) -> Tensor:
+    """E[(x − μ)(x − μ)ᵀ], in float64: the error that is left when the bias makes up for that of the mean."""
+    moment, mean = cast(Tensor, statistics.moment).double(), cast(Tensor, statistics.mean).double()
+    return moment - torch.outer(mean, mean)
+
+
+def _inputs(statistics: LayerStatistics, compensates: bool) -> Tensor:
+    return centred(statistics) if compensates else cast(Tensor, statistics.moment)
+
+
+def _outputs(statistics: LayerStatistics) -> Tensor:
+    moment = cast(Tensor, statistics.gradients).double()
+    identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    scale = moment.diagonal().mean() * identity
+    for power in range(7):  # up to all of the mean diagonal, which no rounding comes near to
+        regular: Tensor = moment + DAMPING * 10**power * scale
+        if not bool(torch.linalg.cholesky_ex(regular).info):
+            break
+    return regular
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A way to weigh the error.
+
+    Attributes:
+        needs: kinds of statistics that it must have.
+        metric: from a layer's statistics, and whether the bias makes up for the mean of the inputs.
+        is_loss: whether its errors are estimates of one loss, and can be compared between layers as they are; others
+            are compared as shares of ‖T W S‖².
+        is_dictionary: whether the result is a dictionary and sparse coefficients.
+    """
+
+    needs: tuple[str, ...]
+    metric: Callable[[LayerStatistics, bool], Metric]
+    is_loss: bool = False
+    is_dictionary: bool = False
+
+
+SOLVERS = {
+    "svd": Solver((), lambda statistics, compensates: Metric()),
+    "fisher": Solver(("fisher",), lambda statistics, compensates: Metric(statistics.fisher), is_loss=True),
+    "activation": Solver(("inputs",), lambda statistics, compensates: Metric(_inputs(statistics, compensates))),
+    "activation-fisher": Solver(
+        ("inputs", "gradients"),
+        lambda statistics, compensates: Metric(_inputs(statistics, compensates), _outputs(statistics)),
+        is_loss=True,
+    ),
+    "dictionary": Solver(
+        ("inputs",), lambda statistics, compensates: Metric(_inputs(statistics, compensates)), is_dictionary=True
+    ),
+    "dictionary-oneshot": Solver(
+        ("inputs",), lambda statistics, compensates: Metric(_inputs(statistics, compensates)), is_dictionary=True
+    ),
+}
+"""By name:
+
+- `svd`: ‖W − Ŵ‖²_F.
+- `fisher`: Σ_ij F_j (W − Ŵ)²_ij with F_j = Σ_i (∂loss/∂W_ij)²; Hsu et al. (FWSVD), arXiv 2207.00112.
+- `activation`: E‖(W − Ŵ) x‖², about the mean where the bias makes up for that; SVD-LLM, arXiv 2403.07378.
+- `activation-fisher`: E‖gᵀ (W − Ŵ) x‖² with inputs x and output gradients g taken as independent, as K-FAC does.
+- `dictionary`, `dictionary-oneshot`: as `activation`, by a dictionary; see `dictionary.py`.
+"""

@@ -1,0 +1,72 @@
+"""Whether statistics are of a layer, and have what a solver needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ...factorized.low_rank_linear import linear_shape
+from ...messages import first
+from ..statistics.layer_statistics import LayerStatistics, check_finite, probe_of
+from .low_rank import SOLVERS
+
+TOLERANCE = 0.1
+"""How far entries of a weight may be from those at calibration, relatively: training since moves them a little."""
+
+
+def statistics_of(
+    name: str, layer: nn.Linear | Conv1D, statistics: Mapping[str, LayerStatistics], solver: str
+) -> LayerStatistics:
+    """The statistics of a layer, if they are its own and there is what the solver needs."""
+    needs = SOLVERS[solver].needs
+    if name not in statistics:
+        if not needs:
+            return nothing_of(layer)
+        others = [repr(other) for other in statistics]
+        raise ValueError(
+            f"statistics have nothing of {name!r}, but of {first(others) or 'no layer'}: "
+            "they are of another model, or of other targets. Calibrate this one."
+        )
+    entry = statistics[name]
+    n, m = linear_shape(layer)
+    now = probe_of(layer.weight)
+    if entry.shape != (m, n):
+        raise ValueError(
+            f"statistics of {name!r} are of a layer of shape {entry.shape}, not {(m, n)}: of another model. Calibrate "
+            "this one."
+        )
+    difference = float((entry.probe.float() - now).norm() / now.norm().clamp(min=torch.finfo(now.dtype).tiny))
+    if difference > TOLERANCE:
+        raise ValueError(
+            f"statistics of {name!r} are of a layer with other weights, {difference:.0%} away: of another model, or "
+            "of this one before it was trained. Calibrate this one."
+        )
+    if needs and entry.count == 0:
+        raise ValueError(
+            f"{name!r} never ran during calibration, in 0 positions. Calibrate with batches that use it, or leave it "
+            "out of target_modules."
+        )
+    there = {"inputs": entry.moment, "gradients": entry.gradients, "fisher": entry.fisher}
+    for kind in needs:
+        found = there[kind]
+        if found is None:
+            raise ValueError(
+                f"statistics of {name!r} have no {kind!r}, which solver={solver!r} needs: calibrate with "
+                f"statistics={list(needs)!r}."
+            )
+        if kind != "inputs" and not bool(found.any()):
+            raise ValueError(
+                f"The {kind} of {name!r} are zero: no gradient reaches it in these batches. Calibrate with batches "
+                "that use it, or leave it out of target_modules."
+            )
+    check_finite(name, entry)
+    return entry
+
+
+def nothing_of(layer: nn.Linear | Conv1D) -> LayerStatistics:
+    """Of a layer of which nothing is known."""
+    n, m = linear_shape(layer)
+    return LayerStatistics((m, n), 0, probe_of(layer.weight))

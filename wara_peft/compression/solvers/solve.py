@@ -1,0 +1,94 @@
+"""A factorised layer in the place of a linear one, made by a solver."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...factorized import DictionaryLinear, LowRankLinear
+from ...factorized.dictionary_linear import packed
+from ...factorized.low_rank_linear import linear_shape
+from ..budget.costs import nonzeros_of
+from ..statistics.layer_statistics import LayerStatistics
+from .dictionary import ksvd, one_shot
+from .low_rank import SOLVERS, low_rank
+
+
+class Solution(NamedTuple):
+    """A layer and its error, as a share of that of an output of zero."""
+
+    layer: LowRankLinear | DictionaryLinear
+    lost: float
+
+
+@torch.no_grad()
+def solve(
+    layer: nn.Linear | Conv1D | LowRankLinear,
+    rank: int,
+    solver: str,
+    statistics: LayerStatistics,
+    compensate_bias: bool = True,
+) -> Solution:
+    """Factorise a layer; the layer itself stays as it is.
+
+    With the mean μ of the inputs in the statistics, the bias b becomes b + (W − Ŵ) μ, so that the mean output stays
+    what it is, and solvers that weigh errors by inputs do so about their mean: then no approximation of that rank has
+    a smaller error of the output.
+
+    Args:
+        layer: W, (m, n), with or without b; a factorised one is cut.
+        rank: r, or the number of atoms of a dictionary.
+        solver: a key of `SOLVERS`.
+        statistics: of this layer, with what the solver needs.
+        compensate_bias: whether to do so.
+
+    Returns:
+        The factorised layer, with the device, dtype, mode and `requires_grad` of the layer.
+    """
+    weight = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
+    kind = SOLVERS[solver]
+    compensates = compensate_bias and statistics.mean is not None
+    metric = kind.metric(on(statistics, weight.device), compensates)
+    n, m = linear_shape(layer)
+    bias = layer.bias is not None or compensates
+    trains = next(layer.parameters()).requires_grad  # the weight's, or that of a factor
+    made: LowRankLinear | DictionaryLinear
+    if kind.is_dictionary:
+        learn = one_shot if solver == "dictionary-oneshot" else ksvd
+        found = learn(weight, rank, nonzeros_of(rank), metric)
+        made = DictionaryLinear(n, m, rank, nonzeros_of(rank), bias, device="meta", dtype=weight.dtype)
+        made.to_empty(device=weight.device)
+        made.down.weight.copy_(found.atoms)
+        made.values.copy_(found.values)
+        made.support.copy_(packed(found.places))
+        difference = weight.double() - found.weight
+        energy = float(metric.error(weight))
+        lost = float(metric.error(difference))
+        made.values.requires_grad_(trains)
+    else:
+        factors = low_rank(weight, rank, metric)
+        made = LowRankLinear(n, m, rank, bias, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
+        made.up.weight.copy_(factors.up)
+        made.down.weight.copy_(factors.down)
+        difference = weight.double() - factors.up @ factors.down
+        lost, energy = factors.lost, factors.energy
+        made.up.weight.requires_grad_(trains)
+    made.down.weight.requires_grad_(trains)
+    if made.bias is not None:
+        value = torch.zeros(m, dtype=torch.float64, device=weight.device)
+        if layer.bias is not None:
+            value += layer.bias
+        if compensates:
+            value += difference @ cast(Tensor, statistics.mean).to(weight.device).double()
+        made.bias.copy_(value)
+        made.bias.requires_grad_(trains if layer.bias is None else layer.bias.requires_grad)
+    return Solution(made.train(layer.training), lost / energy if energy > 0 else 0.0)
+
+
+def on(statistics: LayerStatistics, device: torch.device) -> LayerStatistics:
+    """Statistics with all tensors on a device."""
+    tensors = {name: tensor.to(device) for name, tensor in statistics.tensors().items()}
+    return LayerStatistics(statistics.shape, statistics.count, **tensors)

@@ -1,0 +1,1 @@
+"""What solvers need to know of a layer's inputs and gradients."""

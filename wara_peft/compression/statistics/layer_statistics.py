@@ -1,0 +1,191 @@
+"""What is known of the inputs and gradients of a model's linear layers, in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...arguments import check_argument
+from ...disk.checkpoints.checkpoint import read_json
+from ...disk.checkpoints.directory import written_at_once
+from ...disk.checkpoints.tensors import FLOATS, TensorFile
+
+MANIFEST = "statistics.json"
+PROBED = 16
+"""How many entries of a weight tell whether statistics are of this layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """What calibration knows of a linear layer W, (m, n).
+
+    Attributes:
+        shape: (m, n).
+        count: positions that the layer has seen, masked ones left out.
+        probe: some entries of W, by which it is known again.
+        moment: E[x xᵀ], (n, n), over the positions.
+        mean: E[x], (n,).
+        gradients: E[g gᵀ], (m, m), with g = ∂loss/∂(W x).
+        fisher: Σ_i (∂loss/∂W_ij)², (n,), the mean over samples; a sample is an entry of the batch.
+    """
+
+    shape: tuple[int, int]
+    count: int
+    probe: Tensor
+    moment: Tensor | None = None
+    mean: Tensor | None = None
+    gradients: Tensor | None = None
+    fisher: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by the names above."""
+        named = {name: getattr(self, name) for name in _shapes(self.shape)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _shapes(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    m, n = shape
+    return {
+        "probe": (min(PROBED, m * n),),
+        "moment": (n, n),
+        "mean": (n,),
+        "gradients": (m, m),
+        "fisher": (n,),
+    }
+
+
+def probe_of(weight: Tensor) -> Tensor:
+    """Entries of a weight at even distances, in float32 on the CPU."""
+    flat = weight.detach().flatten()
+    return flat[:: max(1, len(flat) // PROBED)][:PROBED].float().cpu()
+
+
+def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, LayerStatistics]) -> None:
+    """Write statistics into a directory, as safetensors and a JSON of what is where.
+
+    Raises:
+        ValueError: there is something at `path`.
+    """
+    call = "save_statistics(path, statistics)"
+    check_argument(call, "path", path, "a str or os.PathLike")
+    check_argument(call, "statistics", statistics, "a mapping")
+    with StatisticsWriter(path) as writer:
+        writer.add(statistics)
+
+
+class StatisticsWriter:
+    """Writes statistics into a directory, a file at a time; it appears when all are there."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._at_once: AbstractContextManager[Path] = written_at_once(path)
+        self._layers: dict[str, Any] = {}
+        self._files = 0
+
+    def __enter__(self) -> StatisticsWriter:
+        self._directory = self._at_once.__enter__()
+        return self
+
+    def add(self, statistics: Mapping[str, LayerStatistics]) -> None:
+        """Write those of some layers into a file; a tensor that several layers have is written once."""
+        self._files += 1
+        file = f"statistics-{self._files:05d}.safetensors"
+        key_of: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, entry in statistics.items():
+            keys = {}
+            for what, tensor in entry.tensors().items():
+                keys[what] = key_of.setdefault(id(tensor), f"{name}.{what}")
+                tensors[keys[what]] = tensor.contiguous()
+            self._layers[name] = {"file": file, "shape": entry.shape, "count": entry.count, "tensors": keys}
+        save_file(tensors, self._directory / file)
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is None:
+            text = json.dumps({"layers": self._layers}, indent=2)
+            (self._directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        return self._at_once.__exit__(*error)
+
+
+def load_statistics(path: str | os.PathLike[str]) -> Mapping[str, LayerStatistics]:
+    """Statistics that `calibrate` or `save_statistics` has written, each layer's read when it is asked for.
+
+    Raises:
+        FileNotFoundError: there are none, or a file is missing.
+        ValueError: the files are broken or do not fit each other; values are looked at when they are read.
+    """
+    check_argument("load_statistics(path)", "path", path, "a str or os.PathLike")
+    return _SavedStatistics(Path(path))
+
+
+class _SavedStatistics(Mapping[str, LayerStatistics]):
+    def __init__(self, path: Path) -> None:
+        manifest = path / MANIFEST
+        if not manifest.is_file():
+            raise FileNotFoundError(f"There is no file {str(manifest)!r}; `calibrate(..., path=...)` writes it.")
+        layers = read_json(manifest).get("layers")
+        if not isinstance(layers, dict):
+            raise ValueError(f"{str(manifest)!r} has no layers.")
+        self._manifest = str(manifest)
+        self._files: dict[str, TensorFile] = {}
+        self._layers: dict[str, dict[str, Any]] = {}
+        for name, entry in layers.items():
+            self._check(name, entry, path)
+            self._layers[name] = entry
+
+    def _check(self, name: str, entry: Any, path: Path) -> None:
+        try:
+            file, count, keys = entry["file"], entry["count"], entry["tensors"]
+            shape = tuple(entry["shape"])
+            are_sizes = all(type(number) is int and number >= 0 for number in (*shape, count))
+            if len(shape) != 2 or not are_sizes or Path(file).name != file or "probe" not in keys:
+                raise TypeError
+            if file not in self._files:
+                if not (path / file).is_file():
+                    raise FileNotFoundError(f"{self._manifest!r} names the file {file!r}, which is not beside it.")
+                self._files[file] = TensorFile(path / file)
+            shapes = _shapes(shape)
+            infos = {what: (shapes[what], self._files[file].tensors[key]) for what, key in keys.items()}
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self._manifest!r} says of {name!r} what cannot be: {entry!r}.") from error
+        for what, (expected, info) in infos.items():
+            if info.shape != expected or info.dtype not in FLOATS:
+                raise ValueError(
+                    f"{str(path / file)!r} has the {what} of {name!r} with shape {info.shape} and dtype {info.dtype}; "
+                    f"{expected} in floating point was expected. Calibrate again."
+                )
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        entry = self._layers[name]
+        values = self._files[entry["file"]].read(entry["tensors"].values())
+        return LayerStatistics(
+            tuple(entry["shape"]), entry["count"], **dict(zip(entry["tensors"], values, strict=True))
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+def check_finite(name: str, entry: LayerStatistics) -> None:
+    """Refuse statistics that are not numbers.
+
+    Raises:
+        ValueError: one is NaN or infinite.
+    """
+    for what, tensor in entry.tensors().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"The {what} of {name!r} is not finite. Look for broken batches or weights, or calibrate in a wider "
+                "dtype."
+            )

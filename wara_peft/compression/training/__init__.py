@@ -1,0 +1,1 @@
+"""Models that train in low rank from the start."""

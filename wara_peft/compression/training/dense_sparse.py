@@ -1,0 +1,175 @@
+"""Linear layers as dense bases and sparse coefficients that are learned with the task, through dense weights."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ...arguments import check_argument
+from ...factorized.dense_sparse_linear import DenseSparseLinear, StraightThroughLinear
+from ...factorized.low_rank_linear import linear_shape
+from ..factorize import Factorization
+from ..replacement import replace_everywhere
+from ..solvers.dictionary import ITERATIONS, Dictionary, ksvd
+from ..solvers.low_rank import Metric
+from ..targets import TIED, check_base, checked, linear_targets, tied_to_others
+
+
+@torch.no_grad()
+def dense_sparse(
+    weight: Tensor, block: int, atoms: int, nonzeros: int, iterations: int = ITERATIONS
+) -> DenseSparseLinear:
+    """Factorise a weight by K-SVD of the columns of each block of rows, without a bias.
+
+    Args:
+        weight: W, (m, n).
+        block: p, a divisor of m.
+        atoms: k, at most n.
+        nonzeros: s, at most k.
+        iterations: of K-SVD.
+
+    Raises:
+        ValueError: numbers out of their range, or as many numbers as the weight has.
+    """
+    check_argument("dense_sparse(weight, block, atoms, nonzeros)", "weight", weight, "a torch.Tensor")
+    m, n = weight.shape
+    layer = DenseSparseLinear(n, m, block, atoms, nonzeros, False, weight.device, weight.dtype)
+    numbers = layer.bases.numel() + layer.values.numel()
+    if atoms > n or numbers >= m * n:
+        raise ValueError(
+            f"block={block}, atoms={atoms} and nonzeros={nonzeros} take {numbers} numbers, and the weight "
+            f"{tuple(weight.shape)} has {m * n}. Take larger blocks, and fewer atoms (at most {n}) or values."
+        )
+    for index, rows in enumerate(torch.split(weight.detach(), block)):
+        set_dictionary(layer, index, ksvd(rows.T, atoms, nonzeros, Metric(), iterations))
+    return layer
+
+
+def set_dictionary(layer: DenseSparseLinear, index: int, found: Dictionary) -> None:
+    """Take W_bᵀ ≈ C D, as the solvers of dictionaries give it, as the block W_b = Dᵀ Cᵀ."""
+    layer.set_block(index, found.atoms.T.to(layer.bases.dtype), found.places, found.values)
+
+
+@torch.no_grad()
+def refresh(layer: StraightThroughLinear, iterations: int = 1) -> None:
+    """Fit the factors of a layer to what its weight is now, from the bases that they have."""
+    factors = layer.factors
+    for index, rows in enumerate(torch.split(layer.weight.detach(), factors.block)):
+        found = ksvd(rows.T, factors.atoms, factors.nonzeros, Metric(), iterations, factors.bases[index].T)
+        set_dictionary(factors, index, found)
+
+
+def straight_through(
+    model: nn.Module,
+    block: int,
+    atoms: int,
+    nonzeros: int,
+    target_modules: str | list[str] | None = None,
+) -> Factorization:
+    """Replace linear layers of a model, in place, by ones that train through their factorisation.
+
+    Args:
+        model: any module that contains linear layers.
+        block, atoms, nonzeros: p, k and s of `DenseSparseLinear`.
+        target_modules: as in PEFT; None means all linear layers but the output layer of a model of transformers.
+
+    Returns:
+        What was replaced, by the number of values in a column, and what was left; parameters are those after
+        `StraightThroughFactorizer.finish`, for training takes more.
+
+    Raises:
+        ValueError: numbers that do not fit a layer, which is named, or as in `factorize`.
+    """
+    check_argument("straight_through(model, block, atoms, nonzeros)", "model", model, "an nn.Module")
+    check_base(model)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    is_tied = tied_to_others(model)
+    replaced: dict[str, int] = {}
+    left: dict[str, str] = {}
+    made: dict[nn.Module, StraightThroughLinear] = {}
+    for name, layer in linear_targets(model, target_modules).items():
+        if is_tied(layer):
+            left[name] = TIED
+            continue
+        replaced[name] = nonzeros
+        if layer not in made:
+            weight = checked(name, layer)
+            try:
+                factors = dense_sparse(weight, block, atoms, nonzeros)
+            except ValueError as error:
+                raise ValueError(f"{name!r} cannot be factorised: {error}") from error
+            made[layer] = StraightThroughLinear(weight, layer.bias, factors).train(layer.training)
+    saved = 0
+    for old, new in made.items():
+        n, m = linear_shape(cast(Any, old))
+        saved += m * n - new.factors.bases.numel() - new.factors.values.numel()
+    replace_everywhere(model, made)
+    return Factorization(replaced, left, before, before - saved)
+
+
+class StraightThroughFactorizer(TrainerCallback):
+    """Fits the factors of `StraightThroughLinear` layers anew every few steps, and keeps these alone at the end.
+
+    After DSFormer, arXiv 2312.13211: gradients go straight through to dense weights, and which coefficients there are
+    follows them. Period and iterations are ours. Call `start(model)`, `after_step(step)` after each step of the
+    optimizer and `finish()`, or give it to transformers' `Trainer` as a callback.
+
+    Args:
+        period: steps between two fits.
+        iterations: of K-SVD in each, from the bases that there are.
+
+    Raises:
+        ValueError: a number less than 1; `start` refuses a model without such layers.
+    """
+
+    def __init__(self, period: int = 10, iterations: int = 1) -> None:
+        for name, value in (("period", period), ("iterations", iterations)):
+            check_argument("StraightThroughFactorizer(period, iterations)", name, value, "an int")
+            if value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1.")
+        self.period, self.iterations = period, iterations
+        self._model: nn.Module | None = None
+
+    def start(self, model: nn.Module) -> None:
+        """Begin with a model."""
+        check_base(model)
+        if not any(isinstance(module, StraightThroughLinear) for module in model.modules()):
+            raise ValueError("The model has no StraightThroughLinear; call straight_through(model, ...) first.")
+        self._model = model
+
+    def _layers(self) -> list[StraightThroughLinear]:
+        if self._model is None:
+            raise RuntimeError("The training has not been started. Call `start(model)` first.")
+        return [module for module in self._model.modules() if isinstance(module, StraightThroughLinear)]
+
+    def after_step(self, step: int) -> None:
+        """Fit, if it is time: after steps m, 2 m, …, counted from 1."""
+        if step % self.period == 0:
+            for layer in self._layers():
+                refresh(layer, self.iterations)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Replace the layers, in place, by `DenseSparseLinear` of what they compute, which train as they are."""
+        made: dict[nn.Module, nn.Module] = {}
+        for layer in self._layers():
+            factors = layer.factors.requires_grad_(layer.weight.requires_grad)
+            factors.bias = layer.bias
+            made[layer] = factors
+        assert self._model is not None
+        replace_everywhere(self._model, made)
+        self._model = None
+
+    # Events of transformers' Trainer.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.start(model)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after_step(state.global_step + 1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish()

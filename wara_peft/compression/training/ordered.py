@@ -1,0 +1,290 @@
+"""Training that finds the rank of each layer: ordered dropout, a penalty on tails, and cutting these as it goes on."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from ...arguments import check_argument, shown
+from ...compiled import on_plain_model
+from ...factorized.dense import dense_layer
+from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
+from ...factorized.low_rank_linear import factorize_linear
+from ...factorized.ordered import OrderedLowRankConv, OrderedLowRankLinear
+from ...linear_algebra.tails import group_lasso, moments_of, tails, worthy
+from ..factorize import Factorization
+from ..replacement import replace_everywhere
+from ..targets import TIED, check_base, checked_layer, layer_targets, tied_to_others
+
+Ordered = OrderedLowRankLinear | OrderedLowRankConv
+
+
+@on_plain_model
+def ordered_low_rank(
+    model: nn.Module, rank: int | None = None, target_modules: str | list[str] | None = None
+) -> Factorization:
+    """Replace linear layers and convolutions of a model, in place, by low-rank ones with ordered components.
+
+    Factors are those of the SVD, U√Σ and √Σ Vᵀ, so that at full rank the model computes what it did. Train it with
+    `OrderedRankTraining`. After Horváth et al., "Maestro", arXiv 2308.14929.
+
+    Args:
+        model: any module, without adapters; of a model yet to be trained too.
+        rank: of all layers, at most; None is full rank, which has more parameters than the dense layer until it is
+            cut.
+        target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
+            linear layers but the output layer of a model of transformers, and convolutions without groups.
+
+    Raises:
+        ValueError: a rank below 1, a target that matches nothing, or a layer that cannot be factorised.
+    """
+    check_argument("ordered_low_rank(model, rank)", "model", model, "an nn.Module")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={shown(rank)} must be an int of at least 1; None is full rank.")
+    check_base(model)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    is_tied = tied_to_others(model)
+    replaced: dict[str, int] = {}
+    left: dict[str, str] = {}
+    made: dict[nn.Module, Ordered] = {}
+    for name, layer in layer_targets(model, target_modules).items():
+        if is_tied(layer):
+            left[name] = TIED
+            continue
+        if layer not in made:
+            m, *others = checked_layer(name, layer).shape
+            most = min(m, torch.Size(others).numel())
+            made[layer] = _ordered(layer, most if rank is None else min(rank, most))
+        replaced[name] = made[layer].rank
+    replace_everywhere(model, made)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    return Factorization(replaced, left, before, after)
+
+
+def _ordered(layer: nn.Module, rank: int) -> Ordered:
+    if isinstance(layer, CONVOLUTIONS):
+        conv = factorize_conv(layer, rank)
+        conv.__class__ = OrderedLowRankConv
+        return cast(OrderedLowRankConv, conv)
+    linear = factorize_linear(cast(nn.Linear | Conv1D, layer), rank)
+    linear.__class__ = OrderedLowRankLinear
+    return cast(OrderedLowRankLinear, linear)
+
+
+class OrderedRankTraining(TrainerCallback):
+    """Orders the components of a model's layers by importance while it trains, and cuts those of no use.
+
+    Each step draws one of all pairs of a layer and a rank b, uniformly; that layer computes with its first b
+    components, all others in full. λ Σ_layers Σ_b (‖V[b:]‖_F + ‖U[:, b:]‖_F) is added to the loss, by its gradient.
+    At the end of each epoch a layer keeps its longest prefix with ‖V[b:]‖ · ‖U[:, b:]‖ ≥ ε, at least one component:
+    parameters and the optimizer's moments are cut, in place. At the end of the training layers at or above the
+    break-even become dense. Norms with running statistics want these measured anew after that.
+
+    After Horváth et al., "Maestro", arXiv 2308.14929: draws are independent, and a function of the seed and the step,
+    in place of a shuffled list of all pairs, so that resuming needs no state; the checkpoint's shapes tell the ranks.
+
+    As a callback of transformers' `Trainer`:
+
+        >>> ordered_low_rank(model)  # doctest: +SKIP
+        >>> Trainer(model, args, callbacks=[OrderedRankTraining(penalty=1e-4)], ...)  # doctest: +SKIP
+
+    In a loop of one's own:
+
+        >>> training = OrderedRankTraining(penalty=1e-4)  # doctest: +SKIP
+        >>> training.start(model)  # doctest: +SKIP
+        >>> for step, batch in enumerate(batches):  # doctest: +SKIP
+        ...     training.before_forward(step)
+        ...     model(**batch).loss.backward()
+        ...     training.after_backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> training.shrink(optimizer)  # between epochs  # doctest: +SKIP
+        >>> training.finish()  # doctest: +SKIP
+
+    With several processes shapes stay until the end, as reducers of gradients know them, and what is to be cut becomes
+    zero and stays so.
+
+    Args:
+        penalty: λ. The published scripts have 1e-6, the code 5e-3.
+        threshold: ε.
+        seed: of the draws.
+
+    Raises:
+        ValueError: λ or ε negative. `start` refuses a model without ordered layers, with sharded ones or with
+            adapters; `shrink` an optimizer whose state it cannot cut.
+    """
+
+    def __init__(self, penalty: float, threshold: float = 1e-5, seed: int = 0) -> None:
+        for name, value in (("penalty", penalty), ("threshold", threshold)):
+            check_argument("OrderedRankTraining(penalty, threshold)", name, value, "a number")
+            if value < 0:
+                raise ValueError(f"{name}={value!r} must be at least 0.")
+        self.factor, self.threshold, self.seed = penalty, threshold, seed
+        self._model: nn.Module | None = None
+        self._ranks: dict[str, int] = {}
+        """Components that are not zero, of which draws are made."""
+
+    def start(self, model: nn.Module) -> None:
+        """Begin with a model."""
+        check_base(model)
+        layers = _layers(model)
+        if not layers:
+            raise ValueError("The model has no ordered layer; call ordered_low_rank(model) first.")
+        for name, layer in layers.items():
+            if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+                raise ValueError(f"{name!r} is sharded, as by FSDP, and its components are not. Train with DDP.")
+        self._model = model
+        self._ranks = {name: _alive(layer) for name, layer in layers.items()}
+
+    @property
+    def layers(self) -> dict[str, Ordered]:
+        """By name."""
+        if self._model is None:
+            raise RuntimeError("The training has not been started. Call `start(model)` first.")
+        return _layers(self._model)
+
+    def before_forward(self, step: int) -> tuple[str, int]:
+        """Draw a layer and a rank for the forwards of this step; returned for those who log."""
+        layers = self.layers
+        ends = list(accumulate(min(self._ranks[name], layer.rank) for name, layer in layers.items()))
+        generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + step)
+        drawn = int(torch.randint(ends[-1], (), generator=generator))
+        index = bisect_right(ends, drawn)
+        for layer in layers.values():
+            layer.limit = None
+        name, layer = list(layers.items())[index]
+        layer.limit = ends[index] - drawn
+        return name, layer.limit
+
+    def penalty(self) -> Tensor:
+        """λ Σ_layers Σ_b (‖V[b:]‖_F + ‖U[:, b:]‖_F), differentiable, for those who add it to a loss of their own."""
+        return self.factor * group_lasso(tail for layer in self.layers.values() for tail in _tails(layer))
+
+    def after_backward(self) -> None:
+        """Add the penalty's gradient, between backward (and clipping) and the optimizer's step."""
+        if not self.factor:
+            return
+        parameters = [
+            parameter
+            for layer in self.layers.values()
+            for parameter in (layer.down.weight, layer.up.weight)
+            if parameter.requires_grad
+        ]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self.penalty(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    @torch.no_grad()
+    def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
+        """Cut what is worth less than ε, with the optimizer's moments; returns the ranks that are kept."""
+        kept = {name: max(1, worthy(*_tails(layer), self.threshold)) for name, layer in self.layers.items()}
+        if optimizer is not None:
+            for name, layer in self.layers.items():
+                _check_state(name, layer, optimizer)
+        for name, layer in self.layers.items():
+            if kept[name] == layer.rank:
+                continue
+            if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+                _empty(layer, kept[name], optimizer)
+            else:
+                cut_rank(layer, kept[name], optimizer)
+        self._ranks = kept
+        return kept
+
+    def finish(self) -> dict[str, int | None]:
+        """Cut components that are zero, and make dense where that takes no more parameters, which None stands for.
+
+        The other layers are plain `LowRankLinear` and `LowRankConv` then.
+        """
+        ranks: dict[str, int | None] = {}
+        dense: dict[nn.Module, nn.Module] = {}
+        for name, layer in self.layers.items():
+            layer.cut(_alive(layer))
+            layer.settle()
+            m, *others = layer.weight.shape
+            n = torch.Size(others).numel()
+            ranks[name] = layer.rank if layer.rank * (m + n) < m * n else None
+            if ranks[name] is None and layer not in dense:
+                dense[layer] = dense_layer(layer)
+        assert self._model is not None
+        replace_everywhere(self._model, dense)
+        self._model = None
+        return ranks
+
+    # Events of transformers' Trainer.
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.fp16:
+            raise ValueError("fp16 scales gradients, which a penalty's cannot be added to. Train with bf16.")
+        self.start(model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before_forward(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after_backward()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.shrink(optimizer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish()
+
+
+@torch.no_grad()
+def cut_rank(layer: Ordered, rank: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Keep a layer's first components alone, with the optimizer's moments of them, in place.
+
+    Raises:
+        ValueError: the rank is less than 1, or the optimizer keeps something of another shape.
+    """
+    if optimizer is not None:
+        _check_state("the layer", layer, optimizer)
+        for parameter, dim in ((layer.down.weight, 0), (layer.up.weight, 1)):
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = value.narrow(dim, 0, min(rank, layer.rank)).clone()
+    layer.cut(rank)
+
+
+def _check_state(name: str, layer: Ordered, optimizer: torch.optim.Optimizer) -> None:
+    for parameter in (layer.down.weight, layer.up.weight):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                raise ValueError(
+                    f"The optimizer keeps {key!r} of shape {tuple(value.shape)} for {name!r}, which cannot be cut "
+                    f"with a parameter of shape {tuple(parameter.shape)}. Use AdamW, Adam or SGD."
+                )
+
+
+def _empty(layer: Ordered, rank: int, optimizer: torch.optim.Optimizer | None) -> None:
+    for parameter, dim in ((layer.down.weight, 0), (layer.up.weight, 1)):
+        for tensor in (parameter, *moments_of(optimizer, parameter)):
+            tensor.narrow(dim, rank, layer.rank - rank).zero_()
+
+
+@on_plain_model
+def _layers(model: nn.Module) -> dict[str, Ordered]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Ordered)}
+
+
+def _alive(layer: Ordered) -> int:
+    """How many components there are up to the last one that is not zero, at least 1."""
+    rows, columns = _tails(layer)
+    return max(1, int((rows * columns > 0).sum()))
+
+
+def _tails(layer: Ordered) -> tuple[Tensor, Tensor]:
+    """‖V[b:]‖² and ‖U[:, b:]‖² for b = 0 … r − 1."""
+    rows = layer.down.weight.flatten(1).square().sum(1)
+    columns = layer.up.weight.flatten(1).square().sum(0)
+    return tails(rows), tails(columns)

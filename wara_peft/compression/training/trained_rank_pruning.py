@@ -1,0 +1,254 @@
+"""Training that keeps weights near low rank, so that a decomposition at its end loses little."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ...arguments import check_argument
+from ...factorized.low_rank_conv import CONVOLUTIONS, Scheme, check_spatial, factorize_conv, folded, unfolded
+from ..compress import compress
+from ..replacement import replace_everywhere
+from ..report import CompressionReport, LayerReport
+from ..statistics.layer_statistics import LayerStatistics
+from ..targets import TIED, check_base, checked_layer, layer_targets, tied_to_others
+
+
+class TrainedRankPruning(TrainerCallback, ExportableState):
+    """Truncates weights in the course of a training, and pulls their singular values down.
+
+    Before the forward of every m-th step each weight W, unfolded as a matrix U Σ Vᵀ, is overwritten by its truncation
+    W' = U_k Σ_k V_kᵀ, with the least k of which Σ_{i≤k} σ_i² ≥ e E; after the backward of these steps λ U_k V_kᵀ, a
+    sub-gradient of the nuclear norm, is added to its gradient. All other steps are as they are, and weights are dense.
+    At the end layers become factorised ones at the ranks reached, by `compress`.
+
+    E is the energy to which e refers: ‖W‖²_F at first. To refer to ‖W‖²_F each time would take away a share of what
+    the last truncation left, and bring the rank down without any gradient. So E stays as long as there is no more
+    energy than that, and falls only where the weight itself has become smaller since its last truncation W':
+    E_t = max(‖W_t‖², E_{t−1} min(1, ‖W_t‖² / ‖W'_{t−1}‖²)). With no gradient, or with weight decay alone, k stays.
+
+    After Xu et al., "Trained Rank Pruning", IJCAI 2020 (arXiv 1812.02402, 2004.14566), which refers to ‖W‖² each time.
+
+    As a callback of transformers' `Trainer`, whose checkpoints keep E:
+
+        >>> Trainer(model, args, callbacks=[TrainedRankPruning()], ...)  # doctest: +SKIP
+
+    In a loop of one's own:
+
+        >>> pruning = TrainedRankPruning()  # doctest: +SKIP
+        >>> pruning.start(model)  # doctest: +SKIP
+        >>> for step, batch in enumerate(batches):  # doctest: +SKIP
+        ...     pruning.before_forward(step)
+        ...     model(**batch).loss.backward()
+        ...     pruning.after_backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> report = pruning.finish()  # doctest: +SKIP
+
+    Args:
+        energy: e.
+        penalty: λ.
+        period: m. The published script has 1 by default and runs with 5.
+        scheme: how convolutions are unfolded: "channel" as (m, n · kernel), "spatial" as (n · height, m · width).
+        target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
+            linear layers but the output layer of a model of transformers, and all convolutions but the first one and
+            those with groups or a kernel of size one.
+
+    Attributes:
+        report: what `finish` did, also at the end of `Trainer.train`.
+
+    Raises:
+        ValueError: a number out of range. `start` refuses targets that match nothing or cannot be factorised, sharded
+            weights, and a model with adapters.
+    """
+
+    def __init__(
+        self,
+        energy: float = 0.9,
+        penalty: float = 3e-4,
+        period: int = 5,
+        scheme: Scheme = "channel",
+        target_modules: str | list[str] | None = None,
+    ) -> None:
+        for name, value in (("energy", energy), ("penalty", penalty), ("period", period)):
+            check_argument("TrainedRankPruning(energy, penalty, period)", name, value, "a number")
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy={energy!r} must be more than 0 and at most 1.")
+        if penalty < 0:
+            raise ValueError(f"penalty={penalty!r} must be at least 0.")
+        if period < 1:
+            raise ValueError(f"period={period!r} must be at least 1.")
+        if scheme not in ("channel", "spatial"):
+            raise ValueError(f"scheme={scheme!r} is unknown; use 'channel' or 'spatial'.")
+        self.energy, self.penalty, self.period, self.scheme = energy, penalty, period, scheme
+        self.target_modules = target_modules
+        self.report: CompressionReport | None = None
+        self._model: nn.Module | None = None
+        self._targets: dict[str, nn.Module] = {}
+        self._references: dict[str, list[float]] = {}
+        """By name: E and ‖W'‖² of the last truncation."""
+        self._directions: dict[str, Tensor] = {}
+
+    def start(self, model: nn.Module) -> None:
+        """Begin with a model."""
+        check_base(model)
+        found = layer_targets(model, self.target_modules)
+        if self.target_modules is None:
+            convolutions = [name for name, layer in found.items() if isinstance(layer, CONVOLUTIONS)]
+            skipped = convolutions[:1] + [name for name in convolutions if set(_kernel(found[name])) == {1}]
+            found = {name: layer for name, layer in found.items() if name not in skipped}
+        is_tied = tied_to_others(model)
+        targets: dict[str, nn.Module] = {}
+        for name, layer in found.items():
+            weight = layer.get_parameter("weight")
+            if isinstance(weight, DTensor):
+                raise ValueError(f"{name!r} is sharded, as by FSDP, and has no SVD in parts. Train with DDP.")
+            checked_layer(name, layer)
+            if is_tied(layer) or any(layer is other for other in targets.values()):
+                continue
+            if isinstance(layer, CONVOLUTIONS) and self.scheme == "spatial":
+                try:
+                    check_spatial(layer)
+                except ValueError as error:
+                    raise ValueError(f"{name!r}: {error}") from error
+            targets[name] = layer
+        if not targets:
+            raise ValueError(f"There is no layer to prune: of those in target_modules {TIED}, or none is left.")
+        self._model, self._targets = model, targets
+        self._references, self._directions = {}, {}
+
+    def before_forward(self, step: int) -> None:
+        """Truncate, if it is time."""
+        self._directions = {}
+        if step % self.period == 0:
+            self._truncate()
+
+    @torch.no_grad()
+    def _truncate(self) -> dict[str, int]:
+        ranks = {}
+        for name, layer in self._started().items():
+            weight = layer.get_parameter("weight")
+            matrix = self._unfolded(layer)
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+            energies = values.double().square().cumsum(0)
+            total = float(energies[-1])
+            reference, kept = self._references.get(name, [total, total])
+            reference = max(total, reference * min(1.0, total / kept if kept > 0 else 1.0))
+            # What rounding of the weight takes away does not count.
+            least = self.energy * reference * (1 - 4 * torch.finfo(weight.dtype).eps)
+            rank = min(int((energies < least).sum()) + 1, len(values))
+            truncated = self._folded(layer, (left[:, :rank] * values[:rank]) @ right[:rank])
+            direction = self._folded(layer, left[:, :rank] @ right[:rank])
+            if distributed.is_available() and distributed.is_initialized():
+                for tensor in (truncated, direction):  # rounding may differ between machines
+                    distributed.broadcast(tensor, 0)
+            if rank < len(values):
+                weight.copy_(truncated)
+            self._references[name] = [reference, float(energies[rank - 1])]
+            self._directions[name] = direction.to(weight.dtype)
+            ranks[name] = rank
+        return ranks
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Add λ U_k V_kᵀ to gradients, if it is time, between backward (and clipping) and the optimizer's step."""
+        for name, direction in self._directions.items():
+            weight = self._started()[name].get_parameter("weight")
+            if weight.grad is not None:
+                weight.grad.add_(direction, alpha=self.penalty)
+        self._directions = {}
+
+    def finish(
+        self, solver: str = "svd", statistics: Mapping[str, LayerStatistics] | None = None
+    ) -> CompressionReport:
+        """Truncate for the last time, and factorise each layer at its rank, where that saves parameters.
+
+        Args:
+            solver, statistics: of linear layers, as in `compress`; statistics are those of the trained model.
+
+        Returns:
+            What each layer got; it is also kept as `model.compression_report`.
+        """
+        ranks, targets, model = self._truncate(), self._started(), self._model
+        assert model is not None
+        report = CompressionReport(solver, "given", 0, "parameters", 0, 0, [], {})
+        linear = {name: rank for name, rank in ranks.items() if not isinstance(targets[name], CONVOLUTIONS)}
+        if linear:
+            report = compress(model, linear, solver, statistics, show_progress_bar=False)
+        made: dict[nn.Module, nn.Module] = {}
+        entries = []
+        for name, layer in targets.items():
+            if isinstance(layer, CONVOLUTIONS):
+                new = factorize_conv(layer, ranks[name], self.scheme)
+                dense, after = _count(layer), _count(new)
+                pays = after < dense
+                if pays:
+                    made[layer] = new
+                rows, columns = self._unfolded(layer).shape
+                entries.append(
+                    LayerReport(name, (rows, columns), ranks[name] if pays else None, None, dense,
+                                after if pays else dense, 0.0, "" if pays else "no rank pays")
+                )  # fmt: skip
+        replace_everywhere(model, made)
+        spent = report.spent + sum(entry.parameters_after for entry in entries)
+        before = report.before + sum(entry.parameters_before for entry in entries)
+        report = dataclasses.replace(
+            report, layers=[*report.layers, *entries], spent=spent, budget=spent, before=before
+        )
+        self.report = report
+        model.compression_report = report  # type: ignore[assignment]
+        self._model, self._directions = None, {}
+        return report
+
+    def _started(self) -> dict[str, nn.Module]:
+        if self._model is None:
+            raise RuntimeError("The pruning has not been started. Call `start(model)` first.")
+        return self._targets
+
+    def _unfolded(self, layer: nn.Module) -> Tensor:
+        weight = layer.get_parameter("weight").detach()
+        matrix = unfolded(weight, self.scheme) if isinstance(layer, CONVOLUTIONS) else weight
+        return matrix.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def _folded(self, layer: nn.Module, matrix: Tensor) -> Tensor:
+        is_conv = isinstance(layer, CONVOLUTIONS)
+        return folded(matrix, layer.get_parameter("weight").shape, self.scheme) if is_conv else matrix
+
+    # Events of transformers' Trainer, and what it keeps in its checkpoints.
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"_references": self._references}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.fp16:
+            raise ValueError("fp16 scales gradients, which a penalty's cannot be added to. Train with bf16.")
+        self.start(model)
+        saved = state.stateful_callbacks.get(type(self).__name__, {})
+        if state.global_step and isinstance(saved, dict):
+            self._references = dict(saved["attributes"]["_references"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before_forward(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.after_backward()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish()
+
+
+def _kernel(layer: nn.Module) -> tuple[int, ...]:
+    assert isinstance(layer, CONVOLUTIONS)
+    kernel: tuple[int, ...] = layer.kernel_size
+    return kernel
+
+
+def _count(layer: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters())

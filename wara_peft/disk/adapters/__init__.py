@@ -1,0 +1,1 @@
+"""Saved adapters: reads, checks and merges them."""

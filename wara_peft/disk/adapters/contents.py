@@ -1,0 +1,283 @@
+"""What an adapter's file must hold by its config, compared with what it does hold, by the header alone."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from torch import nn
+
+from ...base_layers.kinds import IN_PROJ, KINDS, Kind, ModuleShape
+from ...config import WaRAConfig
+from ...forms import Parts
+from ...layers.base import TENSOR_PARTS
+from ...messages import first
+from ..checkpoints.tensors import FLOATS, INTEGERS, TensorFile, TensorInfo
+
+PEFT_PREFIX = "base_model.model."
+TOKENS = "trainable_tokens_delta"
+"""PEFT's name for the rows of `trainable_token_indices`."""
+HEADS = {("SEQ_CLS", "TOKEN_CLS"): ("classifier", "score"), ("QUESTION_ANS",): ("qa_outputs",)}
+"""Names that PEFT adds to `modules_to_save`, by task type."""
+PEFT_INTERNAL = re.compile(r"\.(modules_to_save|original_module)\.")
+"""In keys that PEFT saves twice with `bias="all"`: the biases of a module that is trained in full."""
+
+
+class Contents:
+    """The tensors of an adapter's file, sorted by what they are.
+
+    Args:
+        config: the adapter's configuration.
+        modules: the adapted modules by name.
+        file: the adapter's file.
+
+    Attributes:
+        modules: the adapted modules by name, of convolutions with the kernel size, which only the file knows.
+        factors: shapes of each adapted module's tensors by key, without PEFT's prefix.
+        trained: the keys of those that train.
+        others: shape and dtype of what else there is, by key.
+        unmentioned: those of `others` that the config does not explain.
+
+    Raises:
+        ValueError: the file lacks something, or holds what it must not.
+
+    Warns:
+        UserWarning: the file holds what the config does not mention, or no biases where they train.
+    """
+
+    parts_of_layers: tuple[str, ...] = TENSOR_PARTS
+    """Names of parts that hold a layer's factors. A key with one that the config does not explain is refused."""
+
+    def __init__(self, config: WaRAConfig, modules: dict[str, ModuleShape], file: TensorFile) -> None:
+        self.config, self.modules = config, modules
+        self.name = repr(str(file.path))
+        self.tensors = self._check_dtypes(file)
+        self.modules = {name: self._with_kernel(name, shape) for name, shape in modules.items()}
+        self.factors: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.trained: dict[str, list[str]] = {}
+        for module in modules:
+            self.factors[module], self.trained[module] = self._factors_of(module)
+        self.others = self._check_keys()
+        self._check_promises()
+
+    def _factors_of(self, module: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        """Shapes of an adapted module's tensors by key, and the keys of those that train."""
+        saved = self.config.form_object.saved(self.parts(module))
+        tensors = {f"{module}.{key}": value for key, value in saved.items()}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        return shapes, [key for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
+
+    def _check_dtypes(self, file: TensorFile) -> dict[str, TensorInfo]:
+        """What is in the file, by key without PEFT's prefix."""
+        found = {}
+        for key, info in file.tensors.items():
+            if not key.startswith(PEFT_PREFIX):
+                raise ValueError(f"{self.name} has the key {key!r}, which does not start with {PEFT_PREFIX!r}.")
+            # A module that trains in full may count, as the batches of a batch norm.
+            self._check_dtype(key, info, (*FLOATS, *INTEGERS))
+            found[key.removeprefix(PEFT_PREFIX)] = info
+        return found
+
+    def _check_dtype(self, key: str, info: TensorInfo, allowed: Iterable[str]) -> None:
+        if info.dtype not in allowed:
+            raise ValueError(f"{self.name} has {key!r} of dtype {info.dtype}; one of {', '.join(FLOATS)} is allowed.")
+
+    def _check_keys(self) -> dict[str, TensorInfo]:
+        """Compare what is in the file with what the config says; returns what is not a factor."""
+        expected = {key: shape for of_module in self.factors.values() for key, shape in of_module.items()}
+        missing = [repr(key) for key in expected if key not in self.tensors]
+        if missing:
+            raise ValueError(f"{self.name} lacks {first(missing)}, which its config asks for.")
+        for key, shape in expected.items():
+            self._check_dtype(key, self.tensors[key], FLOATS)
+            if self.tensors[key].shape != shape:
+                raise ValueError(
+                    f"{self.name} has {key!r} of shape {self.tensors[key].shape}, but its config asks for {shape}."
+                )
+        others = {key: info for key, info in self.tensors.items() if key not in expected}
+        self.unmentioned = {key for key in others if not self._is_known(key)}
+        stray = [repr(key) for key in others if key in self.unmentioned and self._looks_like_a_factor(key)]
+        if stray:
+            raise ValueError(f"{self.name} holds {first(stray)}, of which its config says nothing.")
+        if self.unmentioned:
+            names = [repr(key) for key in others if key in self.unmentioned]
+            warnings.warn(
+                f"{self.name} holds {first(names)}, of which its config says nothing. It is kept, as PEFT loads it "
+                "into parameters of that name."
+            )
+        return others
+
+    def _check_promises(self) -> None:
+        """What the config says is trained besides the adapter must be in the file."""
+        lacking = [repr(name) for name in self.config.modules_to_save or () if not self._is_saved(name)]
+        if lacking:
+            raise ValueError(
+                f"{self.name} lacks {first(lacking)}, which `modules_to_save` in its config promises. Use a complete "
+                "copy of the adapter; if the model has no module of that name, take it out of the config."
+            )
+        tokens = [key for key in self.others if key.endswith(f".{TOKENS}")]
+        if self.config.trainable_token_indices and not tokens:
+            raise ValueError(
+                f"{self.name} lacks the rows of tokens that `trainable_token_indices` in its config promises. Use a "
+                "complete copy of the adapter."
+            )
+        for key in tokens:
+            named, rows = len(self.token_indices(key)), self.others[key].shape[:1]
+            if rows != (named,):
+                raise ValueError(
+                    f"trainable_token_indices of the adapter do not fit {key!r} in {self.name}: they name {named} "
+                    f"tokens, and its shape is {self.others[key].shape}."
+                )
+        if self.config.bias != "none":
+            self._check_biases()
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether the file has a part of a module that `modules_to_save` names."""
+        names: tuple[str, ...] = (name,)
+        for task_types, heads in HEADS.items():
+            if self.config.task_type in task_types and name in heads:
+                names = heads  # PEFT adds all of them to the config, and the model has one
+        return any(_is_part_of(key, names) for key in self.others if not PEFT_INTERNAL.search(key))
+
+    def _check_biases(self) -> None:
+        """Check that the file has the biases that the config names.
+
+        A config of 0.1.0 names none. Then only the base model knows which there are; but layers of one kind all have
+        theirs, or none has.
+        """
+        in_full = tuple(self.config.modules_to_save or ())
+        there = {parameter_of(key) for key in self.others if key.endswith(".bias") and not _is_part_of(key, in_full)}
+        missing = [
+            name
+            for name, shape in self.modules.items()
+            if (places := _places_of_bias(name, shape.kind)) and there.isdisjoint(places)
+        ]
+        named = getattr(self.config, "biased_modules", None)  # a LoRA has no such field
+        if named is not None:
+            lacking = [repr(name) for name in missing if name in named]
+            if lacking:
+                raise ValueError(
+                    f"{self.name} lacks the bias of {first(lacking)}, which trained with bias={self.config.bias!r}. "
+                    "Use a complete copy of the adapter."
+                )
+            return
+        kinds = {_of_one_kind(name) for name in self.modules if name not in missing}
+        lacking = [repr(name) for name in missing if _of_one_kind(name) in kinds]
+        if lacking:
+            raise ValueError(
+                f"{self.name} lacks the bias of {first(lacking)}, but has it of other layers of that name, and "
+                f"bias={self.config.bias!r} in its config promises all. Use a complete copy of the adapter."
+            )
+        if missing:
+            warnings.warn(
+                f"bias={self.config.bias!r} in the config says that biases were trained, and {self.name} has none of "
+                f"{first(list(map(repr, missing)))}. Unless the base model has none there either, it is not complete."
+            )
+
+    def token_indices(self, key: str) -> list[int]:
+        """The tokens whose rows are kept under one of the keys in `others`."""
+        indices = self.config.trainable_token_indices
+        if isinstance(indices, dict):
+            module = key.removesuffix(f".token_adapter.{TOKENS}")
+            named = [rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")]
+            # A layer that is tied to one that is named has its tokens.
+            return (named or list(indices.values()))[0]
+        return indices or []
+
+    def parts(self, module: str) -> Parts:
+        """The parts of an adapted module's adapter by the config, on the meta device."""
+        config = self.config
+        with torch.device("meta"):
+            return config.form_object.create(config, module, self.modules[module], config.ranks_of(module))
+
+    def _with_kernel(self, name: str, shape: ModuleShape) -> ModuleShape:
+        if not any(self.config.ranks_of(name).values()):
+            raise ValueError(f"The config beside {self.name} gives module {name!r} no rank.")
+        dimensions = shape.kind.kernel_dimensions
+        if not dimensions:
+            return shape
+        key = next(key for key in self.config.form_object.saved(self.parts(name)) if key.startswith("wara_A."))
+        info = self.tensors.get(f"{name}.{key}")
+        kernel = () if info is None else info.shape[2:]
+        if len(kernel) != dimensions or 0 in kernel:
+            raise ValueError(f"{self.name} holds no {dimensions}-d kernel for module {name!r}.")
+        return replace(shape, kernel=kernel)
+
+    def _looks_like_a_factor(self, key: str) -> bool:
+        """Whether a key is that of a factor: it ends in a part's name, after which a parameter's may follow."""
+        return any(part in self.parts_of_layers for part in key.split(".")[-2:])
+
+    def _is_known(self, key: str) -> bool:
+        """Whether the config, or PEFT's habit of saving embeddings, explains a key that is not a factor."""
+        if _is_part_of(key, tuple(self.config.modules_to_save or ())):
+            return True
+        parameter = key.rpartition(".")[2]
+        if parameter == "bias":
+            return self.config.bias != "none"
+        if parameter == TOKENS:
+            return bool(self.config.trainable_token_indices)
+        module = _module_of(key)
+        of_embedding = module in self.modules and self.modules[module].kind is KINDS["Embedding"]
+        return parameter == "weight" and (of_embedding or module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+
+
+def _places_of_bias(module: str, kind: Kind) -> list[str]:
+    """Names that the bias of an adapted module may have in the model; none for kinds that have no bias."""
+    if kind is IN_PROJ or kind is KINDS["Embedding"]:
+        return []
+    if kind.is_parameter:
+        return [f"{module.rpartition('.')[0]}.bias"]
+    return [f"{module}.bias", f"{module}.up.bias"] if kind.is_factorized else [f"{module}.bias"]
+
+
+def _of_one_kind(module: str) -> str:
+    """Replace the block's number in a module's name, so that modules of one kind in all blocks have one name."""
+    return re.sub(r"\.\d+\.", ".*.", module)
+
+
+def _is_part_of(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a key belongs to a module of one of these names, or to a part of it; PEFT compares the ends of names."""
+    return any(key[: dot.start()].endswith(names) for dot in re.finditer(r"\.", key))
+
+
+def _module_of(key: str) -> str:
+    """The model's name for the module that a key belongs to."""
+    return key.rpartition(".")[0].removesuffix(".base_layer").removesuffix(".token_adapter")
+
+
+def parameter_of(key: str) -> str:
+    """The model's name for what is kept in full under a key, or for that whose rows of single tokens are."""
+    return re.sub(r"(\.token_adapter)?\.base_layer\.", ".", key).replace(f".token_adapter.{TOKENS}", ".weight")
+
+
+def module_shapes(config: WaRAConfig, path: Path) -> dict[str, ModuleShape]:
+    """The adapted modules that a config, read from that path, describes, in natural order.
+
+    Raises:
+        ValueError: there are none, or the description is broken.
+    """
+    where = f"module_shapes in {str(path)!r}"
+    if not config.module_shapes:
+        raise ValueError(f"{where} is empty. Load the adapter on its base model and save it again to have it filled.")
+    shapes = {}
+    for name, (kind, *sizes) in sorted(config.module_shapes.items(), key=_natural_order):
+        if kind not in KINDS:
+            raise ValueError(f"{where} names the kind {kind!r} for {name!r}; it is one of {', '.join(KINDS)}.")
+        shapes[name] = ModuleShape.of_list(KINDS[kind], sizes)
+        if KINDS[kind].is_parameter != (len(sizes) > 3) or KINDS[kind].has_experts != (shapes[name].experts > 0):
+            entry = [kind, *sizes]
+            raise ValueError(f"{where} has {entry!r} for {name!r}, which are not the numbers of such a kind.")
+        if shapes[name].out_features % shapes[name].groups:
+            entry = [kind, *sizes]
+            raise ValueError(f"{where} has {entry!r} for {name!r}, whose groups do not divide its out channels.")
+    return shapes
+
+
+def _natural_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", item[0])]

@@ -1,0 +1,314 @@
+"""Merging a saved adapter into a checkpoint on disk, shard by shard, for models larger than memory."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from torch import Tensor
+from transformers.utils import CONFIG_NAME
+
+from ...layers.mergeable import check_mergeable
+from ...messages import first
+from ..checkpoints.checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
+from ..checkpoints.directory import written_at_once
+from ..checkpoints.skeleton import keys_of_parameters
+from ..checkpoints.tensors import FLOATS, INTEGERS, TensorInfo
+from .adapter import SavedAdapter, Track, untracked
+from .base_model import AdaptedModel, empty_model
+from .contents import PEFT_INTERNAL, TOKENS, parameter_of
+
+
+def merge_checkpoint(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    overwrite: bool = False,
+    track: Track = untracked,
+) -> None:
+    """Write a plain transformers checkpoint in which W + ΔW stands for each adapted weight W.
+
+    Each sum is made in float32 or better and rounded once, as in `merge_and_unload`. At any time about one shard and
+    one layer's ΔW are in memory. Files are as in the base: the same shards and keys, with modules that the adapter
+    trained in full, biases and tokens in their places; config, tokenizer and generation settings are copied.
+    Parameters that the base's checkpoint lacks, such as a new classification head, go into its last shard.
+
+    Args:
+        base: directory of the base model, with safetensors, as `save_pretrained` writes it.
+        adapter: directory of the saved adapter.
+        path: directory to write; it is empty until it is complete.
+        dtype: dtype of all floating-point tensors; None keeps each one's.
+        device: where ΔW and the sums are computed.
+        overwrite: replace `path` if it is there.
+        track: wraps the loop over all tensors, to show progress.
+
+    Raises:
+        FileNotFoundError: a directory or file is missing, or there are only pickles, which are not opened.
+        ValueError: the adapter does not fit the base, a target's weight is converted or fused on loading, tied to
+            another that the adapter does not change alike, quantized or not in the checkpoint, or a value is not
+            finite in its dtype. Nothing is written then.
+    """
+    _check_order(Path(base), Path(adapter))
+    checkpoint, saved = Checkpoint(Path(base)), SavedAdapter(adapter)
+    plan = _Plan(checkpoint, saved)
+    with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base, adapter)) as directory:
+        writer = ShardWriter(directory)
+        for key in track(checkpoint.file_of):
+            writer.add(checkpoint.file_of[key], key, plan.merged(key, device, dtype))
+        for key, tensor in plan.new_tensors(dtype).items():
+            writer.add(writer.file, key, tensor)
+        writer.finish()
+        copy_beside(checkpoint.base, directory)
+        _write_config(checkpoint.base, directory, plan, dtype)
+
+
+def _check_order(base: Path, adapter: Path) -> None:
+    holds = [{name for name in (CONFIG_NAME, ADAPTER_CONFIG) if (path / name).is_file()} for path in (base, adapter)]
+    if holds == [{ADAPTER_CONFIG}, {CONFIG_NAME}]:
+        raise ValueError(
+            f"{str(base)!r} is an adapter, and {str(adapter)!r} a model. Give the base model first, then the adapter."
+        )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What happens to one parameter: new values, then new rows, then ΔW, of which at least one is there.
+
+    Attributes:
+        parameter: its name in the model.
+        module: the adapted module.
+        values: the adapter's key of a tensor in full.
+        rows: the adapter's key of the rows of single tokens.
+    """
+
+    parameter: str
+    module: str | None = None
+    values: str = ""
+    rows: str = ""
+
+
+class _Plan:
+    """Which tensors of a checkpoint an adapter changes, found and checked before anything is written.
+
+    Attributes:
+        model: the model, without its weights, whose parameters the adapter names.
+        changes: by the checkpoint's key what happens to its tensor.
+        added: what happens to parameters that the checkpoint lacks.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, saved: SavedAdapter) -> None:
+        self.checkpoint, self.saved = checkpoint, saved
+        for name in saved.modules:
+            saved.check_has_delta_weight(name)
+        factorized = [repr(name) for name, shape in saved.modules.items() if shape.kind.is_factorized]
+        if factorized:
+            raise ValueError(
+                f"The adapter in {str(saved.path)!r} was trained beside factorised layers, such as "
+                f"{first(factorized)}, and the base's are dense. Load the compressed model and the adapter, and "
+                "call merge_and_unload."
+            )
+        changes = self._changes_by_parameter()
+        needed = {name: change.values for name, change in changes.items() if not self._may_be_missing(change)}
+        self.model = empty_model(checkpoint, saved, needed)
+        self.parameters = self.model.state_dict()
+        self.adapted = AdaptedModel(self.model, saved)
+        lacking = [repr(name) for name in sorted(self.adapted.saved - changes.keys())]
+        if lacking:
+            raise ValueError(
+                f"The adapter in {str(saved.path)!r} lacks {first(lacking)}, which its config promises for "
+                f"{type(self.model).__name__}. Use a complete copy of the adapter."
+            )
+        missing = [repr(name) for name in changes if name not in self.parameters]
+        if missing:
+            warnings.warn(f"{type(self.model).__name__} has no {first(missing)}, which is left out, as by PEFT.")
+        for name, shape in saved.modules.items():
+            if not shape.kind.is_parameter and shape.parameter_of(name) in self.parameters:
+                check_mergeable(name, self.model.get_submodule(name))
+        self.changes: dict[str, _Change] = {}
+        self.added: list[_Change] = []
+        keys_of = keys_of_parameters(self.model, checkpoint)
+        for change in self._once_for_tied([change for name, change in changes.items() if name in self.parameters]):
+            self._place(change, [keys_of.get(name, []) for name in self._tied_to(change.parameter)])
+
+    def _changes_by_parameter(self) -> dict[str, _Change]:
+        parameters = {name: shape.parameter_of(name) for name, shape in self.saved.modules.items()}
+        changes = {parameter: _Change(parameter, name) for name, parameter in parameters.items()}
+        for key in self.saved.others:
+            if not PEFT_INTERNAL.search(key):
+                name = parameter_of(key)
+                part = {"rows" if key.endswith(f".{TOKENS}") else "values": key}
+                changes[name] = replace(changes.get(name, _Change(name)), **part)
+        return changes
+
+    def _may_be_missing(self, change: _Change) -> bool:
+        """Whether it puts values of which the adapter's config says nothing."""
+        return change.values in self.saved.unmentioned and change.module is None and not change.rows
+
+    def _place(self, change: _Change, keys_by_parameter: list[list[str]]) -> None:
+        keys = [key for keys in keys_by_parameter for key in keys]
+        needs_weight = change.module is not None or bool(change.rows and not change.values)
+        if max(map(len, keys_by_parameter)) > 1 or (needs_weight and not keys):
+            raise ValueError(
+                f"Cannot merge into {change.parameter!r}: {str(self.checkpoint.base)!r} has {len(keys)} tensors that "
+                f"{type(self.model).__name__} loads as this weight and no other. It may be fused, converted or "
+                "renamed on loading; load the model and use `merge_and_unload`."
+            )
+        if not keys:
+            self._check_fit(change, TensorInfo(tuple(self.parameters[change.parameter].shape), ""))
+            self.added.append(change)
+        for key in keys:
+            self._check_fit(change, self.checkpoint.tensors[key])
+            self.changes[key] = change
+
+    def _tied_to(self, parameter: str) -> list[str]:
+        """The parameters that share one weight with this one, itself included."""
+        ties = self.model.all_tied_weights_keys  # from each tied parameter's name to that of its source
+        source = ties.get(parameter, parameter)
+        return [source, *(name for name, other in ties.items() if other == source)]
+
+    def _once_for_tied(self, changes: list[_Change]) -> list[_Change]:
+        """One change for each weight; refused if parameters tied to it would not all change alike without merging."""
+        by_parameter = {change.parameter: change for change in changes}
+        chosen = {}
+        for change in changes:
+            tied = self._tied_to(change.parameter)
+            together = [by_parameter[name] for name in tied if name in by_parameter]
+            changed_alone = [name for name in tied if name not in self.adapted.owned]
+            if any(item.parameter in self.adapted.owned for item in together) and changed_alone:
+                others = [repr(name) for name in changed_alone]
+                raise ValueError(
+                    f"Cannot merge into {change.parameter!r}: its weight is tied to {first(others)}, which would "
+                    f"change too, and does not where the adapter is not merged. {self._remedy(changed_alone)}"
+                )
+            if len(together) > 1 and not self._alike(together):
+                others = [repr(item.parameter) for item in together if item is not change]
+                raise ValueError(
+                    f"Cannot merge into {change.parameter!r}: its weight is tied to {first(others)}, which the "
+                    "adapter changes otherwise. Untie them in the base model (`tie_word_embeddings=False`)."
+                )
+            chosen[tied[0]] = functools.reduce(_joined, together)
+        return list(chosen.values())
+
+    def _remedy(self, tied: list[str]) -> str:
+        untie = "Untie them in the base model (`tie_word_embeddings=False`)"
+        # PEFT looks for adapters to tie where these names are targets.
+        peft_ties = any(name.split(".")[-2:-1] == [layer] for name in tied for layer in EMBEDDING_LAYER_NAMES)
+        if self.saved.config.ensure_weight_tying or not peft_ties:
+            return f"{untie}."
+        return f"{untie}, or train the adapter with `ensure_weight_tying=True`."
+
+    def _alike(self, changes: list[_Change]) -> bool:
+        """Whether changes of one weight are one and the same: one ΔW at most, and equal values and rows."""
+        values = [change.values for change in changes if change.values]
+        rows = [change.rows for change in changes if change.rows]
+        return (
+            sum(change.module is not None for change in changes) <= 1
+            and all(self.saved.token_indices(key) == self.saved.token_indices(rows[0]) for key in rows)
+            and all(self._equal(keys) for keys in (values, rows))
+        )
+
+    def _equal(self, keys: list[str]) -> bool:
+        return len(keys) < 2 or all(torch.equal(self.saved.other(key), self.saved.other(keys[0])) for key in keys[1:])
+
+    def _check_fit(self, change: _Change, found: TensorInfo) -> None:
+        expected = [] if change.module is None else [self.saved.weight_shape(change.module)]
+        if change.values:
+            expected.append(self.saved.others[change.values].shape)
+        if change.rows:
+            vocabulary = found.shape[0] if found.shape else 0
+            self._check_tokens(change, vocabulary)
+            expected.append((vocabulary, *self.saved.others[change.rows].shape[1:]))
+        other = next((shape for shape in expected if shape != found.shape), None)
+        if other is not None:
+            raise ValueError(
+                f"{change.parameter!r} has the shape {found.shape} in {str(self.checkpoint.base)!r}, and "
+                f"{other} in the adapter, which was trained on another base model, or on this one with another "
+                "head or vocabulary. Merge into the base model that it was trained on, resized as it was then."
+            )
+        counts = bool(change.values) and self.saved.others[change.values].dtype in INTEGERS
+        if found.dtype and found.dtype not in (INTEGERS if counts else FLOATS):
+            raise ValueError(
+                f"{change.parameter!r} is of dtype {found.dtype} in {str(self.checkpoint.base)!r}: it is "
+                "quantized, or not a weight. Merge into the model it was made from, and quantize the result."
+            )
+
+    def _check_tokens(self, change: _Change, vocabulary: int) -> None:
+        if not all(0 <= row < vocabulary for row in self.saved.token_indices(change.rows)):
+            raise ValueError(
+                f"trainable_token_indices of the adapter do not fit {change.parameter!r}, with {vocabulary} tokens."
+            )
+
+    def merged(self, key: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
+        """The tensor to write for a key of the checkpoint, in `dtype` if it is a floating-point one."""
+        tensor = self.checkpoint.read(key)
+        own = tensor.dtype
+        new = dtype if dtype is not None and own.is_floating_point else own
+        if own not in FLOATS.values() and new != own:
+            raise ValueError(
+                f"{key!r} is of dtype {own} in {str(self.checkpoint.base)!r}: it is quantized, and cannot be made "
+                f"{new}."
+            )
+        change = self.changes.get(key)
+        if change is None:
+            return _rounded(key, tensor, new)
+        if change.values:
+            tensor = self.saved.other(change.values).to(own)
+        if change.rows:
+            rows = torch.tensor(self.saved.token_indices(change.rows), device="cpu")
+            tensor = tensor.index_copy(0, rows, self.saved.other(change.rows).to(own))
+        if change.module is not None:
+            wide = torch.promote_types(own, torch.float32)
+            tensor = self.saved.update(change.module, wide, device).dense().add_(tensor.to(device, wide))
+        return _rounded(change.parameter, _finite(change.parameter, tensor), new).cpu()
+
+    def new_tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """What the checkpoint lacks, by the model's own names."""
+        tensors = {change.parameter: self.saved.other(change.values) for change in self.added}
+        return {
+            name: _rounded(name, tensor, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in tensors.items()
+        }
+
+
+def _joined(one: _Change, other: _Change) -> _Change:
+    """All that happens to a weight, of whose names one is adapted at most."""
+    if other.module is not None:
+        one, other = other, one
+    return replace(one, values=one.values or other.values, rows=one.rows or other.rows)
+
+
+def _finite(parameter: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"Merging into {parameter!r} gives values that are not finite in {tensor.dtype}.")
+    return tensor
+
+
+def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype that holds all its values."""
+    rounded = tensor.to(dtype)
+    if dtype != tensor.dtype and not torch.equal(rounded.isfinite(), tensor.isfinite()):
+        raise ValueError(f"{key!r} gives values that are not finite in {dtype}. Give a wider dtype.")
+    return rounded
+
+
+def _write_config(base: Path, directory: Path, plan: _Plan, dtype: torch.dtype | None) -> None:
+    """Change in the copied config what the merge has changed."""
+    config = read_json(base / CONFIG_NAME)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if plan.added:
+        config["architectures"] = [type(plan.model).__name__]
+        labels = {"id2label": plan.model.config.id2label, "label2id": plan.model.config.label2id}
+        config.update(labels if plan.saved.config.task_type in ("SEQ_CLS", "TOKEN_CLS") else {})
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,183 @@
+"""An adapter to convert, of a model or in a directory: its modules' ΔW one by one, and what it holds in full."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from ...arguments import shown
+from ...base_layers.kinds import IN_PROJ, Kind
+from ...compiled import on_plain_model
+from ...config import WaRAConfig
+from ...config_fields.name_patterns import suffix_matches
+from ...layers.base import WaRALayer
+from ...layers.conv import Conv
+from ...layers.lookup import adapted_layers, saved_keys, wara_config
+from ...layers.low_rank_update import LowRankUpdate
+from ...messages import first
+from .adapter import SavedAdapter
+from .contents import PEFT_PREFIX
+
+TIED_IN_MODEL = (
+    "This adapter is shared by the input embedding and layers tied to it. The exported LoRA computes alike, but "
+    "PEFT's LoRA merges it twice into the one tied weight: to merge, merge the WaRA adapter."
+)
+ATTENTION = (
+    "PEFT's LoRA of nn.MultiheadAttention adds the update of out_proj twice (0.21 and before; its pull request 3774 "
+    "mends that). For such a version, halve each `out_proj.lora_B.weight`, or merge the adapter instead."
+)
+TIED_ON_DISK = f"If its base model ties layers to the input embedding, the following holds. {TIED_IN_MODEL}"
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter to convert.
+
+    Attributes:
+        config: its configuration.
+        kinds: kind of each adapted module by name.
+        dtypes: dtype of each module's parameters.
+        update: gives ΔW of a module of that name, computed in a dtype.
+        others: what it holds in full, by PEFT's keys.
+        positions: of each adapted bare parameter the position among those of its module.
+        exclude_modules: modules that PEFT would take for targets, and are none.
+        base_class: name and module of the base model's class, if it is known.
+        component: of a diffusion pipeline, whose model the base model is, if the adapter's file says so.
+        warnings: what a LoRA made of it does otherwise.
+    """
+
+    config: WaRAConfig
+    kinds: dict[str, Kind]
+    dtypes: dict[str, torch.dtype]
+    update: Callable[[str, torch.dtype], LowRankUpdate]
+    others: dict[str, Tensor]
+    exclude_modules: str | None = None
+    positions: dict[str, int] = field(default_factory=dict)
+    base_class: tuple[str, str] | None = None
+    component: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+@on_plain_model
+def adapter_source(
+    model: nn.Module | str | os.PathLike[str], adapter_name: str, component: str | None = None
+) -> AdapterSource:
+    """The adapter of that name, of a model or in a directory, there that of a component where it has several.
+
+    Raises:
+        ValueError: the model has no adapter of that name, or it has no ΔW; for a path, see `SavedAdapter`.
+        TypeError: it is not a WaRA adapter, or `model` is neither a model nor a path.
+    """
+    if isinstance(model, nn.Module):
+        return _of_model(model, adapter_name)
+    if isinstance(model, (str, os.PathLike)):
+        return _in_directory(adapter_directory(model, adapter_name), component)
+    raise TypeError(f"model must be a model with WaRA adapters, or the path of a saved one, and is {shown(model)}.")
+
+
+def adapter_directory(path: str | os.PathLike[str], adapter_name: str) -> Path:
+    """Where the adapter is: PEFT saves one of any other name than "default" in a directory of that name."""
+    inner = Path(path, adapter_name)
+    return inner if inner.is_dir() else Path(path)
+
+
+def _in_directory(path: Path, component: str | None) -> AdapterSource:
+    saved = SavedAdapter(path, component)
+    for name in saved.modules:
+        saved.check_has_delta_weight(name)
+    kinds = {name: shape.kind for name, shape in saved.modules.items()}
+    return AdapterSource(
+        config=saved.config,
+        kinds=kinds,
+        dtypes={name: saved.dtype(name) for name in saved.modules},
+        update=saved.update,
+        others={PEFT_PREFIX + _loras_key(kinds, key): saved.other(key) for key in saved.others},
+        positions={name: shape.position for name, shape in saved.modules.items() if shape.kind.is_parameter},
+        base_class=_recorded_class(saved.config),
+        component=saved.component,
+        warnings=[
+            *([TIED_ON_DISK] if saved.tied else []),
+            *_about_attentions(shape.kind for shape in saved.modules.values()),
+        ],
+    )
+
+
+def _recorded_class(config: WaRAConfig) -> tuple[str, str] | None:
+    """What PEFT records of the base model where there is no task type."""
+    recorded = config.auto_mapping or {}
+    name, module = recorded.get("base_model_class"), recorded.get("parent_library")
+    return (name, module) if isinstance(name, str) and isinstance(module, str) else None
+
+
+def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
+    config = wara_config(model, adapter_name)
+    adapted = {name.removeprefix(PEFT_PREFIX): layer for name, layer in adapted_layers(model, adapter_name).items()}
+    for layer in adapted.values():
+        layer.check_has_delta_weight([adapter_name])
+    layers = {name: layer for name, layer in adapted.items() if adapter_name not in layer.tied_to}
+    base_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    factors = saved_keys(model, adapter_name)
+    kinds = {name: layer.kind for name, layer in layers.items()}
+    others = {
+        PEFT_PREFIX + _loras_key(kinds, key.removeprefix(PEFT_PREFIX)): value
+        for key, value in state_dict.items()
+        if key not in factors
+    }
+    return AdapterSource(
+        config=config,
+        kinds=kinds,
+        dtypes={name: layer.factors(adapter_name)[0].dtype for name, layer in layers.items()},
+        update=lambda name, dtype: layers[name].low_rank_update(adapter_name, dtype),
+        others=others,
+        exclude_modules=suffix_matches(layers, [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]),
+        positions={name: layer.shape.position for name, layer in layers.items() if layer.kind.is_parameter},
+        base_class=(base_class.__name__, base_class.__module__),
+        warnings=[
+            *_about_convolutions(layers),
+            *([TIED_IN_MODEL] if len(layers) < len(adapted) else []),
+            *_about_attentions(layer.kind for layer in layers.values()),
+        ],
+    )
+
+
+def _loras_key(kinds: Mapping[str, Kind], key: str) -> str:
+    """Where PEFT's LoRA of these modules keeps what an adapter holds in full under a key.
+
+    LoRA wraps the output projection of an attention too, and the module of bare parameters once for each of them. A
+    factorised layer it knows as the dense one, whose bias lies beside the weight.
+    """
+    module, around, name = key.partition(".base_layer.")
+    if not around:
+        return key
+    if name == "out_proj.bias" and kinds.get(f"{module}.in_proj_weight") is IN_PROJ:
+        return f"{module}.base_layer.out_proj.base_layer.bias"
+    if module in kinds and kinds[module].is_factorized:
+        return f"{module}.base_layer.{name.rpartition('.')[2]}"
+    parameters = [other for other, kind in kinds.items() if kind.is_parameter and other.rpartition(".")[0] == module]
+    return f"{module}{'.base_layer' * max(1, len(parameters))}.{name}"
+
+
+def _about_attentions(kinds: Iterable[Kind]) -> list[str]:
+    return [ATTENTION] if IN_PROJ in kinds else []
+
+
+def _about_convolutions(layers: dict[str, WaRALayer]) -> Iterator[str]:
+    different = [
+        repr(name)
+        for name, layer in layers.items()
+        if isinstance(layer, Conv)
+        and (set(layer.convolution.dilation) != {1} or layer.convolution.padding_mode != "zeros")
+    ]
+    if different:
+        yield (
+            f"PEFT's LoRA computes without the dilation and padding mode of {first(different)}. The exported "
+            "factors are exact; merge the exported LoRA before use to have them computed as here."
+        )

@@ -1,0 +1,166 @@
+"""A config that came with a saved adapter: made for its modules, if its tensors come, or else for any model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..base_layers.kinds import FACTORIZED
+from ..config import WaRAConfig
+from ..messages import first
+from ..wavelet import axis_sizes
+
+
+@dataclass(frozen=True)
+class AwaitedAdapter:
+    """An adapter that is in the model, and whose saved tensors may come or not.
+
+    Attributes:
+        config: the config as it was loaded, with the shapes and hashes of the modules that the tensors belong to.
+            The model writes neither.
+        trained: names of the model's parameters that trained before the adapter was added.
+    """
+
+    config: WaRAConfig
+    trained: list[str]
+
+    def check(self, found: Mapping[str, Any]) -> None:
+        """Compare the modules that the saved adapter belongs to with those that have it now.
+
+        Args:
+            found: fields of the config as this model has them.
+
+        Raises:
+            ValueError: they have other shapes or, where the basis is not saved, other weights.
+        """
+        _check_shapes(self.config.module_shapes or {}, found["module_shapes"])
+        _check_base_weights(self.config.base_weight_hashes or {}, found["base_weight_hashes"] or {})
+
+    def check_tensors(self, given: Collection[str], own: Iterable[str]) -> None:
+        """Compare what is being loaded with what the modules have that the adapter was saved for.
+
+        Args:
+            given: keys of tensors of the adapter's factors that are being loaded.
+            own: keys of those that the model has.
+
+        Raises:
+            ValueError: one is missing.
+        """
+        modules = tuple(f"{name}." for name in self.config.module_shapes or ())
+        missing = [repr(key) for key in own if key.startswith(modules) and key not in given]
+        if missing:
+            raise ValueError(
+                f"The file of the saved adapter lacks {first(missing)}, which its config asks for. Use a complete "
+                "copy of the adapter, whose two files belong together."
+            )
+
+    def check_biases(self, missing: Iterable[str]) -> None:
+        """Compare the biases that are being loaded with those that train with the adapter.
+
+        Args:
+            missing: keys of the latter that are not loaded.
+
+        Raises:
+            ValueError: one of a layer that the adapter was saved for is missing.
+
+        Warns:
+            UserWarning: another one is missing: of a module that was not there when the adapter was saved, or one that
+                wara-peft 0.1.0 did not save, of an attention or of a module of bare parameters.
+        """
+        beside_weights = {f"{name}.base_layer.bias" for name in self.config.module_shapes or {}}
+        missing = sorted(missing)
+        lacking = [repr(key) for key in missing if key in beside_weights]
+        promise = f"bias={self.config.bias!r} in the config of the saved adapter promises"
+        if lacking:
+            raise ValueError(f"{promise} {first(lacking)}, which its file lacks. Use a complete copy of the adapter.")
+        if missing:
+            warnings.warn(
+                f"{promise} {first(list(map(repr, missing)))}, which its file lacks: what it learnt there is "
+                "lost, and the base model's values stay."
+            )
+
+    def warn_if_another(self, found: Mapping[str, Any]) -> None:
+        """Warn of modules that the tensors cannot belong to, where only loading would make such an adapter.
+
+        transformers loads without `load_state_dict`, where `check` is called otherwise.
+        """
+        if self.config.inference_mode:
+            try:
+                self.check(found)
+            except ValueError as error:
+                warnings.warn(f"{error} A new adapter is made with its config, which does not train (inference_mode).")
+
+    def may_be(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], found: Mapping[str, Any]) -> bool:
+        """Whether tensors may be those of the saved adapter, and not a checkpoint of the one in the model.
+
+        Args:
+            tensors: what is being loaded, by key.
+            own: what the model has.
+            found: fields of the config as this model has them.
+        """
+        if any(key in own and own[key].shape != tensor.shape for key, tensor in tensors.items()):
+            return True
+        saved, here = self.config.module_shapes or {}, found["module_shapes"]
+        lengths = [
+            pair for name in saved.keys() & here.keys() for pair in zip(saved[name][1:3], here[name][1:3], strict=True)
+        ]
+        return all(axis_sizes(before, 1)[1] == axis_sizes(now, 1)[1] for before, now in lengths)
+
+
+def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> None:
+    """Compare the modules that a saved adapter belongs to with those that it is being loaded into.
+
+    Args:
+        saved, found: `WaRAConfig.module_shapes` of either.
+
+    Raises:
+        ValueError: shapes differ, or it belongs to what is left of factorised layers and these are not.
+    """
+    different = [
+        f"{name!r} (saved {tuple(saved[name][1:])}, here {tuple(shape[1:])})"
+        for name, shape in found.items()
+        if saved.get(name, shape)[1:] != shape[1:]
+    ]
+    if different:
+        raise ValueError(
+            f"The saved adapter was made for modules of other (out, in) shapes: {first(different)}. Load it on the "
+            "base model it was trained on (with its embeddings resized as they were then)."
+        )
+    healed = [
+        repr(name)
+        for name, shape in found.items()
+        if name in saved and saved[name][0] != shape[0] and saved[name][0] in FACTORIZED
+    ]
+    if healed:
+        raise ValueError(
+            f"The saved adapter was trained beside factorised layers, and here they are not factorised alike: "
+            f"{first(healed)}. Load it on the compressed model that it was trained on."
+        )
+    missing = [repr(name) for name in saved if name not in found]
+    if missing:
+        warnings.warn(
+            f"The saved adapter also adapts {first(missing)}, which this model does not have or the config does not "
+            "target; that part of it is ignored."
+        )
+
+
+def _check_base_weights(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Compare the base weights that a saved adapter without its basis belongs to with those of this model.
+
+    Args:
+        saved, found: `WaRAConfig.base_weight_hashes` of either.
+
+    Raises:
+        ValueError: they differ.
+    """
+    different = [repr(name) for name, value in found.items() if saved.get(name, value) != value]
+    if different:
+        raise ValueError(
+            f"The saved adapter was saved with save_basis=False, and its basis comes from other base weights than "
+            f"those of module {first(different)}. Load it on the base model it was trained on, in the same dtype and "
+            "with the same quantization, or train it with save_basis=True."
+        )

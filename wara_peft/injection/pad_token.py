@@ -1,0 +1,40 @@
+"""The token by which a decoder finds where to read its score: a setting of the base model, and not of the adapter."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .saved_besides_factors import base_config_on_disk
+
+
+def warn_of_pad_token(model: nn.Module, config: PeftConfig) -> None:
+    """Warn where an adapter that is saved would be loaded beside a base model that reads its scores elsewhere.
+
+    Decoders with a `score` read it at the last token that is not `config.pad_token_id`. A trainer may have set that,
+    as TRL's `RewardTrainer` sets it to the end of a text where the tokenizer has no padding token. The base model on
+    disk has another, and reads its scores at other tokens. PEFT saves no setting of the base.
+
+    Args:
+        model: the model with the adapter.
+        config: the adapter's config, which names the base model.
+    """
+    name = config.base_model_name_or_path
+    base = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
+    if config.task_type != "SEQ_CLS" or not name or not hasattr(base, "score"):
+        return
+    here: Any = getattr(base, "config", None)
+    on_disk = base_config_on_disk(here, name)
+    if on_disk is None:
+        return
+    used, saved = (found.get_text_config().pad_token_id for found in (here, on_disk))
+    if used != saved:
+        warnings.warn(
+            f"This model reads its scores at the last token that is not pad_token_id={used}; its base {name!r} is "
+            f"saved with pad_token_id={saved}, and would read them elsewhere. Load the base of this adapter with "
+            f"`AutoModelForSequenceClassification.from_pretrained(..., pad_token_id={used})`."
+        )

@@ -1,0 +1,114 @@
+"""Biases and embeddings that are saved with an adapter besides its factors, and their keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from ..config import WaRAConfig
+from ..layers.base import WaRALayer
+from ..layers.lookup import adapted_layers
+from ..layers.parameters import AdaptedModule
+from .target_checks import embeddings
+
+AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
+"""Parts of a key that come from wrappers which PEFT has put around a module."""
+OF_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of a parameter's name that come from FSDP and checkpointing; keys of a state dict do not have them."""
+
+
+def trained_biases(
+    model: nn.Module, config: WaRAConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The biases that train with an adapter, from a state dict, by the keys under which they are saved.
+
+    With `bias="wara_only"` these are the parameters that its layers say their biases are, wherever they lie: beside
+    the weight, in a factor of a factorised layer, or in the module that has an adapted parameter. Biases of a layer
+    that other adapters have, and this one does not, get the key that they have where only this one is in the model.
+    """
+    if config.bias == "none":
+        return {}
+    layers = {OF_WRAPPERS.sub("", name): layer for name, layer in adapted_layers(model, adapter_name).items()}
+    if config.bias == "all":
+        keys = {key for key in state_dict if key == "bias" or key.endswith(".bias")}
+    else:
+        of_layers = {id(bias) for layer in layers.values() if (bias := getattr(layer, "bias", None)) is not None}
+        named = model.named_parameters(remove_duplicate=False)
+        keys = {OF_WRAPPERS.sub("", name) for name, parameter in named if id(parameter) in of_layers}
+    own, in_full = set(layers), list[str]()
+    for name, module in model.named_modules():
+        name = OF_WRAPPERS.sub("", name)
+        if isinstance(module, AdaptedModule) and any(f"{name}.{layer}" in layers for layer in module.layers):
+            own.add(name)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            own.add(name)
+            in_full += [f"{name}."] if isinstance(module, ModulesToSaveWrapper) else []
+    return {
+        _without_others(key, own): value
+        for key, value in state_dict.items()
+        if key in keys and not key.startswith(tuple(in_full))  # which PEFT saves as a part of what trains in full
+    }
+
+
+def _without_others(key: str, own: set[str]) -> str:
+    """A key without what is around the modules whose names are not among `own`."""
+    return AROUND.sub(lambda found: found[0] if key[: found.start()] in own else "", key)
+
+
+def places_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the keys that the model has for what other adapters in it have wrapped, or no longer wrap."""
+    known = model.state_dict().keys()
+    if all(key in known for key in state_dict):
+        return dict(state_dict)
+    places = {AROUND.sub("", key): key for key in known}
+    return {key if key in known else places.get(AROUND.sub("", key), key): value for key, value in state_dict.items()}
+
+
+def resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The embedding that PEFT does not save, of two of which one is adapted, if the vocabulary was resized.
+
+    PEFT saves both embeddings of such a model in full, or else only the adapted one. Whoever loads the adapter resizes
+    the base model first, which draws the new rows of the other embedding again, with other values.
+    """
+    layers = embeddings(model)
+    adapted = [layer for layer in layers if isinstance(layer, WaRALayer)]
+    others = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
+    if (
+        len(adapted) != 1
+        or len(others) != 1
+        or others[0].weight is adapted[0].weight
+        or not _is_resized(model, config)
+    ):
+        return {}
+    name = next(OF_WRAPPERS.sub("", name) for name, module in model.named_modules() if module is others[0])
+    return {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+
+
+def _is_resized(model: Any, config: WaRAConfig) -> bool:
+    """Whether the base model's own config, where it is on this machine, tells of another number of tokens."""
+    own: Any = getattr(model, "config", None)
+    base = base_config_on_disk(own, config.base_model_name_or_path or getattr(model, "name_or_path", None))
+    if base is None:
+        return False
+    sizes = {getattr(entry.get_text_config(), "vocab_size", None) for entry in (own, base)}
+    return len(sizes) > 1
+
+
+def base_config_on_disk(config: Any, name_or_path: str | None) -> Any:
+    """The config with which a base model of transformers was saved; None where it is not on this machine.
+
+    Args:
+        config: the config that the model has now.
+        name_or_path: where the base model comes from.
+    """
+    if not name_or_path or not isinstance(config, PreTrainedConfig):
+        return None
+    try:
+        return type(config).from_pretrained(name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,239 @@
+"""Which bare parameters a config names: found by PEFT's rules for LoRA, and checked before any is replaced."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import nn
+
+from ..base_layers.kinds import IN_PROJ, LINEAR, BareParameter, Kind
+from ..base_layers.quantization import FLOATS
+from ..base_layers.refusals import Refusal
+from ..config import WaRAConfig
+from ..layers.parameters import AdaptedModule
+from ..messages import first
+from .target_checks import is_all_linear
+
+_LOST = (
+    "PEFT takes the names of target module {} for those of experts, whose parameters it adapts in their place: "
+    "neither its LoRA nor WaRA adapts dense layers and shared experts of such models."
+)
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A bare parameter that a config names.
+
+    Attributes:
+        module_name: the model's name of the module that has it.
+        module: that module, or what adapters have put in its place.
+        name: the parameter's name in the module that has it.
+        inside: where that lies in the module, if it is another one.
+        kind: what the parameter is, if that is not told by its shape.
+    """
+
+    module_name: str
+    module: nn.Module
+    name: str
+    inside: str = ""
+    kind: Kind | None = None
+
+    @property
+    def child_name(self) -> str:
+        """The name that its layer has beside the module."""
+        return self.inside or self.name
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.module_name}.{self.child_name}"
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameter."""
+        return original(self.module).get_submodule(self.inside)
+
+    @property
+    def bare(self) -> BareParameter:
+        """The parameter as the weight of a layer."""
+        return BareParameter(self.owner, self.name, self.kind, self.inside)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module in whose place adapters are."""
+    while isinstance(module, (BaseTunerLayer, AdaptedModule)):
+        module = module.base_layer
+    return module
+
+
+def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
+    """The weights of an `nn.MultiheadAttention`, which its forward reads itself: q, k, v in one, and the output's.
+
+    Raises:
+        ValueError: keys or values have another width than queries, so that there is no such weight.
+    """
+    attention = original(module)
+    if not isinstance(attention, nn.MultiheadAttention):
+        return []
+    if not attention._qkv_same_embed_dim:
+        raise ValueError(
+            f"Target module {module_name!r} is an nn.MultiheadAttention with kdim={attention.kdim} and vdim="
+            f"{attention.vdim} beside embed_dim={attention.embed_dim}, whose projections have no weight in common. "
+            "Leave it out with `exclude_modules`."
+        )
+    return [
+        NamedParameter(module_name, module, "in_proj_weight", kind=IN_PROJ),
+        NamedParameter(module_name, module, "weight", inside="out_proj", kind=LINEAR),
+    ]
+
+
+def use_loras_targets(config: WaRAConfig, model: nn.Module) -> dict[str, Refusal]:
+    """Target in the experts of a mixture what LoRA targets there, in place, as PEFT does it with LoRA's config.
+
+    Where transformers keeps in one parameter what were linear layers of each expert, PEFT's LoRA takes "all-linear",
+    and names of those layers such as `w1` or `gate_proj`, for the parameters, router included, and doubles rank and
+    alpha where two layers became one. Asked with a LoRA's config, it says what these are.
+
+    Args:
+        config: the config. A saved adapter's names what it adapts already.
+        model: the model.
+
+    Returns:
+        Why parameters and layers that the config stands for are not targeted, by name: parameters that this form does
+        not adapt, if "all-linear" names them, and linear layers that LoRA leaves out.
+
+    Raises:
+        ValueError: one of two layers that became one parameter is named without the other.
+    """
+    if config.module_shapes is not None:
+        return {}
+    # as PEFT imports it, which takes a while, and transformers 5
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    lora = LoraConfig(
+        r=1,
+        lora_alpha=1,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        target_parameters=config.target_parameters,
+        task_type=config.task_type,
+    )
+    before = lora.target_modules
+    linear = _linear_layers(lora, model)
+    convert_peft_config_for_transformers(lora, model=model, conversions=None)
+    if not lora.target_parameters or lora.target_modules == before:
+        return {}
+    reason = _reason_of_config(config) if is_all_linear(config) else None
+    config.target_modules = lora.target_modules
+    lost = {name: Refusal(_LOST) for name in sorted(linear - _linear_layers(lora, model))}
+    named, config.target_parameters = config.target_parameters, sorted(lora.target_parameters)
+    if reason is not None:
+        found = {parameter.full_name: Refusal(f"{{}}, {reason}") for parameter in named_parameters(config, model)}
+        config.target_parameters = named
+        return found | lost
+    # New ones: the dicts that the user gave may serve another config or model.
+    config.rank_pattern, config.alpha_pattern = copy.copy(config.rank_pattern), copy.copy(config.alpha_pattern)
+    for pattern, times in (lora.rank_pattern or {}).items():
+        every = {name: rank * times for name, rank in config.ranks_of("").items()}
+        config.rank_pattern.setdefault(pattern, every if config.subband_ranks else config.r * times)
+        if config.wara_alpha is not None:
+            config.alpha_pattern.setdefault(pattern, config.wara_alpha * times)
+    return lost
+
+
+def _linear_layers(lora: LoraConfig, model: nn.Module) -> set[str]:
+    """The linear layers of the model that a config targets, by name."""
+    resolved = _maybe_include_all_linear_layers(copy.copy(lora), model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and check_target_module_exists(resolved, name)
+    }
+
+
+def named_parameters(config: WaRAConfig, model: nn.Module) -> Iterator[NamedParameter]:
+    """The parameters that `target_parameters` names, by full name or by its end, in the model's order."""
+    targets = tuple(config.target_parameters or ())
+    if not targets:
+        return
+    ends = tuple(f".{target}" for target in targets)
+    modules = list(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules if isinstance(module, (BaseTunerLayer, AdaptedModule)))
+    for module_name, module in modules:
+        if module_name.startswith(inside):
+            continue
+        found = NamedParameter(module_name, module, "")
+        for name in [*found.owner._parameters, *getattr(found.owner, "parametrizations", ())]:
+            full_name = f"{module_name}.{name}"
+            is_there = found.owner._parameters.get(name, module) is not None
+            if is_there and (full_name in targets or full_name.endswith(ends)):
+                yield NamedParameter(module_name, module, name)
+
+
+def check_parameters(config: WaRAConfig, parameters: list[NamedParameter], targets: Iterable[str]) -> None:
+    """Refuse parameters, and settings with parameters, that cannot be adapted.
+
+    Args:
+        config: the config.
+        parameters: those that it names.
+        targets: names of the modules that it adapts.
+
+    Raises:
+        ValueError: the form or first values do not go with parameters, or one is not there alone to be multiplied by.
+    """
+    if not parameters:
+        return
+    names = first([repr(parameter.full_name) for parameter in parameters])
+    reason = _reason_of_config(config)
+    if reason is not None:
+        raise ValueError(f"{names}, {reason}")
+    targets = list(targets)
+    for parameter in parameters:
+        reason = _reason_against(parameter, targets)
+        if reason is not None:
+            raise ValueError(f"The parameter {parameter.full_name!r} cannot be adapted: {reason}")
+
+
+def _reason_of_config(config: WaRAConfig) -> str | None:
+    """Why a config can adapt no bare parameters."""
+    if not config.form_object.adapts_parameters or not isinstance(config.init_weights, bool):
+        return (
+            f"bare parameters, are not adapted by form={config.form!r} with init_weights={config.init_weights!r}: use "
+            "form='subband' with True or False, or leave them out."
+        )
+    if config.ordered_dropout:
+        return (
+            "bare parameters, have no order of components for ordered_dropout=True. Train without it, or leave them "
+            "out."
+        )
+    return None
+
+
+def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None:
+    owner, module_name = parameter.owner, parameter.module_name
+    if not module_name:
+        return "it belongs to the model itself, and not to one of its modules. Put the model into another module."
+    is_layer = isinstance(parameter.module, BaseTunerLayer) or isinstance(owner, (nn.Linear, nn.Embedding))
+    if is_layer and not parameter.inside:
+        return f"it is the weight of a layer. Name the layer, {module_name!r}, in `target_modules`."
+    if parameter.name not in (*owner._parameters, *getattr(owner, "parametrizations", ())):
+        return "it is computed from other tensors, as by `torch.nn.utils.weight_norm`. Take that off first."
+    bare = parameter.bare
+    if bare.dtype not in FLOATS:
+        return f"it is quantized, to {bare.dtype}. Adapt the model that is not quantized."
+    if len(bare.shape) not in (2, 3):
+        stacks = "(experts, out, in) or (experts, in, out)"
+        return f"its shape is {bare.shape}. It must be (out, in) or, for experts, {stacks}."
+    if getattr(owner, "_is_expert_parallel", False):
+        return "its experts are spread over processes. Load the model without expert parallelism."
+    nested = [target for target in targets if target.startswith(f"{module_name}.")]
+    if nested:
+        return f"a module inside of {module_name!r} is adapted too, {nested[0]!r}. Name one of the two."
+    return None

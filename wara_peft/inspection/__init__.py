@@ -1,0 +1,1 @@
+"""Shows what a saved adapter is, in a table and in pictures."""

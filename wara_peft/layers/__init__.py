@@ -1,0 +1,1 @@
+"""Adapter layers, a file for each kind of base layer, and how they merge."""

@@ -1,0 +1,28 @@
+"""WaRA beside linear layers."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import WaRALayer, add_low_rank
+
+
+class Linear(WaRALayer):
+    """WaRA beside a linear layer: result = base(x) + scaling · (x Âᵀ) B̂ᵀ, for x of shape (..., n).
+
+    Some forms change the hidden channels x Âᵀ before they meet B̂. The base layer is an `nn.Linear`, one of the
+    quantized layers that PEFT knows, or transformers' `Conv1D`. ΔW is never built; the product lands in the result by
+    `torch.addmm`.
+    """
+
+    def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        module_a, module_b = self.factors(adapter)
+        factor_a, factor_b = module_a(), module_b()  # (R, n), (m, R)
+        if x.dtype != factor_a.dtype:
+            x = self._cast_input_dtype(x, factor_a.dtype)
+        hidden = F.linear(self.wara_dropout[adapter](x), factor_a)  # (..., R)
+        form = self.forms[adapter]
+        if not form.has_delta_weight:
+            hidden = form.between(hidden, self.parts(adapter))
+        return add_low_rank(result, hidden, factor_b, self.scaling[adapter])

@@ -1,0 +1,65 @@
+"""Finds the layers, the config and the keys of an adapter in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from ..config import WaRAConfig
+from ..config_fields.resolution import as_in_model
+from .base import TENSOR_PARTS, WaRALayer
+
+
+def is_of_a_factor(key: str) -> bool:
+    """Whether a key is that of a factor: it ends in a part's name, perhaps with an adapter's and a parameter's."""
+    return any(part in TENSOR_PARTS for part in key.split(".")[-3:])
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
+    """The layers that have an adapter, tied ones included, by their names in `model`."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+    }
+
+
+def saved_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """Keys under which PEFT saves an adapter's factors: names of modules in `model`, without the adapter's name."""
+    return {
+        f"{name}.{key}"
+        for name, layer in adapted_layers(model, adapter_name).items()
+        for key in layer.forms[adapter_name].saved(layer.parts(adapter_name))
+    }
+
+
+def fields_in_model(model: nn.Module, adapter_name: str) -> Mapping[str, Any]:
+    """The fields of an adapter's config as a model has resolved them and found them out, as its layers have them."""
+    for module in model.modules():
+        if isinstance(module, WaRALayer) and adapter_name in module.in_model:
+            return module.in_model[adapter_name]
+    return {}
+
+
+def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:
+    """The config of a model's WaRA adapter as this model has resolved it, in a copy.
+
+    Raises:
+        ValueError: there is none of that name.
+        TypeError: it is no WaRA adapter.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise ValueError(f"The model has no adapter {adapter_name!r}, only {', '.join(map(repr, configs)) or 'none'}.")
+    config = configs[adapter_name]
+    if not isinstance(config, WaRAConfig):
+        raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
+    return cast(WaRAConfig, as_in_model(config, fields_in_model(model, adapter_name)))
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
+    """The layers that hold an adapter, by the names that its config has for them; tied ones hold none."""
+    layers = adapted_layers(model, adapter_name).values()
+    return {layer.module_name: layer for layer in layers if adapter_name not in layer.tied_to}

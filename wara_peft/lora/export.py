@@ -1,0 +1,342 @@
+"""WaRA adapters as LoRA adapters: a copy of the synthesised factors, or the best approximation of a lower rank."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import id_tensor_storage
+
+from ..arguments import check_argument, shown
+from ..base_layers.kinds import IN_PROJ, KINDS, Kind, attention_of, loras_targets
+from ..disk.adapters.adapter import Track, untracked
+from ..disk.adapters.contents import PEFT_PREFIX
+from ..disk.adapters.source import AdapterSource, adapter_directory, adapter_source
+from ..disk.checkpoints.directory import written_at_once
+from ..disk.checkpoints.tensors import FLOATS
+from ..layers.as_lora import LoraModule, common_rank
+from ..messages import first
+from .diffusers_files import check_together, component_of, write_components
+
+Model = nn.Module | str | os.PathLike[str]
+FileFormat = Literal["peft", "diffusers"]
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for `--max-lora-rank`."""
+
+
+def to_lora(
+    model: Model,
+    rank: int | float | None = None,
+    adapter_name: str = "default",
+    *,
+    prefix: int | None = None,
+    dtype: torch.dtype | None = None,
+    strict: bool = False,
+    track: Track = untracked,
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Convert a WaRA adapter to LoRA: lora_A = Â of shape `(R, n, *kernel)`, lora_B = scaling · B̂ of shape (m, R).
+
+    With `rank=None` ΔW = lora_B lora_A exactly. With a rank the product is the nearest to ΔW in Frobenius norm, found
+    by QR of both factors and an SVD of the R × R core, at a cost of O((m + n) R²); ΔW is not built. There is one
+    `r = lora_alpha` for all modules; smaller factors are filled up with zeros. Fully trained modules
+    (`modules_to_save`), trained biases and tokens go along, and from a directory embeddings that PEFT saved in full.
+
+    Args:
+        model: a model with WaRA adapters (from `get_peft_model`, or with adapters added by transformers), or the path
+            of a saved adapter, for which the base model is not needed.
+        rank: None is exact; an int is the rank of every module, and where ΔW has less, that one, exactly; a float in
+            (0, 1] keeps that share of each module's ‖ΔW‖², with the smallest rank that does, and r is the largest of
+            these. In a convolution with groups each group gets its share of the rank.
+        prefix: take the first so many components of each module in place of that, without a decomposition, of an
+            adapter that was trained with `ordered_dropout`.
+        adapter_name: the adapter to convert. A path may also be that of the directory above it.
+        dtype: dtype of the factors; None keeps the adapter's. They are computed in this one or the adapter's,
+            whichever is wider, and rounded once.
+        strict: raise, in place of a warning, if the adapter holds what engines that serve LoRA do not take.
+        track: wraps the loop over module names, to show progress.
+
+    Returns:
+        The LoRA's config and its state dict, with keys as PEFT saves them.
+
+    Raises:
+        ValueError: the model has no adapter of that name, `rank` or `prefix` is out of range or both are given, the
+            adapter's components have no order, it has no ΔW (`form="grid"`),
+            or under `strict` there is something that engines do not take; for a path, see `SavedAdapter`.
+        TypeError: the adapter is not a WaRA adapter, or `rank` or `dtype` is of the wrong type.
+    """
+    check_argument("to_lora(model, rank)", "model", model, "an nn.Module or a path")
+    return convert(model, rank, adapter_name, prefix=prefix, dtype=dtype, strict=strict, track=track)[:2]
+
+
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: Model | Mapping[str, Model],
+    rank: int | float | None = None,
+    adapter_name: str = "default",
+    *,
+    prefix: int | None = None,
+    dtype: torch.dtype | None = None,
+    strict: bool = False,
+    format: FileFormat = "peft",
+    component: str | None = None,
+) -> None:
+    """Save a WaRA adapter as a LoRA checkpoint that PEFT, or a pipeline of diffusers, loads.
+
+    Args:
+        path: directory to write to, made if it is not there. Its files appear when they are complete; other files in
+            it are left alone.
+        model: as in `to_lora`; with `format="diffusers"` also several, by component.
+        rank, adapter_name, prefix, dtype, strict: as in `to_lora`, whose errors apply; nothing is written then.
+        format: "peft" writes `adapter_model.safetensors` and `adapter_config.json`; "diffusers" (which must be
+            installed) `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(path)`.
+        component: with `format="diffusers"`, which model of the pipeline the adapter is of, such as "unet",
+            "transformer" or "text_encoder". None asks the class of the base model.
+
+    Raises:
+        ValueError: `path` is a file, or the adapter's own directory, or `format` and `component` do not fit; for
+            `format="diffusers"` also what `component_of` in `wara_peft.lora.diffusers_files` raises.
+        TypeError: an argument is of another kind, as where two are swapped; see also `to_lora`.
+
+    Example:
+        >>> save_as_lora("my-lora", {"unet": unet, "text_encoder": "my-text-adapter"}, format="diffusers")
+        ... # doctest: +SKIP
+    """
+    call = "save_as_lora(path, model, rank)"
+    check_argument(call, "path", path, "a str or os.PathLike")
+    models = model if isinstance(model, Mapping) else {component: model}
+    for item in models.values():
+        check_argument(call, "model", item, "an nn.Module or a path")
+    if isinstance(model, Mapping) and (format == "peft" or component is not None):
+        raise ValueError("Several models, by component, are for format='diffusers', without `component`.")
+    paths = [item for item in models.values() if isinstance(item, (str, os.PathLike))]
+    inputs = [*paths, *(adapter_directory(item, adapter_name) for item in paths)]
+    with written_at_once(path, existing="update", inputs=inputs) as directory:
+        to_format = partial(convert, rank=rank, adapter_name=adapter_name, prefix=prefix, dtype=dtype, strict=strict)
+        write_loras(directory, [to_format(item, format=format, component=name) for name, item in models.items()])
+
+
+def write_loras(directory: Path, loras: Sequence[Lora]) -> None:
+    """Write one LoRA in PEFT's format, or those of a pipeline's components, into a directory, which is there.
+
+    Raises:
+        ValueError: the components do not belong together.
+    """
+    components = [lora.component for lora in loras if lora.component is not None]
+    if components:
+        check_together(components)
+        write_components(directory, {name: lora[:2] for name, lora in zip(components, loras, strict=True)})
+    else:
+        (lora,) = loras
+        write_lora(directory, lora.config, lora.state_dict)
+
+
+def write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
+    """Write what `to_lora` returns into a directory, which is there."""
+    # Tied modules that train in full are one tensor with two names, which safetensors does not take.
+    owner = {id_tensor_storage(value): key for key, value in state_dict.items()}
+    apart = {
+        key: value if owner[id_tensor_storage(value)] == key else value.clone() for key, value in state_dict.items()
+    }
+    save_file(apart, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(directory))
+
+
+class LoraErrors(NamedTuple):
+    """Relative errors ‖ΔW − LoRA‖ / ‖ΔW‖ in Frobenius norm: of all modules together, and of each by name."""
+
+    total: float
+    modules: dict[str, float]
+
+
+@torch.no_grad()
+def lora_error(model: Model, rank: int | float, adapter_name: str = "default") -> LoraErrors:
+    """How far a LoRA that `to_lora` makes with this rank is from the adapter.
+
+    √(Σ_{i > rank} σ_i²) / √(Σ_i σ_i²) over the singular values σ_i of ΔW; zero where ΔW is zero.
+
+    Args:
+        model, rank, adapter_name: as in `to_lora`, whose errors apply.
+    """
+    check_argument("lora_error(model, rank)", "model", model, "an nn.Module or a path")
+    _check_rank(rank)
+    return _errors(_modules(adapter_source(model, adapter_name), rank, None, None, untracked))
+
+
+class Lora(NamedTuple):
+    """What `to_lora` returns, and how far it is from the adapter, apart from rounding."""
+
+    config: LoraConfig
+    state_dict: dict[str, Tensor]
+    error: LoraErrors
+    rounded: bool
+    """Whether `dtype` is less than that of the adapter."""
+    component: str | None
+    """Which model of a diffusion pipeline it is of, if it is to be written in diffusers' format."""
+
+
+@torch.no_grad()
+def convert(
+    model: Model,
+    rank: int | float | None = None,
+    adapter_name: str = "default",
+    *,
+    prefix: int | None = None,
+    dtype: torch.dtype | None = None,
+    strict: bool = False,
+    format: FileFormat = "peft",
+    component: str | None = None,
+    track: Track = untracked,
+) -> Lora:
+    """`to_lora` and `lora_error` at once: each tensor is read once, and decomposed once, if a rank is given."""
+    if rank is not None:
+        _check_rank(rank)
+    if prefix is not None:
+        _check_prefix(prefix, rank)
+    if dtype is not None and dtype not in FLOATS.values():
+        raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more.")
+    if format not in get_args(FileFormat):
+        raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, get_args(FileFormat)))}.")
+    if format == "peft" and component is not None:
+        raise ValueError(f"component={component!r} has no meaning with format='peft', only with 'diffusers'.")
+    source = adapter_source(model, adapter_name, component)
+    if format == "diffusers":
+        component = component_of(source, component)
+    else:
+        _tell_what_engines_refuse(source, strict)
+    for text in source.warnings:
+        warnings.warn(text)
+    modules = _modules(source, rank, prefix, dtype, track)
+    common = common_rank((part.rank, part.update.groups) for part in modules)
+    state_dict = dict(source.others)
+    for part in modules:
+        for key, value in part.tensors(common, dtype or source.dtypes[part.name]).items():
+            state_dict[f"{PEFT_PREFIX}{lora_name(source, part.name)}.{key}"] = value
+    rounded = dtype is not None and any(_wider(own, dtype) != dtype for own in source.dtypes.values())
+    return Lora(_lora_config(source, common), state_dict, _errors(modules), rounded, component)
+
+
+def _modules(
+    source: AdapterSource, rank: int | float | None, prefix: int | None, dtype: torch.dtype | None, track: Track
+) -> list[LoraModule]:
+    modules = []
+    orders = {} if prefix is None else {name: source.config.order_of(name)[:prefix] for name in source.kinds}
+    for name in track(source.kinds):
+        update = source.update(name, _wider(source.dtypes[name], dtype))
+        modules.append(LoraModule.of(name, update.first(orders[name]) if orders else update, rank))
+    return modules
+
+
+def lora_name(source: AdapterSource, name: str) -> str:
+    """Where PEFT's LoRA keeps the tensors of what is adapted under this name.
+
+    Of a bare parameter that is around its module; where several are adapted, around the wrapper of the one before.
+    """
+    module = name.rpartition(".")[0]
+    if source.kinds[name] is IN_PROJ:
+        return module
+    if source.kinds.get(f"{attention_of(name)}.in_proj_weight") is IN_PROJ:
+        return f"{module}.base_layer.out_proj"
+    if name not in source.positions:
+        return name
+    beside = [other for other in source.positions if other.rpartition(".")[0] == module]
+    return module + ".base_layer" * sum(source.positions[other] > source.positions[name] for other in beside)
+
+
+def _wider(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    return torch.promote_types(own, dtype or own)
+
+
+def _errors(modules: list[LoraModule]) -> LoraErrors:
+    total = _ratio(sum(part.lost for part in modules), sum(part.whole for part in modules))
+    return LoraErrors(total, {part.name: _ratio(part.lost, part.whole) for part in modules})
+
+
+def vllm_max_lora_rank(rank: int) -> int | None:
+    """Smallest `--max-lora-rank` with which vLLM serves a LoRA of that rank; None if there is none."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
+    refused = []
+    kinds: dict[Kind, list[str]] = {}
+    for name, kind in source.kinds.items():
+        if not kind.is_linear:
+            kinds.setdefault(kind, []).append(repr(name))
+    for kind, names in kinds.items():
+        refused.append(f"adapters of {kind.name}{'' if kind.is_parameter else ' layers'} ({first(names)})")
+    others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
+    if others:
+        refused.append(f"weights trained or saved in full ({first(others)})")
+    factorized = [repr(name) for name, kind in source.kinds.items() if kind.is_factorized]
+    if factorized:
+        text = (
+            f"Neither PEFT nor engines take a LoRA beside factorised layers, such as {first(factorized)}. This one is "
+            "exact where these layers are dense, as `nn.Linear` with the weight that they stand for."
+        )
+        if strict:
+            raise ValueError(f"{text} Merge the adapter instead, which stays factorised.")
+        warnings.warn(text)
+    if refused:
+        text = (
+            f"PEFT loads all of this LoRA, but engines that serve LoRA take adapters of linear layers alone, not "
+            f"{' and '.join(refused)}."
+        )
+        if strict:
+            raise ValueError(f"{text} Merge the adapter instead, or export it without `strict`.")
+        warnings.warn(text)
+
+
+def _check_rank(rank: int | float) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        name = f" The adapter's name is given as adapter_name={rank!r}." if isinstance(rank, str) else ""
+        raise TypeError(f"rank={shown(rank)} must be an int or a float.{name}")
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"rank={rank!r} must be at least 1.")
+    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
+        raise ValueError(f"rank={rank!r} is a share of the energy when it is a float: more than 0 and at most 1.")
+
+
+def _check_prefix(prefix: int, rank: int | float | None) -> None:
+    if rank is not None:
+        raise ValueError(
+            f"Give rank={rank!r}, the best approximation, or prefix={prefix!r}, the first ones, not both."
+        )
+    if isinstance(prefix, bool) or not isinstance(prefix, int):
+        raise TypeError(f"prefix={shown(prefix)} must be an int.")
+    if prefix < 1:
+        raise ValueError(f"prefix={prefix!r} must be at least 1.")
+
+
+def _lora_config(source: AdapterSource, rank: int) -> LoraConfig:
+    config = source.config
+    target_modules, target_parameters = loras_targets(source.kinds)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=target_modules,
+        target_parameters=target_parameters or None,
+        exclude_modules=source.exclude_modules,
+        fan_in_fan_out=all(kind is KINDS["Conv1D"] for kind in source.kinds.values()),
+        bias="lora_only" if config.bias == "wara_only" else config.bias,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=config.inference_mode,
+    )
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole > 0 else 0.0

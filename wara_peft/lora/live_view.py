@@ -1,0 +1,134 @@
+"""A LoRA of a live model's WaRA adapter, whose tensors stay the same ones and take the present values when asked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import check_argument
+from ..compiled import on_plain_model
+from ..disk.adapters.contents import PEFT_PREFIX
+from ..disk.adapters.source import adapter_source
+from ..disk.checkpoints.directory import written_at_once
+from ..layers.as_lora import LoraModule
+from ..layers.base import WaRALayer
+from .export import lora_name, to_lora, write_lora
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer's LoRA lies in the view: its layer, its rank in the model, and PEFT's tensors by key."""
+
+    layer: WaRALayer
+    rank: int
+    tensors: dict[str, Tensor]
+
+
+class LoraView:
+    """The exact LoRA that a live WaRA adapter is; see `lora_view`, which makes it.
+
+    Attributes:
+        config: the `LoraConfig`, with r = lora_alpha = R, so that LoRA's scaling is 1.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self._model = model
+        self._adapter_name = adapter_name
+        source = adapter_source(model, adapter_name)
+        self.config, tensors = to_lora(model, None, adapter_name)
+        # What trains in full comes as the model's own tensors, which do not wait for a refresh.
+        self._others = {key: tensors[key].clone() for key in source.others}
+        self._tensors = tensors | self._others
+        self._places: dict[str, _Place] = {}
+        for name, module in model.named_modules():
+            name = name.removeprefix(PEFT_PREFIX)
+            if name in source.kinds and isinstance(module, WaRALayer):
+                keys = [f"{PEFT_PREFIX}{lora_name(source, name)}.{key}" for key in source.kinds[name].lora_names]
+                own = {key: tensors[key] for key in keys}
+                self._places[name] = _Place(module, module.total_rank(adapter_name), own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The LoRA as of the last refresh, with PEFT's keys; the tensors are the same ones every time."""
+        return dict(self._tensors)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the adapter's present values into the view's tensors.
+
+        lora_A = Â and lora_B = scaling · B̂, as `to_lora` has them, but not checked to be finite, which would wait for
+        the device. Modules trained in full, biases and tokens come along. For adapters of `form="subband"` in float32
+        or better on linear layers and embeddings whose axes 2^L divides nothing is allocated; elsewhere one factor at
+        a time is made and copied.
+
+        Raises:
+            RuntimeError: the adapter was deleted, or has another rank now. The view is as it was.
+        """
+        for name, place in self._places.items():
+            adapters = place.layer.wara_A
+            if self._adapter_name not in adapters or place.layer.total_rank(self._adapter_name) != place.rank:
+                raise RuntimeError(
+                    f"Adapter {self._adapter_name!r} is not there any more in module {name!r}, or not with its rank "
+                    f"of {place.rank}. Make a new view with lora_view(model, {self._adapter_name!r})."
+                )
+        for name, place in self._places.items():
+            self._write(name, place)
+        if self._others:
+            for key, value in adapter_source(self._model, self._adapter_name).others.items():
+                self._others[key].copy_(value)
+
+    def _write(self, name: str, place: _Place) -> None:
+        layer, (lora_a, lora_b) = place.layer, place.tensors.values()
+        if layer.kind.kernel_dimensions or layer.kind.is_parameter:  # groups and experts lie apart, see LoraModule
+            update = layer.low_rank_update(self._adapter_name)
+            values = LoraModule.of(name, update, None).tensors(self.config.r, lora_a.dtype)
+            for target, value in zip((lora_a, lora_b), values.values(), strict=True):
+                target.copy_(value)
+            return
+        factor_a, factor_b = layer.factors(self._adapter_name)
+        factor_a.synthesise_into(lora_a[: place.rank])
+        columns = lora_b[:, : place.rank]
+        factor_b.synthesise_into(columns)
+        columns.mul_(layer.scaling[self._adapter_name])
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Save the LoRA as of the last refresh as a checkpoint that PEFT, and engines that serve LoRA, load.
+
+        Both files appear when they are complete, in a directory that is made if it is not there.
+
+        Raises:
+            ValueError: the path is a file.
+        """
+        with written_at_once(save_directory, existing="update") as directory:
+            write_lora(directory, self.config, self._tensors)
+
+
+@on_plain_model
+def lora_view(model: nn.Module, adapter_name: str = "default") -> LoraView:
+    """The exact LoRA of a live WaRA adapter, to be refreshed in place, for example after each optimizer step.
+
+    lora_A = Â of shape `(R, n, *kernel)` and lora_B = scaling · B̂ of shape (m, R), as `to_lora` gives them, but in
+    tensors that stay: whoever holds the state dict (a hotswap, an engine that rolls out, a graph) sees new values
+    after `refresh()`. The model is not touched, and goes on training.
+
+    Args:
+        model: a model with WaRA adapters, from `get_peft_model` or with adapters added by transformers.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: the model has no adapter of that name, or it has no ΔW (`form="grid"`).
+        TypeError: the adapter is not a WaRA adapter, or `model` is no model; a path is for `to_lora`.
+
+    Example:
+        >>> view = wara_peft.lora.live_view(model)  # doctest: +SKIP
+        >>> for batch in batches:  # doctest: +SKIP
+        ...     step(model, batch)
+        ...     view.refresh()
+        ...     engine.load(view.config, view.state_dict())
+    """
+    if isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model={model!r} must be a model with WaRA adapters; to_lora reads directories.")
+    check_argument("lora_view(model, adapter_name)", "model", model, "an nn.Module")
+    return LoraView(model, adapter_name)

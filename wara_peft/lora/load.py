@@ -1,0 +1,162 @@
+"""A saved LoRA as a WaRA adapter, which computes the same and goes on training with subbands beside it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
+from torch import nn
+
+from ..arguments import check_argument
+from ..base_layers.kinds import BareParameter, kind_of
+from ..compiled import compiled_module, plain_model
+from ..config import WaRAConfig
+from ..config_fields.from_lora import fields_from_lora, warn_of_left_out
+from ..config_fields.name_patterns import matches
+from ..disk.adapters.lora import SavedLora
+from ..model import WaRAModel, shape_of
+
+
+def load_lora(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default", **fields: Any
+) -> PeftModel:
+    """Add a WaRA adapter of `form="subband"` whose undecomposed pair `aa0` is a saved LoRA.
+
+    ΔW = scaling · (B A + Σ_s S_out,s B_s A_s S_in,sᵀ) with LoRA's A, B and scaling in every module, also by its
+    patterns and with rsLoRA, and new pairs of the subbands s, whose product is zero until they train. Modules that the
+    LoRA trained in full, biases and tokens are loaded too.
+
+    Args:
+        model: the base model of the LoRA, or a `PeftModel` with WaRA adapters of it, which gets one more.
+        path: the LoRA's directory (`adapter_config.json`, `adapter_model.safetensors`).
+        adapter_name: name of the new adapter. In a `PeftModel` it is not activated, as by `add_adapter`.
+        fields: of `WaRAConfig`: `r` or `subband_ranks` are the ranks of the subbands beside the LoRA, and all of them
+            0 give the LoRA alone; `wavelet`, `levels` and others. All but these come from the LoRA.
+
+    Returns:
+        The model with the adapter. It trains, unless `inference_mode=True` is given.
+
+    Raises:
+        FileNotFoundError: the directory or one of the files is missing.
+        ValueError: it is no LoRA, or one that computes something else (DoRA and other variants, convolutions with
+            groups, dilation or another padding mode than zeros, base weights that its initialisation changed); its
+            file does not fit its config or the model; or `fields` sets what the LoRA says. Nothing is changed then.
+        TypeError: the LoRA adapts modules of a kind that WaRA does not.
+
+    Warns:
+        UserWarning: names what the LoRA has and WaRA does not, or patterns between which a lost order decides.
+    """
+    call = "load_lora(model, path, adapter_name)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "path", path, "a str or os.PathLike")
+    check_argument(call, "adapter_name", adapter_name, "a str")
+    saved = SavedLora(path)
+    config = _config(saved.config, fields)
+    adapted = compiled_module(model)
+    with plain_model(adapted.get_base_model() if isinstance(adapted, PeftModel) else model) as base:
+        targets = WaRAModel.targets_of(base, config)
+        _check_targets(targets)
+        shapes = {name: shape_of(target) for name, target in targets.items()}
+        tied = _tied_to(targets, base) if config.ensure_weight_tying else set()
+        state_dict = saved.state_dict(shapes, tied, _in_full(config, base), _shapes_in(base))
+    _warn_of_lost_order(saved, targets)
+    if isinstance(adapted, PeftModel):
+        adapted.add_adapter(adapter_name, config)
+    else:
+        adapted = get_peft_model(model, config, adapter_name)
+    # The LoRA is the undecomposed matrix; subbands beside it keep their first values.
+    own = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
+    set_peft_model_state_dict(adapted, own | state_dict, adapter_name)
+    return adapted
+
+
+def _config(lora: LoraConfig, fields: dict[str, Any]) -> WaRAConfig:
+    ranks = fields.get("subband_ranks") or {}
+    of_lora = {"rank_pattern", "wara_alpha", "alpha_pattern", "use_rslora"} & fields.keys()
+    if of_lora or "aa0" in ranks or fields.get("form", "subband") != "subband":
+        names = ", ".join(sorted(of_lora)) or ("aa0" if "aa0" in ranks else f"form={fields['form']!r}")
+        raise ValueError(
+            f"{names} cannot be given to load_lora, which takes the rank of `aa0` and all scalings from the LoRA. "
+            "`r` and `subband_ranks` are the ranks of the subbands beside it."
+        )
+    if fields.get("init_weights", True) is False:
+        raise ValueError("init_weights=False would change what the LoRA computes. Leave it out.")
+    # How the LoRA began no longer matters.
+    trained = copy.copy(lora)
+    trained.init_lora_weights = True
+    trained.eva_config = trained.corda_config = trained.lora_ga_config = None
+    beside = {name: fields[name] for name in ("r", "levels") if name in fields}
+    settings = WaRAConfig(**beside, subband_ranks={**ranks, "aa0": 1})
+    own, left_out = fields_from_lora(
+        trained, lambda rank: {**settings.ranks_of(""), "aa0": rank}, WaRAConfig.__dataclass_fields__
+    )
+    warn_of_left_out(left_out, "load_lora")
+    own |= {"r": settings.r, "inference_mode": False}
+    return WaRAConfig(**{**own, **fields, "subband_ranks": own["subband_ranks"]})
+
+
+def _check_targets(targets: Mapping[str, nn.Module]) -> None:
+    """Refuse what LoRA computes in another way than WaRA, or keeps in another shape."""
+    for name, target in targets.items():
+        if isinstance(target, BareParameter):
+            raise ValueError(f"{name!r} is a bare parameter, whose LoRA cannot be loaded; adapt it by `WaRAConfig`.")
+        if kind_of(target).kernel_dimensions:
+            settings: dict[str, Any] = {key: getattr(target, key) for key in ("groups", "dilation", "padding_mode")}
+            if settings["groups"] > 1 or set(settings["dilation"]) != {1} or settings["padding_mode"] != "zeros":
+                said = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+                raise ValueError(
+                    f"The convolution {name!r} has {said}: PEFT's LoRA has A for all groups at once, and computes "
+                    "without dilation and padding mode, which WaRA does not. Add a new adapter by `WaRAConfig`."
+                )
+
+
+def _warn_of_lost_order(saved: SavedLora, names: Iterable[str]) -> None:
+    """Warn if two patterns give a module different alphas: PEFT sorts patterns in the file, so their order is lost."""
+    alphas: Mapping[str, float] = saved.config.alpha_pattern or {}
+    for name in names:
+        found = [pattern for pattern in alphas if matches(pattern, name, "alpha_pattern")]
+        other = next((pattern for pattern in found if alphas[pattern] != alphas[found[0]]), None)
+        if other is not None:
+            warnings.warn(
+                f"alpha_pattern of the LoRA in {str(saved.path)!r} has {found[0]!r} and {other!r}, which both match "
+                f"{name!r}. PEFT sorts them when it saves, so that it is lost which one counted in training. The "
+                f"first in the file, {found[0]!r}, counts now, as where PEFT loads it. If it was the other one, put "
+                "that first in `adapter_config.json`.",
+                stacklevel=3,
+            )
+            return
+
+
+def _tied_to(targets: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
+    """Names of layers with the weight of an embedding that is a target, which are none themselves."""
+    weights = {id(target.weight) for target in targets.values() if isinstance(target, nn.Embedding)}
+    return {
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if id(getattr(module, "weight", None)) in weights and name not in targets
+    }
+
+
+def _in_full(config: WaRAConfig, model: nn.Module) -> set[str]:
+    """Names of what `modules_to_save` trains, which PEFT compares with the ends of modules' names."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if name.endswith(tuple(config.modules_to_save or ()))
+        for key in (module.original_module if isinstance(module, ModulesToSaveWrapper) else module).state_dict()
+    }
+
+
+def _shapes_in(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters and buffers by the names that they have without adapters."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        re.sub(r"\.(base_layer|original_module)\.", ".", name): tuple(getattr(tensor, "ds_shape", tensor.shape))
+        for name, tensor in named
+    }

@@ -1,0 +1,45 @@
+"""Scaling an adapter up or down for a while, as PEFT's helper does for LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..arguments import check_argument
+from ..layers.base import WaRALayer
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Scope in which the scaling of all WaRA adapters is `multiplier` times what it was before.
+
+    A scaling that is changed inside, as by `set_scale`, stays as it is then. So do adapters that are added or deleted.
+
+    `peft.helpers.rescale_adapter_scale` looks only for LoRA's layers, and refuses a model that has none. With a
+    multiplier in [0, 1] this is WiSE-FT, as there.
+
+    Args:
+        model: a model with WaRA adapters, not merged.
+        multiplier: the factor.
+
+    Raises:
+        TypeError: the multiplier is no number.
+        ValueError: the model has no WaRA adapters.
+    """
+    call = "rescale_adapter_scale(model, multiplier)"
+    check_argument(call, "model", model, "an nn.Module")
+    check_argument(call, "multiplier", multiplier, "a number")
+    before = {module: dict(module.scaling) for module in model.modules() if isinstance(module, WaRALayer)}
+    if not before:
+        raise ValueError("The model has no WaRA adapters; for LoRA's there is peft.helpers.rescale_adapter_scale.")
+    try:
+        for layer, scaling in before.items():
+            layer.scaling.update((name, value * multiplier) for name, value in scaling.items())
+        yield
+    finally:
+        for layer, scaling in before.items():
+            for name, value in scaling.items():
+                if layer.scaling.get(name) == value * multiplier:
+                    layer.scaling[name] = value
