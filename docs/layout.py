@@ -22,9 +22,9 @@ ORDER = (
     ("config",),
     ("layers",),
     ("disk", "training"),
-    ("injection", "compression", "nested"),
+    ("injection", "compression", "inspection", "nested"),
     ("model",),
-    ("allocation", "lora", "inspection", "rank_shrinking"),
+    ("allocation", "lora", "rank_shrinking"),
     ("__init__",),
     ("wara_peft_cli",),
 )

@@ -13,9 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from wara_peft import WaRAConfig, allocate_ranks, initialize_from_data, load_lora, lora_view, save_as_lora, to_lora
+from wara_peft import (
+    WaRAConfig,
+    allocate_ranks,
+    initialize_from_data,
+    load_lora,
+    lora_view,
+    optimizer_groups,
+    save_as_lora,
+    to_lora,
+)
 from wara_peft.compression import calibrate, compress, load_compressed, save_compressed
-from wara_peft.training import optimizer_groups
 
 pytestmark = pytest.mark.usefixtures("traced_nothing")
 TOKENS = torch.arange(1, 13).view(2, 6)

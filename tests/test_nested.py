@@ -13,10 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from tests.references import Mlp
-from wara_peft import RankShrinking, WaRAConfig, frozen_factors, rank_penalty, save_as_lora, shrink_ranks, to_lora
+from wara_peft import (
+    RankShrinking,
+    WaRAConfig,
+    frozen_factors,
+    lora_view,
+    rank_penalty,
+    save_as_lora,
+    shrink_ranks,
+    to_lora,
+)
 from wara_peft.forms import importance_order, turns_of
 from wara_peft.layers.lookup import layers_of
-from wara_peft.lora import live_view as lora_view
 from wara_peft.nested import cut_ranks
 from wara_peft.wavelet import subbands
 

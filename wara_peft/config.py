@@ -170,7 +170,7 @@ class WaRAConfig(PeftConfig):
             if remedy is not None:
                 message = (
                     f"{message}, which is LoRA's: {remedy}. What reads it takes LoRA alone; give it the adapter as "
-                    "one, by `wara_peft.save_as_lora` or `wara_peft.lora.live_view`"
+                    "one, by `wara_peft.save_as_lora` or `wara_peft.lora_view`"
                 )
             raise AttributeError(message)
 

@@ -16,11 +16,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from wara_peft import WaRAConfig
+from wara_peft import WaRAConfig, load_lora
 from wara_peft.config_fields.name_patterns import exact_pattern, in_any_order
 from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.layers.base import WaRALayer
-from wara_peft.lora import load as load_lora
 
 CONFIG = "adapter_config.json"
 

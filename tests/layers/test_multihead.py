@@ -287,7 +287,7 @@ def test_merging(safe_merge):
 def test_a_view_is_refreshed():
     model = adapted(Encoder())
     with pytest.warns(UserWarning, match="engines that serve LoRA"):
-        view = wara_peft.lora.live_view(model)
+        view = wara_peft.lora_view(model)
     fill(model, seed=9)
     view.refresh()
     with pytest.warns(UserWarning, match="engines that serve LoRA"):

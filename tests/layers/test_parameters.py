@@ -777,7 +777,7 @@ def test_components_of_experts_are_not_chosen_one_by_one():
 def test_a_view_of_experts_is_the_exported_lora_after_each_step(make):
     model = adapted(make(), WaRAConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS))
     with pytest.warns(UserWarning, match="engines that serve LoRA"):
-        view = wara_peft.lora.live_view(model)
+        view = wara_peft.lora_view(model)
     addresses = {key: tensor.data_ptr() for key, tensor in view.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():

@@ -161,7 +161,7 @@ def taken(method: Method) -> str | None:
 @row(
     "hotswap",
     wara="refused: Hotswapping only supports LORA but WARA was passed.",
-    instead="`wara_peft.lora.live_view(model)`, which swaps into a LoRA; `load_adapter` and `set_adapter`",
+    instead="`wara_peft.lora_view(model)`, which swaps into a LoRA; `load_adapter` and `set_adapter`",
 )
 def hotswap(method: Method, directory: Path) -> str | None:
     model = adapted(method)

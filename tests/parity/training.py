@@ -144,7 +144,7 @@ def rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module, name: str) -
 @row(
     "`create_loraplus_optimizer(…, loraplus_lr_ratio=16)`",
     wara="differs: B gets the learning rate of A",
-    instead="`wara_peft.training.optimizer_groups(model, lr, lr_ratio)`",
+    instead="`wara_peft.optimizer_groups(model, lr, lr_ratio)`",
 )
 def loraplus(method: Method) -> str | None:
     model = adapted(method)

@@ -13,8 +13,7 @@ from torch.optim import SGD, AdamW
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 from tests.references import Mlp, tiny_vit
-from wara_peft import WaRAConfig
-from wara_peft.training import optimizer_groups
+from wara_peft import WaRAConfig, optimizer_groups
 
 PLAIN = {"aa0": 4, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0}
 

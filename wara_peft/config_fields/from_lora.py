@@ -40,7 +40,7 @@ LORA_FIELDS = {
     "lora_bias": "ΔW has no bias of its own; train those of the adapted modules with bias='wara_only'",
     "use_bdlora": "factors are not block-diagonal; for sharded serving export with `wara_peft.save_as_lora`",
     "arrow_config": "export the experts with `wara_peft.save_as_lora`, and route between these LoRAs",
-    "loraplus_lr_ratio": "it is not a config's: see `wara_peft.training.optimizer_groups(model, lr, lr_ratio)`",
+    "loraplus_lr_ratio": "it is not a config's: see `wara_peft.optimizer_groups(model, lr, lr_ratio)`",
     "kasa_config": "there are no trained singular values; leave it out, or use LoraConfig",
 }
 """Fields of `LoraConfig`, and spellings of them, that `WaRAConfig` may not have: what to use instead."""

@@ -122,7 +122,7 @@ def lora_view(model: nn.Module, adapter_name: str = "default") -> LoraView:
         TypeError: the adapter is not a WaRA adapter, or `model` is no model; a path is for `to_lora`.
 
     Example:
-        >>> view = wara_peft.lora.live_view(model)  # doctest: +SKIP
+        >>> view = wara_peft.lora_view(model)  # doctest: +SKIP
         >>> for batch in batches:  # doctest: +SKIP
         ...     step(model, batch)
         ...     view.refresh()

@@ -19,6 +19,7 @@ from wara_peft.compression import (
     DenseSparseLinear,
     StraightThroughFactorizer,
     StraightThroughLinear,
+    dense_sparse,
     load_compressed,
     save_compressed,
     straight_through,
@@ -26,7 +27,6 @@ from wara_peft.compression import (
 )
 from wara_peft.compression.solvers.dictionary import ksvd
 from wara_peft.compression.solvers.low_rank import Metric
-from wara_peft.compression.training import dense_sparse
 from wara_peft.compression.training.dense_sparse import refresh, set_dictionary
 from wara_peft.factorized.dictionary_linear import unpacked
 
