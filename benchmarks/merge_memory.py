@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from wara_peft import WaRAConfig
 
 IMPORTS = """
-import resource, wara_peft, wara_peft_cli, wara_peft.disk.adapters.merge
+import resource, wara_peft, wara_peft_cli.app, wara_peft.disk.adapters.merge
 from peft import AutoPeftModelForCausalLM
 """
 PEAK = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"

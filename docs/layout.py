@@ -51,11 +51,8 @@ def imports() -> dict[str, set[str]]:
         targets: set[str] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
-                base = (
-                    ".".join([*folder[: len(folder) - node.level + 1], node.module or ""])
-                    if node.level
-                    else node.module
-                )
+                above = folder[: len(folder) - node.level + 1] if node.level else ()
+                base = ".".join([*above, *filter(None, [node.module])])
                 found_names = (_module(f"{base}.{alias.name}", paths) or _module(base, paths) for alias in node.names)
                 targets |= {target for target in found_names if target}
             elif isinstance(node, ast.Import):

@@ -16,7 +16,7 @@ def test_no_circle_of_files_or_rooms():
     of_modules = imports()
     assert {"wara_peft_cli", "forms.tiny", "wavelet"} <= of_modules.keys()
     assert "forms.factors" in of_modules["forms.tiny"]
-    assert "disk.adapters.merge" in of_modules["wara_peft_cli"]
+    assert "disk.adapters.merge" in of_modules["wara_peft_cli.merge"]
     floors(of_modules)  # raises for a circle
     floor_of = floors(rooms(of_modules))
     assert floor_of["wavelet"] < floor_of["forms"] < floor_of["config"] < floor_of["layers"] < floor_of["model"]

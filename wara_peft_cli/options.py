@@ -1,36 +1,56 @@
-"""Arguments and options that several commands have, and what reads their values."""
+"""Arguments and options of the commands, and what reads their values.
+
+Names that `wara_peft` knows too are written out here, as importing them takes seconds: tests/cli/test_options.py
+compares them with its tables.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
+if TYPE_CHECKING:
+    import torch
+
+FileFormat = Literal["peft", "diffusers"]
+Solver = Literal["svd", "fisher", "activation", "activation-fisher", "dictionary", "dictionary-oneshot"]
+Allocation = Literal["uniform", "greedy", "cost", "depth"]
+Cost = Literal["bytes", "flops", "latency"]
 DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
+    "fp32": "float32",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
 }
+"""PyTorch's name of each dtype, by the names that `--dtype` takes."""
 
 
-def _dtype(value: str) -> torch.dtype:
+def _dtype(value: str) -> str:
     if value not in DTYPES:
         raise typer.BadParameter(f"{value!r} is not one of {', '.join(DTYPES)}.")
     return DTYPES[value]
 
 
-def check_device(value: str) -> str:
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of that name in PyTorch."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def check_device(value: str) -> None:
+    """Raise a usage error if PyTorch has no such device; a command calls it, as parsing must not import PyTorch."""
+    import torch
+
     try:
         torch.empty(0, device=value)
     except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
-    return value
+        raise typer.BadParameter(f"{value!r}: {str(error).splitlines()[0]}", param_hint="'--device'") from error
 
 
 def read_budget(value: str) -> float | int | str:

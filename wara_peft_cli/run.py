@@ -1,4 +1,4 @@
-"""Running a program that cannot be edited, in processes that know WaRA."""
+"""`wara-peft run`: a program that cannot be edited, in processes that know WaRA."""
 
 from __future__ import annotations
 
@@ -10,10 +10,29 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
+
+import typer
+
+from .interruption import PROGRAM
+from .terminal import failures_in_a_line
 
 STARTUP = str(Path(__file__).parent / "startup")
 PYTHON_ENDINGS = (".py", ".pyw", ".pyc", ".pyz")
+EXAMPLES = f"""Examples:\n
+    {PROGRAM} run evaluate.py --adapter my-adapter\n
+    {PROGRAM} run -m lm_eval --model hf --model_args pretrained=my-base-model,peft=my-adapter\n
+    {PROGRAM} run accelerate launch train.py"""
+
+
+def run(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A Python script, or any other program.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Handed on as they are.")] = None,
+    module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as in python -m.")] = False,
+) -> None:
+    """Run a program, and all that it starts, in which PEFT loads WaRA adapters though nothing imports wara_peft."""
+    with failures_in_a_line(debug=False):
+        execute(command(program, arguments or [], module), environment(os.environ))
 
 
 def execute(words: list[str], environment: Mapping[str, str]) -> NoReturn:

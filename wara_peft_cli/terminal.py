@@ -15,10 +15,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from .interruption import INTERRUPTED, PROGRAM, STATUS
+
 if TYPE_CHECKING:
     from wara_peft.disk.adapters.adapter import Track
 
-PROGRAM = "wara-peft"
 # In a file or a pipe names of modules stay in one line, for who searches there.
 out = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -26,31 +27,37 @@ err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap
 
 @contextmanager
 def failures_in_a_line(debug: bool) -> Iterator[None]:
-    """Turn an exception into one line and exit status 1, and the signal to terminate into an exception."""
-    interrupted = False
+    """Turn an exception into one line and exit status 1, and signals to interrupt or terminate into an exception.
 
-    def interrupt(*_: Any) -> None:
-        nonlocal interrupted
-        interrupted = True  # what a library makes of the exception may be another one
+    A usage error goes on to typer, which reports it. After Ctrl-C the exit status is the one by which shells know it.
+    """
+    interrupted_by: int | None = None
+
+    def interrupt(number: int, _: Any) -> None:
+        nonlocal interrupted_by
+        interrupted_by = number  # what a library makes of the exception may be another one
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             warnings.simplefilter("always", UserWarning)
             yield
+    except typer.BadParameter:
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             for line in traceback.format_exc().splitlines():
                 err.print(visible(line))
         else:
-            interrupted = interrupted or isinstance(error, KeyboardInterrupt)
-            reason = "interrupted; nothing was written." if interrupted else _reason(error)
+            reason = _reason(error) if interrupted_by is None else INTERRUPTED
             _complain(reason or type(error).__name__)
-        raise typer.Exit(1) from None
+        raise typer.Exit(STATUS if interrupted_by == signal.SIGINT else 1) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reason(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.disk.checkpoints.tensors import TensorFile
-from wara_peft_cli import app
+from wara_peft_cli.app import app
 
 COMMAND = Path(sys.executable).parent / "wara-peft"
 TOKENS = torch.arange(1, 7).view(1, 6)
@@ -323,7 +323,7 @@ class TestImports:
             code = f"""
                 import sys, wara_peft
                 sys.modules["transformers.{name}"] = None  # from here on it cannot be imported
-                from wara_peft_cli import app
+                from wara_peft_cli.app import app
                 for arguments in (["inspect", "adapter"], ["export", "adapter", "{tmp_path}/{name}"]):
                     app(arguments, standalone_mode=False)
                 print("both ran")
@@ -366,7 +366,14 @@ class TestUsage:
             (["export", "a", "b", "--rank", "0"], "Invalid value for '--rank'"),
             (["export", "a", "b", "--energy", "1.5"], "--energy 1.5 is a share"),
             (["export", "a", "b", "--dtype", "int8"], "'int8' is not one of fp32"),
-            (["merge", "a", "b", "c", "--device", "abacus"], "abacus"),
+            (["merge", "a", "b", "c", "--device", "abacus"], "Invalid value for '--device': 'abacus': "),
+            (
+                ["compress", "a", "b", "--budget", "1", "--device", "abacus"],
+                "Invalid value for '--device': 'abacus': ",
+            ),
+            (["compress", "a", "b", "--budget", "1", "--solver", "nmf"], "'nmf' is not one of 'svd', 'fisher'"),
+            (["compress", "a", "b", "--budget", "1", "--allocation", "all"], "'all' is not one of 'uniform'"),
+            (["compress", "a", "b", "--budget", "1", "--cost", "money"], "'money' is not one of 'bytes'"),
         ],
     )
     def test_misuse(self, arguments, said, tmp_path, monkeypatch):

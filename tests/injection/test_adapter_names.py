@@ -17,7 +17,7 @@ from wara_peft import WaRAConfig, to_lora
 from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.injection import adapter_names
 from wara_peft.layers.base import WaRALayer
-from wara_peft_cli import app
+from wara_peft_cli.app import app
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from tests.diffusion_models import TINY, Tiny, flux_transformer, sd3_transformer, text_encoder, unet
 from wara_peft import WaRAConfig, save_as_lora, to_lora
 from wara_peft.layers.base import WaRALayer
-from wara_peft_cli import app
+from wara_peft_cli.app import app
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:levels=. is more than is useful:UserWarning"),

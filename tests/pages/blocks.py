@@ -10,7 +10,7 @@ from pathlib import Path
 from typer.core import TyperCommand as Command
 from typer.main import get_command
 
-from wara_peft_cli import app
+from wara_peft_cli.app import app
 
 ROOT = Path(__file__).parents[2]
 ILLUSTRATIONS = {"text", "diff", "toml"}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.pages.blocks import ILLUSTRATIONS, NOT_RUN, PARSED, ROOT, Block, blocks_of, check_command, command_line
 from tests.pages.names import CHECKS, NAMES, Names
 from tests.pages.test_links import PAGES, prose
-from wara_peft_cli import app
+from wara_peft_cli.app import app
 
 WITH_CODE = [path for path in PAGES if any(block.language not in ILLUSTRATIONS for block in blocks_of(path))]
 

@@ -1,0 +1,55 @@
+"""Names and defaults that the command line writes out, so as not to import the library, are the library's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from inspect import signature
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from wara_peft.compression.budget.costs import COSTS
+from wara_peft.compression.budget.spend import ALLOCATIONS
+from wara_peft.compression.disk.from_texts import compress_checkpoint
+from wara_peft.compression.solvers.low_rank import SOLVERS
+from wara_peft.disk.adapters.merge import merge_checkpoint
+from wara_peft.disk.checkpoints.tensors import FLOATS
+from wara_peft.lora import export as lora_export
+from wara_peft_cli.compress import compress
+from wara_peft_cli.export import export
+from wara_peft_cli.merge import merge
+from wara_peft_cli.options import DTYPES, Allocation, Cost, FileFormat, Solver, torch_dtype
+
+
+@pytest.mark.parametrize(
+    ("choices", "names"),
+    [(Solver, SOLVERS), (Allocation, ALLOCATIONS), (Cost, COSTS), (FileFormat, get_args(lora_export.FileFormat))],
+)
+def test_choices(choices: Any, names: Collection[str]) -> None:
+    assert sorted(get_args(choices)) == sorted(names)
+
+
+def test_dtypes() -> None:
+    written = {torch_dtype(name) for name in DTYPES.values()}
+    assert written == set(FLOATS.values()) - {torch.float64}  # nobody needs a LoRA or a model in that
+    for name in written:
+        assert str(name).removeprefix("torch.") in DTYPES
+    assert torch_dtype(None) is None
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "renamed"),
+    [
+        (export, lora_export.convert, {}),
+        (merge, merge_checkpoint, {}),
+        (compress, compress_checkpoint, {"memory": "max_bytes", "target": "target_modules"}),
+    ],
+)
+def test_defaults(command: Callable[..., None], function: Callable[..., Any], renamed: dict[str, str]) -> None:
+    """An option that is left out does what the function does without it."""
+    ours = {renamed.get(name, name): option.default for name, option in signature(command).parameters.items()}
+    theirs = {name: argument.default for name, argument in signature(function).parameters.items()}
+    both = ours.keys() & theirs.keys()
+    assert len(both) > 3 and set(renamed.values()) <= both
+    assert {name: ours[name] for name in both} == {name: theirs[name] for name in both}

@@ -1,0 +1,44 @@
+"""`wara-peft merge`: an adapter added to the checkpoint of its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .interruption import PROGRAM
+from .options import Adapter, Debug, Dtype, Out, Overwrite, check_device, local_directory, torch_dtype
+from .terminal import failures_in_a_line, say, tracked
+
+EXAMPLES = f"""Examples:\n
+    {PROGRAM} merge my-base-model my-adapter my-merged-model\n
+    {PROGRAM} merge my-base-model my-adapter my-merged-model --dtype bf16 --device cuda"""
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the base model, or a Hub name.")],
+    adapter: Adapter,
+    path: Out,
+    dtype: Dtype = None,
+    device: Annotated[str, typer.Option(help="Where to compute the merged weights.")] = "cpu",
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into a model's checkpoint, shard by shard; about one shard is in memory at a time."""
+    with failures_in_a_line(debug):
+        check_device(device)
+        sources = local_directory(base, weights=True), local_directory(adapter)
+        from wara_peft.disk.adapters.merge import merge_checkpoint
+
+        merge_checkpoint(
+            *sources,
+            path,
+            dtype=torch_dtype(dtype),
+            device=device,
+            overwrite=overwrite,
+            track=tracked("Merging"),
+        )
+        compressed = (path / "compression.json").is_file()
+        loader = "wara_peft.compression.load_compressed" if compressed else "from_pretrained"
+        say(f"Wrote {path}; load it with {loader}.")
