@@ -1,12 +1,13 @@
 """Adapters and compressed models that 0.1.0 saved, in tests/saved_by_0_1_0, go on computing what they computed there.
 
 Each folder has beside the saved files an `expected.safetensors`, with the inputs and the logits that 0.1.0 gave.
-What this release drops of them is named.
+What this release cannot compute is refused, and what it drops is named.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,17 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedModel
+from typer.testing import CliRunner
 
 from wara_peft import WaRAConfig, save_as_lora
 from wara_peft.compression import load_compressed
+from wara_peft_cli import app
 
 SAVED = Path(__file__).with_name("saved_by_0_1_0")
 ADAPTERS = sorted(path.name for path in (SAVED / "adapters").iterdir())
 COMPRESSED = sorted(path.name for path in (SAVED / "compressed").iterdir())
 NESTED = SAVED / "adapters" / "ordered"
+SPATIAL = SAVED / "compressed" / "spatial_conv"
 
 
 def base_of(adapter: Path, inputs: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -93,9 +97,27 @@ def test_nested_adapter_by_every_way_in(tmp_path: Path):
     check(base, inputs, expected)
 
 
-@pytest.mark.parametrize("name", COMPRESSED)
+@pytest.mark.parametrize("name", [name for name in COMPRESSED if name != SPATIAL.name])
 def test_compressed_model(name: str):
     path = SAVED / "compressed" / name
     inputs = load_file(path / "expected.safetensors")
     expected = inputs.pop("logits")
     check(load_compressed(path), inputs, expected)
+
+
+def test_spatial_convolutions_are_refused_with_what_to_do(tmp_path: Path):
+    said = (
+        "'resnet.encoder.stages.0.layers.0.layer.1.convolution' is a SpatialLowRankConv2d, which wara-peft 0.1.0 wrote"
+    )
+    without_record = tmp_path / "saved_by_trainer"
+    shutil.copytree(SPATIAL, without_record)
+    (without_record / "compression.json").unlink()
+    for path in (SPATIAL, without_record):
+        with pytest.raises(ValueError, match=r"with 0\.1\.0 load the model, make it dense by .*to_dense") as error:
+            load_compressed(path)
+        assert str(error.value).startswith(said)
+    adapter = SAVED / "adapters" / "subband"
+    for arguments in (["inspect", SPATIAL], ["merge", SPATIAL, adapter, tmp_path / "merged"]):
+        result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "1000"})
+        assert result.exit_code == 1 and f"wara-peft: {said}" in result.stderr
+    assert not (tmp_path / "merged").exists()
