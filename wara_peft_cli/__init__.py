@@ -194,7 +194,7 @@ def compress(
     target: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Layers to compress, by ends of names; may be repeated.")
     ] = None,
-    cost: Annotated[str, typer.Option(help="For --allocation cost: flops, bytes or latency.")] = "flops",
+    cost: Annotated[str, typer.Option(help="For --allocation cost: flops or bytes.")] = "flops",
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Take statistics anew as layers are compressed.")
     ] = False,
