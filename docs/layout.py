@@ -22,9 +22,9 @@ ORDER = (
     ("config",),
     ("layers",),
     ("disk", "training"),
-    ("injection", "compression", "inspection", "nested"),
+    ("injection", "compression", "inspection"),
     ("model",),
-    ("allocation", "lora", "rank_shrinking"),
+    ("allocation", "lora"),
     ("__init__",),
     ("wara_peft_cli",),
 )

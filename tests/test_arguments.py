@@ -67,7 +67,6 @@ def test_the_first_argument(module, name):
         (lambda: wara_peft.load_lora(model(), model()), "path must be a str or os.PathLike, and is a PeftModel."),
         (lambda: wara_peft.load_lora(model(), "lora", 8), "adapter_name must be a str, and is 8."),
         (lambda: wara_peft.lora_view("adapter"), "must be a model with WaRA adapters; to_lora reads directories"),
-        (lambda: wara_peft.shrink_ranks(model(), "default"), "threshold must be a number, and is 'default'."),
         (lambda: wara_peft.allocate_ranks(model(), [], WaRAConfig()), "config must be a WaRAConfig, and is a list."),
         (lambda: wara_peft.initialize_from_data(model(), "default"), "dataloader must be an iterable of batches"),
         (lambda: wara_peft.rescale_adapter_scale(model(), model()).__enter__(), "multiplier must be a number"),

@@ -10,7 +10,6 @@ from . import registration
 if TYPE_CHECKING:
     from .allocation.schedule import RankSchedule
     from .lora.checkpoint_callback import SaveAsLora
-    from .rank_shrinking import RankShrinking
 
 registration.peft_type()  # `WaRAConfig` names `PeftType.WARA`, so the member comes first.
 
@@ -21,7 +20,6 @@ from .lora.export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .lora.live_view import LoraView, lora_view  # noqa: E402
 from .lora.load import load_lora  # noqa: E402
 from .model import WaRAModel  # noqa: E402
-from .nested import rank_penalty, shrink_ranks  # noqa: E402
 from .training.initialization import initialize_from_data  # noqa: E402
 from .training.optimizer_groups import optimizer_groups  # noqa: E402
 from .training.scale import rescale_adapter_scale  # noqa: E402
@@ -31,7 +29,6 @@ registration.register(WaRAConfig, WaRAModel)
 __all__ = [
     "LoraView",
     "RankSchedule",
-    "RankShrinking",
     "SaveAsLora",
     "WaRAConfig",
     "WaRAModel",
@@ -42,17 +39,14 @@ __all__ = [
     "lora_error",
     "lora_view",
     "optimizer_groups",
-    "rank_penalty",
     "rescale_adapter_scale",
     "save_as_lora",
-    "shrink_ranks",
     "to_lora",
 ]
 __version__ = "0.1.0"
 
 _CALLBACKS = {
     "RankSchedule": "allocation.schedule",
-    "RankShrinking": "rank_shrinking",
     "SaveAsLora": "lora.checkpoint_callback",
 }
 

@@ -22,8 +22,9 @@ from .config_fields.field_types import Json, check_types, read_json
 from .config_fields.from_lora import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
 from .config_fields.model_card import add_loading_section
 from .config_fields.name_patterns import exact_pattern, in_any_order, suffix_matches, value_for
+from .config_fields.removed_fields import without_removed_fields
 from .config_fields.resolution import Resolution, as_to_write
-from .forms import FORMS, Form, importance_order, turns_of
+from .forms import FORMS, Form
 
 NAMING = (
     "target_modules",
@@ -41,6 +42,7 @@ NAMING = (
 
 
 @with_help
+@without_removed_fields
 @dataclass(repr=False)
 class WaRAConfig(PeftConfig):
     """Configuration of WaRA adapters (Wavelet Low-Rank Adaptation, arXiv 2506.24092).
@@ -100,13 +102,6 @@ class WaRAConfig(PeftConfig):
         trainable_token_indices: token indices to train in the embedding, as in LoraConfig.
         ensure_weight_tying: where the model ties its output layer to its input embedding and one of them is adapted
             or in `modules_to_save`, both share the adapter or the trained module, and stay tied.
-        ordered_dropout: with `form="subband"`, train components (a row of A_s with its column of B_s) in an order of
-            importance: each forward in training keeps in every module the first b of its R, b drawn anew. One training
-            then serves every rank: `model.set_rank`, `save_as_lora(prefix=k)`. After Maestro (arXiv 2308.14929).
-        component_order: with `ordered_dropout`, the order of subbands in which they take turns in that of components;
-            None writes the default, coarse levels first.
-        rank_penalty: with `ordered_dropout`, λ of the hierarchical group lasso λ Σ_b (‖A[b:]‖ + ‖B[:, b:]‖) over the
-            components in order, which is added to the loss that the model returns while it trains.
         module_shapes: written by the library when the adapter is saved, `{module: [kind, out, in]}`. For a
             convolution `in` is that of one group, and `[kind, out, in, groups]` tells if there are several. Of a bare
             parameter it is `[kind, out, in, experts, position]`, with 0 experts for a matrix and its position among
@@ -144,9 +139,6 @@ class WaRAConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     trainable_token_indices: list[int] | Json | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
-    ordered_dropout: bool = False
-    component_order: list[str] | None = None
-    rank_penalty: float = 0.0
     module_shapes: dict[str, list[Any]] | None = None
     base_weight_hashes: dict[str, str] | None = None
     biased_modules: list[str] | None = None
@@ -194,8 +186,6 @@ class WaRAConfig(PeftConfig):
         if isinstance(self.grid_size, list):  # as JSON keeps it
             self.grid_size = tuple(self.grid_size)
         check_config(self)
-        if self.ordered_dropout and self.component_order is None:
-            self.component_order = turns_of(self.form_object.subbands(self))
 
     @classmethod
     def from_lora(cls, lora_config: LoraConfig, match: Match = "parameters", **fields: Any) -> WaRAConfig:
@@ -258,20 +248,6 @@ class WaRAConfig(PeftConfig):
         by_subband = pattern if isinstance(pattern, dict) else {}
         rank = self.r if isinstance(pattern, dict) else pattern
         return self.form_object.ranks(self, rank, {**(self.subband_ranks or {}), **by_subband})
-
-    def order_of(self, module_name: str) -> list[int]:
-        """Rows of a module's Â, and columns of its B̂, in order of importance, as `ordered_dropout` trains them.
-
-        Raises:
-            ValueError: the adapter was trained without it, and has no such order.
-        """
-        if self.component_order is None:
-            raise ValueError(
-                "This adapter was trained without ordered_dropout=True, and has no first components. `rank` gives the "
-                "best approximation of a lower rank."
-            )
-        ranks = {name: rank for name, rank in self.ranks_of(module_name).items() if rank}
-        return importance_order(ranks, self.component_order)
 
     def alpha_of(self, module_name: str) -> float | None:
         """Numerator of the scaling in the module of that name, or None for that module's R.

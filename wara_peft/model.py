@@ -74,7 +74,6 @@ from .layers.linear import Linear
 from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor
 from .layers.parameters import AdaptedModule, ParameterLayer
 from .messages import first
-from .nested import add_penalty, set_rank
 
 SUPPORTED = (
     "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
@@ -170,8 +169,6 @@ class WaRAModel(BaseTuner):
         self._awaited = awaited
         keep_ties_in_replicas(model)
         keep_called(model)
-        if config.rank_penalty and add_penalty not in model._forward_hooks.values():
-            model.register_forward_hook(add_penalty, with_kwargs=True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
@@ -526,16 +523,6 @@ class WaRAModel(BaseTuner):
         with plain_model(self.model):
             combine(self, adapters, weights, adapter_name, combination_type, options)
 
-    def set_rank(self, adapter_name: str, rank: int | None) -> None:
-        """Compute with the first `rank` components of each module of an adapter, trained with `ordered_dropout`.
-
-        Nothing is lost: None computes with all of them again, and saving saves them all.
-
-        Raises:
-            ValueError: the adapter was trained without `ordered_dropout`, is merged, or the rank is less than 1.
-        """
-        set_rank(self, adapter_name, rank)
-
     @classmethod
     def _get_learnable_bias_state_dict(
         cls, model: nn.Module, state_dict: dict[str, Tensor], config: PeftConfig
@@ -573,7 +560,7 @@ class WaRAModel(BaseTuner):
             ValueError: see `wara_peft.injection.loading_over.check_saved_adapter`.
         """
         with self._taken_out_on_error(adapter_name):
-            check_saved_adapter(self, adapter_name, path, **hub)
+            check_saved_adapter(self, adapter_name, path, warned=adapter_name in self._awaited, **hub)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -693,8 +680,6 @@ class WaRAModel(BaseTuner):
             unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]  # it is annotated None
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-        for key in [key for key, hook in self.model._forward_hooks.items() if hook is add_penalty]:
-            del self.model._forward_hooks[key]
         for layer in layers:  # reference cycles may keep these in memory for a while
             layer.forget_kept_weight()
         let_go(self.model)

@@ -17,7 +17,6 @@ EXAMPLES = f"""Examples:\n
     {PROGRAM} export my-adapter my-lora --dtype bf16 --strict\n
     {PROGRAM} export my-adapter my-lora --rank 8\n
     {PROGRAM} export my-adapter my-lora --energy 0.99\n
-    {PROGRAM} export my-nested-adapter my-lora --prefix 8\n
     {PROGRAM} export unet-adapter text-adapter my-lora --format diffusers"""
 
 
@@ -40,9 +39,6 @@ def export(
         float | None,
         typer.Option(metavar="SHARE", help="Smallest rank that keeps this share of every module's energy, as 0.99."),
     ] = None,
-    prefix: Annotated[
-        int | None, typer.Option(min=1, help="The first so many components, of an adapter with ordered_dropout.")
-    ] = None,
     dtype: Dtype = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if engines cannot take all of the adapter.")] = False,
     format: Annotated[
@@ -61,8 +57,8 @@ def export(
     """Write an adapter as a LoRA checkpoint, exactly or with a lower rank."""
     if not adapters:  # a single word is taken for OUT
         context.fail("Missing argument 'OUT'.")
-    if sum(given is not None for given in (rank, energy, prefix)) > 1:
-        raise typer.BadParameter("give one of --rank, --energy and --prefix.")
+    if rank is not None and energy is not None:
+        raise typer.BadParameter("give --rank or --energy, not both.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter(f"--energy {energy} is a share: more than 0, at most 1.")
     if format == "peft" and (component or len(adapters) > 1):
@@ -76,7 +72,7 @@ def export(
 
         names: list[str | None] = [*component] if component else [None] * len(sources)
         kept = energy if rank is None else rank
-        to_format = partial(convert, rank=kept, prefix=prefix, dtype=torch_dtype(dtype), strict=strict, format=format)
+        to_format = partial(convert, rank=kept, dtype=torch_dtype(dtype), strict=strict, format=format)
         with written_at_once(path, "replace" if overwrite else "refuse", inputs=sources) as directory:
             loras = [
                 to_format(source, component=name, track=tracked("Exporting"))
@@ -90,9 +86,7 @@ def export(
             beside = f" and {parameters} parameters" if parameters else ""
             say(f"Wrote {path}: LoRA of rank {lora.config.r}, {modules} modules{beside}{of_component}.")
             rounding = f", but for the rounding to {dtype}" if lora.rounded else ""
-            if prefix is not None:
-                out.print(f"It is the first {prefix} components of each module{rounding}.")
-            elif kept is None:
+            if kept is None:
                 out.print(f"It is exact{rounding}.")
             else:
                 out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 FileFormat = Literal["peft", "diffusers"]
 Solver = Literal["svd", "fisher", "activation", "activation-fisher", "dictionary", "dictionary-oneshot"]
 Allocation = Literal["uniform", "greedy", "cost", "depth"]
-Cost = Literal["bytes", "flops", "latency"]
+Cost = Literal["bytes", "flops"]
 DTYPES = {
     "fp32": "float32",
     "float32": "float32",

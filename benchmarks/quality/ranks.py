@@ -22,7 +22,6 @@ BATCHES = 8
 """From which gradients or inputs are taken."""
 LORA_ALONE = {"aa0": 1, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0}
 """Ranks of a WaRA that is a LoRA."""
-LARGEST = 8
 FIRST_LAYER = re.compile(r"(^|\.)layers?\.0\.")
 
 
@@ -88,20 +87,6 @@ class Scheduled(OfRanks):
             schedule.after_step()
 
         return Built(model, parameters, after_step)
-
-
-@dataclass(frozen=True)
-class Nested(OfRanks):
-    """One training for every budget: all components of a WaRA as large as a LoRA of rank `LARGEST`, in an order.
-
-    At a budget the first of them are measured that have its parameters: one of a rank of LoRA's is two here.
-    """
-
-    def build(self, problem: Problem, budget: float) -> Built:
-        parameters = parameters_of(problem, budget)
-        ranks = wara_ladder(1, 2 * LARGEST)
-        model = adapted(problem, WaRAConfig(subband_ranks=ranks, ordered_dropout=True))
-        return Built(model, parameters, finish=lambda: model.set_rank("default", int(2 * budget)))
 
 
 def initialize_eva(model: nn.Module, problem: Problem) -> None:
@@ -188,7 +173,6 @@ METHODS = (
     Allocated("WaRA subband, ranks by gradient", wara_by_gradient),
     Scheduled("LoRA, ranks while training", lambda rank: WaRAConfig(subband_ranks={**LORA_ALONE, "aa0": rank})),
     Scheduled("WaRA subband, ranks while training", lambda rank: WaRAConfig(subband_ranks=wara_ladder(1, 2 * rank))),
-    Nested("WaRA subband, nested"),
     EvaRanks("LoRA, EVA's ranks"),
     Allocated("LoRA, first layer alone", first_layer),
     Allocated("LoRA, random ranks", random_ranks),

@@ -66,13 +66,11 @@ class Built:
         model: to be trained where it requires gradients.
         parameters: trained numbers without those of the head.
         after_step: called with the number of each step, from 0, after the optimizer's and with gradients still there.
-        finish: called after the last one.
     """
 
     model: nn.Module
     parameters: int
     after_step: Callable[[int], object] = nothing
-    finish: Callable[[], object] = lambda: None
 
 
 def trained_parameters(model: nn.Module, head: list[str]) -> int:
@@ -109,7 +107,6 @@ def train(problem: Problem, built: Built, rate: float) -> bool:
         built.after_step(step)
         optimizer.zero_grad()
         schedule.step()
-    built.finish()
     return True
 
 

@@ -111,21 +111,6 @@ class TestExport:
     def test_says_how_exact_it_is(self, made, tmp_path, options, said):
         assert said in say("export", made / "adapter", tmp_path / "lora", *options).stdout
 
-    def test_first_components(self, made, tmp_path):
-        config = WaRAConfig(target_modules="all-linear", init_weights=False, ordered_dropout=True, r=2)
-        get_peft_model(llama(), config).save_pretrained(tmp_path / "nested")
-        result = say("export", tmp_path / "nested", tmp_path / "lora", "--prefix", 3)
-        assert result.exit_code == 0, result.stderr
-        assert "LoRA of rank 3," in result.stdout
-        assert "It is the first 3 components of each module.\n" in result.stdout
-        config, expected = to_lora(tmp_path / "nested", prefix=3)
-        with safe_open(tmp_path / "lora" / "adapter_model.safetensors", framework="pt") as file:
-            assert all(torch.equal(file.get_tensor(key), value) for key, value in expected.items())
-        refused = say("export", made / "adapter", tmp_path / "other", "--prefix", 3)
-        assert refused.exit_code == 1 and "trained without ordered_dropout" in refused.stderr
-        assert say("export", made / "adapter", tmp_path / "other", "--prefix", 3, "--rank", 2).exit_code == 2
-        assert not (tmp_path / "other").exists()
-
     def test_values_that_a_dtype_cannot_hold(self, tmp_path):
         model = get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"], init_weights=False, wara_alpha=4e8))
         model.save_pretrained(tmp_path / "adapter")
@@ -362,7 +347,7 @@ class TestUsage:
             (["inspect"], "Missing argument 'ADAPTER'"),
             (["run"], "Missing argument 'PROGRAM'"),
             (["frobnicate"], "No such command 'frobnicate'"),
-            (["export", "a", "b", "--rank", "2", "--energy", "0.5"], "give one of --rank, --energy and --prefix"),
+            (["export", "a", "b", "--rank", "2", "--energy", "0.5"], "give --rank or --energy, not both"),
             (["export", "a", "b", "--rank", "0"], "Invalid value for '--rank'"),
             (["export", "a", "b", "--energy", "1.5"], "--energy 1.5 is a share"),
             (["export", "a", "b", "--dtype", "int8"], "'int8' is not one of fp32"),

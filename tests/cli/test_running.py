@@ -301,7 +301,7 @@ def program(first):
     from transformers import Trainer
     assert "wara_peft" in sys.modules and "WARA" in peft.PeftType.__members__
     import wara_peft
-    for callback in (wara_peft.SaveAsLora, wara_peft.RankShrinking, wara_peft.RankSchedule):
+    for callback in (wara_peft.SaveAsLora, wara_peft.RankSchedule):
         assert issubclass(callback, transformers.TrainerCallback)
         assert pickle.loads(pickle.dumps(callback)) is callback
 assert not {{"transformers", "peft", "accelerate"}} & sys.modules.keys()
@@ -342,7 +342,7 @@ before = of_libraries()
 import wara_peft
 assert of_libraries() == before, of_libraries() - before
 assert not {name for name in before if "trainer" in name}
-assert {"SaveAsLora", "RankShrinking", "RankSchedule"} <= set(dir(wara_peft)) and of_libraries() == before
+assert {"SaveAsLora", "RankSchedule"} <= set(dir(wara_peft)) and of_libraries() == before
 from wara_peft import *
 assert SaveAsLora is wara_peft.SaveAsLora and "transformers.trainer_callback" in sys.modules
 import importlib

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from tests.compression.models import TwoLayers, batches, bert, for_causal, llama
 from tests.compression.statistics.test_collect import inputs_by_hand
 from wara_peft.compression import DictionaryLinear, LowRankLinear, calibrate, compress
-from wara_peft.compression.budget.costs import Latency, Shape
 from wara_peft.compression.budget.spend import ALLOCATIONS
 from wara_peft.compression.solvers.low_rank import SOLVERS
 
@@ -221,23 +220,12 @@ class TestSolutions:
 
 
 class TestCosts:
-    def test_latency_is_measured_here(self) -> None:
-        latency = Latency()
-        shape = Shape(512, 512, torch.float32, torch.device("cpu"))
-        assert 0 < latency(shape, 1) <= latency(shape, 200) <= latency(shape, 512)
-        assert latency(shape, 8) < latency(shape, None)
-
-    @pytest.mark.parametrize("cost", ["flops", "bytes", "latency"])
-    def test_the_budget_is_a_share_of_the_cost(self, calibrated, monkeypatch, cost: str) -> None:
+    @pytest.mark.parametrize("cost", ["flops", "bytes"])
+    def test_the_budget_is_a_share_of_the_cost(self, calibrated, cost: str) -> None:
         model, _, statistics = calibrated
-        table = [1, 16], [2.0, 5.0], 4.0
-        monkeypatch.setattr("wara_peft.compression.budget.costs._timed", lambda m, n, dtype, device: table)
         report = compress(copy.deepcopy(model), 0.9, "activation", statistics, "cost", cost=cost, **QUIET)
-        assert report.unit == {"latency": "seconds"}.get(cost, cost)
+        assert report.unit == cost
         assert 0 < report.spent <= report.budget * (1 + 1e-12) and report.budget <= 0.9 * report.before
-        if cost == "latency":
-            seconds = [4.0 if layer.rank is None else 2 + (layer.rank - 1) / 5 for layer in report.layers]
-            assert report.before == 14 * 4 and report.spent == pytest.approx(sum(seconds))
 
     def test_flops_count_the_positions_that_a_layer_sees(self, calibrated) -> None:
         model, _, statistics = calibrated

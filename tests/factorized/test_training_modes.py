@@ -16,10 +16,8 @@ from wara_peft.factorized import (
     LowRankConv,
     LowRankLinear,
     LowRankPlusSparseLinear,
-    OrderedLowRankConv,
     OrderedLowRankLinear,
     SharedBaseLinear,
-    SpatialLowRankConv2d,
     StraightThroughLinear,
 )
 
@@ -41,8 +39,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "shared": lambda: SharedBaseLinear(nn.Parameter(torch.randn(6, 3)), 8),
     "shared, transposed": lambda: SharedBaseLinear(nn.Parameter(torch.randn(8, 3)), 6, transposed=True),
     "convolution": lambda: LowRankConv(nn.Conv2d(8, 6, 3), 3),
-    "ordered convolution": lambda: limited(OrderedLowRankConv(nn.Conv2d(8, 6, 3), 3)),
-    "spatial": lambda: SpatialLowRankConv2d(nn.Conv2d(8, 6, 3), 3),
 }
 
 
@@ -50,7 +46,7 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
     layer = LAYERS[name]()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
-    return layer, torch.randn(2, 8, 5, 5) if "conv" in name or name == "spatial" else torch.randn(2, 4, 8)
+    return layer, torch.randn(2, 8, 5, 5) if name == "convolution" else torch.randn(2, 4, 8)
 
 
 def gradients(layer: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -14,7 +14,6 @@ from wara_peft.forms import SubbandFactor, TiedFactor
 from wara_peft.forms.experts import ExpertsFactor
 from wara_peft.forms.factor_cache import one_call
 from wara_peft.forms.factors import IN_DIM, OUT_DIM
-from wara_peft.forms.ordered import OrderedFactor
 from wara_peft.forms.shared import SharedFactor
 from wara_peft.forms.tiny import Basis, Core, TinyFactor
 
@@ -22,7 +21,7 @@ from wara_peft.forms.tiny import Basis, Core, TinyFactor
 def _fill(module: nn.Module) -> nn.Module:
     for tensor in (*module.parameters(), *module.buffers()):
         nn.init.normal_(tensor)
-    return module.eval()  # in training mode components are left out of an ordered factor
+    return module.eval()
 
 
 def _tiny() -> nn.Module:
@@ -35,7 +34,6 @@ RANKS = {"aa2": 1, "ad1": 2, "aa0": 1}
 FACTORS = {
     "subband": lambda: nn.ModuleList([SubbandFactor("db2", 2, 8, RANKS, IN_DIM)]),
     "kernel": lambda: nn.ModuleList([SubbandFactor("db2", 2, 8, RANKS, IN_DIM, (3,))]),
-    "ordered": lambda: nn.ModuleList([OrderedFactor("haar", 2, 8, RANKS, IN_DIM, turns=["aa0", "aa2", "ad1"])]),
     "experts": lambda: nn.ModuleList([ExpertsFactor("db2", 2, 8, RANKS, OUT_DIM, 3)]),
     "shared": lambda: nn.ModuleList([SharedFactor("db2", 1, 8, {"aa1": 2, "dd1": 2}, OUT_DIM)]),
     "tiny": _tiny,
@@ -73,14 +71,6 @@ def test_gains_of_a_grid_are_not_kept():
         change = [(layer(x) - base) for _ in range(3)][-1]
         layer.wara_gain["default"].mul_(3)
         torch.testing.assert_close(layer(x) - base, 3 * change)
-
-
-def test_a_limit_is_seen():
-    factor = _fill(OrderedFactor("haar", 1, 8, {"aa1": 2, "dd1": 2}, IN_DIM, turns=["aa1", "dd1"]))
-    with torch.no_grad(), one_call(factor):
-        assert [factor().count_nonzero(1).gt(0).sum().item() for _ in range(3)] == [4, 4, 4]
-        factor.set_limit(1)
-        assert factor().count_nonzero(1).gt(0).sum() == 1
 
 
 def test_a_step_of_an_optimizer_compiles_and_is_seen():

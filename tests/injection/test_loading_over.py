@@ -65,11 +65,6 @@ SAME_SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "biases": ({"bias": "wara_only"}, {}, "bias='wara_only' there and 'none' here"),
     "trained modules": ({"modules_to_save": ["head"]}, {}, r"modules_to_save=\['head'\] there and None here"),
-    "order of components": (
-        {"ordered_dropout": True, "component_order": ["aa0", "dd1", "da1", "ad1", "aa1"]},
-        {"ordered_dropout": True},
-        "component_order=.*'dd1'.* there",
-    ),
 }
 
 
@@ -142,7 +137,6 @@ def test_a_config_of_ones_own_has_to_fit_the_file(tmp_path: Path) -> None:
         ({"r": 4}, {"r": 9, "subband_ranks": {"aa1": 4, "ad1": 4, "da1": 4, "dd1": 4}}),
         ({"rank_pattern": {"up": 2}, "alpha_pattern": {"^up": 3}}, {"r": 2, "wara_alpha": 3}),
         ({"wara_dropout": 0.2, "modules_to_save": None}, {}),
-        ({"ordered_dropout": True}, {}),
         ({"form": "tiny", "r": 2}, {"form": "tiny", "r": 2}),
     ],
 )

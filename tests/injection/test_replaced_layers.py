@@ -57,12 +57,11 @@ FORMS = {
     "the matrix itself": {"subband_ranks": {"aa0": 2, "dd1": 0}},
     "shared": {"form": "shared"},
     "tiny": {"form": "tiny", "r": 2},
-    "ordered": {"ordered_dropout": True},
     "grid": {"form": "grid", "grid_size": (2, 2), "num_prefix_tokens": 0},
 }
 ONLY = {
     **dict.fromkeys(("tiny", "grid"), ("linear", "transposed", "low_rank")),
-    **dict.fromkeys(("shared", "ordered"), tuple(name for name in NAMES if name != "attention")),
+    "shared": tuple(name for name in NAMES if name != "attention"),
 }
 """Kinds of layers that a form adapts, where it does not adapt all."""
 

@@ -235,7 +235,6 @@ OTHER_CONFIGS = {
     "tiny": {"form": "tiny", "r": 2},
     "shared": {"form": "shared"},
     "orthogonal": {"init_weights": "orthogonal"},
-    "ordered": {"ordered_dropout": True},
 }
 
 
@@ -769,8 +768,6 @@ def test_components_of_experts_are_not_chosen_one_by_one():
     ):
         with pytest.raises(ValueError, match=r"bare parameters, such as '.*gate_up_proj'.*rank_pattern"):
             change()
-    with pytest.raises(ValueError, match=r"gate_up_proj.*no order of components for ordered_dropout"):
-        adapted(mixtral(), ordered_dropout=True)
 
 
 @pytest.mark.parametrize("make", [mixtral, gpt_oss])

@@ -150,9 +150,6 @@ def test_where_a_row_lies_and_what_it_costs():
         ("dd1", 2),
     ]
     assert subband_of(factor, 1, level=0) == ("aa0", 1) and subband_of(factor, 4, level=2) == ("ad2", 1)
-    assert [subband_of(factor, row)[0] for row in (0, 3, 9, 12, 13, 16)] == [
-        *("aa2", "ad2", "dd2", "ad1", "dd1", "aa0")
-    ]
     # A group has four channels in, a kernel of three, and six out; each level halves both.
     assert [cost(layer, "default", level) for level in (0, 1, 2)] == [4 * 3 + 6, 2 * 3 + 3, 1 * 3 + 2]
 

@@ -6,10 +6,8 @@ from ..factorized import (
     LowRankConv,
     LowRankLinear,
     LowRankPlusSparseLinear,
-    OrderedLowRankConv,
     OrderedLowRankLinear,
     SharedBaseLinear,
-    SpatialLowRankConv2d,
     StraightThroughLinear,
     factorize_conv,
     factorize_linear,
@@ -17,7 +15,7 @@ from ..factorized import (
 from .compress import compress
 from .disk.model import load_compressed, save_compressed
 from .factorize import Factorization, factorize
-from .kv_cache import LowRankCache, cache_bases, cache_bytes
+from .kv_cache import LowRankCache, cache_bases
 from .report import CompressionReport, LayerReport
 from .statistics.collect import calibrate
 from .statistics.layer_statistics import LayerStatistics, load_statistics, save_statistics
@@ -41,16 +39,13 @@ __all__ = [
     "LowRankLinear",
     "LowRankPlusSparseLinear",
     "LowRankTextHead",
-    "OrderedLowRankConv",
     "OrderedLowRankLinear",
     "OrderedRankTraining",
     "SharedBaseLinear",
-    "SpatialLowRankConv2d",
     "StraightThroughFactorizer",
     "StraightThroughLinear",
     "TrainedRankPruning",
     "cache_bases",
-    "cache_bytes",
     "calibrate",
     "compress",
     "dense_sparse",

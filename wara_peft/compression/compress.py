@@ -18,7 +18,7 @@ from ..calibration.batches import LossFunction
 from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first
-from .budget.costs import COSTS, Cost, Latency, Shape, nonzeros_of, ranks_that_pay
+from .budget.costs import COSTS, Cost, Shape, nonzeros_of, ranks_that_pay
 from .budget.depth import KEYS_AND_VALUES, depth_shares
 from .budget.spend import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
 from .replacement import Replacement
@@ -71,8 +71,8 @@ def compress(
             (arXiv 2410.03111) is second-hand.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer of a model of transformers.
-        cost: for allocation="cost": "flops" (of the positions seen in calibration), "latency" (timed here at a few
-            ranks), "bytes", or a function of (name, m, n, rank or None for dense).
+        cost: for allocation="cost": "flops" (of the positions seen in calibration), "bytes", or a function of (name,
+            m, n, rank or None for dense).
         compensate_bias: let the bias make up for the mean of the inputs where statistics have it. A layer without a
             bias gets one, which counts.
         sequential: batches with which to take moment and mean of the inputs anew, layer by layer in the order in which
@@ -233,7 +233,6 @@ def _shape(layer: nn.Linear | Conv1D, positions: int, solver: str, gets_bias: bo
         m,
         n,
         layer.weight.dtype,
-        layer.weight.device,
         has_bias=layer.bias is not None,
         gets_bias=gets_bias,
         is_dictionary=SOLVERS[solver].is_dictionary,
@@ -264,9 +263,6 @@ def _costs(
             name: lambda rank, name=name, shape=shape: cost(name, shape.out_features, shape.in_features, rank)
             for name, shape in shapes.items()
         }
-    if cost == "latency":
-        latency = Latency()
-        return "seconds", {name: lambda rank, shape=shape: latency(shape, rank) for name, shape in shapes.items()}
     return cost, {name: getattr(shape, cost) for name, shape in shapes.items()}
 
 
@@ -289,7 +285,7 @@ def _limit(budget: float | int | str, before: float, unit: str) -> float:
         return float(size)
     if isinstance(budget, float) and 0 < budget < 1:
         # An integer of parameters or bytes; a share of them is rounded down.
-        return budget * before if unit in ("seconds", "cost") else math.floor(budget * before)
+        return budget * before if unit == "cost" else math.floor(budget * before)
     if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
         return budget
     raise ValueError(

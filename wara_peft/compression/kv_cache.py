@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ..arguments import check_argument, shown
+from ..arguments import check_argument
 from ..compiled import on_plain_model
 from .budget.depth import depth_shares
 from .statistics.layer_statistics import LayerStatistics
@@ -126,18 +126,6 @@ class _LowRankLayer(DynamicLayer):
             keys if of_keys is None else of_keys.restore(keys),
             values if of_values is None else of_values.restore(values),
         )
-
-
-def cache_bytes(cache: Cache) -> int:
-    """What the keys and values in a cache take."""
-    if not isinstance(cache, Cache):
-        raise TypeError(f"cache_bytes(cache): cache must be a Cache of transformers, and is {shown(cache)}.")
-    return sum(
-        tensor.nbytes
-        for layer in cache.layers
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(tensor, Tensor)
-    )
 
 
 def _projections(model: PreTrainedModel, end: str) -> list[tuple[str, nn.Module, int]]:

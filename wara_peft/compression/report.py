@@ -39,7 +39,7 @@ class CompressionReport:
     Attributes:
         solver, allocation: how.
         budget: the most that the targets could cost, in `unit`.
-        unit: "parameters", "bytes", "flops", "seconds", or "cost" for costs of one's own.
+        unit: "parameters", "bytes", "flops", or "cost" for costs of one's own.
         spent, before: what the targets cost now, and what they cost before.
         layers: the targets.
         left: why a layer that was asked for is no target, by its name; it does not count.

@@ -38,9 +38,6 @@ def _check_values(config: Any) -> None:
     if not 0.0 <= config.wara_dropout < 1.0:
         raise ValueError(f"wara_dropout={config.wara_dropout!r} must be a probability, at least 0 and less than 1.")
     _check_finite("wara_alpha", config.wara_alpha or 0.0)
-    _check_finite("rank_penalty", config.rank_penalty)
-    if config.rank_penalty < 0:
-        raise ValueError(f"rank_penalty={config.rank_penalty!r} must be at least 0.")
     for pattern, alpha in config.alpha_pattern.items():
         where = f"alpha_pattern[{pattern!r}]"
         check_pattern(where, pattern)

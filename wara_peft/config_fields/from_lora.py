@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from peft import LoraConfig
 
-from ..forms import turns_of
 from ..wavelet import subbands
 
 _INIT = "PEFT makes it from the base weights or from data; here `init_weights` has 'orthogonal' and 'activation'"
@@ -120,10 +119,11 @@ def subband_ranks(rank: int, match: Match, levels: int) -> dict[str, int]:
     budget = rank * 2**levels if match == "parameters" else rank
     each, left = divmod(budget, sum(cost.values()))
     ranks = dict.fromkeys(cost, each)
-    for name in sorted(turns_of(bands), key=lambda name: -cost[name]):
-        if cost[name] <= left:
-            ranks[name] += 1
-            left -= cost[name]
+    in_level = ("aa", "dd", "ad", "da")
+    for band in sorted(bands, key=lambda band: (-cost[band.name], -band.level, in_level.index(band.name[:2]))):
+        if cost[band.name] <= left:
+            ranks[band.name] += 1
+            left -= cost[band.name]
     return ranks
 
 

@@ -2,10 +2,10 @@
 
 from .dense_sparse_linear import DenseSparseLinear, StraightThroughLinear
 from .dictionary_linear import DictionaryLinear
-from .low_rank_conv import LowRankConv, SpatialLowRankConv2d, factorize_conv
+from .low_rank_conv import LowRankConv, factorize_conv
 from .low_rank_linear import LowRankLinear, factorize_linear
 from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
-from .ordered import OrderedLowRankConv, OrderedLowRankLinear
+from .ordered import OrderedLowRankLinear
 from .shared_base_linear import SharedBaseLinear
 
 __all__ = [
@@ -14,10 +14,8 @@ __all__ = [
     "LowRankConv",
     "LowRankLinear",
     "LowRankPlusSparseLinear",
-    "OrderedLowRankConv",
     "OrderedLowRankLinear",
     "SharedBaseLinear",
-    "SpatialLowRankConv2d",
     "StraightThroughLinear",
     "factorize_conv",
     "factorize_linear",

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .low_rank_conv import Convolution, LowRankConv, SpatialLowRankConv2d
+from .low_rank_conv import Convolution, LowRankConv
 
 
 class Factorized(Protocol):
@@ -24,9 +24,9 @@ class Factorized(Protocol):
     def bias(self) -> Tensor | None: ...
 
 
-def dense_layer(layer: Factorized | LowRankConv | SpatialLowRankConv2d) -> nn.Linear | Convolution:
+def dense_layer(layer: Factorized | LowRankConv) -> nn.Linear | Convolution:
     """The linear layer or convolution of the same weight and bias; the layer itself stays as it is."""
-    return layer.dense() if isinstance(layer, (LowRankConv, SpatialLowRankConv2d)) else dense_linear(layer)
+    return layer.dense() if isinstance(layer, LowRankConv) else dense_linear(layer)
 
 
 @torch.no_grad()

@@ -1,15 +1,14 @@
-"""Convolutions as two smaller ones: from channels to few and back, or along one axis and then along the other."""
+"""Convolutions as two smaller ones: from all channels to a few, and from these to all."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Scheme = Literal["channel", "spatial"]
 
 
 def checked_conv(module: nn.Module) -> Convolution:
@@ -32,24 +31,6 @@ def checked_conv(module: nn.Module) -> Convolution:
     if type(module).forward not in [kind.forward for kind in CONVOLUTIONS]:
         raise ValueError(f"{type(module).__name__} has a forward of its own. Leave it out.")
     return module
-
-
-def unfolded(weight: Tensor, scheme: Scheme = "channel") -> Tensor:
-    """The weight (m, n, *kernel) as the matrix of which a scheme takes a rank.
-
-    "channel": (m, n · kernel); "spatial", of two-dimensional kernels: (n · height, m · width).
-    """
-    if scheme == "channel":
-        return weight.flatten(1)
-    return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
-
-
-def folded(matrix: Tensor, shape: torch.Size, scheme: Scheme = "channel") -> Tensor:
-    """The weight again, of that shape (m, n, *kernel)."""
-    if scheme == "channel":
-        return matrix.view(shape)
-    m, n, height, width = shape
-    return matrix.view(n, height, m, width).permute(2, 0, 1, 3).contiguous()
 
 
 class LowRankConv(nn.Module):
@@ -98,111 +79,16 @@ class LowRankConv(nn.Module):
         conv = _conv(
             self.down, self.down.in_channels, self.up.out_channels, self.down.kernel_size, self.bias is not None
         )
-        return _filled(conv, self.weight, self.bias, self.training)
+        conv.weight.copy_(self.weight)
+        if conv.bias is not None and self.bias is not None:
+            conv.bias.copy_(self.bias)
+        return conv.train(self.training)
 
     @torch.no_grad()
     def set_matrices(self, up: Tensor, down: Tensor) -> None:
         """Set factors (m, r) and (r, n · kernel)."""
         self.up.weight.copy_(up.view_as(self.up.weight))
         self.down.weight.copy_(down.view_as(self.down.weight))
-
-
-class SpatialLowRankConv2d(nn.Module):
-    """A convolution along the height, then one along the width: rank r of the weight as (n · height, m · width).
-
-    Args:
-        like: an `nn.Conv2d` with zero padding whose sizes, stride, padding, device and dtype are taken.
-        rank: r.
-
-    Attributes:
-        vertical: n channels to r, kernel (height, 1), no bias.
-        horizontal: r channels to m, kernel (1, width), with the bias.
-
-    Raises:
-        ValueError: a rank out of its range, or no two-dimensional convolution with zero padding.
-    """
-
-    def __init__(self, like: nn.Conv2d, rank: int) -> None:
-        super().__init__()
-        check_spatial(like)
-        height, width = like.kernel_size
-        most = min(like.in_channels * height, like.out_channels * width)
-        if not 1 <= rank <= most:
-            raise ValueError(f"rank={rank} of a convolution of weight {tuple(like.weight.shape)} must be 1 to {most}.")
-        self.rank = rank
-        padding = like.padding if isinstance(like.padding, tuple) else None
-        first, second = ("same", "same") if padding is None else ((padding[0], 0), (0, padding[1]))
-        if like.padding == "valid":
-            first = second = (0, 0)
-        strides, dilations = like.stride, like.dilation
-        self.vertical = _conv(
-            like, like.in_channels, rank, (height, 1), False, (strides[0], 1), first, (dilations[0], 1)
-        )
-        self.horizontal = _conv(
-            like,
-            rank,
-            like.out_channels,
-            (1, width),
-            like.bias is not None,
-            (1, strides[1]),
-            second,
-            (1, dilations[1]),
-        )
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the one convolution, (m, n, height, width)."""
-        return torch.einsum("mrw,rnh->mnhw", self.horizontal.weight[:, :, 0], self.vertical.weight[..., 0])
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.horizontal.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map as the one convolution does."""
-        result: Tensor = self.horizontal(self.vertical(x))
-        return result
-
-    @torch.no_grad()
-    def dense(self) -> Convolution:
-        """The one convolution; the layer itself stays as it is."""
-        first, second = self.vertical, self.horizontal
-
-        def joined(name: str) -> Any:
-            one, other = getattr(first, name), getattr(second, name)
-            return one if isinstance(one, str) else (one[0], other[1])
-
-        conv = _conv(
-            first,
-            first.in_channels,
-            second.out_channels,
-            joined("kernel_size"),
-            self.bias is not None,
-            joined("stride"),
-            joined("padding"),
-            joined("dilation"),
-        )
-        return _filled(conv, self.weight, self.bias, self.training)
-
-    @torch.no_grad()
-    def set_matrices(self, up: Tensor, down: Tensor) -> None:
-        """Set factors (n · height, r) and (r, m · width)."""
-        vertical, horizontal = self.vertical.weight, self.horizontal.weight
-        vertical.copy_(up.view(vertical.shape[1], vertical.shape[2], -1).permute(2, 0, 1)[..., None])
-        horizontal.copy_(down.view(-1, len(horizontal), horizontal.shape[3]).transpose(0, 1)[:, :, None])
-
-
-def check_spatial(module: Convolution) -> None:
-    """Refuse a convolution that two one-dimensional ones do not make up.
-
-    Raises:
-        ValueError: it has not two axes, or pads with something other than zeros.
-    """
-    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
-        raise ValueError(
-            f"scheme='spatial' is for nn.Conv2d with padding_mode='zeros', not {type(module).__name__} with "
-            f"{module.padding_mode!r}. Use scheme='channel'."
-        )
 
 
 def _conv(
@@ -232,26 +118,19 @@ def _conv(
     return made.train(like.training)
 
 
-def _filled(conv: Convolution, weight: Tensor, bias: Tensor | None, training: bool) -> Convolution:
-    conv.weight.copy_(weight)
-    if bias is not None and conv.bias is not None:
-        conv.bias.copy_(bias)
-    return conv.train(training)
-
-
 @torch.no_grad()
-def factorize_conv(module: nn.Module, rank: int, scheme: Scheme = "channel") -> LowRankConv | SpatialLowRankConv2d:
-    """Two convolutions for one, by the truncated SVD of its unfolded weight; the module itself stays as it is.
+def factorize_conv(module: nn.Module, rank: int) -> LowRankConv:
+    """Two convolutions for one, by the truncated SVD of its weight (m, n · kernel); the module stays as it is.
 
-    ‖W − W_r‖²_F = Σ_{i>r} σ_i² of the unfolded weight, with √σ in each factor. The bias is kept.
+    ‖W − W_r‖²_F = Σ_{i>r} σ_i² of that matrix, with √σ in each factor. The bias is kept.
 
     Raises:
         TypeError: not a convolution.
         ValueError: a wrong rank, groups, or a weight that is no plain parameter.
     """
     conv = checked_conv(module)
-    made = LowRankConv(conv, rank) if scheme == "channel" else SpatialLowRankConv2d(cast(nn.Conv2d, conv), rank)
-    left, values, right = torch.linalg.svd(unfolded(conv.weight, scheme).double(), full_matrices=False)
+    made = LowRankConv(conv, rank)
+    left, values, right = torch.linalg.svd(conv.weight.flatten(1).double(), full_matrices=False)
     roots = values[:rank].sqrt()
     made.set_matrices(
         (left[:, :rank] * roots).to(conv.weight.dtype), (roots[:, None] * right[:rank]).to(conv.weight.dtype)

@@ -1,40 +1,34 @@
-"""Low-rank layers whose components have an order: the first b of them are the layer at rank b."""
+"""A low-rank layer whose components have an order: the first b of them are the layer at rank b."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from .low_rank_conv import LowRankConv
 from .low_rank_linear import LowRankLinear
 from .resizing import set_values
 
 
-class _Ordered(nn.Module):
-    """What both have: components that are left out in a training forward, and cut for good.
+class OrderedLowRankLinear(LowRankLinear):
+    """`LowRankLinear` whose first b components are the layer at rank b: y = U[:, :b] (V[:b] x) + b.
+
+    Trained with ordered dropout (see `compression.OrderedRankTraining`) it can be cut to any rank without a
+    decomposition. `load_state_dict` takes any rank. After Horváth et al., "Maestro", arXiv 2308.14929.
 
     Attributes:
         limit: in training mode the first so many components count alone; None is all. In evaluation mode all count.
     """
 
-    down: Any
-    up: Any
-    rank: int
     limit: int | None = None
 
-    def _kept(self) -> int | None:
-        return self.limit if self.training else None
-
-    def _resize(self, rank: int) -> None:
-        """Be of another rank, without values, with the same parameters."""
-        for parameter, dim in ((self.down.weight, 0), (self.up.weight, 1)):
-            shape = list(parameter.shape)
-            shape[dim] = rank
-            set_values(parameter, parameter.data.new_empty(shape))
-        self._resized(rank)
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.limit is None:
+            return super().forward(x)
+        hidden = functional.linear(x, self.down.weight[: self.limit])
+        return functional.linear(hidden, self.up.weight[:, : self.limit], self.up.bias)
 
     @torch.no_grad()
     def cut(self, rank: int) -> None:
@@ -46,56 +40,25 @@ class _Ordered(nn.Module):
         if rank < 1:
             raise ValueError(f"rank={rank!r} must be at least 1.")
         if rank < self.rank:
-            for parameter, dim in ((self.down.weight, 0), (self.up.weight, 1)):
-                set_values(parameter, parameter.data.narrow(dim, 0, rank).clone())
-            self._resized(rank)
+            self._set_rank(rank, self.down.weight.data[:rank].clone(), self.up.weight.data[:, :rank].clone())
 
     def settle(self) -> None:
         """Become the plain layer that it is in evaluation mode, with the same parameters."""
         self.__dict__.pop("limit", None)
-        kind: Any = LowRankLinear if isinstance(self, LowRankLinear) else LowRankConv
+        kind: Any = LowRankLinear
         self.__class__ = kind
 
-    def _resized(self, rank: int) -> None:
-        self.rank = rank
+    def _set_rank(self, rank: int, down: Tensor, up: Tensor) -> None:
+        """Be of another rank, with these values in the same parameters."""
+        set_values(self.down.get_parameter("weight"), down)
+        set_values(self.up.get_parameter("weight"), up)
+        self.rank = self.down.out_features = self.up.in_features = rank
         self.limit = None
-        is_linear = isinstance(self.down, nn.Linear)
-        setattr(self.down, "out_features" if is_linear else "out_channels", rank)
-        setattr(self.up, "in_features" if is_linear else "in_channels", rank)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         # A checkpoint's rank is what it had come to.
         down = state_dict.get(f"{prefix}down.weight")
-        if isinstance(down, Tensor) and down.dim() == self.down.weight.dim() and len(down) != self.rank:
-            self._resize(len(down))
+        if isinstance(down, Tensor) and down.dim() == 2 and len(down) != self.rank:
+            rank, like = len(down), self.down.weight.data
+            self._set_rank(rank, like.new_empty(rank, self.in_features), like.new_empty(self.out_features, rank))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class OrderedLowRankLinear(_Ordered, LowRankLinear):
-    """`LowRankLinear` whose first b components are the layer at rank b: y = U[:, :b] (V[:b] x) + b.
-
-    Trained with ordered dropout (see `compression.OrderedRankTraining`) it can be cut to any rank without a
-    decomposition. `load_state_dict` takes any rank. After Horváth et al., "Maestro", arXiv 2308.14929.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = self._kept()
-        if kept is None:
-            return super().forward(x)
-        hidden = functional.linear(x, self.down.weight[:kept])
-        return functional.linear(hidden, self.up.weight[:, :kept], self.up.bias)
-
-
-class OrderedLowRankConv(_Ordered, LowRankConv):
-    """`LowRankConv` whose first b channels between its two convolutions are the layer at rank b.
-
-    As `OrderedLowRankLinear`, of the weight as a matrix (m, n · kernel).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = self._kept()
-        if kept is None:
-            return super().forward(x)
-        hidden = self.down._conv_forward(x, self.down.weight[:kept], None)
-        result: Tensor = self.up._conv_forward(hidden, self.up.weight[:, :kept], self.up.bias)
-        return result

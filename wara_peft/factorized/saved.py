@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .dense_sparse_linear import DenseSparseLinear
 from .dictionary_linear import DictionaryLinear
-from .low_rank_conv import CONVOLUTIONS, Convolution, LowRankConv, SpatialLowRankConv2d
+from .low_rank_conv import CONVOLUTIONS, Convolution, LowRankConv
 from .low_rank_linear import LowRankLinear, linear_shape
 from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
 from .shared_base_linear import SharedBaseLinear, tie_bases
@@ -88,13 +88,9 @@ CONVOLUTION_KINDS: dict[type[nn.Module], Kind] = {
         lambda layer, shapes, _: LowRankConv(layer, _size(shapes["down.weight"], 0)),
         ("rank",),
     ),
-    SpatialLowRankConv2d: Kind(
-        frozenset({"vertical.weight", "horizontal.weight"}),
-        "horizontal.bias",
-        lambda layer, shapes, _: SpatialLowRankConv2d(layer, _size(shapes["vertical.weight"], 0)),
-        ("rank",),
-    ),
 }
+SPATIAL = ("vertical.weight", "horizontal.weight")
+"""Tensors of a kind of layer that only 0.1.0 had: a convolution along the height, then one along the width."""
 FACTORIZED = (*LINEAR_KINDS, *CONVOLUTION_KINDS)
 
 
@@ -109,7 +105,8 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
         Names of the layers replaced.
 
     Raises:
-        ValueError: the shapes of factors do not fit the layer or each other, or the layer is there dense too.
+        ValueError: the shapes of factors do not fit the layer or each other, the layer is there dense too, or it is of
+            a kind that only 0.1.0 had.
     """
     prefix = getattr(model, "base_model_prefix", "")
     replaced = []
@@ -142,6 +139,12 @@ def describe(model: nn.Module) -> dict[str, dict[str, object]]:
 
 def _of(key: str, layer: Dense, shapes: Shapes) -> nn.Module | None:
     kinds = CONVOLUTION_KINDS if isinstance(layer, CONVOLUTIONS) else LINEAR_KINDS
+    if isinstance(layer, nn.Conv2d) and {f"{key}.{part}" for part in SPATIAL} <= shapes.keys():
+        raise ValueError(
+            f"{key!r} is a SpatialLowRankConv2d, which wara-peft 0.1.0 wrote and later releases cannot compute: with "
+            "0.1.0 load the model, make it dense by `wara_peft.compression.to_dense(model)`, and save it by "
+            "`model.save_pretrained`; or compress the original model again."
+        )
     there = {part for known in kinds.values() for part in known.parts if f"{key}.{part}" in shapes}
     complete = [kind for kind, known in kinds.items() if known.parts <= there]
     if not complete:

@@ -5,7 +5,6 @@ from .factor_cache import one_call
 from .factors import SubbandFactor, TiedFactor, frozen_factors
 from .grid import GridForm
 from .observed_grids import watch_no_more
-from .ordered import OrderedFactor, importance_order, turns_of
 from .shared import SharedForm
 from .subband import SubbandForm
 from .tiny import TinyForm
@@ -18,15 +17,12 @@ __all__ = [
     "FORMS",
     "SUBBAND",
     "Form",
-    "OrderedFactor",
     "Parts",
     "Settings",
     "SubbandFactor",
     "Target",
     "TiedFactor",
     "frozen_factors",
-    "importance_order",
     "one_call",
-    "turns_of",
     "watch_no_more",
 ]

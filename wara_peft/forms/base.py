@@ -37,9 +37,6 @@ class Settings(Protocol):
     core: Any
     save_basis: bool
     base_weight_hashes: dict[str, str] | None
-    ordered_dropout: bool
-    component_order: list[str] | None
-    rank_penalty: float
 
     def ranks_of(self, module_name: str) -> dict[str, int]: ...
 

@@ -104,13 +104,10 @@ class SubbandFactor(nn.Module):
         """
         if name not in self.ranks:
             raise KeyError(f"No subband {name!r} with a rank; there are {', '.join(self.ranks)}.")
-        return self.part(name, self._rows(int(name[2:])))
-
-    def part(self, name: str, rows: Tensor) -> Tensor:
-        """View of one subband's part of a tensor that is shaped as its level's parameter."""
-        before = [band.name for band in self._bands_of[int(name[2:])]]
+        level = int(name[2:])
+        before = [band.name for band in self._bands_of[level]]
         start = sum(self.ranks.get(other, 0) for other in before[: before.index(name)])
-        return rows.narrow(self.rank_dim, start, self.ranks[name])
+        return self._rows(level).narrow(self.rank_dim, start, self.ranks[name])
 
     def _rows(self, level: int) -> Tensor:
         """All rows of a level that has ranks."""

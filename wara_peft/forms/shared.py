@@ -31,7 +31,6 @@ class SharedForm(SubbandForm):
     name = "shared"
     initialisations: tuple[str, ...] = ()
     keeps_subbands = False
-    own_fields: tuple[str, ...] = ()
     adapts_parameters = False
     factor = SharedFactor
 

@@ -11,7 +11,6 @@ from ..base_layers.kinds import ModuleShape
 from .base import Form, Parts, Settings
 from .experts import ExpertsFactor
 from .factors import IN_DIM, OUT_DIM, SubbandFactor
-from .ordered import OrderedFactor, turns_of
 
 
 class SubbandForm(Form):
@@ -20,23 +19,8 @@ class SubbandForm(Form):
     name = "subband"
     initialisations: tuple[str, ...] = ("orthogonal", "activation")
     keeps_subbands = True
-    own_fields: tuple[str, ...] = ("ordered_dropout", "component_order", "rank_penalty")
     adapts_parameters = True
     factor: type[SubbandFactor] = SubbandFactor
-
-    def check(self, settings: Settings) -> None:
-        """Refuse an order or a penalty without `ordered_dropout`, and an order that is none of the subbands."""
-        names = turns_of(self.subbands(settings))
-        if not settings.ordered_dropout:
-            for name in ("component_order", "rank_penalty"):
-                if getattr(settings, name):
-                    raise ValueError(
-                        f"{name}={getattr(settings, name)!r} has no meaning without ordered_dropout=True."
-                    )
-        elif settings.component_order is not None and sorted(settings.component_order) != sorted(names):
-            raise ValueError(
-                f"component_order={settings.component_order!r} must name each subband once: {', '.join(names)}."
-            )
 
     def create(
         self, settings: Settings, module_name: str, shape: ModuleShape, ranks: Mapping[str, int], context: Any = None
@@ -48,10 +32,8 @@ class SubbandForm(Form):
                 part: ExpertsFactor(settings.wavelet, settings.levels, length, ranks, dim, shape.experts)
                 for part, length, dim in sides
             }
-        of_a = (settings.wavelet, settings.levels, in_, ranks, IN_DIM, shape.kernel)
-        turns = settings.component_order
         return {
-            "wara_A": self.factor(*of_a) if turns is None else OrderedFactor(*of_a, turns=turns),
+            "wara_A": self.factor(settings.wavelet, settings.levels, in_, ranks, IN_DIM, shape.kernel),
             "wara_B": self.factor(settings.wavelet, settings.levels, out, ranks, OUT_DIM),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,13 +25,15 @@ from .expected_file import AwaitedAdapter
 
 MEANING = ("form", "levels", "grid_pairs", "core", "save_basis")
 """Fields that say what an adapter's tensors are."""
-MEANING_IF_SET = ("component_order", "grid_size", "num_prefix_tokens")
+MEANING_IF_SET = ("grid_size", "num_prefix_tokens")
 """Fields that say so where both adapters set them; None leaves them to the model."""
 IN_FULL = ("bias", "modules_to_save", "trainable_token_indices")
 """Fields that say which tensors of the base model an adapter trains, so that a file holds these and no others."""
 
 
-def check_saved_adapter(model: nn.Module, adapter_name: str, path: str | os.PathLike[str], **hub: Any) -> None:
+def check_saved_adapter(
+    model: nn.Module, adapter_name: str, path: str | os.PathLike[str], *, warned: bool = False, **hub: Any
+) -> None:
     """Compare a saved adapter with the one in the model that is to get its tensors.
 
     PEFT does not read the saved config where `load_adapter` meets a name that is there, as when `Trainer` resumes or
@@ -40,12 +43,13 @@ def check_saved_adapter(model: nn.Module, adapter_name: str, path: str | os.Path
         model: the model with the adapter.
         adapter_name: the adapter's name.
         path: where the saved one is, as `load_adapter` takes it.
+        warned: whether the saved config was read before, so that its warnings have been given.
         hub: what `load_adapter` was given for the hub, such as `subfolder`.
 
     Raises:
         ValueError: it is of another method, or equal tensors mean something else in one than in the other.
     """
-    saved = _saved_config(path, hub)
+    saved = _saved_config(path, hub, warned)
     if saved is None:
         return
     way_out = (
@@ -87,13 +91,16 @@ def check_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None
         )
 
 
-def _saved_config(path: str | os.PathLike[str], hub: Mapping[str, Any]) -> PeftConfig | None:
+def _saved_config(path: str | os.PathLike[str], hub: Mapping[str, Any], warned: bool) -> PeftConfig | None:
     """The config of a saved adapter, or None if it has none, as PEFT does not need it."""
     directory = Path(path, hub.get("subfolder") or "")
     if directory.is_dir() and not (directory / CONFIG_NAME).is_file():
         return None
     hub = {name: value for name, value in hub.items() if name in inspect.signature(hf_hub_download).parameters}
-    config: PeftConfig = PeftConfig.from_pretrained(str(path), **hub)
+    with warnings.catch_warnings():
+        if warned:
+            warnings.simplefilter("ignore")
+        config: PeftConfig = PeftConfig.from_pretrained(str(path), **hub)
     return config
 
 

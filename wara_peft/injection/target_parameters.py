@@ -208,11 +208,6 @@ def _reason_of_config(config: WaRAConfig) -> str | None:
             f"bare parameters, are not adapted by form={config.form!r} with init_weights={config.init_weights!r}: use "
             "form='subband' with True or False, or leave them out."
         )
-    if config.ordered_dropout:
-        return (
-            "bare parameters, have no order of components for ordered_dropout=True. Train without it, or leave them "
-            "out."
-        )
     return None
 
 

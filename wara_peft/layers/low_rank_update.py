@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,11 +45,6 @@ class LowRankUpdate:
 
     def __neg__(self) -> LowRankUpdate:
         return replace(self, factor_b=-self.factor_b)
-
-    def first(self, components: Sequence[int]) -> LowRankUpdate:
-        """The update by some components alone: rows of Â with their columns of B̂."""
-        chosen = list(components)
-        return replace(self, factor_a=self.factor_a[chosen], factor_b=self.factor_b[:, chosen])
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """ΔW in the shape and orientation in which a layer of this kind keeps its weight.

@@ -39,7 +39,6 @@ def to_lora(
     rank: int | float | None = None,
     adapter_name: str = "default",
     *,
-    prefix: int | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = False,
     track: Track = untracked,
@@ -57,8 +56,6 @@ def to_lora(
         rank: None is exact; an int is the rank of every module, and where ΔW has less, that one, exactly; a float in
             (0, 1] keeps that share of each module's ‖ΔW‖², with the smallest rank that does, and r is the largest of
             these. In a convolution with groups each group gets its share of the rank.
-        prefix: take the first so many components of each module in place of that, without a decomposition, of an
-            adapter that was trained with `ordered_dropout`.
         adapter_name: the adapter to convert. A path may also be that of the directory above it.
         dtype: dtype of the factors; None keeps the adapter's. They are computed in this one or the adapter's,
             whichever is wider, and rounded once.
@@ -69,13 +66,13 @@ def to_lora(
         The LoRA's config and its state dict, with keys as PEFT saves them.
 
     Raises:
-        ValueError: the model has no adapter of that name, `rank` or `prefix` is out of range or both are given, the
-            adapter's components have no order, it has no ΔW (`form="grid"`),
-            or under `strict` there is something that engines do not take; for a path, see `SavedAdapter`.
+        ValueError: the model has no adapter of that name, `rank` is out of range, the adapter has no ΔW
+            (`form="grid"`), or under `strict` there is something that engines do not take; for a path, see
+            `SavedAdapter`.
         TypeError: the adapter is not a WaRA adapter, or `rank` or `dtype` is of the wrong type.
     """
     check_argument("to_lora(model, rank)", "model", model, "an nn.Module or a path")
-    return convert(model, rank, adapter_name, prefix=prefix, dtype=dtype, strict=strict, track=track)[:2]
+    return convert(model, rank, adapter_name, dtype=dtype, strict=strict, track=track)[:2]
 
 
 def save_as_lora(
@@ -84,7 +81,6 @@ def save_as_lora(
     rank: int | float | None = None,
     adapter_name: str = "default",
     *,
-    prefix: int | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = False,
     format: FileFormat = "peft",
@@ -96,7 +92,7 @@ def save_as_lora(
         path: directory to write to, made if it is not there. Its files appear when they are complete; other files in
             it are left alone.
         model: as in `to_lora`; with `format="diffusers"` also several, by component.
-        rank, adapter_name, prefix, dtype, strict: as in `to_lora`, whose errors apply; nothing is written then.
+        rank, adapter_name, dtype, strict: as in `to_lora`, whose errors apply; nothing is written then.
         format: "peft" writes `adapter_model.safetensors` and `adapter_config.json`; "diffusers" (which must be
             installed) `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(path)`.
         component: with `format="diffusers"`, which model of the pipeline the adapter is of, such as "unet",
@@ -121,7 +117,7 @@ def save_as_lora(
     paths = [item for item in models.values() if isinstance(item, (str, os.PathLike))]
     inputs = [*paths, *(adapter_directory(item, adapter_name) for item in paths)]
     with written_at_once(path, existing="update", inputs=inputs) as directory:
-        to_format = partial(convert, rank=rank, adapter_name=adapter_name, prefix=prefix, dtype=dtype, strict=strict)
+        to_format = partial(convert, rank=rank, adapter_name=adapter_name, dtype=dtype, strict=strict)
         write_loras(directory, [to_format(item, format=format, component=name) for name, item in models.items()])
 
 
@@ -169,7 +165,7 @@ def lora_error(model: Model, rank: int | float, adapter_name: str = "default") -
     """
     check_argument("lora_error(model, rank)", "model", model, "an nn.Module or a path")
     _check_rank(rank)
-    return _errors(_modules(adapter_source(model, adapter_name), rank, None, None, untracked))
+    return _errors(_modules(adapter_source(model, adapter_name), rank, None, untracked))
 
 
 class Lora(NamedTuple):
@@ -190,7 +186,6 @@ def convert(
     rank: int | float | None = None,
     adapter_name: str = "default",
     *,
-    prefix: int | None = None,
     dtype: torch.dtype | None = None,
     strict: bool = False,
     format: FileFormat = "peft",
@@ -200,8 +195,6 @@ def convert(
     """`to_lora` and `lora_error` at once: each tensor is read once, and decomposed once, if a rank is given."""
     if rank is not None:
         _check_rank(rank)
-    if prefix is not None:
-        _check_prefix(prefix, rank)
     if dtype is not None and dtype not in FLOATS.values():
         raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more.")
     if format not in get_args(FileFormat):
@@ -215,7 +208,7 @@ def convert(
         _tell_what_engines_refuse(source, strict)
     for text in source.warnings:
         warnings.warn(text)
-    modules = _modules(source, rank, prefix, dtype, track)
+    modules = _modules(source, rank, dtype, track)
     common = common_rank((part.rank, part.update.groups) for part in modules)
     state_dict = dict(source.others)
     for part in modules:
@@ -226,14 +219,12 @@ def convert(
 
 
 def _modules(
-    source: AdapterSource, rank: int | float | None, prefix: int | None, dtype: torch.dtype | None, track: Track
+    source: AdapterSource, rank: int | float | None, dtype: torch.dtype | None, track: Track
 ) -> list[LoraModule]:
-    modules = []
-    orders = {} if prefix is None else {name: source.config.order_of(name)[:prefix] for name in source.kinds}
-    for name in track(source.kinds):
-        update = source.update(name, _wider(source.dtypes[name], dtype))
-        modules.append(LoraModule.of(name, update.first(orders[name]) if orders else update, rank))
-    return modules
+    return [
+        LoraModule.of(name, source.update(name, _wider(source.dtypes[name], dtype)), rank)
+        for name in track(source.kinds)
+    ]
 
 
 def lora_name(source: AdapterSource, name: str) -> str:
@@ -304,17 +295,6 @@ def _check_rank(rank: int | float) -> None:
         raise ValueError(f"rank={rank!r} must be at least 1.")
     if isinstance(rank, float) and not 0.0 < rank <= 1.0:
         raise ValueError(f"rank={rank!r} is a share of the energy when it is a float: more than 0 and at most 1.")
-
-
-def _check_prefix(prefix: int, rank: int | float | None) -> None:
-    if rank is not None:
-        raise ValueError(
-            f"Give rank={rank!r}, the best approximation, or prefix={prefix!r}, the first ones, not both."
-        )
-    if isinstance(prefix, bool) or not isinstance(prefix, int):
-        raise TypeError(f"prefix={shown(prefix)} must be an int.")
-    if prefix < 1:
-        raise ValueError(f"prefix={prefix!r} must be at least 1.")
 
 
 def _lora_config(source: AdapterSource, rank: int) -> LoraConfig:

@@ -48,16 +48,10 @@ def cost(layer: WaRALayer, adapter_name: str, level: int) -> int:
     return rows[0].numel() + len(columns)
 
 
-def subband_of(factor: SubbandFactor, row: int, level: int | None = None) -> tuple[str, int]:
-    """The subband that a row of Â belongs to, and its index among the subband's own.
-
-    Args:
-        factor: either side.
-        row: among all rows, or, with a level, among those of its parameter.
-        level: of the parameter.
-    """
+def subband_of(factor: SubbandFactor, row: int, level: int) -> tuple[str, int]:
+    """The subband that a row of a level's parameter belongs to, and its index among the subband's own."""
     for name, rank in factor.ranks.items():
-        if level in (None, int(name[2:])):
+        if int(name[2:]) == level:
             if row < rank:
                 return name, row
             row -= rank

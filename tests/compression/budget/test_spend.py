@@ -132,7 +132,7 @@ class TestCosts:
     @pytest.mark.parametrize("has_bias", [True, False])
     @pytest.mark.parametrize("gets_bias", [True, False])
     def test_ranks_up_to_the_break_even(self, has_bias: bool, gets_bias: bool) -> None:
-        shape = Shape(12, 20, torch.bfloat16, torch.device("cpu"), has_bias, gets_bias)
+        shape = Shape(12, 20, torch.bfloat16, has_bias, gets_bias)
         costs = ranks_that_pay(shape.parameters, shape.most)
         bias = 12 * (has_bias or gets_bias)
         assert list(costs) == [rank * 32 + bias for rank in range(1, len(costs) + 1)]
@@ -140,14 +140,14 @@ class TestCosts:
         assert shape.bytes(3) == 2 * shape.parameters(3)
 
     def test_a_dictionary_pays_for_its_bits(self) -> None:
-        shape = Shape(400, 300, torch.bfloat16, torch.device("cpu"), True, is_dictionary=True)
+        shape = Shape(400, 300, torch.bfloat16, True, is_dictionary=True)
         assert shape.bytes(120) == 2 * (120 * 300 + 400 * 60 + 400) + 400 * 120 // 8
         assert shape.parameters(120) == shape.bytes(120) // 2
 
     def test_no_rank_pays_in_a_narrow_layer(self) -> None:
-        shape = Shape(2, 20, torch.float32, torch.device("cpu"), True)
+        shape = Shape(2, 20, torch.float32, True)
         assert list(ranks_that_pay(shape.parameters, shape.most)) == [24]  # of 42
-        assert ranks_that_pay(Shape(1, 20, torch.float32, torch.device("cpu")).parameters, 1) == []
+        assert ranks_that_pay(Shape(1, 20, torch.float32).parameters, 1) == []
 
     def test_costs_that_do_not_grow_still_have_a_price(self) -> None:
         costs = ranks_that_pay(lambda rank: 9.0 if rank is None else 1.0, 5)

@@ -14,13 +14,11 @@ from tests.compression.models import llama
 from wara_peft.compression import (
     LowRankConv,
     LowRankLinear,
-    SpatialLowRankConv2d,
     TrainedRankPruning,
     compress,
     load_compressed,
     save_compressed,
 )
-from wara_peft.factorized.low_rank_conv import unfolded
 
 
 class Net(nn.Module):
@@ -46,17 +44,16 @@ def rank_of(matrix: Tensor) -> int:
     return int(torch.linalg.matrix_rank(matrix.detach(), rtol=1e-8))
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
-def test_truncation_is_the_least_rank_of_the_energy(scheme: str) -> None:
+def test_truncation_is_the_least_rank_of_the_energy() -> None:
     model = net()
     before = copy.deepcopy(model)
-    pruning = TrainedRankPruning(energy=0.8, scheme=scheme)
+    pruning = TrainedRankPruning(energy=0.8)
     pruning.start(model)
     pruning.before_forward(0)
     assert torch.equal(model.stem.weight, before.stem.weight) and torch.equal(model.point.weight, before.point.weight)
     for new, old in (
         (model.head.weight, before.head.weight),
-        (unfolded(model.conv.weight, scheme), unfolded(before.conv.weight, scheme)),
+        (model.conv.weight.flatten(1), before.conv.weight.flatten(1)),
     ):
         left, values, right = torch.linalg.svd(old.detach(), full_matrices=False)
         shares = values.square().cumsum(0) / values.square().sum()
@@ -114,7 +111,7 @@ def test_rank_falls_as_the_energy_gathers_and_noise_is_taken_away() -> None:
 
 def test_sub_gradient_is_the_nuclear_norms_and_on_its_steps_alone() -> None:
     model, x = net(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    pruning = TrainedRankPruning(energy=1.0, penalty=0.3, period=2, scheme="spatial")
+    pruning = TrainedRankPruning(energy=1.0, penalty=0.3, period=2)
     pruning.start(model)
     for step, counts in ((0, 1), (1, 0), (2, 1)):
         model.zero_grad()
@@ -123,7 +120,7 @@ def test_sub_gradient_is_the_nuclear_norms_and_on_its_steps_alone() -> None:
         alone = {name: value.grad.clone() for name, value in model.named_parameters()}
         pruning.after_backward()
         norms = torch.linalg.matrix_norm(model.head.weight, "nuc") + torch.linalg.matrix_norm(
-            unfolded(model.conv.weight, "spatial"), "nuc"
+            model.conv.weight.flatten(1), "nuc"
         )
         wanted = torch.autograd.grad(norms, [model.head.weight, model.conv.weight])
         for name, gradient in zip(("head.weight", "conv.weight"), wanted, strict=True):
@@ -133,16 +130,15 @@ def test_sub_gradient_is_the_nuclear_norms_and_on_its_steps_alone() -> None:
         assert torch.equal(model.stem.weight.grad, alone["stem.weight"])
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
-def test_finish_factorises_at_the_ranks_reached(scheme: str) -> None:
+def test_finish_factorises_at_the_ranks_reached() -> None:
     model, x = net(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    pruning = TrainedRankPruning(energy=0.5, scheme=scheme)
+    pruning = TrainedRankPruning(energy=0.5)
     pruning.start(model)
     pruning.before_forward(0)
-    expected, ranks = model(x), (rank_of(model.head.weight), rank_of(unfolded(model.conv.weight, scheme)))
+    expected, ranks = model(x), (rank_of(model.head.weight), rank_of(model.conv.weight.flatten(1)))
     report = pruning.finish()
     assert isinstance(model.head, LowRankLinear)
-    assert isinstance(model.conv, LowRankConv if scheme == "channel" else SpatialLowRankConv2d)
+    assert isinstance(model.conv, LowRankConv)
     assert (model.head.rank, model.conv.rank) == ranks == tuple(layer.rank for layer in report.layers)
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in (model.head, model.conv)]
@@ -207,7 +203,6 @@ def test_compress_at_given_ranks() -> None:
         ({"energy": 1.5}, "energy=1.5"),
         ({"penalty": -1}, "penalty=-1"),
         ({"period": 0}, "period=0"),
-        ({"scheme": "filter"}, "scheme='filter' is unknown"),
     ],
 )
 def test_out_of_range(fields: dict[str, object], message: str) -> None:
@@ -218,8 +213,6 @@ def test_out_of_range(fields: dict[str, object], message: str) -> None:
 def test_targets_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'nothing' matches no"):
         TrainedRankPruning(target_modules=["nothing"]).start(net())
-    with pytest.raises(ValueError, match=r"'0': scheme='spatial' is for nn.Conv2d"):
-        TrainedRankPruning(scheme="spatial", target_modules=["0"]).start(nn.Sequential(nn.Conv1d(3, 4, 3)))
     broken = net()
     with torch.no_grad():
         broken.head.weight[0, 0] = torch.nan

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument, shown
 from ...compiled import on_plain_model
-from ...factorized.dense import dense_layer
-from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
+from ...factorized.dense import dense_linear
 from ...factorized.low_rank_linear import factorize_linear
-from ...factorized.ordered import OrderedLowRankConv, OrderedLowRankLinear
+from ...factorized.ordered import OrderedLowRankLinear
 from ...linear_algebra.tails import group_lasso, moments_of, tails, worthy
 from ..factorize import Factorization
 from ..replacement import replace_everywhere
-from ..targets import TIED, check_base, checked_layer, layer_targets, tied_to_others
-
-Ordered = OrderedLowRankLinear | OrderedLowRankConv
+from ..targets import TIED, check_base, checked, linear_targets, tied_to_others
 
 
 @on_plain_model
 def ordered_low_rank(
     model: nn.Module, rank: int | None = None, target_modules: str | list[str] | None = None
 ) -> Factorization:
-    """Replace linear layers and convolutions of a model, in place, by low-rank ones with ordered components.
+    """Replace linear layers of a model, in place, by low-rank ones with ordered components.
 
     Factors are those of the SVD, U√Σ and √Σ Vᵀ, so that at full rank the model computes what it did. Train it with
     `OrderedRankTraining`. After Horváth et al., "Maestro", arXiv 2308.14929.
@@ -40,7 +36,7 @@ def ordered_low_rank(
         rank: of all layers, at most; None is full rank, which has more parameters than the dense layer until it is
             cut.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
-            linear layers but the output layer of a model of transformers, and convolutions without groups.
+            linear layers but the output layer of a model of transformers.
 
     Raises:
         ValueError: a rank below 1, a target that matches nothing, or a layer that cannot be factorised.
@@ -53,29 +49,20 @@ def ordered_low_rank(
     is_tied = tied_to_others(model)
     replaced: dict[str, int] = {}
     left: dict[str, str] = {}
-    made: dict[nn.Module, Ordered] = {}
-    for name, layer in layer_targets(model, target_modules).items():
+    made: dict[nn.Module, OrderedLowRankLinear] = {}
+    for name, layer in linear_targets(model, target_modules).items():
         if is_tied(layer):
             left[name] = TIED
             continue
         if layer not in made:
-            m, *others = checked_layer(name, layer).shape
-            most = min(m, torch.Size(others).numel())
-            made[layer] = _ordered(layer, most if rank is None else min(rank, most))
+            most = min(checked(name, layer).shape)
+            low_rank: Any = factorize_linear(layer, most if rank is None else min(rank, most))
+            low_rank.__class__ = OrderedLowRankLinear
+            made[layer] = low_rank
         replaced[name] = made[layer].rank
     replace_everywhere(model, made)
     after = sum(parameter.numel() for parameter in model.parameters())
     return Factorization(replaced, left, before, after)
-
-
-def _ordered(layer: nn.Module, rank: int) -> Ordered:
-    if isinstance(layer, CONVOLUTIONS):
-        conv = factorize_conv(layer, rank)
-        conv.__class__ = OrderedLowRankConv
-        return cast(OrderedLowRankConv, conv)
-    linear = factorize_linear(cast(nn.Linear | Conv1D, layer), rank)
-    linear.__class__ = OrderedLowRankLinear
-    return cast(OrderedLowRankLinear, linear)
 
 
 class OrderedRankTraining(TrainerCallback):
@@ -144,7 +131,7 @@ class OrderedRankTraining(TrainerCallback):
         self._ranks = {name: _alive(layer) for name, layer in layers.items()}
 
     @property
-    def layers(self) -> dict[str, Ordered]:
+    def layers(self) -> dict[str, OrderedLowRankLinear]:
         """By name."""
         if self._model is None:
             raise RuntimeError("The training has not been started. Call `start(model)` first.")
@@ -202,18 +189,17 @@ class OrderedRankTraining(TrainerCallback):
     def finish(self) -> dict[str, int | None]:
         """Cut components that are zero, and make dense where that takes no more parameters, which None stands for.
 
-        The other layers are plain `LowRankLinear` and `LowRankConv` then.
+        The other layers are plain `LowRankLinear` then.
         """
         ranks: dict[str, int | None] = {}
         dense: dict[nn.Module, nn.Module] = {}
         for name, layer in self.layers.items():
             layer.cut(_alive(layer))
             layer.settle()
-            m, *others = layer.weight.shape
-            n = torch.Size(others).numel()
+            m, n = layer.out_features, layer.in_features
             ranks[name] = layer.rank if layer.rank * (m + n) < m * n else None
             if ranks[name] is None and layer not in dense:
-                dense[layer] = dense_layer(layer)
+                dense[layer] = dense_linear(layer)
         assert self._model is not None
         replace_everywhere(self._model, dense)
         self._model = None
@@ -240,7 +226,7 @@ class OrderedRankTraining(TrainerCallback):
 
 
 @torch.no_grad()
-def cut_rank(layer: Ordered, rank: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+def cut_rank(layer: OrderedLowRankLinear, rank: int, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Keep a layer's first components alone, with the optimizer's moments of them, in place.
 
     Raises:
@@ -256,7 +242,7 @@ def cut_rank(layer: Ordered, rank: int, optimizer: torch.optim.Optimizer | None 
     layer.cut(rank)
 
 
-def _check_state(name: str, layer: Ordered, optimizer: torch.optim.Optimizer) -> None:
+def _check_state(name: str, layer: OrderedLowRankLinear, optimizer: torch.optim.Optimizer) -> None:
     for parameter in (layer.down.weight, layer.up.weight):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
@@ -266,25 +252,23 @@ def _check_state(name: str, layer: Ordered, optimizer: torch.optim.Optimizer) ->
                 )
 
 
-def _empty(layer: Ordered, rank: int, optimizer: torch.optim.Optimizer | None) -> None:
+def _empty(layer: OrderedLowRankLinear, rank: int, optimizer: torch.optim.Optimizer | None) -> None:
     for parameter, dim in ((layer.down.weight, 0), (layer.up.weight, 1)):
         for tensor in (parameter, *moments_of(optimizer, parameter)):
             tensor.narrow(dim, rank, layer.rank - rank).zero_()
 
 
 @on_plain_model
-def _layers(model: nn.Module) -> dict[str, Ordered]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Ordered)}
+def _layers(model: nn.Module) -> dict[str, OrderedLowRankLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, OrderedLowRankLinear)}
 
 
-def _alive(layer: Ordered) -> int:
+def _alive(layer: OrderedLowRankLinear) -> int:
     """How many components there are up to the last one that is not zero, at least 1."""
     rows, columns = _tails(layer)
     return max(1, int((rows * columns > 0).sum()))
 
 
-def _tails(layer: Ordered) -> tuple[Tensor, Tensor]:
+def _tails(layer: OrderedLowRankLinear) -> tuple[Tensor, Tensor]:
     """‖V[b:]‖² and ‖U[:, b:]‖² for b = 0 … r − 1."""
-    rows = layer.down.weight.flatten(1).square().sum(1)
-    columns = layer.up.weight.flatten(1).square().sum(0)
-    return tails(rows), tails(columns)
+    return tails(layer.down.weight.square().sum(1)), tails(layer.up.weight.square().sum(0))

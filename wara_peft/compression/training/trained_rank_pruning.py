@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ...arguments import check_argument
-from ...factorized.low_rank_conv import CONVOLUTIONS, Scheme, check_spatial, factorize_conv, folded, unfolded
+from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
 from ..compress import compress
 from ..replacement import replace_everywhere
 from ..report import CompressionReport, LayerReport
@@ -24,10 +24,10 @@ from ..targets import TIED, check_base, checked_layer, layer_targets, tied_to_ot
 class TrainedRankPruning(TrainerCallback, ExportableState):
     """Truncates weights in the course of a training, and pulls their singular values down.
 
-    Before the forward of every m-th step each weight W, unfolded as a matrix U Σ Vᵀ, is overwritten by its truncation
-    W' = U_k Σ_k V_kᵀ, with the least k of which Σ_{i≤k} σ_i² ≥ e E; after the backward of these steps λ U_k V_kᵀ, a
-    sub-gradient of the nuclear norm, is added to its gradient. All other steps are as they are, and weights are dense.
-    At the end layers become factorised ones at the ranks reached, by `compress`.
+    Before the forward of every m-th step each weight W = U Σ Vᵀ, of a convolution as a matrix (m, n · kernel), is
+    overwritten by its truncation W' = U_k Σ_k V_kᵀ, with the least k of which Σ_{i≤k} σ_i² ≥ e E; after the backward
+    of these steps λ U_k V_kᵀ, a sub-gradient of the nuclear norm, is added to its gradient. All other steps are as
+    they are, and weights are dense. At the end layers become factorised ones at the ranks reached, by `compress`.
 
     E is the energy to which e refers: ‖W‖²_F at first. To refer to ‖W‖²_F each time would take away a share of what
     the last truncation left, and bring the rank down without any gradient. So E stays as long as there is no more
@@ -56,7 +56,6 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         energy: e.
         penalty: λ.
         period: m. The published script has 1 by default and runs with 5.
-        scheme: how convolutions are unfolded: "channel" as (m, n · kernel), "spatial" as (n · height, m · width).
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer of a model of transformers, and all convolutions but the first one and
             those with groups or a kernel of size one.
@@ -74,7 +73,6 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         energy: float = 0.9,
         penalty: float = 3e-4,
         period: int = 5,
-        scheme: Scheme = "channel",
         target_modules: str | list[str] | None = None,
     ) -> None:
         for name, value in (("energy", energy), ("penalty", penalty), ("period", period)):
@@ -85,9 +83,7 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
             raise ValueError(f"penalty={penalty!r} must be at least 0.")
         if period < 1:
             raise ValueError(f"period={period!r} must be at least 1.")
-        if scheme not in ("channel", "spatial"):
-            raise ValueError(f"scheme={scheme!r} is unknown; use 'channel' or 'spatial'.")
-        self.energy, self.penalty, self.period, self.scheme = energy, penalty, period, scheme
+        self.energy, self.penalty, self.period = energy, penalty, period
         self.target_modules = target_modules
         self.report: CompressionReport | None = None
         self._model: nn.Module | None = None
@@ -113,11 +109,6 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
             checked_layer(name, layer)
             if is_tied(layer) or any(layer is other for other in targets.values()):
                 continue
-            if isinstance(layer, CONVOLUTIONS) and self.scheme == "spatial":
-                try:
-                    check_spatial(layer)
-                except ValueError as error:
-                    raise ValueError(f"{name!r}: {error}") from error
             targets[name] = layer
         if not targets:
             raise ValueError(f"There is no layer to prune: of those in target_modules {TIED}, or none is left.")
@@ -135,7 +126,7 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         ranks = {}
         for name, layer in self._started().items():
             weight = layer.get_parameter("weight")
-            matrix = self._unfolded(layer)
+            matrix = _unfolded(layer)
             left, values, right = torch.linalg.svd(matrix, full_matrices=False)
             energies = values.double().square().cumsum(0)
             total = float(energies[-1])
@@ -144,8 +135,8 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
             # What rounding of the weight takes away does not count.
             least = self.energy * reference * (1 - 4 * torch.finfo(weight.dtype).eps)
             rank = min(int((energies < least).sum()) + 1, len(values))
-            truncated = self._folded(layer, (left[:, :rank] * values[:rank]) @ right[:rank])
-            direction = self._folded(layer, left[:, :rank] @ right[:rank])
+            truncated = ((left[:, :rank] * values[:rank]) @ right[:rank]).view_as(weight)
+            direction = (left[:, :rank] @ right[:rank]).view_as(weight)
             if distributed.is_available() and distributed.is_initialized():
                 for tensor in (truncated, direction):  # rounding may differ between machines
                     distributed.broadcast(tensor, 0)
@@ -186,12 +177,12 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         entries = []
         for name, layer in targets.items():
             if isinstance(layer, CONVOLUTIONS):
-                new = factorize_conv(layer, ranks[name], self.scheme)
+                new = factorize_conv(layer, ranks[name])
                 dense, after = _count(layer), _count(new)
                 pays = after < dense
                 if pays:
                     made[layer] = new
-                rows, columns = self._unfolded(layer).shape
+                rows, columns = _unfolded(layer).shape
                 entries.append(
                     LayerReport(name, (rows, columns), ranks[name] if pays else None, None, dense,
                                 after if pays else dense, 0.0, "" if pays else "no rank pays")
@@ -211,15 +202,6 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         if self._model is None:
             raise RuntimeError("The pruning has not been started. Call `start(model)` first.")
         return self._targets
-
-    def _unfolded(self, layer: nn.Module) -> Tensor:
-        weight = layer.get_parameter("weight").detach()
-        matrix = unfolded(weight, self.scheme) if isinstance(layer, CONVOLUTIONS) else weight
-        return matrix.to(torch.promote_types(weight.dtype, torch.float32))
-
-    def _folded(self, layer: nn.Module, matrix: Tensor) -> Tensor:
-        is_conv = isinstance(layer, CONVOLUTIONS)
-        return folded(matrix, layer.get_parameter("weight").shape, self.scheme) if is_conv else matrix
 
     # Events of transformers' Trainer, and what it keeps in its checkpoints.
 
@@ -242,6 +224,12 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()
+
+
+def _unfolded(layer: nn.Module) -> Tensor:
+    """The weight as a matrix, (m, n · kernel) of a convolution, in float32 or better."""
+    weight = layer.get_parameter("weight").detach()
+    return weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _kernel(layer: nn.Module) -> tuple[int, ...]:
