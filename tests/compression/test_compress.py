@@ -15,7 +15,7 @@ from tests.compression.statistics.test_collect import inputs_by_hand
 from wara_peft.compression import DictionaryLinear, LowRankLinear, calibrate, compress
 from wara_peft.compression.budget.costs import Latency, Shape
 from wara_peft.compression.budget.spend import ALLOCATIONS
-from wara_peft.compression.solvers.low_rank import SOLVERS
+from wara_peft.compression.solvers.table import SOLVERS
 
 KINDS = ["inputs", "gradients", "fisher"]
 QUIET = {"show_progress_bar": False}

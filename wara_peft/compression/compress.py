@@ -23,9 +23,10 @@ from .budget.depth import KEYS_AND_VALUES, depth_shares
 from .budget.spend import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
 from .replacement import Replacement
 from .report import CompressionReport, LayerReport
-from .solvers.low_rank import SOLVERS, energies
+from .solvers.low_rank import energies
 from .solvers.needed_statistics import statistics_of
 from .solvers.solve import on
+from .solvers.table import SOLVERS
 from .statistics.layer_statistics import LayerStatistics
 from .targets import TIED, check_base, checked, linear_targets, tied_to_others
 
