@@ -1,4 +1,4 @@
-"""What all functions share that replace a model's layers: tied ones stay, layers with two names, and all or nothing."""
+"""What all functions that replace layers share: tied ones stay, two names are one layer, and it is all or nothing."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from .base import DownThenUp, in_place_of, svd_factors
+
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Scheme = Literal["channel", "spatial"]
@@ -52,7 +54,7 @@ def folded(matrix: Tensor, shape: torch.Size, scheme: Scheme = "channel") -> Ten
     return matrix.view(n, height, m, width).permute(2, 0, 1, 3).contiguous()
 
 
-class LowRankConv(nn.Module):
+class LowRankConv(DownThenUp):
     """A convolution to r channels, then one of kernel size 1: rank r of the weight as a matrix (m, n · kernel).
 
     Args:
@@ -81,16 +83,8 @@ class LowRankConv(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight of the one convolution, `(m, n, *kernel)`."""
-        return (self.up.weight.flatten(1) @ self.down.weight.flatten(1)).view(self.shape)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map as the one convolution does."""
-        result: Tensor = self.up(self.down(x))
-        return result
+        product: Tensor = self.up.weight.flatten(1) @ self.down.weight.flatten(1)
+        return product.view(self.shape)
 
     @torch.no_grad()
     def dense(self) -> Convolution:
@@ -99,12 +93,6 @@ class LowRankConv(nn.Module):
             self.down, self.down.in_channels, self.up.out_channels, self.down.kernel_size, self.bias is not None
         )
         return _filled(conv, self.weight, self.bias, self.training)
-
-    @torch.no_grad()
-    def set_matrices(self, up: Tensor, down: Tensor) -> None:
-        """Set factors (m, r) and (r, n · kernel)."""
-        self.up.weight.copy_(up.view_as(self.up.weight))
-        self.down.weight.copy_(down.view_as(self.down.weight))
 
 
 class SpatialLowRankConv2d(nn.Module):
@@ -121,6 +109,8 @@ class SpatialLowRankConv2d(nn.Module):
     Raises:
         ValueError: a rank out of its range, or no two-dimensional convolution with zero padding.
     """
+
+    sizes = ("rank",)
 
     def __init__(self, like: nn.Conv2d, rank: int) -> None:
         super().__init__()
@@ -251,15 +241,5 @@ def factorize_conv(module: nn.Module, rank: int, scheme: Scheme = "channel") -> 
     """
     conv = checked_conv(module)
     made = LowRankConv(conv, rank) if scheme == "channel" else SpatialLowRankConv2d(cast(nn.Conv2d, conv), rank)
-    left, values, right = torch.linalg.svd(unfolded(conv.weight, scheme).double(), full_matrices=False)
-    roots = values[:rank].sqrt()
-    made.set_matrices(
-        (left[:, :rank] * roots).to(conv.weight.dtype), (roots[:, None] * right[:rank]).to(conv.weight.dtype)
-    )
-    if conv.bias is not None:
-        cast(Tensor, made.bias).copy_(conv.bias)
-        cast(Tensor, made.bias).requires_grad_(conv.bias.requires_grad)
-    for parameter in made.parameters():
-        if parameter is not made.bias:
-            parameter.requires_grad_(conv.weight.requires_grad)
-    return made.train(conv.training)
+    made.set_matrices(*svd_factors(unfolded(conv.weight, scheme), rank))
+    return in_place_of(conv, made)

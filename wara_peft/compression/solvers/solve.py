@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...factorized import DictionaryLinear, LowRankLinear
-from ...factorized.dictionary_linear import packed
 from ...factorized.low_rank_linear import linear_shape
+from ...factorized.sparse_rows import packed
 from ..budget.costs import nonzeros_of
 from ..statistics.layer_statistics import LayerStatistics
 from .low_rank import low_rank

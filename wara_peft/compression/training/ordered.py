@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument, shown
 from ...compiled import on_plain_model
-from ...factorized.dense import dense_layer
 from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
 from ...factorized.low_rank_linear import factorize_linear
 from ...factorized.ordered import OrderedLowRankConv, OrderedLowRankLinear
@@ -202,7 +201,7 @@ class OrderedRankTraining(TrainingMethod):
             n = torch.Size(others).numel()
             ranks[name] = layer.rank if layer.rank * (m + n) < m * n else None
             if ranks[name] is None and layer not in dense:
-                dense[layer] = dense_layer(layer)
+                dense[layer] = layer.dense()
         replace_everywhere(self._started(), dense)
         self._model = None
         return ranks

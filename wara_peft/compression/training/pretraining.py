@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from ...arguments import check_argument
 from ...compiled import on_plain_model
 from ...factorized import LowRankPlusSparseLinear
-from ...factorized.dense import dense_layer
 from ...factorized.saved import FACTORIZED
 from ...messages import first
 from ..replacement import replace_everywhere, replace_targets
@@ -99,6 +98,6 @@ def to_dense(model: nn.Module) -> list[str]:
         kinds = [kind.__name__ for kind in FACTORIZED]
         raise ValueError(f"The model has no factorised layer: no {first(kinds, len(kinds))}.")
     layers = {model.get_submodule(name) for name in names}
-    made = {layer: dense_layer(cast(Any, layer)) for layer in layers}
+    made = {layer: cast(Any, layer).dense() for layer in layers}
     replace_everywhere(model, made)
     return names
