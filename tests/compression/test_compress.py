@@ -34,6 +34,11 @@ def of_targets(model: nn.Module, names) -> int:
     return sum(-(-sum(t.nbytes for t in layer.state_dict().values()) // 4) for layer in layers)
 
 
+@pytest.mark.parametrize("name", [*SOLVERS, *ALLOCATIONS])
+def test_the_docstring_names_all_solvers_and_allocations(name: str) -> None:
+    assert f'"{name}"' in compress.__doc__
+
+
 class TestBudget:
     @pytest.mark.parametrize("solver", SOLVERS)
     @pytest.mark.parametrize("allocation", ALLOCATIONS)

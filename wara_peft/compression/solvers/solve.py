@@ -70,8 +70,7 @@ def solve(
     else:
         factors = low_rank(weight, rank, metric)
         made = LowRankLinear(n, m, rank, bias, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
-        made.up.weight.copy_(factors.up)
-        made.down.weight.copy_(factors.down)
+        made.set_matrices(factors.up, factors.down)
         difference = weight.double() - factors.up @ factors.down
         lost, energy = factors.lost, factors.energy
         made.up.weight.requires_grad_(trains)
