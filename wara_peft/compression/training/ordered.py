@@ -7,11 +7,12 @@ from itertools import accumulate
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument, shown
+from ...calibration.processes import processes
 from ...compiled import on_plain_model
 from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
 from ...factorized.low_rank_linear import factorize_linear
@@ -180,7 +181,7 @@ class OrderedRankTraining(TrainingMethod):
         for name, layer in self.layers.items():
             if kept[name] == layer.rank:
                 continue
-            if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            if processes() > 1:
                 _empty(layer, kept[name], optimizer)
             else:
                 cut_rank(layer, kept[name], optimizer)

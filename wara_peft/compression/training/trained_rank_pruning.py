@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import ExportableState
 
 from ...arguments import check_argument
+from ...calibration.processes import take_from_first_process
 from ...factorized.low_rank_conv import CONVOLUTIONS, Scheme, check_spatial, factorize_conv, folded, unfolded
 from ..compress import compress
 from ..replacement import count_parameters, replace_everywhere
@@ -143,9 +144,7 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
             rank = min(int((energies < least).sum()) + 1, len(values))
             truncated = self._folded(layer, (left[:, :rank] * values[:rank]) @ right[:rank])
             direction = self._folded(layer, left[:, :rank] @ right[:rank])
-            if distributed.is_available() and distributed.is_initialized():
-                for tensor in (truncated, direction):  # rounding may differ between machines
-                    distributed.broadcast(tensor, 0)
+            take_from_first_process((truncated, direction))
             if rank < len(values):
                 weight.copy_(truncated)
             self._references[name] = [reference, float(energies[rank - 1])]
