@@ -35,7 +35,8 @@ from compress_tasks import Docstrings
 from docstring_data import load_docstrings
 
 from wara_peft.compression import LayerStatistics, calibrate, compress
-from wara_peft.compression.solvers.low_rank import SOLVERS, Metric, low_rank
+from wara_peft.compression.solvers.low_rank import Metric, low_rank
+from wara_peft.compression.solvers.table import SOLVERS
 from wara_peft.compression.statistics.layer_statistics import probe_of
 
 PARTS = ("accuracy", "reconstruction", "solving", "growth", "models")
@@ -175,7 +176,8 @@ seconds = time.perf_counter() - start
 """
 SOLVING = """
 import time, torch
-from wara_peft.compression.solvers.low_rank import SOLVERS, low_rank
+from wara_peft.compression.solvers.low_rank import low_rank
+from wara_peft.compression.solvers.table import SOLVERS
 from wara_peft.compression.statistics.layer_statistics import LayerStatistics, probe_of
 weight = torch.randn({width}, {width})
 x = torch.randn({width} + 64, {width})

@@ -12,7 +12,7 @@ import torch
 from wara_peft.compression.budget.costs import COSTS
 from wara_peft.compression.budget.spend import ALLOCATIONS
 from wara_peft.compression.disk.from_texts import compress_checkpoint
-from wara_peft.compression.solvers.low_rank import SOLVERS
+from wara_peft.compression.solvers.table import SOLVERS
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.disk.checkpoints.tensors import FLOATS
 from wara_peft.lora import export as lora_export

@@ -14,7 +14,7 @@ from tests.compression.models import TwoLayers, batches, bert, for_causal, llama
 from tests.compression.statistics.test_collect import inputs_by_hand
 from wara_peft.compression import DictionaryLinear, LowRankLinear, calibrate, compress
 from wara_peft.compression.budget.spend import ALLOCATIONS
-from wara_peft.compression.solvers.low_rank import SOLVERS
+from wara_peft.compression.solvers.table import SOLVERS
 
 KINDS = ["inputs", "gradients", "fisher"]
 QUIET = {"show_progress_bar": False}
@@ -31,6 +31,11 @@ def of_targets(model: nn.Module, names) -> int:
     """Parameters of these layers, by what is on disk, in units of float32."""
     layers = [model.get_submodule(name) for name in names]
     return sum(-(-sum(t.nbytes for t in layer.state_dict().values()) // 4) for layer in layers)
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, *ALLOCATIONS])
+def test_the_docstring_names_all_solvers_and_allocations(name: str) -> None:
+    assert f'"{name}"' in compress.__doc__
 
 
 class TestBudget:

@@ -102,3 +102,23 @@ class TestTruncate:
         assert model.first is first
         with pytest.raises(ValueError, match="has a PEFT adapter"):
             truncate(get_peft_model(model, WaRAConfig(target_modules=["first"])), 2)
+
+
+class TestAllAtOnce:
+    def test_a_layer_with_two_names_is_cut_under_both(self) -> None:
+        _, model, _, _ = healed()
+        model.again = model.first
+        before = model.first.weight.detach()
+        truncate(model, {"first": 2})
+        left, values, right = torch.linalg.svd(before, full_matrices=False)
+        assert model.again is model.first and model.first.rank == 2
+        torch.testing.assert_close(model.again.weight.detach(), left[:, :2] * values[:2] @ right[:2])
+
+    def test_an_error_in_the_last_layer_leaves_the_first_as_it_was(self) -> None:
+        _, model, _, _ = healed()
+        with torch.no_grad():
+            model.second.up.weight[0, 0] = torch.nan
+        first = model.first
+        with pytest.raises(torch.linalg.LinAlgError):
+            truncate(model, 2)
+        assert model.first is first

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wara_peft.factorized import DictionaryLinear
-from wara_peft.factorized.dictionary_linear import packed, unpacked
+from wara_peft.factorized.sparse_rows import packed, unpacked
 
 
 def layer_of(bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[DictionaryLinear, torch.Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wara_peft.factorized import LowRankPlusSparseLinear
-from wara_peft.factorized.dense import dense_linear
 
 
 def layer_of(bias: bool = True, dtype: torch.dtype = torch.float64) -> LowRankPlusSparseLinear:
@@ -150,7 +149,7 @@ def test_gradient_checkpointing() -> None:
 
 def test_dense_linear() -> None:
     layer, x = layer_of(), torch.randn(4, 7, dtype=torch.float64)
-    linear = dense_linear(layer)
+    linear = layer.dense()
     torch.testing.assert_close(linear.weight, dense_of(layer))
     torch.testing.assert_close(linear(x), layer(x))
     assert linear.training and type(linear) is nn.Linear and type(linear.weight) is nn.Parameter

@@ -20,7 +20,7 @@ from wara_peft.compression import compress
 from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.factorized import DictionaryLinear, LowRankLinear
-from wara_peft.factorized.dictionary_linear import packed
+from wara_peft.factorized.sparse_rows import packed
 from wara_peft.inspection.saved_adapter import inspect_adapter
 from wara_peft.layers.factorized import FactorizedLinear
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import send_to_device
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -19,6 +18,7 @@ from ..arguments import check_argument, shown
 from ..base_layers.kinds import kind_of
 from ..base_layers.quantization import keep_unpacked
 from ..calibration.batches import LossFunction, evaluating, frozen, groups_within
+from ..calibration.processes import take_from_first_process
 from ..compiled import on_plain_model
 from ..config import WaRAConfig
 from ..config_fields.name_patterns import value_for
@@ -29,7 +29,7 @@ from .blocks import Spectrum, of_gradient, of_inputs
 from .budget import lora_parameters_in
 from .greedy import Item, spend
 from .report import AllocationReport, ModuleAllocation
-from .signals import covariances, gradients, processes
+from .signals import covariances, gradients
 
 SCORES = ("gradient", "activation")
 MAX_BYTES = 2**31
@@ -268,7 +268,8 @@ def _spectra(
             layers = {name: (targets[name].layer, targets[name].shape) for name in group}
             matrices = (gradients if score == "gradient" else covariances)(model, layers, kept, loss_fn)
             for name, matrix in matrices:
-                found[name] = _of_the_first(decompose(matrix, config.wavelet, counts[name]))
+                found[name] = decompose(matrix, config.wavelet, counts[name])
+                take_from_first_process(itertools.chain(*found[name].values()))  # so that all choose alike
     if not any(float(spectrum.energy) for by_band in found.values() for spectrum in by_band.values()):
         what = "gradients" if score == "gradient" else "variances of the inputs"
         raise ValueError(f"All {what} are zero in these batches, and tell nothing of ranks. Pass other batches.")
@@ -278,12 +279,3 @@ def _spectra(
 def _needed(target: _Target, score: str) -> int:
     """Bytes, in float32; of the inputs there are two, the sum and what the last batch has added."""
     return 4 * math.prod(target.shape) if score == "gradient" else 8 * (target.shape[1] + 1) ** 2
-
-
-def _of_the_first(spectra: dict[str, Spectrum]) -> dict[str, Spectrum]:
-    """Those of the first process, to the last bit, so that all choose alike."""
-    if processes() > 1:
-        for spectrum in spectra.values():
-            for values in spectrum:
-                dist.broadcast(values, 0)
-    return spectra

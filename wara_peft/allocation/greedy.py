@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..linear_algebra import greedy
+from ..linear_algebra.greedy import Step
+
 
 @dataclass(frozen=True)
 class Item:
@@ -32,22 +35,11 @@ def spend(items: Sequence[Item], budget: int) -> list[int]:
     Raises:
         ValueError: the floors alone cost more.
     """
-    taken = [item.floor for item in items]
     left = budget - sum(item.floor * item.cost for item in items)
     if left < 0:
         raise ValueError(f"The least ranks alone cost {budget - left:,}, more than the budget of {budget:,}.")
-    units = [
-        (-gain / item.cost, index, unit)
-        for index, item in enumerate(items)
-        for unit, gain in enumerate(item.gains)
-        if unit >= item.floor
-    ]
-    # Gains that descend keep each item's units in their order; what does not fit once does not fit later.
-    for _, index, _ in sorted(units):
-        if items[index].cost <= left:
-            taken[index] += 1
-            left -= items[index].cost
-    return taken
+    paths = [[Step(gain / item.cost, item.cost) for gain in item.gains[item.floor :]] for item in items]
+    return [item.floor + taken for item, taken in zip(items, greedy.spend(paths, left), strict=True)]
 
 
 def affordable(scores: Sequence[float], costs: Sequence[int], budget: int) -> list[bool]:
@@ -55,9 +47,5 @@ def affordable(scores: Sequence[float], costs: Sequence[int], budget: int) -> li
 
     In the order of scores, largest first and equal ones as they stand, each is taken that still fits.
     """
-    kept = [False] * len(scores)
-    for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
-        if costs[index] <= budget:
-            kept[index] = True
-            budget -= costs[index]
-    return kept
+    taken = greedy.spend([[Step(score, cost)] for score, cost in zip(scores, costs, strict=True)], budget)
+    return [count > 0 for count in taken]

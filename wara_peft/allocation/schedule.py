@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..arguments import check_argument
 from ..layers.base import WaRALayer
 from ..layers.lookup import layers_of
+from ..linear_algebra.tails import moments_of
 from ..training.components import config_of, cost, keep_components, subband_of
 from .budget import CubicBudget, lora_parameters_in
 from .greedy import affordable
@@ -279,11 +280,9 @@ class _Running:
         chosen = iter(affordable(self.scores(), self.costs, budget))
         self.kept = {key: [next(chosen) for _ in kept] for key, kept in self.kept.items()}
         self.mask()
-        if optimizer is not None:
-            for columns, masked in self._masked():
-                for value in optimizer.state.get(columns, {}).values():
-                    if torch.is_tensor(value) and value.shape == columns.shape and value.is_floating_point():
-                        value[:, masked] = 0
+        for columns, masked in self._masked():
+            for moment in moments_of(optimizer, columns):
+                moment[:, masked] = 0
 
     def _masked(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Parameters of B with the columns that are not kept."""

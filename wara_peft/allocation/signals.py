@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..calibration.batches import LossFunction, arguments_of, loss_of, with_gradient
 from ..calibration.input_moments import Moments
+from ..calibration.processes import processes
 
 
 def gradients(
@@ -112,11 +113,6 @@ def covariances(
         mean = total[-1, :-1] / total[-1, -1]
         covariance = total[:-1, :-1] / total[-1, -1] - torch.outer(mean, mean)
         yield name, _finite(covariance, f"The variance of the inputs of module {name!r}")
-
-
-def processes() -> int:
-    """Number of processes that work together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _summed(total: Tensor, calls: int, count: int) -> tuple[Tensor, int, int]:

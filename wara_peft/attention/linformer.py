@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_positive
-from .projected import ProjectedAttention
+from .projected import Heads, ProjectedAttention
 
 Sharing = Literal["none", "headwise", "key-value", "layerwise"]
 
@@ -100,19 +100,14 @@ class LinformerAttention(ProjectedAttention):
                 nn.init.zeros_(projection.bias)
 
     def _keys_and_mask(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        padding: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        self, heads: Heads, padding: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if attn_mask is not None or is_causal:
             raise ValueError(
                 "LinformerAttention takes no attn_mask and cannot be causal: its keys are mixtures of all positions. "
                 "Use LowRankMultiheadAttention or nn.MultiheadAttention for that."
             )
+        keys, values = heads.keys, heads.values
         length = keys.shape[2]
         if length > self.max_length:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..factorized.low_rank_linear import LowRankLinear, Solver, factorize_linear, resolve_rank
-from .projected import ProjectedAttention
+from .projected import Heads, ProjectedAttention
 
 
 class LowRankMultiheadAttention(ProjectedAttention):
@@ -84,30 +84,24 @@ class LowRankMultiheadAttention(ProjectedAttention):
         return attention.train(module.training)
 
     def _keys_and_mask(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        padding: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        self, heads: Heads, padding: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        batch, heads, length, _ = queries.shape
-        size = keys.shape[2]
+        batch, count, length, _ = heads.queries.shape
+        size = heads.keys.shape[2]
         mask = None
         if attn_mask is not None:
-            mask = self._checked_mask(attn_mask, batch * heads, length, size)
-            mask = ~mask if mask.dtype == torch.bool else mask.to(queries.dtype)
-            mask = mask.view(batch, heads, length, size) if mask.dim() == 3 else mask
+            mask = self._checked_mask(attn_mask, batch * count, length, size)
+            mask = ~mask if mask.dtype == torch.bool else mask.to(heads.queries.dtype)
+            mask = mask.view(batch, count, length, size) if mask.dim() == 3 else mask
         elif is_causal:
-            mask = torch.ones(length, size, dtype=torch.bool, device=queries.device).tril()
+            mask = torch.ones(length, size, dtype=torch.bool, device=heads.queries.device).tril()
         if padding is not None:
             tokens = ~padding[:, None, None, :]
             if mask is None:
                 mask = tokens
             else:
                 mask = mask & tokens if mask.dtype == torch.bool else mask.masked_fill(~tokens, -torch.inf)
-        return keys, values, mask
+        return heads.keys, heads.values, mask
 
     @staticmethod
     def _checked_mask(attn_mask: Tensor, batch_heads: int, length: int, size: int) -> Tensor:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_positive, padding_positions
+
+
+class Heads(NamedTuple):
+    """Queries (B, h, L, d/h), and keys and values (B, h, T, d/h)."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class ProjectedAttention(nn.Module):
@@ -82,21 +92,23 @@ class ProjectedAttention(nn.Module):
         self._check_shapes(query, key, value)
         padding = padding_positions(key_padding_mask, key.shape[0], key.shape[1])
 
-        queries, keys, values = (
-            projection(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, h, ., d/h)
-            for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        heads = Heads(
+            *(
+                projection(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+                for projection, states in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+            )
         )
-        keys, values, mask = self._keys_and_mask(queries, keys, values, padding, attn_mask, is_causal)
+        keys, values, mask = self._keys_and_mask(heads, padding, attn_mask, is_causal)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = queries @ keys.transpose(-2, -1) / self.head_dim**0.5  # (B, h, L, S)
+            scores = heads.queries @ keys.transpose(-2, -1) / self.head_dim**0.5  # (B, h, L, S)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
             weights = F.dropout(scores.softmax(-1), dropout)
             attended = weights @ values
         else:
-            attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+            attended = F.scaled_dot_product_attention(heads.queries, keys, values, attn_mask=mask, dropout_p=dropout)
         output: Tensor = self.out_proj(attended.transpose(1, 2).flatten(-2))  # (B, L, d)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -105,13 +117,7 @@ class ProjectedAttention(nn.Module):
         return output, weights
 
     def _keys_and_mask(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        padding: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        self, heads: Heads, padding: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return keys and values (B, h, S, d/h) to attend to, and a mask that broadcasts to (B, h, L, S), or None.
 

@@ -14,9 +14,9 @@ from ..factorized import (
 )
 from .compress import compress
 from .disk.model import load_compressed, save_compressed
-from .factorize import Factorization, factorize
+from .factorize import factorize
 from .kv_cache import LowRankCache, cache_bases
-from .report import CompressionReport, LayerReport
+from .report import CompressionReport, Factorization, LayerReport
 from .statistics.collect import calibrate
 from .statistics.layer_statistics import LayerStatistics, load_statistics, save_statistics
 from .text_head import LowRankTextHead

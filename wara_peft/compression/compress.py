@@ -23,11 +23,12 @@ from .budget.depth import KEYS_AND_VALUES, depth_shares
 from .budget.spend import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
 from .replacement import Replacement
 from .report import CompressionReport, LayerReport
-from .solvers.low_rank import SOLVERS, energies
+from .solvers.low_rank import energies
 from .solvers.needed_statistics import statistics_of
 from .solvers.solve import on
+from .solvers.table import SOLVERS
 from .statistics.layer_statistics import LayerStatistics
-from .targets import TIED, check_base, checked, linear_targets, tied_to_others
+from .targets import TIED, check_base, checked, linear_targets, separate_tied
 
 
 @on_plain_model
@@ -185,14 +186,7 @@ def _targets(
     """The layers to compress, each under its first name, and why others are left."""
     if allocation == "depth" and target_modules is None:
         target_modules = rf"(.*\.)?({'|'.join(KEYS_AND_VALUES)})"
-    is_tied = tied_to_others(model)
-    targets: dict[str, nn.Linear | Conv1D] = {}
-    left: dict[str, str] = {}
-    for name, layer in linear_targets(model, target_modules).items():
-        if is_tied(layer):
-            left[name] = TIED
-        elif not any(layer is other for other in targets.values()):
-            targets[name] = layer
+    targets, left = separate_tied(model, linear_targets(model, target_modules))
     if not targets:
         raise ValueError(f"{first([repr(name) for name in left])} cannot be compressed: {TIED}. Untie them.")
     return targets, left

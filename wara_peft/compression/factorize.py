@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..arguments import check_argument
 from ..attention import LowRankMultiheadAttention
 from ..compiled import on_plain_model
-from ..factorized.low_rank_linear import (
-    LowRankLinear,
-    Solver,
-    check_solver,
-    factorize_linear,
-    linear_shape,
-    resolve_rank,
-)
-from .targets import TIED, check_base, chosen, tied_to_others, with_attentions
+from ..factorized.low_rank_linear import Solver, check_solver, factorize_linear, linear_shape, resolve_rank
+from .replacement import replace_targets
+from .report import Factorization
+from .targets import check_base, chosen, with_attentions
 
 Factorizable = nn.Linear | Conv1D | nn.MultiheadAttention
-
-
-@dataclass(frozen=True)
-class Factorization:
-    """What `factorize` did.
-
-    Attributes:
-        replaced: rank of each layer that was factorised, by its name.
-        left: why a target was left as it is, by its name.
-        parameters_before, parameters_after: of the whole model, shared ones counted once.
-    """
-
-    replaced: dict[str, int]
-    left: dict[str, str]
-    parameters_before: int
-    parameters_after: int
 
 
 @on_plain_model
@@ -73,50 +50,26 @@ def factorize(
     check_solver(solver)
     resolve_rank(rank, 1, 1)
     check_base(model)
-    targets = chosen(with_attentions(model), target_modules)
-    is_tied = tied_to_others(model)
-    parameters_before = sum(parameter.numel() for parameter in model.parameters())
-    factorized: dict[int, LowRankLinear | LowRankMultiheadAttention] = {}  # by the id of the module replaced
-    replaced: dict[str, int] = {}
-    left: dict[str, str] = {}
-    for name, module in targets.items():
-        in_features, out_features = _shape(module)
-        layer_rank = resolve_rank(rank, in_features, out_features)
-        if layer_rank * (in_features + out_features) >= in_features * out_features:
-            left[name] = (
-                f"rank {layer_rank} saves nothing: the break-even of ({out_features}, {in_features}) is "
-                f"{in_features * out_features / (in_features + out_features):.1f}"
-            )
-        elif is_tied(module):
-            left[name] = TIED
-        else:
-            if id(module) not in factorized:
-                factorized[id(module)] = _factorized(name, module, rank, solver)
-            replaced[name] = layer_rank
 
-    for name in replaced:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, factorized[id(targets[name])])
-    if any(isinstance(module, LowRankMultiheadAttention) for module in factorized.values()):
-        for encoder in model.modules():
-            if isinstance(encoder, nn.TransformerEncoder):
-                # Its fused path in eval mode reads the weights that PyTorch's own attention has.
-                encoder.use_nested_tensor = False
-    parameters_after = sum(parameter.numel() for parameter in model.parameters())
-    return Factorization(replaced, left, parameters_before, parameters_after)
+    def make(module: Factorizable) -> nn.Module | str:
+        n, m = _shape(module)
+        layer_rank = resolve_rank(rank, n, m)
+        if layer_rank * (n + m) >= n * m:
+            return f"rank {layer_rank} saves nothing: the break-even of ({m}, {n}) is {n * m / (n + m):.1f}"
+        if isinstance(module, nn.MultiheadAttention):
+            return LowRankMultiheadAttention.from_multihead(module, rank, solver)
+        return factorize_linear(module, rank, solver)
+
+    done = replace_targets(model, chosen(with_attentions(model), target_modules), make)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(
+            isinstance(module, LowRankMultiheadAttention) for module in encoder.modules()
+        ):
+            # Its fused path in eval mode reads the weights that PyTorch's own attention has.
+            encoder.use_nested_tensor = False
+    return done
 
 
 def _shape(module: Factorizable) -> tuple[int, int]:
     """(in, out) features of a linear layer, or of each projection of an attention."""
     return (module.embed_dim, module.embed_dim) if isinstance(module, nn.MultiheadAttention) else linear_shape(module)
-
-
-def _factorized(
-    name: str, module: Factorizable, rank: int | float, solver: Solver
-) -> LowRankLinear | LowRankMultiheadAttention:
-    try:
-        if isinstance(module, nn.MultiheadAttention):
-            return LowRankMultiheadAttention.from_multihead(module, rank, solver)
-        return factorize_linear(module, rank, solver)
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot be factorised: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from accelerate.utils import send_to_device
@@ -13,10 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calibration.batches import LossFunction, arguments_of, evaluating
 from ..messages import first
+from .report import Factorization
 from .solvers.needed_statistics import nothing_of
 from .solvers.solve import Solution, solve
 from .statistics.collect import measure
 from .statistics.layer_statistics import LayerStatistics
+from .targets import Layer, errors_naming, separate_tied
 
 
 @dataclass
@@ -39,8 +42,7 @@ class Replacement:
         for name in self.ranks:
             made[name] = self._solved(name, self.statistics.get(name, nothing_of(self.targets[name])))
             done()
-        for name, solution in made.items():
-            replace_everywhere(self.model, {self.targets[name]: solution.layer})
+        replace_everywhere(self.model, {self.targets[name]: solution.layer for name, solution in made.items()})
         return {name: solution.lost for name, solution in made.items()}
 
     def in_order(self, batches: list[Any], loss_fn: LossFunction | None, done: Callable[[], Any]) -> dict[str, float]:
@@ -113,6 +115,45 @@ class Replacement:
             for parent, name, child in places:
                 setattr(parent, name, child)
             raise
+
+
+def replace_targets(
+    model: nn.Module,
+    targets: Mapping[str, Layer],
+    make: Callable[[Layer], nn.Module | str],
+    size: Callable[[Any], int] = attrgetter("rank"),
+) -> Factorization:
+    """Replace layers of a model, in place, once all that replaces them is made; if something raises, none is replaced.
+
+    Args:
+        model: not itself among the targets.
+        targets: by name; a layer with several names may be under each of them.
+        make: makes what replaces a layer, or says why the layer is left. It is called once for each layer whose
+            weights no other module has.
+        size: the rank, or another size to report, of what was made.
+
+    Raises:
+        ValueError: `make` raised one; it has the layer's name then.
+    """
+    before = count_parameters(model)
+    own, left = separate_tied(model, targets)
+    made: dict[nn.Module, nn.Module] = {}
+    reasons: dict[nn.Module, str] = {}
+    for name, layer in own.items():
+        with errors_naming(name):
+            new = make(layer)
+        if isinstance(new, str):
+            reasons[layer] = new
+        else:
+            made[layer] = new.train(layer.training)
+    replace_everywhere(model, made)
+    left |= {name: reasons[layer] for name, layer in targets.items() if layer in reasons}
+    replaced = {name: size(made[layer]) for name, layer in targets.items() if layer in made}
+    return Factorization(replaced, left, before, count_parameters(model))
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def replace_everywhere(model: nn.Module, made: Mapping[Any, nn.Module]) -> None:

@@ -8,6 +8,22 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Factorization:
+    """What `factorize`, or another function that replaces layers at a rank, did to a model.
+
+    Attributes:
+        replaced: rank of each layer that was factorised, by its name.
+        left: why a target was left as it is, by its name.
+        parameters_before, parameters_after: of the whole model, shared ones counted once.
+    """
+
+    replaced: dict[str, int]
+    left: dict[str, str]
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One target.
 

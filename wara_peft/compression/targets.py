@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -100,56 +101,64 @@ def tied_to_others(model: nn.Module) -> Callable[[nn.Module], bool]:
     return lambda layer: any(owners[id(weight)] > 1 for weight in layer.parameters())
 
 
+def separate_tied(model: nn.Module, targets: Mapping[str, Layer]) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Targets whose weights are their own, each under its first name only; and by name why the others are left."""
+    is_tied = tied_to_others(model)
+    first_names: dict[Layer, str] = {}
+    left = {}
+    for name, layer in targets.items():
+        if is_tied(layer):
+            left[name] = TIED
+        else:
+            first_names.setdefault(layer, name)
+    return {name: layer for layer, name in first_names.items()}, left
+
+
 def linear_targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
     """The linear layers that are asked for; None means all but the output layer, as PEFT's "all-linear" does."""
-    candidates = linear_layers(model)
-    if target_modules is None:
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if get_head is not None else None
-        candidates = {name: layer for name, layer in candidates.items() if layer is not head}
-    return chosen(candidates, target_modules)
+    return chosen(_linear_candidates(model, target_modules), target_modules)
 
 
 @on_plain_model
 def layer_targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Module]:
     """As `linear_targets`, with convolutions; None leaves those with groups out."""
-    candidates: dict[str, nn.Module] = {}
-    linear = linear_layers(model)
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    for name, module in model.named_modules(remove_duplicate=False):
-        is_conv = isinstance(module, CONVOLUTIONS) and (target_modules is not None or module.groups == 1)
-        is_linear = name in linear and (target_modules is not None or module is not head)
-        if is_conv or is_linear:
-            candidates[name] = module
+    linear = _linear_candidates(model, target_modules)
+    candidates = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name in linear or (isinstance(module, CONVOLUTIONS) and (target_modules is not None or module.groups == 1))
+    }
     return chosen(candidates, target_modules)
 
 
-def checked_layer(name: str, layer: nn.Module) -> Tensor:
+def _linear_candidates(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None and target_modules is None else None
+    return {name: layer for name, layer in linear_layers(model).items() if layer is not head}
+
+
+def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a linear layer or a convolution, (m, n) or (m, n, *kernel), if it can be factorised.
 
     Raises:
-        ValueError: as `checked`, or a convolution with groups.
+        ValueError: it is quantized, on the meta device or not finite, the layer computes something of its own, or it
+            is a convolution with groups; the message tells of the layer as "it".
     """
-    if not isinstance(layer, CONVOLUTIONS):
-        return checked(name, cast(nn.Linear | Conv1D, layer))
-    try:
-        weight = checked_conv(layer).weight.detach()
-        check_values(weight)
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot be factorised: {error}") from error
-    return weight
-
-
-def checked(name: str, layer: nn.Linear | Conv1D) -> Tensor:
-    """The weight of a layer, (m, n), if it can be factorised.
-
-    Raises:
-        ValueError: it is quantized, on the meta device or not finite, or the layer computes something of its own.
-    """
-    try:
-        layer = checked_linear(layer)
-        check_values(layer.weight)
-    except ValueError as error:
-        raise ValueError(f"{name!r} cannot be factorised: {error}") from error
+    layer = checked_conv(layer) if isinstance(layer, CONVOLUTIONS) else checked_linear(layer)
+    check_values(layer.weight)
     return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
+
+
+@contextmanager
+def errors_naming(name: str) -> Iterator[None]:
+    """Scope in which a ValueError that tells of a layer as "it" gets the layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot be factorised: {error}") from error
+
+
+def checked(name: str, layer: nn.Module) -> Tensor:
+    """As `weight_of`, with the layer's name in errors."""
+    with errors_naming(name):
+        return weight_of(layer)

@@ -12,6 +12,7 @@ from ..arguments import check_argument
 from ..compiled import on_plain_model
 from ..factorized import LowRankLinear
 from ..messages import first
+from .replacement import replace_everywhere
 from .solvers.solve import solve
 from .statistics.layer_statistics import LayerStatistics, check_finite, probe_of
 from .targets import check_base
@@ -58,13 +59,9 @@ def truncate(
     cut = {name: layers[name] for name, rank in asked.items() if rank < layers[name].rank}
     entries = {name: _entry(name, layer, statistics) for name, layer in cut.items()}
     solver = "svd" if statistics is None else "activation"
-    lost = {}
-    for name, layer in cut.items():
-        solution = solve(layer, asked[name], solver, entries[name])
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, solution.layer)
-        lost[name] = solution.lost
-    return lost
+    solutions = {name: solve(layer, asked[name], solver, entries[name]) for name, layer in cut.items()}
+    replace_everywhere(model, {cut[name]: solution.layer for name, solution in solutions.items()})
+    return {name: solution.lost for name, solution in solutions.items()}
 
 
 def _entry(name: str, layer: LowRankLinear, statistics: Mapping[str, LayerStatistics] | None) -> LayerStatistics:

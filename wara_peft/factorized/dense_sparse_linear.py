@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .dictionary_linear import packed, unpacked
+from .sparse_rows import SparseRows, check_nonzeros, packed
 
 
-class DenseSparseLinear(nn.Module):
+class DenseSparseLinear(SparseRows):
     """A linear layer whose blocks of p rows are W_b = D_b S_b: D_b, (p, k), is dense, each column of S_b has s values.
 
     There are m k + (m/p) n s numbers and (m/p) n ⌈k/8⌉ bytes for places, where W has m n numbers. Coefficients are
@@ -35,6 +35,8 @@ class DenseSparseLinear(nn.Module):
         ValueError: numbers out of their range.
     """
 
+    sizes: ClassVar[tuple[str, ...]] = ("block", "atoms", "nonzeros")
+
     def __init__(
         self,
         in_features: int,
@@ -46,27 +48,19 @@ class DenseSparseLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if block < 1 or out_features % block:
             raise ValueError(f"block={block} must divide the {out_features} outputs.")
-        if not 1 <= nonzeros <= atoms:
-            raise ValueError(f"nonzeros={nonzeros} must be between 1 and atoms={atoms}.")
-        self.in_features, self.out_features = in_features, out_features
+        check_nonzeros(nonzeros, atoms)
+        super().__init__(in_features, out_features)
         self.block, self.atoms, self.nonzeros = block, atoms, nonzeros
         blocks = out_features // block
         self.bases = nn.Parameter(torch.zeros(blocks, block, atoms, device=device, dtype=dtype))
-        self.values = nn.Parameter(torch.zeros(blocks * in_features, nonzeros, device=device, dtype=dtype))
-        places = torch.arange(atoms, device=device) < nonzeros
-        self.support: Tensor
-        self.register_buffer("support", packed(places.expand(blocks * in_features, atoms)))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self._add_coefficients(blocks * in_features, bias, device, dtype)
 
     @property
     def coefficients(self) -> Tensor:
         """S_bᵀ of all blocks, dense, (m/p, n, k)."""
-        places = unpacked(self.support, self.atoms)
-        dense = self.values.new_zeros(places.shape).masked_scatter(places, self.values)
-        return dense.view(len(self.bases), self.in_features, self.atoms)
+        return super().coefficients.view(len(self.bases), self.in_features, self.atoms)
 
     @property
     def weight(self) -> Tensor:
@@ -88,12 +82,6 @@ class DenseSparseLinear(nn.Module):
         self.bases[index] = basis
         self.support[rows] = packed(places)
         self.values[rows] = values.to(self.values.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, block={self.block}, "
-            f"atoms={self.atoms}, nonzeros={self.nonzeros}, bias={self.bias is not None}"
-        )
 
 
 class StraightThroughLinear(nn.Module):

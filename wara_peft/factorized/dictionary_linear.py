@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .sparse_rows import SparseRows, check_nonzeros, packed, unpacked
 
-class DictionaryLinear(nn.Module):
+
+class DictionaryLinear(SparseRows):
     """A linear layer whose weight's rows are sparse combinations of atoms: y = C (D x) + b.
 
     D, (k, n), is dense, and each row of C, (m, k), has s numbers that are not zero. Their places are kept as bits: on
@@ -40,23 +42,11 @@ class DictionaryLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if not 1 <= nonzeros <= atoms:
-            raise ValueError(f"nonzeros={nonzeros} must be between 1 and atoms={atoms}.")
-        self.in_features, self.out_features = in_features, out_features
+        check_nonzeros(nonzeros, atoms)
+        super().__init__(in_features, out_features)
         self.atoms, self.nonzeros = atoms, nonzeros
         self.down = nn.Linear(in_features, atoms, bias=False, device=device, dtype=dtype)
-        self.values = nn.Parameter(torch.zeros(out_features, nonzeros, device=device, dtype=dtype))
-        places = torch.arange(atoms, device=device) < nonzeros
-        self.register_buffer("support", packed(places.expand(out_features, atoms)))
-        self.support: Tensor
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-
-    @property
-    def coefficients(self) -> Tensor:
-        """C, dense."""
-        places = unpacked(self.support, self.atoms)
-        return self.values.new_zeros(places.shape).masked_scatter(places, self.values)
+        self._add_coefficients(out_features, bias, device, dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -97,19 +87,3 @@ class DictionaryLinear(nn.Module):
         made.support = packed(places)
         made.bias = self.bias
         return made.train(self.training)
-
-    def extra_repr(self) -> str:
-        return f"atoms={self.atoms}, nonzeros={self.nonzeros}"
-
-
-def packed(places: Tensor) -> Tensor:
-    """Booleans (m, k) as bits, (m, ⌈k/8⌉) bytes."""
-    rows = functional.pad(places.to(torch.uint8), (0, -places.shape[1] % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=places.device)
-    return (rows.view(len(rows), -1, 8) * weights).sum(2, dtype=torch.uint8)
-
-
-def unpacked(support: Tensor, atoms: int) -> Tensor:
-    """The booleans, (m, k), again."""
-    bits = support[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=support.device)
-    return (bits & 1).bool().flatten(1)[:, :atoms]

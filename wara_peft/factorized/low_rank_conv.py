@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .base import DownThenUp, in_place_of, svd_factors
+
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -33,7 +35,7 @@ def checked_conv(module: nn.Module) -> Convolution:
     return module
 
 
-class LowRankConv(nn.Module):
+class LowRankConv(DownThenUp):
     """A convolution to r channels, then one of kernel size 1: rank r of the weight as a matrix (m, n · kernel).
 
     Args:
@@ -62,16 +64,8 @@ class LowRankConv(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight of the one convolution, `(m, n, *kernel)`."""
-        return (self.up.weight.flatten(1) @ self.down.weight.flatten(1)).view(self.shape)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map as the one convolution does."""
-        result: Tensor = self.up(self.down(x))
-        return result
+        product: Tensor = self.up.weight.flatten(1) @ self.down.weight.flatten(1)
+        return product.view(self.shape)
 
     @torch.no_grad()
     def dense(self) -> Convolution:
@@ -83,12 +77,6 @@ class LowRankConv(nn.Module):
         if conv.bias is not None and self.bias is not None:
             conv.bias.copy_(self.bias)
         return conv.train(self.training)
-
-    @torch.no_grad()
-    def set_matrices(self, up: Tensor, down: Tensor) -> None:
-        """Set factors (m, r) and (r, n · kernel)."""
-        self.up.weight.copy_(up.view_as(self.up.weight))
-        self.down.weight.copy_(down.view_as(self.down.weight))
 
 
 def _conv(
@@ -130,15 +118,5 @@ def factorize_conv(module: nn.Module, rank: int) -> LowRankConv:
     """
     conv = checked_conv(module)
     made = LowRankConv(conv, rank)
-    left, values, right = torch.linalg.svd(conv.weight.flatten(1).double(), full_matrices=False)
-    roots = values[:rank].sqrt()
-    made.set_matrices(
-        (left[:, :rank] * roots).to(conv.weight.dtype), (roots[:, None] * right[:rank]).to(conv.weight.dtype)
-    )
-    if conv.bias is not None:
-        cast(Tensor, made.bias).copy_(conv.bias)
-        cast(Tensor, made.bias).requires_grad_(conv.bias.requires_grad)
-    for parameter in made.parameters():
-        if parameter is not made.bias:
-            parameter.requires_grad_(conv.weight.requires_grad)
-    return made.train(conv.training)
+    made.set_matrices(*svd_factors(conv.weight.flatten(1), rank))
+    return in_place_of(conv, made)

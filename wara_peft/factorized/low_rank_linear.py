@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base import DownThenUp, Factorized, in_place_of, svd_factors
+
 Solver = Literal["svd", "random"]
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(DownThenUp, Factorized):
     """A linear layer of rank at most r: y = U (V x) + b, with r (m + n) weights where W has m n.
 
     Args:
@@ -39,14 +41,12 @@ class LowRankLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features)
         if not 1 <= rank <= min(in_features, out_features):
             raise ValueError(
                 f"rank={rank} of a linear layer with {in_features} inputs and {out_features} outputs must be between "
                 f"1 and {min(in_features, out_features)}."
             )
-        self.in_features = in_features
-        self.out_features = out_features
         self.rank = rank
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
@@ -69,16 +69,8 @@ class LowRankLinear(nn.Module):
     def weight(self) -> Tensor:
         """The product U V, of shape (m, n), for code that looks at a linear layer's weight, as PyTorch's own
         Transformer layers do in eval mode, and T5."""
-        return self.up.weight @ self.down.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., n) to (..., m)."""
-        result: Tensor = self.up(self.down(x))
-        return result
+        product: Tensor = self.up.weight @ self.down.weight
+        return product
 
     def appended(self, left: Tensor, right: Tensor) -> LowRankLinear:
         """The layer with left · right, (m, R) and (R, n), added to its weight: exactly, as R more units of rank.
@@ -204,20 +196,6 @@ def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd
         dtype=weight.dtype,
     )
     if solver == "svd":
-        _set_svd(factorized, weight.T if isinstance(module, Conv1D) else weight)
-    if module.bias is not None:
-        factorized.up.bias.copy_(module.bias)
-        factorized.up.bias.requires_grad_(module.bias.requires_grad)
-    for factor in (factorized.down, factorized.up):
-        factor.weight.requires_grad_(weight.requires_grad)
-    return factorized.train(module.training)
-
-
-def _set_svd(layer: LowRankLinear, weight: Tensor) -> None:
-    """Set the factors to the truncated SVD of a weight (m, n)."""
-    check_values(weight)
-    # In float32 the errors of six encoder layers, at full rank, add up to more than 1e-5.
-    left, singular_values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    roots = singular_values[: layer.rank].sqrt()
-    layer.up.weight.copy_(left[:, : layer.rank] * roots)
-    layer.down.weight.copy_(roots[:, None] * right[: layer.rank])
+        check_values(weight)
+        factorized.set_matrices(*svd_factors(weight.T if isinstance(module, Conv1D) else weight, factorized.rank))
+    return in_place_of(module, factorized)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from .base import Factorized
 
-class LowRankPlusSparseLinear(nn.Module):
+
+class LowRankPlusSparseLinear(Factorized):
     """A linear layer of a low-rank and a sparse part: y = W x + b with W = (α/r) B A + S.
 
     S has values in fixed places alone, so that there are r (m + n) + s weights where W has m n. W is built anew in
@@ -41,6 +43,8 @@ class LowRankPlusSparseLinear(nn.Module):
         ValueError: sizes out of their range.
     """
 
+    sizes = ("rank", "nonzeros")
+
     def __init__(
         self,
         in_features: int,
@@ -53,7 +57,7 @@ class LowRankPlusSparseLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features)
         places = in_features * out_features
         if rank < 1 or nonzeros < 1 or rank * (in_features + out_features) + nonzeros >= places:
             raise ValueError(
@@ -63,7 +67,7 @@ class LowRankPlusSparseLinear(nn.Module):
             )
         if not isinstance(alpha, int) or alpha < 1:
             raise ValueError(f"alpha={alpha!r} must be a whole number of at least 1.")
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.rank = rank
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.values = nn.Parameter(torch.empty(nonzeros, device=device, dtype=dtype))
@@ -111,12 +115,6 @@ class LowRankPlusSparseLinear(nn.Module):
         parts = self.down, self.up, self.values, self.indices
         result: Tensor = _Product.apply(x, *parts, self._scaling)  # type: ignore[no-untyped-call]
         return result if self.bias is None else result + self.bias.to(result.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"nonzeros={self.nonzeros}, bias={self.bias is not None}"
-        )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         indices = state_dict.get(f"{prefix}indices")

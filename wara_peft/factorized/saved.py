@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -30,13 +30,11 @@ class Kind(NamedTuple):
         bias: the name of its bias.
         make: from the layer that it replaces, the shapes of its parts and whether there is a bias to a layer of such
             inner sizes.
-        sizes: the names of its inner sizes.
     """
 
     parts: frozenset[str]
     bias: str
     make: Callable[[Any, Shapes, bool], nn.Module]
-    sizes: tuple[str, ...]
 
 
 LINEAR_KINDS: dict[type[nn.Module], Kind] = {
@@ -44,7 +42,6 @@ LINEAR_KINDS: dict[type[nn.Module], Kind] = {
         frozenset({"down.weight", "up.weight"}),
         "up.bias",
         lambda layer, shapes, bias: LowRankLinear(*linear_shape(layer), _size(shapes["down.weight"], 0), bias),
-        ("rank",),
     ),
     DictionaryLinear: Kind(
         frozenset({"down.weight", "values", "support"}),
@@ -52,7 +49,6 @@ LINEAR_KINDS: dict[type[nn.Module], Kind] = {
         lambda layer, shapes, bias: DictionaryLinear(
             *linear_shape(layer), _size(shapes["down.weight"], 0), _size(shapes["values"], 1), bias
         ),
-        ("atoms", "nonzeros"),
     ),
     DenseSparseLinear: Kind(
         frozenset({"bases", "values", "support"}),
@@ -64,13 +60,11 @@ LINEAR_KINDS: dict[type[nn.Module], Kind] = {
             _size(shapes["values"], 1),
             bias,
         ),
-        ("block", "atoms", "nonzeros"),
     ),
     SharedBaseLinear: Kind(
         frozenset({"values", "support", "group"}),
         "bias",
         lambda layer, shapes, bias: _shared(layer, shapes, bias),
-        ("rank", "places", "number", "transposed"),
     ),
     LowRankPlusSparseLinear: Kind(
         frozenset({"down", "up", "values", "indices", "alpha"}),
@@ -78,7 +72,6 @@ LINEAR_KINDS: dict[type[nn.Module], Kind] = {
         lambda layer, shapes, bias: LowRankPlusSparseLinear(
             *linear_shape(layer), _size(shapes["down"], 0), _size(shapes["values"], 0), bias=bias, seed=None
         ),
-        ("rank", "nonzeros"),
     ),
 }
 CONVOLUTION_KINDS: dict[type[nn.Module], Kind] = {
@@ -86,7 +79,6 @@ CONVOLUTION_KINDS: dict[type[nn.Module], Kind] = {
         frozenset({"down.weight", "up.weight"}),
         "up.bias",
         lambda layer, shapes, _: LowRankConv(layer, _size(shapes["down.weight"], 0)),
-        ("rank",),
     ),
 }
 SPATIAL = ("vertical.weight", "horizontal.weight")
@@ -131,9 +123,10 @@ def describe(model: nn.Module) -> dict[str, dict[str, object]]:
     """Kind and sizes of each factorised layer of a model, by name."""
     found: dict[str, dict[str, object]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        for kind, known in {**LINEAR_KINDS, **CONVOLUTION_KINDS}.items():
+        for kind in FACTORIZED:
             if isinstance(layer, kind):
-                found[name] = {"kind": kind.__name__, **{size: _plain(layer, size) for size in known.sizes}}
+                sizes = {size: int(getattr(layer, size)) for size in cast(Any, layer).sizes}
+                found[name] = {"kind": kind.__name__, **sizes}
     return found
 
 
@@ -177,10 +170,6 @@ def _described(layer: Dense) -> str:
 
 def _size(shape: tuple[int, ...], axis: int) -> int:
     return shape[axis] if axis < len(shape) else 0
-
-
-def _plain(layer: Any, size: str) -> int:
-    return int(getattr(layer, size))
 
 
 def _shared(layer: Any, shapes: Shapes, bias: bool) -> SharedBaseLinear:

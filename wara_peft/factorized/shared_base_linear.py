@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .dictionary_linear import packed, unpacked
+from .base import Factorized
 from .resizing import set_values
+from .sparse_rows import packed, scattered, unpacked
 
 
-class SharedBaseLinear(nn.Module):
+class SharedBaseLinear(Factorized):
     """A linear layer y = U (V x) + b, or, transposed, y = Vᵀ (Uᵀ x) + b, whose base U other layers have too.
 
     U, (d, r), is one parameter of all of them, to which their gradients add up; V, (r, c), is the layer's own, and has
@@ -37,21 +38,21 @@ class SharedBaseLinear(nn.Module):
 
     _tied_weights_keys: Mapping[str, str] = {}
     """Transformers leaves these out of what it saves."""
+    sizes = ("rank", "places", "number", "transposed")
 
     def __init__(
         self, base: nn.Parameter, columns: int, transposed: bool = False, bias: bool = True, group: int = 1
     ) -> None:
-        super().__init__()
+        width, rank = base.shape
+        super().__init__(*((width, columns) if transposed else (columns, width)))
         self.base = base
         self.columns, self.transposed = columns, transposed
-        rank = base.shape[1]
-        self.values = nn.Parameter(torch.zeros(rank * columns, device=base.device, dtype=base.dtype))
+        self.values = nn.Parameter(base.new_zeros(rank * columns))
         self.support: Tensor
         self.register_buffer("support", packed(torch.ones(rank, columns, dtype=torch.bool, device=base.device)))
         self.group: Tensor
         self.register_buffer("group", torch.zeros(group, 1 + transposed, dtype=torch.uint8, device=base.device))
-        out = columns if transposed else base.shape[0]
-        self.bias = nn.Parameter(torch.zeros(out, device=base.device, dtype=base.dtype)) if bias else None
+        self.bias = nn.Parameter(base.new_zeros(self.out_features)) if bias else None
 
     @property
     def rank(self) -> int:
@@ -68,18 +69,9 @@ class SharedBaseLinear(nn.Module):
         return len(self.group)
 
     @property
-    def in_features(self) -> int:
-        return self.base.shape[0] if self.transposed else self.columns
-
-    @property
-    def out_features(self) -> int:
-        return self.columns if self.transposed else self.base.shape[0]
-
-    @property
     def coefficients(self) -> Tensor:
         """V, dense."""
-        places = unpacked(self.support, self.columns)
-        return self.values.new_zeros(places.shape).masked_scatter(places, self.values)
+        return scattered(unpacked(self.support, self.columns), self.values)
 
     @property
     def weight(self) -> Tensor:
@@ -114,12 +106,6 @@ class SharedBaseLinear(nn.Module):
         if isinstance(values, Tensor) and values.dim() == 1 and len(values) != len(self.values):
             set_values(self.values, self.values.data.new_empty(len(values)))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"values={len(self.values)}, transposed={self.transposed}, bias={self.bias is not None}"
-        )
 
 
 def tie_bases(model: nn.Module) -> None:

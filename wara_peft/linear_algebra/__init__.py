@@ -1,1 +1,1 @@
-"""Singular values, and the norms of what follows in an order of components; plain tensors."""
+"""Singular values, norms of what follows in an order of components, and greedy choices of these; plain tensors."""

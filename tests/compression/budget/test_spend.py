@@ -52,7 +52,7 @@ class TestGreedy:
         for index, (candidate, rank) in enumerate(zip(candidates, ranks, strict=True)):
             if rank is not None:  # and nothing more fits
                 further = [*ranks]
-                further[index] = candidate.next_rank(rank)
+                further[index] = candidate.ranks_from(rank)[1]
                 assert spent(candidates, further) > budget
 
     def test_is_the_optimum_where_units_cost_alike(self) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wara_peft.compression.solvers.low_rank import DAMPING, SOLVERS, Metric, energies, low_rank
+from wara_peft.compression.solvers.low_rank import Metric, energies, low_rank
+from wara_peft.compression.solvers.table import DAMPING, SOLVERS
 from wara_peft.compression.statistics.layer_statistics import LayerStatistics
 
 SHAPES = [(9, 14), (14, 9), (11, 11)]

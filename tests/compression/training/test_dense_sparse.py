@@ -28,7 +28,7 @@ from wara_peft.compression import (
 from wara_peft.compression.solvers.dictionary import ksvd
 from wara_peft.compression.solvers.low_rank import Metric
 from wara_peft.compression.training.dense_sparse import refresh, set_dictionary
-from wara_peft.factorized.dictionary_linear import unpacked
+from wara_peft.factorized.sparse_rows import unpacked
 
 
 def weight_of(m: int = 12, n: int = 20) -> Tensor:

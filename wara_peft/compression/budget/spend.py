@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ...linear_algebra.greedy import Step, spend
 from ...messages import first
 
 ALLOCATIONS = ("uniform", "greedy", "cost", "depth")
@@ -41,13 +41,19 @@ class Candidate:
     def cost(self, rank: int | None) -> float:
         return self.dense if rank is None else self.costs[rank - 1]
 
-    def next_rank(self, rank: int) -> int | None:
-        """One unit more; beyond the last rank that pays the layer is dense."""
-        return rank + 1 if rank < len(self.costs) else None
+    def ranks_from(self, rank: int | None) -> list[int | None]:
+        """The rank and all after it; beyond the last rank that pays the layer is dense."""
+        return [None] if rank is None else [*range(rank, len(self.costs) + 1), None]
 
     def gain(self, rank: int, further: int | None) -> float:
         """How much less is lost at the second rank than at the first."""
         return sum(self.gains[rank:further])
+
+    def steps(self, ranks: Sequence[int | None]) -> Iterator[Step]:
+        """The steps from each of these ranks to the next one, by their gain for their cost."""
+        for rank, further in itertools.pairwise(ranks):
+            cost = self.cost(further) - self.cost(rank)
+            yield Step(self.gain(rank or 0, further) / cost, cost)
 
 
 def least(candidates: Sequence[Candidate]) -> list[int | None]:
@@ -89,22 +95,20 @@ def greedy(
     The loss exceeds the optimum by no more than the gain of the first step that was left out.
     """
     ranks = least(candidates) if floors is None else list(floors)
-    left = budget - spent(candidates, ranks)
-    steps = []
-    for index, candidate in enumerate(candidates):
-        for number, (rank, further) in enumerate(itertools.pairwise(_hull(candidate, ranks[index]))):
-            cost = candidate.cost(further) - candidate.cost(rank)
-            # Steps of one layer have ever less gain for their cost, and the number keeps equal ones in order.
-            steps.append((-candidate.gain(rank or 0, further) / cost, index, number, further, cost))
-    stopped = set()
-    for _, index, _, further, cost in sorted(steps, key=lambda step: step[:3]):
-        if index not in stopped and cost <= left:
-            ranks[index] = further
-            left -= cost
-        else:
-            stopped.add(index)
-    _fill(candidates, ranks, left, by_gain=True)
-    return ranks
+    # Along a hull each step gains less for its cost than the one before.
+    hulls = [_hull(candidate, rank) for candidate, rank in zip(candidates, ranks, strict=True)]
+    ranks = _spent_on(candidates, hulls, budget)
+    units = [candidate.ranks_from(rank) for candidate, rank in zip(candidates, ranks, strict=True)]
+    return _spent_on(candidates, units, budget)
+
+
+def _spent_on(
+    candidates: Sequence[Candidate], paths: Sequence[Sequence[int | None]], budget: float
+) -> list[int | None]:
+    """The ranks, each on its candidate's path, at which the budget is spent greedily."""
+    left = budget - spent(candidates, [path[0] for path in paths])
+    steps = [candidate.steps(path) for candidate, path in zip(candidates, paths, strict=True)]
+    return [path[taken] for path, taken in zip(paths, spend(steps, left), strict=True)]
 
 
 def floors_of(candidates: Sequence[Candidate], budget: float) -> list[int | None]:
@@ -138,16 +142,22 @@ def by_shares(candidates: Sequence[Candidate], shares: Sequence[float], budget: 
         low, high = (middle, high) if spent(candidates, ranks_at(middle)) <= budget else (low, middle)
     ranks = ranks_at(low)
     order = sorted(range(len(candidates)), key=lambda index: -shares[index])
-    _fill(candidates, ranks, budget - spent(candidates, ranks), by_gain=False, order=order)
+    units = [candidates[index].ranks_from(ranks[index]) for index in order]
+    in_turn = [
+        (Step(-number, step.cost) for number, step in enumerate(candidates[index].steps(path)))
+        for index, path in zip(order, units, strict=True)
+    ]
+    left = budget - spent(candidates, ranks)
+    for index, path, taken in zip(order, units, spend(in_turn, left), strict=True):
+        ranks[index] = path[taken]
     return ranks
 
 
 def _hull(candidate: Candidate, floor: int | None) -> list[int | None]:
     """The ranks, from a floor to dense, at the corners of the lower convex hull of losses over costs."""
-    ranks: list[int | None] = [None] if floor is None else [*range(floor, len(candidate.costs) + 1), None]
     lost = sum(candidate.gains[floor:])
     points = []
-    for rank in ranks:
+    for rank in candidate.ranks_from(floor):
         points.append((rank, candidate.cost(rank), 0.0 if rank is None else lost))
         lost -= 0 if rank is None or rank >= len(candidate.gains) else candidate.gains[rank]
     hull: list[_Point] = []
@@ -162,36 +172,3 @@ def _hull(candidate: Candidate, floor: int | None) -> list[int | None]:
 def _above(one: _Point, middle: _Point, last: _Point) -> bool:
     (_, x0, y0), (_, x1, y1), (_, x2, y2) = one, middle, last
     return (y1 - y0) * (x2 - x0) > (y2 - y0) * (x1 - x0)
-
-
-def _fill(
-    candidates: Sequence[Candidate],
-    ranks: list[int | None],
-    left: float,
-    by_gain: bool,
-    order: Sequence[int] | None = None,
-) -> None:
-    """Spend what is left on single units, in place: those that gain most for their cost first, or in turn."""
-    turn = itertools.count()
-
-    def entry(index: int) -> tuple[float, int, int] | None:
-        rank = ranks[index]
-        if rank is None:
-            return None
-        further = candidates[index].next_rank(rank)
-        cost = candidates[index].cost(further) - candidates[index].cost(rank)
-        return (-candidates[index].gain(rank, further) / cost if by_gain else 0.0, next(turn), index)
-
-    heap = [found for index in order or range(len(candidates)) if (found := entry(index)) is not None]
-    heapq.heapify(heap)
-    while heap:
-        _, _, index = heapq.heappop(heap)
-        rank = ranks[index]
-        assert rank is not None
-        further = candidates[index].next_rank(rank)
-        cost = candidates[index].cost(further) - candidates[index].cost(rank)
-        if cost <= left:
-            ranks[index] = further
-            left -= cost
-            if (again := entry(index)) is not None:
-                heapq.heappush(heap, again)

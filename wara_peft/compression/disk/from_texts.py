@@ -19,7 +19,7 @@ from ...disk.checkpoints.skeleton import Skeleton
 from ...factorized.saved import describe
 from ..compress import check_options, compress
 from ..report import CompressionReport
-from ..solvers.low_rank import SOLVERS
+from ..solvers.table import SOLVERS
 from ..statistics.collect import MAX_BYTES, calibrate
 from ..statistics.layer_statistics import MANIFEST, load_statistics
 from .model import class_of, write_compressed

@@ -23,9 +23,9 @@ from ...disk.checkpoints.checkpoint import Checkpoint, read_json
 from ...disk.checkpoints.directory import written_at_once
 from ...disk.checkpoints.skeleton import Skeleton, keys_of_parameters
 from ...factorized import DenseSparseLinear, DictionaryLinear, LowRankPlusSparseLinear, SharedBaseLinear
-from ...factorized.dictionary_linear import unpacked
 from ...factorized.low_rank_plus_sparse_linear import check_places
 from ...factorized.saved import FACTORIZED, describe, put_in_place
+from ...factorized.sparse_rows import unpacked
 from ...messages import first
 from ..report import CompressionReport
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...factorized.sparse_rows import scattered
 from .low_rank import Metric, balanced, root_of
 
 ITERATIONS = 20
@@ -29,7 +30,7 @@ class Dictionary(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        return self.values.new_zeros(self.places.shape).masked_scatter(self.places, self.values) @ self.atoms
+        return scattered(self.places, self.values) @ self.atoms
 
 
 def ksvd(

@@ -6,18 +6,11 @@ the second moment of the inputs and H = I it is the mean squared error of the ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ..statistics.layer_statistics import LayerStatistics
-
-DAMPING = 1e-6
-"""Share of the mean diagonal of E[g gᵀ] that is added to it: outputs whose gradient vanished in the batches count
-little, and not nothing. Where rounding of the sums is worse than that, it is ten times as much, and so on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,68 +140,3 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     lengths = up.norm(dim=0), down.norm(dim=1)
     ratio = torch.where((lengths[0] > 0) & (lengths[1] > 0), lengths[1] / lengths[0], 1.0).sqrt()
     return up * ratio, down / ratio[:, None]
-
-
-def centred(statistics: LayerStatistics) -> Tensor:
-    """E[(x − μ)(x − μ)ᵀ], in float64: the error that is left when the bias makes up for that of the mean."""
-    moment, mean = cast(Tensor, statistics.moment).double(), cast(Tensor, statistics.mean).double()
-    return moment - torch.outer(mean, mean)
-
-
-def _inputs(statistics: LayerStatistics, compensates: bool) -> Tensor:
-    return centred(statistics) if compensates else cast(Tensor, statistics.moment)
-
-
-def _outputs(statistics: LayerStatistics) -> Tensor:
-    moment = cast(Tensor, statistics.gradients).double()
-    identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
-    scale = moment.diagonal().mean() * identity
-    for power in range(7):  # up to all of the mean diagonal, which no rounding comes near to
-        regular: Tensor = moment + DAMPING * 10**power * scale
-        if not bool(torch.linalg.cholesky_ex(regular).info):
-            break
-    return regular
-
-
-@dataclass(frozen=True)
-class Solver:
-    """A way to weigh the error.
-
-    Attributes:
-        needs: kinds of statistics that it must have.
-        metric: from a layer's statistics, and whether the bias makes up for the mean of the inputs.
-        is_loss: whether its errors are estimates of one loss, and can be compared between layers as they are; others
-            are compared as shares of ‖T W S‖².
-        is_dictionary: whether the result is a dictionary and sparse coefficients.
-    """
-
-    needs: tuple[str, ...]
-    metric: Callable[[LayerStatistics, bool], Metric]
-    is_loss: bool = False
-    is_dictionary: bool = False
-
-
-SOLVERS = {
-    "svd": Solver((), lambda statistics, compensates: Metric()),
-    "fisher": Solver(("fisher",), lambda statistics, compensates: Metric(statistics.fisher), is_loss=True),
-    "activation": Solver(("inputs",), lambda statistics, compensates: Metric(_inputs(statistics, compensates))),
-    "activation-fisher": Solver(
-        ("inputs", "gradients"),
-        lambda statistics, compensates: Metric(_inputs(statistics, compensates), _outputs(statistics)),
-        is_loss=True,
-    ),
-    "dictionary": Solver(
-        ("inputs",), lambda statistics, compensates: Metric(_inputs(statistics, compensates)), is_dictionary=True
-    ),
-    "dictionary-oneshot": Solver(
-        ("inputs",), lambda statistics, compensates: Metric(_inputs(statistics, compensates)), is_dictionary=True
-    ),
-}
-"""By name:
-
-- `svd`: ‖W − Ŵ‖²_F.
-- `fisher`: Σ_ij F_j (W − Ŵ)²_ij with F_j = Σ_i (∂loss/∂W_ij)²; Hsu et al. (FWSVD), arXiv 2207.00112.
-- `activation`: E‖(W − Ŵ) x‖², about the mean where the bias makes up for that; SVD-LLM, arXiv 2403.07378.
-- `activation-fisher`: E‖gᵀ (W − Ŵ) x‖² with inputs x and output gradients g taken as independent, as K-FAC does.
-- `dictionary`, `dictionary-oneshot`: as `activation`, by a dictionary; see `dictionary.py`.
-"""

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ...factorized.low_rank_linear import linear_shape
 from ...messages import first
 from ..statistics.layer_statistics import LayerStatistics, check_finite, probe_of
-from .low_rank import SOLVERS
+from .table import SOLVERS
 
 TOLERANCE = 0.1
 """How far entries of a weight may be from those at calibration, relatively: training since moves them a little."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...factorized import DictionaryLinear, LowRankLinear
-from ...factorized.dictionary_linear import packed
 from ...factorized.low_rank_linear import linear_shape
+from ...factorized.sparse_rows import packed
 from ..budget.costs import nonzeros_of
 from ..statistics.layer_statistics import LayerStatistics
-from .dictionary import ksvd, one_shot
-from .low_rank import SOLVERS, low_rank
+from .low_rank import low_rank
+from .table import SOLVERS
 
 
 class Solution(NamedTuple):
@@ -56,9 +56,8 @@ def solve(
     bias = layer.bias is not None or compensates
     trains = next(layer.parameters()).requires_grad  # the weight's, or that of a factor
     made: LowRankLinear | DictionaryLinear
-    if kind.is_dictionary:
-        learn = one_shot if solver == "dictionary-oneshot" else ksvd
-        found = learn(weight, rank, nonzeros_of(rank), metric)
+    if kind.learn is not None:
+        found = kind.learn(weight, rank, nonzeros_of(rank), metric)
         made = DictionaryLinear(n, m, rank, nonzeros_of(rank), bias, device="meta", dtype=weight.dtype)
         made.to_empty(device=weight.device)
         made.down.weight.copy_(found.atoms)
@@ -71,8 +70,7 @@ def solve(
     else:
         factors = low_rank(weight, rank, metric)
         made = LowRankLinear(n, m, rank, bias, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
-        made.up.weight.copy_(factors.up)
-        made.down.weight.copy_(factors.down)
+        made.set_matrices(factors.up, factors.down)
         difference = weight.double() - factors.up @ factors.down
         lost, energy = factors.lost, factors.energy
         made.up.weight.requires_grad_(trains)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument
 from ...factorized.dense_sparse_linear import DenseSparseLinear, StraightThroughLinear
-from ...factorized.low_rank_linear import linear_shape
-from ..factorize import Factorization
-from ..replacement import replace_everywhere
+from ..replacement import replace_everywhere, replace_targets
+from ..report import Factorization
 from ..solvers.dictionary import ITERATIONS, Dictionary, ksvd
 from ..solvers.low_rank import Metric
-from ..targets import TIED, check_base, checked, linear_targets, tied_to_others
+from ..targets import check_base, linear_targets, weight_of
+from .callback import TrainingMethod
 
 
 @torch.no_grad()
@@ -85,32 +87,21 @@ def straight_through(
     """
     check_argument("straight_through(model, block, atoms, nonzeros)", "model", model, "an nn.Module")
     check_base(model)
-    before = sum(parameter.numel() for parameter in model.parameters())
-    is_tied = tied_to_others(model)
-    replaced: dict[str, int] = {}
-    left: dict[str, str] = {}
-    made: dict[nn.Module, StraightThroughLinear] = {}
-    for name, layer in linear_targets(model, target_modules).items():
-        if is_tied(layer):
-            left[name] = TIED
-            continue
-        replaced[name] = nonzeros
-        if layer not in made:
-            weight = checked(name, layer)
-            try:
-                factors = dense_sparse(weight, block, atoms, nonzeros)
-            except ValueError as error:
-                raise ValueError(f"{name!r} cannot be factorised: {error}") from error
-            made[layer] = StraightThroughLinear(weight, layer.bias, factors).train(layer.training)
-    saved = 0
-    for old, new in made.items():
-        n, m = linear_shape(cast(Any, old))
-        saved += m * n - new.factors.bases.numel() - new.factors.values.numel()
-    replace_everywhere(model, made)
-    return Factorization(replaced, left, before, before - saved)
+
+    def make(layer: nn.Linear | Conv1D) -> nn.Module:
+        weight = weight_of(layer)
+        return StraightThroughLinear(weight, layer.bias, dense_sparse(weight, block, atoms, nonzeros))
+
+    done = replace_targets(model, linear_targets(model, target_modules), make, attrgetter("factors.nonzeros"))
+    kept_while_training = sum(layer.weight.numel() for layer in _layers(model))
+    return replace(done, parameters_after=done.parameters_after - kept_while_training)
 
 
-class StraightThroughFactorizer(TrainerCallback):
+def _layers(model: nn.Module) -> list[StraightThroughLinear]:
+    return [module for module in model.modules() if isinstance(module, StraightThroughLinear)]
+
+
+class StraightThroughFactorizer(TrainingMethod):
     """Fits the factors of `StraightThroughLinear` layers anew every few steps, and keeps these alone at the end.
 
     After DSFormer, arXiv 2312.13211: gradients go straight through to dense weights, and which coefficients there are
@@ -131,45 +122,30 @@ class StraightThroughFactorizer(TrainerCallback):
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1.")
         self.period, self.iterations = period, iterations
-        self._model: nn.Module | None = None
 
     def start(self, model: nn.Module) -> None:
         """Begin with a model."""
         check_base(model)
-        if not any(isinstance(module, StraightThroughLinear) for module in model.modules()):
+        if not _layers(model):
             raise ValueError("The model has no StraightThroughLinear; call straight_through(model, ...) first.")
         self._model = model
-
-    def _layers(self) -> list[StraightThroughLinear]:
-        if self._model is None:
-            raise RuntimeError("The training has not been started. Call `start(model)` first.")
-        return [module for module in self._model.modules() if isinstance(module, StraightThroughLinear)]
 
     def after_step(self, step: int) -> None:
         """Fit, if it is time: after steps m, 2 m, …, counted from 1."""
         if step % self.period == 0:
-            for layer in self._layers():
+            for layer in _layers(self._started()):
                 refresh(layer, self.iterations)
 
     @torch.no_grad()
     def finish(self) -> None:
         """Replace the layers, in place, by `DenseSparseLinear` of what they compute, which train as they are."""
         made: dict[nn.Module, nn.Module] = {}
-        for layer in self._layers():
+        for layer in _layers(self._started()):
             factors = layer.factors.requires_grad_(layer.weight.requires_grad)
             factors.bias = layer.bias
             made[layer] = factors
-        assert self._model is not None
-        replace_everywhere(self._model, made)
+        replace_everywhere(self._started(), made)
         self._model = None
-
-    # Events of transformers' Trainer.
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.start(model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.after_step(state.global_step + 1)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.finish()

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument, shown
+from ...calibration.processes import processes
 from ...compiled import on_plain_model
-from ...factorized.dense import dense_linear
 from ...factorized.low_rank_linear import factorize_linear
 from ...factorized.ordered import OrderedLowRankLinear
 from ...linear_algebra.tails import group_lasso, moments_of, tails, worthy
-from ..factorize import Factorization
-from ..replacement import replace_everywhere
-from ..targets import TIED, check_base, checked, linear_targets, tied_to_others
+from ..replacement import replace_everywhere, replace_targets
+from ..report import Factorization
+from ..targets import check_base, linear_targets, weight_of
+from .callback import TrainingMethod
 
 
 @on_plain_model
@@ -45,27 +46,17 @@ def ordered_low_rank(
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={shown(rank)} must be an int of at least 1; None is full rank.")
     check_base(model)
-    before = sum(parameter.numel() for parameter in model.parameters())
-    is_tied = tied_to_others(model)
-    replaced: dict[str, int] = {}
-    left: dict[str, str] = {}
-    made: dict[nn.Module, OrderedLowRankLinear] = {}
-    for name, layer in linear_targets(model, target_modules).items():
-        if is_tied(layer):
-            left[name] = TIED
-            continue
-        if layer not in made:
-            most = min(checked(name, layer).shape)
-            low_rank: Any = factorize_linear(layer, most if rank is None else min(rank, most))
-            low_rank.__class__ = OrderedLowRankLinear
-            made[layer] = low_rank
-        replaced[name] = made[layer].rank
-    replace_everywhere(model, made)
-    after = sum(parameter.numel() for parameter in model.parameters())
-    return Factorization(replaced, left, before, after)
+
+    def make(layer: nn.Linear | Conv1D) -> nn.Module:
+        most = min(weight_of(layer).shape)
+        low_rank: Any = factorize_linear(layer, most if rank is None else min(rank, most))
+        low_rank.__class__ = OrderedLowRankLinear
+        return cast(OrderedLowRankLinear, low_rank)
+
+    return replace_targets(model, linear_targets(model, target_modules), make)
 
 
-class OrderedRankTraining(TrainerCallback):
+class OrderedRankTraining(TrainingMethod):
     """Orders the components of a model's layers by importance while it trains, and cuts those of no use.
 
     Each step draws one of all pairs of a layer and a rank b, uniformly; that layer computes with its first b
@@ -108,13 +99,14 @@ class OrderedRankTraining(TrainerCallback):
             adapters; `shrink` an optimizer whose state it cannot cut.
     """
 
+    adds_to_gradients = True
+
     def __init__(self, penalty: float, threshold: float = 1e-5, seed: int = 0) -> None:
         for name, value in (("penalty", penalty), ("threshold", threshold)):
             check_argument("OrderedRankTraining(penalty, threshold)", name, value, "a number")
             if value < 0:
                 raise ValueError(f"{name}={value!r} must be at least 0.")
         self.factor, self.threshold, self.seed = penalty, threshold, seed
-        self._model: nn.Module | None = None
         self._ranks: dict[str, int] = {}
         """Components that are not zero, of which draws are made."""
 
@@ -133,9 +125,7 @@ class OrderedRankTraining(TrainerCallback):
     @property
     def layers(self) -> dict[str, OrderedLowRankLinear]:
         """By name."""
-        if self._model is None:
-            raise RuntimeError("The training has not been started. Call `start(model)` first.")
-        return _layers(self._model)
+        return _layers(self._started())
 
     def before_forward(self, step: int) -> tuple[str, int]:
         """Draw a layer and a rank for the forwards of this step; returned for those who log."""
@@ -179,7 +169,7 @@ class OrderedRankTraining(TrainerCallback):
         for name, layer in self.layers.items():
             if kept[name] == layer.rank:
                 continue
-            if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            if processes() > 1:
                 _empty(layer, kept[name], optimizer)
             else:
                 cut_rank(layer, kept[name], optimizer)
@@ -199,30 +189,13 @@ class OrderedRankTraining(TrainerCallback):
             m, n = layer.out_features, layer.in_features
             ranks[name] = layer.rank if layer.rank * (m + n) < m * n else None
             if ranks[name] is None and layer not in dense:
-                dense[layer] = dense_linear(layer)
-        assert self._model is not None
-        replace_everywhere(self._model, dense)
+                dense[layer] = layer.dense()
+        replace_everywhere(self._started(), dense)
         self._model = None
         return ranks
 
-    # Events of transformers' Trainer.
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.fp16:
-            raise ValueError("fp16 scales gradients, which a penalty's cannot be added to. Train with bf16.")
-        self.start(model)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before_forward(state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.after_backward()
-
     def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.shrink(optimizer)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.finish()
 
 
 @torch.no_grad()

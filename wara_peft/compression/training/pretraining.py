@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, cast
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument
 from ...compiled import on_plain_model
 from ...factorized import LowRankPlusSparseLinear
-from ...factorized.dense import dense_layer
-from ...factorized.low_rank_linear import linear_shape
 from ...factorized.saved import FACTORIZED
 from ...messages import first
-from ..factorize import Factorization
-from ..replacement import replace_everywhere
-from ..targets import TIED, check_base, checked, linear_targets, tied_to_others
+from ..replacement import replace_everywhere, replace_targets
+from ..report import Factorization
+from ..targets import check_base, linear_targets, weight_of
 
 
 @on_plain_model
@@ -59,40 +59,23 @@ def low_rank_plus_sparse(
             "factorize(solver='random'), at 1 the dense model."
         )
     check_base(model)
-    parameters_before = sum(parameter.numel() for parameter in model.parameters())
-    is_tied = tied_to_others(model)
-    replaced: dict[str, int] = {}
-    left: dict[str, str] = {}
-    made: dict[nn.Module, LowRankPlusSparseLinear] = {}
-    for name, layer in linear_targets(model, target_modules).items():
-        if is_tied(layer):
-            left[name] = TIED
-            continue
-        replaced[name] = rank
-        if layer in made:
-            continue
-        checked(name, layer)
-        n, m = linear_shape(layer)
+    seeds = itertools.count(seed)
+
+    def make(layer: nn.Linear | Conv1D) -> nn.Module:
+        weight = weight_of(layer)
+        m, n = weight.shape
+        has_bias = layer.bias is not None
         try:
             new = LowRankPlusSparseLinear(
-                n,
-                m,
-                rank,
-                int(density * m * n),
-                alpha,
-                layer.bias is not None,
-                seed + len(made),
-                layer.weight.device,
-                layer.weight.dtype,
+                n, m, rank, int(density * m * n), alpha, has_bias, next(seeds), weight.device, weight.dtype
             )
         except ValueError as error:
-            raise ValueError(f"{name!r} cannot be low-rank plus sparse at density={density}: {error}") from error
-        if layer.bias is not None:
+            raise ValueError(f"at density={density}: {error}") from error
+        if has_bias:
             new.bias = layer.bias
-        made[layer] = new.train(layer.training)
-    replace_everywhere(model, made)
-    parameters_after = sum(parameter.numel() for parameter in model.parameters())
-    return Factorization(replaced, left, parameters_before, parameters_after)
+        return new
+
+    return replace_targets(model, linear_targets(model, target_modules), make)
 
 
 @on_plain_model
@@ -115,6 +98,6 @@ def to_dense(model: nn.Module) -> list[str]:
         kinds = [kind.__name__ for kind in FACTORIZED]
         raise ValueError(f"The model has no factorised layer: no {first(kinds, len(kinds))}.")
     layers = {model.get_submodule(name) for name in names}
-    made = {layer: dense_layer(cast(Any, layer)) for layer in layers}
+    made = {layer: cast(Any, layer).dense() for layer in layers}
     replace_everywhere(model, made)
     return names

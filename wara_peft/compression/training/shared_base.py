@@ -19,7 +19,7 @@ from ...messages import first
 from ..replacement import replace_everywhere
 from ..solvers.low_rank import Metric, low_rank
 from ..statistics.layer_statistics import LayerStatistics
-from ..targets import TIED, check_base, checked, linear_layers, tied_to_others
+from ..targets import TIED, check_base, checked, linear_layers, separate_tied
 
 
 def shared_rank(width: int, columns: int, budget: float, sparsity: float) -> int:
@@ -71,10 +71,9 @@ def share_bases(
     missing = [repr(name) for name in names if name not in layers]
     if missing or len({id(layers[name]) for name in names}) < len(names) or not names:
         raise ValueError(f"groups must name linear layers of the model, each once: {first(missing) or names}.")
-    is_tied = tied_to_others(model)
-    for name in names:
-        if is_tied(layers[name]):
-            raise ValueError(f"{name!r} cannot share a base: {TIED}. Untie it, or leave it out.")
+    _, left = separate_tied(model, {name: layers[name] for name in names})
+    if left:
+        raise ValueError(f"{first([repr(name) for name in left])} cannot share a base: {TIED}. Untie or leave out.")
     made: dict[nn.Module, nn.Module] = {}
     ranks = []
     before = max((layer.number for layer in model.modules() if isinstance(layer, SharedBaseLinear)), default=0)

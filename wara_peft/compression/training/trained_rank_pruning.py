@@ -7,21 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ...arguments import check_argument
+from ...calibration.processes import take_from_first_process
 from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
 from ..compress import compress
-from ..replacement import replace_everywhere
+from ..replacement import count_parameters, replace_everywhere
 from ..report import CompressionReport, LayerReport
 from ..statistics.layer_statistics import LayerStatistics
-from ..targets import TIED, check_base, checked_layer, layer_targets, tied_to_others
+from ..targets import TIED, check_base, checked, layer_targets, separate_tied
+from .callback import TrainingMethod
 
 
-class TrainedRankPruning(TrainerCallback, ExportableState):
+class TrainedRankPruning(TrainingMethod, ExportableState):
     """Truncates weights in the course of a training, and pulls their singular values down.
 
     Before the forward of every m-th step each weight W = U Σ Vᵀ, of a convolution as a matrix (m, n · kernel), is
@@ -68,6 +69,8 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
             weights, and a model with adapters.
     """
 
+    adds_to_gradients = True
+
     def __init__(
         self,
         energy: float = 0.9,
@@ -86,7 +89,6 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         self.energy, self.penalty, self.period = energy, penalty, period
         self.target_modules = target_modules
         self.report: CompressionReport | None = None
-        self._model: nn.Module | None = None
         self._targets: dict[str, nn.Module] = {}
         self._references: dict[str, list[float]] = {}
         """By name: E and ‖W'‖² of the last truncation."""
@@ -100,16 +102,11 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
             convolutions = [name for name, layer in found.items() if isinstance(layer, CONVOLUTIONS)]
             skipped = convolutions[:1] + [name for name in convolutions if set(_kernel(found[name])) == {1}]
             found = {name: layer for name, layer in found.items() if name not in skipped}
-        is_tied = tied_to_others(model)
-        targets: dict[str, nn.Module] = {}
-        for name, layer in found.items():
-            weight = layer.get_parameter("weight")
-            if isinstance(weight, DTensor):
+        targets, _ = separate_tied(model, found)
+        for name, layer in targets.items():
+            if isinstance(layer.get_parameter("weight"), DTensor):
                 raise ValueError(f"{name!r} is sharded, as by FSDP, and has no SVD in parts. Train with DDP.")
-            checked_layer(name, layer)
-            if is_tied(layer) or any(layer is other for other in targets.values()):
-                continue
-            targets[name] = layer
+            checked(name, layer)
         if not targets:
             raise ValueError(f"There is no layer to prune: of those in target_modules {TIED}, or none is left.")
         self._model, self._targets = model, targets
@@ -123,8 +120,9 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
 
     @torch.no_grad()
     def _truncate(self) -> dict[str, int]:
+        self._started()
         ranks = {}
-        for name, layer in self._started().items():
+        for name, layer in self._targets.items():
             weight = layer.get_parameter("weight")
             matrix = _unfolded(layer)
             left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -137,9 +135,7 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
             rank = min(int((energies < least).sum()) + 1, len(values))
             truncated = ((left[:, :rank] * values[:rank]) @ right[:rank]).view_as(weight)
             direction = (left[:, :rank] @ right[:rank]).view_as(weight)
-            if distributed.is_available() and distributed.is_initialized():
-                for tensor in (truncated, direction):  # rounding may differ between machines
-                    distributed.broadcast(tensor, 0)
+            take_from_first_process((truncated, direction))
             if rank < len(values):
                 weight.copy_(truncated)
             self._references[name] = [reference, float(energies[rank - 1])]
@@ -151,7 +147,7 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
     def after_backward(self) -> None:
         """Add λ U_k V_kᵀ to gradients, if it is time, between backward (and clipping) and the optimizer's step."""
         for name, direction in self._directions.items():
-            weight = self._started()[name].get_parameter("weight")
+            weight = self._targets[name].get_parameter("weight")
             if weight.grad is not None:
                 weight.grad.add_(direction, alpha=self.penalty)
         self._directions = {}
@@ -167,18 +163,14 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         Returns:
             What each layer got; it is also kept as `model.compression_report`.
         """
-        ranks, targets, model = self._truncate(), self._started(), self._model
-        assert model is not None
-        report = CompressionReport(solver, "given", 0, "parameters", 0, 0, [], {})
-        linear = {name: rank for name, rank in ranks.items() if not isinstance(targets[name], CONVOLUTIONS)}
-        if linear:
-            report = compress(model, linear, solver, statistics, show_progress_bar=False)
+        model, targets = self._started(), self._targets
+        ranks = self._truncate()
         made: dict[nn.Module, nn.Module] = {}
         entries = []
         for name, layer in targets.items():
             if isinstance(layer, CONVOLUTIONS):
                 new = factorize_conv(layer, ranks[name])
-                dense, after = _count(layer), _count(new)
+                dense, after = count_parameters(layer), count_parameters(new)
                 pays = after < dense
                 if pays:
                     made[layer] = new
@@ -187,6 +179,10 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
                     LayerReport(name, (rows, columns), ranks[name] if pays else None, None, dense,
                                 after if pays else dense, 0.0, "" if pays else "no rank pays")
                 )  # fmt: skip
+        report = CompressionReport(solver, "given", 0, "parameters", 0, 0, [], {})
+        linear = {name: rank for name, rank in ranks.items() if not isinstance(targets[name], CONVOLUTIONS)}
+        if linear:
+            report = compress(model, linear, solver, statistics, show_progress_bar=False)
         replace_everywhere(model, made)
         spent = report.spent + sum(entry.parameters_after for entry in entries)
         before = report.before + sum(entry.parameters_before for entry in entries)
@@ -198,32 +194,16 @@ class TrainedRankPruning(TrainerCallback, ExportableState):
         self._model, self._directions = None, {}
         return report
 
-    def _started(self) -> dict[str, nn.Module]:
-        if self._model is None:
-            raise RuntimeError("The pruning has not been started. Call `start(model)` first.")
-        return self._targets
-
     # Events of transformers' Trainer, and what it keeps in its checkpoints.
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"_references": self._references}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.fp16:
-            raise ValueError("fp16 scales gradients, which a penalty's cannot be added to. Train with bf16.")
-        self.start(model)
+        super().on_train_begin(args, state, control, model, **kwargs)
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         if state.global_step and isinstance(saved, dict):
             self._references = dict(saved["attributes"]["_references"])
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before_forward(state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.after_backward()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.finish()
 
 
 def _unfolded(layer: nn.Module) -> Tensor:
@@ -236,7 +216,3 @@ def _kernel(layer: nn.Module) -> tuple[int, ...]:
     assert isinstance(layer, CONVOLUTIONS)
     kernel: tuple[int, ...] = layer.kernel_size
     return kernel
-
-
-def _count(layer: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in layer.parameters())

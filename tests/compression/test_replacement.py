@@ -1,0 +1,76 @@
+"""What all functions that replace layers share: tied ones stay, two names are one layer, and it is all or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from wara_peft.compression import (
+    Factorization,
+    StraightThroughFactorizer,
+    factorize,
+    low_rank_plus_sparse,
+    ordered_low_rank,
+    straight_through,
+)
+
+WAYS: dict[str, Callable[[nn.Module], Factorization]] = {
+    "factorize": lambda model: factorize(model, 3),
+    "ordered_low_rank": lambda model: ordered_low_rank(model, 3),
+    "low_rank_plus_sparse": lambda model: low_rank_plus_sparse(model, 3, 0.1),
+    "straight_through": lambda model: straight_through(model, 6, 4, 3),
+}
+
+
+class Tied(nn.Module):
+    """Two layers, one of them under two names, and a head whose weight is the embedding's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 12)
+        self.up = nn.Linear(12, 24)
+        self.down = nn.Linear(24, 12, bias=False)
+        self.again = nn.Sequential(self.up)
+        self.head = nn.Linear(12, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.down(self.again(self.embedding(tokens))))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum({id(parameter): parameter.numel() for parameter in model.parameters()}.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tied_layers_are_left_and_those_with_two_names_replaced_under_both(way: str) -> None:
+    model = Tied().eval()
+    model.down.train()
+    before, bias = parameters(model), model.up.bias.detach().clone()
+    done = WAYS[way](model)
+    assert done.replaced == {"up": 3, "down": 3, "again.0": 3}
+    assert done.left == {"head": "its weight is tied to that of another module, which would keep it"}
+    assert model.again[0] is model.up and not isinstance(model.up, nn.Linear)
+    assert type(model.head) is nn.Linear and model.head.weight is model.embedding.weight
+    assert (model.up.training, model.down.training) == (False, True)
+    assert torch.equal(model.up.bias, bias) and model.down.bias is None
+    assert done.parameters_before == before
+    if way == "straight_through":
+        training = StraightThroughFactorizer()
+        training.start(model)
+        training.finish()
+    assert done.parameters_after == parameters(model) < before
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_error_has_the_layers_name_and_leaves_all_as_it_was(way: str) -> None:
+    model = Tied()
+    with torch.no_grad():
+        model.down.weight[0, 0] = torch.nan
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match="'down' cannot be factorised: its weight holds NaN"):
+        WAYS[way](model)
+    assert dict(model.named_modules()) == before
