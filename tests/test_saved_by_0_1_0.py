@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from wara_peft import WaRAConfig, save_as_lora
 from wara_peft.compression import load_compressed
-from wara_peft_cli import app
+from wara_peft_cli.app import app
 
 SAVED = Path(__file__).with_name("saved_by_0_1_0")
 ADAPTERS = sorted(path.name for path in (SAVED / "adapters").iterdir())
