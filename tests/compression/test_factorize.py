@@ -27,15 +27,6 @@ from wara_peft.attention import LowRankMultiheadAttention
 from wara_peft.compression import LowRankLinear, factorize, factorize_linear
 
 
-def test_the_old_names_go_on_importing() -> None:
-    from wara_peft import attention, compression
-
-    for name in ("Factorization", "LowRankLinear", "factorize", "factorize_linear"):
-        assert getattr(attention, name) is getattr(compression, name)
-    with pytest.raises(AttributeError, match="no attribute 'compress'"):
-        attention.compress  # noqa: B018
-
-
 def bert() -> BertForSequenceClassification:
     config = BertConfig(
         vocab_size=30,

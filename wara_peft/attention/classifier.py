@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor, nn
 
-from .additive import AdditivePooling
 from .checks import check_positive, padding_positions
 from .lama import Context, LowRankMultiHeadPooling
-from .structured import StructuredSelfAttentionPooling
-from .transformer import TransformerPooling
 
-Pooling = LowRankMultiHeadPooling | AdditivePooling | StructuredSelfAttentionPooling | TransformerPooling
+
+class Pooling(Protocol):
+    """What the classifiers need of a pooling, which is an `nn.Module`: `LowRankMultiHeadPooling`, or one called alike.
+
+    Attributes:
+        embed_dim: d, width of the states (B, T, d) that it pools.
+        num_heads: k, number of the vectors (B, k, d) that it makes of them.
+    """
+
+    embed_dim: int
+    num_heads: int
+
+    def __call__(
+        self, hidden: Tensor, key_padding_mask: Tensor | None, need_weights: bool, **pooling_inputs: Tensor
+    ) -> tuple[Tensor, Tensor | None]: ...
 
 
 class PoolingHead(nn.Module):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .pooling import without_padding
-from .projected import ProjectedAttention
+from wara_peft.attention.pooling import without_padding
 
 
 class TransformerPooling(nn.Module):
@@ -33,7 +32,7 @@ class TransformerPooling(nn.Module):
 
     def __init__(
         self,
-        attention: nn.MultiheadAttention | ProjectedAttention,
+        attention: nn.Module,
         dim_feedforward: int | None = None,
         dropout: float = 0.1,
     ) -> None:
@@ -48,7 +47,7 @@ class TransformerPooling(nn.Module):
             dropout,
             batch_first=True,
         )
-        self.layer.self_attn = attention  # type: ignore[assignment]
+        self.layer.self_attn = attention
 
     def forward(
         self, hidden: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import check_positive
-from .pooling import pool, without_padding
+from wara_peft.attention.checks import check_positive
+from wara_peft.attention.pooling import pool, without_padding
 
 
 class StructuredSelfAttentionPooling(nn.Module):
