@@ -57,7 +57,7 @@ def test_the_picture_is_of_this_source():
     ("apart", "others"),
     [
         ("attention", {"factorized"}),
-        ("compression", {"attention", "calibration", "disk", "factorized", "linear_algebra"}),
+        ("compression", {"attention", "base_layers", "calibration", "disk", "factorized", "linear_algebra"}),
         ("factorized", set()),
         ("wavelet", set()),
     ],

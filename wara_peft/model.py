@@ -29,6 +29,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
+from .base_layers.embeddings import found_by
 from .base_layers.kinds import LINEAR, BareParameter, ModuleShape, kind_of
 from .base_layers.never_called import keep_called, let_go, never_called
 from .base_layers.quantization import FLOATS, base_weight, keep_unpacked
@@ -465,15 +466,7 @@ class WaRAModel(BaseTuner):
 
         PEFT calls it to save an adapter on a layer that is called `lm_head`, and so fails for LoRA on wav2vec 2.0.
         """
-        find = self.model.get_input_embeddings
-
-        def found() -> nn.Module | None:
-            try:
-                return find()  # type: ignore[no-any-return]
-            except NotImplementedError:
-                return None
-
-        return found
+        return partial(found_by, self.model.get_input_embeddings)
 
     def add_weighted_adapter(
         self,

@@ -245,6 +245,9 @@ def test_an_embedding_with_a_layer_tied_to_it(tmp_path):
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert embedding.get_base_layer().weight is head.get_base_layer().weight
     torch.testing.assert_close(head.get_delta_weight("default"), embedding.get_delta_weight("default"))
+    load_lora(model, tmp_path, "again")  # beside an adapter that is tied already
+    model.set_adapter("again")
+    torch.testing.assert_close(model(INPUTS).logits, lora(INPUTS).logits, rtol=1e-12, atol=1e-13)
 
 
 def rewrite_config(path: Path, **changes) -> None:

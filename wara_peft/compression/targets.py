@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..base_layers.embeddings import embeddings
+from ..base_layers.tied_weights import names_by_parameter
 from ..compiled import on_plain_model
 from ..factorized.low_rank_conv import CONVOLUTIONS, checked_conv
 from ..factorized.low_rank_linear import check_values, checked_linear
@@ -95,19 +96,13 @@ def _no_match(target: object, candidates: Mapping[str, nn.Module]) -> str:
 TIED = "its weight is tied to that of another module, which would keep it"
 
 
-def tied_to_others(model: nn.Module) -> Callable[[nn.Module], bool]:
-    """Tells of a layer whether one of its parameters belongs to another module too."""
-    owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    return lambda layer: any(owners[id(weight)] > 1 for weight in layer.parameters())
-
-
 def separate_tied(model: nn.Module, targets: Mapping[str, Layer]) -> tuple[dict[str, Layer], dict[str, str]]:
     """Targets whose weights are their own, each under its first name only; and by name why the others are left."""
-    is_tied = tied_to_others(model)
+    names_of = names_by_parameter(model)
     first_names: dict[Layer, str] = {}
     left = {}
     for name, layer in targets.items():
-        if is_tied(layer):
+        if any(len(names_of[id(weight)]) > 1 for weight in layer.parameters()):
             left[name] = TIED
         else:
             first_names.setdefault(layer, name)
@@ -132,8 +127,7 @@ def layer_targets(model: nn.Module, target_modules: str | list[str] | None) -> d
 
 
 def _linear_candidates(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None and target_modules is None else None
+    head = embeddings(model)[1] if target_modules is None else None
     return {name: layer for name, layer in linear_layers(model).items() if layer is not head}
 
 

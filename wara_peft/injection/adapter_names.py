@@ -9,11 +9,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..base_layers.embeddings import embeddings
 from ..base_layers.kinds import BareParameter
 from ..config import WaRAConfig
 from ..layers.base import TENSOR_PARTS
 from ..layers.lookup import adapted_layers
-from .target_checks import embeddings, names_in_full
+from .target_checks import names_in_full
 
 OF_PARTS = (
     *TENSOR_PARTS,

@@ -10,11 +10,11 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ..base_layers.embeddings import embeddings
 from ..config import WaRAConfig
 from ..layers.base import WaRALayer
 from ..layers.lookup import adapted_layers
 from ..layers.parameters import AdaptedModule
-from .target_checks import embeddings
 
 AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
 """Parts of a key that come from wrappers which PEFT has put around a module."""

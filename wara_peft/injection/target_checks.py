@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
+from ..base_layers.embeddings import embeddings
 from ..base_layers.kinds import kind_of
 from ..base_layers.own_forward import reason_against_adapting
 from ..base_layers.refusals import Refusal, exclusion, explain
@@ -63,19 +63,6 @@ def names_in_full(config: WaRAConfig) -> tuple[str, ...]:
     """Names that PEFT compares with the ends of modules' names, to train these in full or some of their rows."""
     indices = config.trainable_token_indices
     return (*(config.modules_to_save or ()), *(indices if isinstance(indices, dict) else ()))
-
-
-def embeddings(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
-    """The input embedding and the output layer of a model of transformers, None where it has none."""
-
-    def found(getter: str) -> nn.Module | None:
-        try:
-            layer: nn.Module | None = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            return None
-        return layer
-
-    return found("get_input_embeddings"), found("get_output_embeddings")
 
 
 def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) -> None:

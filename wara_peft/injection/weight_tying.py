@@ -10,6 +10,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
 from ..base_layers.kinds import BareParameter
+from ..base_layers.tied_weights import modules_by_parameter
 from ..layers.base import WaRALayer
 from ..messages import first
 
@@ -49,22 +50,16 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
     Raises:
         ValueError: the weight of such a module is tied to that of one that does not have the same adapters.
     """
-    users: dict[int, list[str]] = {}
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
-        names[module] = _plain_name(name)
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(names[module])
+    users = modules_by_parameter(model)
     layers = {name: module for name, module in model.named_modules() if name in merged}
     for name, layer in layers.items():
         base = layer.get_base_layer()
-        weight = getattr(base, "weight", None)
-        own = names[base.owner] if isinstance(base, BareParameter) else name  # the module that has the weight
+        owner = base.owner if isinstance(base, BareParameter) else base  # the module that has the weight
+        users_of_weight = users.get(id(getattr(base, "weight", None)), [])
         others = [
             repr(other)
-            for other in users.get(id(weight), [])
-            if other != own
-            and not other.endswith(".original_module")  # whose place a trained copy has taken
+            for other in (_plain_name(user) for user in users_of_weight if model.get_submodule(user) is not owner)
+            if not other.endswith(".original_module")  # whose place a trained copy has taken
             and not (other in layers and _share_adapters(layer, layers[other], merged[name]))
         ]
         if others:
@@ -91,15 +86,11 @@ def check_token_ties(model: nn.Module, adapter_names: list[str] | None) -> None:
         _plain_name(name): module for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)
     }
     sources = {name: module.tied_adapter or module for name, module in trained.items()}
-    weights = {
-        (_plain_name(name), id(parameter))
-        for name, module in model.named_modules()
-        for parameter in module.parameters(recurse=False)
-    }
+    users = modules_by_parameter(model)
     for name, module in trained.items():
         merged = module.active_adapters if adapter_names is None else adapter_names
-        weight = id(module.get_base_layer().weight)
-        others = sorted(repr(o) for o, used in weights if used == weight and sources.get(o) is not sources[name])
+        users_of_weight = {_plain_name(user) for user in users[id(module.get_base_layer().weight)]}
+        others = sorted(repr(other) for other in users_of_weight if sources.get(other) is not sources[name])
         if others and any(adapter in module.trainable_tokens_delta for adapter in merged):
             raise ValueError(
                 f"Cannot merge the trained tokens of module {name!r}: its weight is tied to {first(others)}, which "

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..arguments import check_argument
 from ..base_layers.kinds import BareParameter, kind_of
+from ..base_layers.tied_weights import modules_by_parameter
 from ..compiled import compiled_module, plain_model
 from ..config import WaRAConfig
 from ..config_fields.from_lora import fields_from_lora, warn_of_left_out
@@ -135,12 +136,10 @@ def _warn_of_lost_order(saved: SavedLora, names: Iterable[str]) -> None:
 
 def _tied_to(targets: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
     """Names of layers with the weight of an embedding that is a target, which are none themselves."""
-    weights = {id(target.weight) for target in targets.values() if isinstance(target, nn.Embedding)}
-    return {
-        name.removesuffix(".base_layer")
-        for name, module in model.named_modules()
-        if id(getattr(module, "weight", None)) in weights and name not in targets
-    }
+    users = modules_by_parameter(model)
+    embeddings = [target for target in targets.values() if isinstance(target, nn.Embedding)]
+    tied = {user.removesuffix(".base_layer") for target in embeddings for user in users[id(target.weight)]}
+    return tied - targets.keys()
 
 
 def _in_full(config: WaRAConfig, model: nn.Module) -> set[str]:

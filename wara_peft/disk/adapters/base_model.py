@@ -116,7 +116,7 @@ class AdaptedModel:
         ties = config.ensure_weight_tying and _may_tie(config)
         targets = config.target_modules if ties and not isinstance(config.target_modules, str) else None
         # By its names of embeddings, which may be those of tied layers alone, PEFT knows that it has something to tie.
-        embeddings = [name for name in targets or () if name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+        embeddings = [name for name in targets or () if is_name_of_embedding(name)]
         modules, parameters = loras_targets({name: shape.kind for name, shape in saved.modules.items()})
         small = WaRAConfig(
             r=1,
@@ -147,8 +147,13 @@ def _may_tie(config: WaRAConfig) -> bool:
     if isinstance(targets, str):
         named = any(match_target_against_key(targets, name) for name in EMBEDDING_LAYER_NAMES)
     else:
-        named = any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in targets or ())
-    return named or any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in config.modules_to_save or ())
+        named = any(map(is_name_of_embedding, targets or ()))
+    return named or any(map(is_name_of_embedding, config.modules_to_save or ()))
+
+
+def is_name_of_embedding(module_name: str) -> bool:
+    """Whether PEFT takes a module of this name for an embedding, and so looks for what is tied to it."""
+    return module_name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
 
 
 def _owned(wrapped: nn.Module) -> Iterator[str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
-from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
+from ...base_layers.tied_weights import names_by_parameter
 from ...layers.mergeable import check_mergeable
 from ...messages import first
 from ..checkpoints.checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
@@ -22,7 +22,7 @@ from ..checkpoints.directory import written_at_once
 from ..checkpoints.skeleton import keys_of_parameters
 from ..checkpoints.tensors import FLOATS, INTEGERS, TensorInfo
 from .adapter import SavedAdapter, Track, untracked
-from .base_model import AdaptedModel, empty_model
+from .base_model import AdaptedModel, empty_model, is_name_of_embedding
 from .contents import PEFT_INTERNAL, TOKENS, parameter_of
 
 
@@ -121,6 +121,7 @@ class _Plan:
         needed = {name: change.values for name, change in changes.items() if not self._may_be_missing(change)}
         self.model = empty_model(checkpoint, saved, needed)
         self.parameters = self.model.state_dict()
+        self._tied = {name: names for names in names_by_parameter(self.model).values() for name in names}
         self.adapted = AdaptedModel(self.model, saved)
         lacking = [repr(name) for name in sorted(self.adapted.saved - changes.keys())]
         if lacking:
@@ -172,9 +173,7 @@ class _Plan:
 
     def _tied_to(self, parameter: str) -> list[str]:
         """The parameters that share one weight with this one, itself included."""
-        ties = self.model.all_tied_weights_keys  # from each tied parameter's name to that of its source
-        source = ties.get(parameter, parameter)
-        return [source, *(name for name, other in ties.items() if other == source)]
+        return self._tied.get(parameter, [parameter])
 
     def _once_for_tied(self, changes: list[_Change]) -> list[_Change]:
         """One change for each weight; refused if parameters tied to it would not all change alike without merging."""
@@ -202,7 +201,7 @@ class _Plan:
     def _remedy(self, tied: list[str]) -> str:
         untie = "Untie them in the base model (`tie_word_embeddings=False`)"
         # PEFT looks for adapters to tie where these names are targets.
-        peft_ties = any(name.split(".")[-2:-1] == [layer] for name in tied for layer in EMBEDDING_LAYER_NAMES)
+        peft_ties = any(is_name_of_embedding(name.rpartition(".")[0]) for name in tied)
         if self.saved.config.ensure_weight_tying or not peft_ties:
             return f"{untie}."
         return f"{untie}, or train the adapter with `ensure_weight_tying=True`."
