@@ -46,7 +46,7 @@ from .injection.loading_over import check_keys, check_saved_adapter
 from .injection.mixed_batch import mixed_batch
 from .injection.pad_token import warn_of_pad_token
 from .injection.rollback import undone_on_error
-from .injection.saved_besides_factors import AROUND, places_in, resized_embedding, trained_biases
+from .injection.saved_besides_factors import places_in, resized_embedding, trained_biases
 from .injection.target_checks import (
     check_factors,
     check_in_full,
@@ -65,14 +65,14 @@ from .injection.target_parameters import (
     projections,
     use_loras_targets,
 )
-from .injection.weight_tying import check_ties, check_token_ties, keep_ties_in_replicas, unwrapped, without
+from .injection.weight_tying import check_ties, check_token_ties, keep_ties_in_replicas, without
 from .layers.base import TENSOR_PARTS, WaRALayer
 from .layers.conv import Conv
 from .layers.embedding import Embedding
 from .layers.enabling import TrainedBefore, switch
 from .layers.factorized import FactorizedLinear
 from .layers.linear import Linear
-from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor
+from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor, modules_outside, without_wrappers
 from .layers.parameters import AdaptedModule, ParameterLayer
 from .messages import first
 
@@ -181,9 +181,9 @@ class WaRAModel(BaseTuner):
                 with self._taken_out_on_error(adapter_name):
                     awaited.check(found)
                     awaited.check_tensors(tensors, own)
-                    given = {AROUND.sub("", key.removeprefix(f"{prefix}model.")) for key in state_dict}
+                    given = {without_wrappers(key.removeprefix(f"{prefix}model.")) for key in state_dict}
                     biases = trained_biases(self.model, awaited.config, adapter_name, self.model.state_dict())
-                    awaited.check_biases(key for key in biases if AROUND.sub("", key) not in given)
+                    awaited.check_biases(key for key in biases if without_wrappers(key) not in given)
                 self._awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -192,8 +192,7 @@ class WaRAModel(BaseTuner):
 
         Keys of a file that PEFT has not found in the model come without the adapter's name.
         """
-        layers = [name for name, module in self.model.named_modules() if isinstance(module, WaRALayer)]
-        parts = {f"{prefix}model.{name}.{part}" for name in layers for part in TENSOR_PARTS}
+        parts = {f"{prefix}model.{name}.{part}" for name in adapted_layers(self.model) for part in TENSOR_PARTS}
         found = {}
         for key, tensor in state_dict.items():
             container, _, last = key.rpartition(".")
@@ -319,9 +318,8 @@ class WaRAModel(BaseTuner):
             ) from error
 
     def _targets(self, peft_config: WaRAConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        for name, module in model.named_modules():
-            if not name or name.startswith(inside) or self._check_tied_module_exists(peft_config, name):
+        for name, module in modules_outside(model, (BaseTunerLayer,)):
+            if not name or self._check_tied_module_exists(peft_config, name):
                 continue
             named = self._named_by_state_dict
             if self._check_target_module_exists(peft_config, name) if named is None else name in named:
@@ -423,7 +421,7 @@ class WaRAModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT casts an adapter, which makes new parameters of gains: they train only if the old ones did."""
-        gains = [module.wara_gain for module in self.modules() if isinstance(module, WaRALayer)]
+        gains = [layer.wara_gain for layer in adapted_layers(self).values()]
         before = [(gain, gain[adapter_name].requires_grad) for gain in gains if adapter_name in gain]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for gain, trains in before:
@@ -443,7 +441,7 @@ class WaRAModel(BaseTuner):
 
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Target the input embedding, and leave the layers tied to it to its adapter."""
-        tied_weight_keys = unwrapped(tied_weight_keys)
+        tied_weight_keys = [without_wrappers(name) for name in tied_weight_keys]
         peft_config.target_modules_to_tie = set(tied_weight_keys)
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
         if isinstance(peft_config.target_modules, str):
@@ -454,7 +452,7 @@ class WaRAModel(BaseTuner):
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Train the input embedding in full, and let the layers tied to it use its copy."""
-        tied_weight_keys = unwrapped(tied_weight_keys)
+        tied_weight_keys = [without_wrappers(name) for name in tied_weight_keys]
         peft_config.modules_to_tie = set(tied_weight_keys)
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
         others = [name for name in without(peft_config.modules_to_save, tied_weight_keys) if name != embedding]
@@ -605,8 +603,8 @@ class WaRAModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         with plain_model(self.model) as model:
-            for name, module in model.named_modules():
-                backend = module.quantization_backend if isinstance(module, WaRALayer) else None
+            for name, layer in adapted_layers(model).items():
+                backend = layer.quantization_backend
                 if backend is not None and not backend.supports_merge:
                     raise ValueError(
                         f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve "
@@ -617,15 +615,14 @@ class WaRAModel(BaseTuner):
         """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched."""
         merged: dict[str, list[str]] = {}
         with plain_model(self.model) as model:
-            for name, module in model.named_modules():
-                if isinstance(module, WaRALayer):
-                    adapters = list(module.active_adapters if adapter_names is None else adapter_names)
-                    module.check_has_delta_weight(adapters)
-                    if any(adapter in module.wara_A for adapter in adapters):
-                        merged[name] = adapters
-                        module.check_mergeable(adapters)
-                    if any(adapter in module.wara_A and adapter not in module.merged_adapters for adapter in adapters):
-                        module.check_not_written()
+            for name, layer in adapted_layers(model).items():
+                adapters = list(layer.active_adapters if adapter_names is None else adapter_names)
+                layer.check_has_delta_weight(adapters)
+                if any(adapter in layer.wara_A for adapter in adapters):
+                    merged[name] = adapters
+                    layer.check_mergeable(adapters)
+                if any(adapter in layer.wara_A and adapter not in layer.merged_adapters for adapter in adapters):
+                    layer.check_not_written()
             check_ties(model, merged)
             check_token_ties(model, adapter_names)
 
@@ -666,7 +663,7 @@ class WaRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        layers = [module for module in self.model.modules() if isinstance(module, WaRALayer)]
+        layers = adapted_layers(self.model).values()
         if merge:
             self._check_mergeable(adapter_names)
         with undone_on_error(self.model) if merge else nullcontext():

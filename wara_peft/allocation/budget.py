@@ -10,7 +10,6 @@ from typing import cast
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import (
-    BaseTuner,
     BaseTunerLayer,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
@@ -23,6 +22,7 @@ from torch import nn
 from ..base_layers.kinds import kind_of
 from ..compiled import plain_model
 from ..injection.target_parameters import original
+from ..layers.lookup import base_model_of
 from ..layers.parameters import AdaptedModule
 
 
@@ -39,8 +39,7 @@ def lora_parameters_in(model: nn.Module, like: LoraConfig, modules: Mapping[str,
     """
     if like.target_modules is None:
         return lora_parameters(like, modules)
-    base: nn.Module = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
-    with plain_model(base) as plain, _without_adapters(plain):
+    with plain_model(base_model_of(model)) as plain, _without_adapters(plain):
         like = cast(LoraConfig, _maybe_include_all_linear_layers(copy.deepcopy(like), plain))
         named = dict(plain.named_modules())
     found = {name: module for name, module in named.items() if name and check_target_module_exists(like, name)}

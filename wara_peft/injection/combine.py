@@ -16,6 +16,7 @@ from ..config import WaRAConfig
 from ..config_fields.name_patterns import exact_pattern, suffix_matches
 from ..forms import SUBBAND
 from ..layers.base import WaRALayer
+from ..layers.lookup import adapted_layers
 from ..wavelet import subbands
 from .peft_combinations import OF_DELTA_WEIGHTS, OF_FACTORS, combine_as_lora
 
@@ -35,10 +36,9 @@ def combine(
     if len(adapters) == 1:  # of which "cat" is the exact multiple, of the same rank
         combination_type = "cat"
     layers = {
-        name: module
-        for name, module in tuner.model.named_modules()
-        if isinstance(module, WaRALayer)
-        and any(adapter in module.wara_A and adapter not in module.tied_to for adapter in adapters)
+        name: layer
+        for name, layer in adapted_layers(tuner.model).items()
+        if any(adapter in layer.wara_A and adapter not in layer.tied_to for adapter in adapters)
     }
     as_lora = None
     if combination_type not in ("cat", "linear"):
@@ -88,19 +88,19 @@ def _check(
         reason = cast(WaRAConfig, tuner.peft_config[adapter]).form_object.not_combined.get(combination_type)
         if reason is not None:
             raise ValueError(f"Adapter {adapter!r} cannot be combined by {combination_type!r}: {reason}")
+    for name, layer in adapted_layers(tuner.model).items():
+        present = [adapter for adapter in adapters if adapter in layer.wara_A]
+        if present and layer.kind.is_parameter:
+            raise ValueError(
+                f"Adapters of bare parameters, as of {name!r}, cannot be combined. Merge one after the other "
+                "(`merge_adapter([...])`), or activate several at once: `base_model.set_adapter([...])`."
+            )
+        if 0 < sum(adapter in layer.tied_to for adapter in present) < len(present):
+            raise ValueError(
+                f"In module {name!r} some of the adapters {', '.join(present)} are tied to the input embedding's "
+                "and some are not; they cannot be combined."
+            )
     for name, module in tuner.model.named_modules():
-        if isinstance(module, WaRALayer):
-            if module.kind.is_parameter and any(adapter in module.wara_A for adapter in adapters):
-                raise ValueError(
-                    f"Adapters of bare parameters, as of {name!r}, cannot be combined. Merge one after the other "
-                    "(`merge_adapter([...])`), or activate several at once: `base_model.set_adapter([...])`."
-                )
-            present = [adapter for adapter in adapters if adapter in module.wara_A]
-            if 0 < sum(adapter in module.tied_to for adapter in present) < len(present):
-                raise ValueError(
-                    f"In module {name!r} some of the adapters {', '.join(present)} are tied to the input embedding's "
-                    "and some are not; they cannot be combined."
-                )
         if isinstance(module, ModulesToSaveWrapper):
             trained = [adapter for adapter in adapters if adapter in module.modules_to_save]
             if len(trained) > 1:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..forms import one_call
 from ..layers.base import WaRALayer
+from ..layers.lookup import adapted_layers
 from ..layers.parameters import ParameterLayer
 from ..messages import first
 
@@ -32,7 +33,7 @@ def mixed_batch(tuner: BaseTuner, adapter_names: list[str], beams: int) -> Itera
     """
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    layers = [module for module in tuner.modules() if isinstance(module, WaRALayer)]
+    layers = adapted_layers(tuner).values()
     known = {"__base__"}.union(*(layer.wara_A.keys() for layer in layers))
     unknown = sorted(set(adapter_names) - known)
     if unknown:

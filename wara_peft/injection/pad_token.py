@@ -6,9 +6,9 @@ import warnings
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..layers.lookup import base_model_of
 from .saved_besides_factors import base_config_on_disk
 
 
@@ -24,7 +24,7 @@ def warn_of_pad_token(model: nn.Module, config: PeftConfig) -> None:
         config: the adapter's config, which names the base model.
     """
     name = config.base_model_name_or_path
-    base = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
+    base = base_model_of(model)
     if config.task_type != "SEQ_CLS" or not name or not hasattr(base, "score"):
         return
     here: Any = getattr(base, "config", None)

@@ -13,11 +13,9 @@ from transformers import PreTrainedConfig
 from ..base_layers.embeddings import embeddings
 from ..config import WaRAConfig
 from ..layers.base import WaRALayer
-from ..layers.lookup import adapted_layers
+from ..layers.lookup import AROUND, adapted_layers, without_wrappers
 from ..layers.parameters import AdaptedModule
 
-AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.)")
-"""Parts of a key that come from wrappers which PEFT has put around a module."""
 OF_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of a parameter's name that come from FSDP and checkpointing; keys of a state dict do not have them."""
 
@@ -65,8 +63,10 @@ def places_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, T
     known = model.state_dict().keys()
     if all(key in known for key in state_dict):
         return dict(state_dict)
-    places = {AROUND.sub("", key): key for key in known}
-    return {key if key in known else places.get(AROUND.sub("", key), key): value for key, value in state_dict.items()}
+    places = {without_wrappers(key): key for key in known}
+    return {
+        key if key in known else places.get(without_wrappers(key), key): value for key, value in state_dict.items()
+    }
 
 
 def resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

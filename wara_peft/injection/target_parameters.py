@@ -18,6 +18,7 @@ from ..base_layers.kinds import IN_PROJ, LINEAR, BareParameter, Kind
 from ..base_layers.quantization import FLOATS
 from ..base_layers.refusals import Refusal
 from ..config import WaRAConfig
+from ..layers.lookup import modules_outside
 from ..layers.parameters import AdaptedModule
 from ..messages import first
 from .target_checks import is_all_linear
@@ -164,11 +165,7 @@ def named_parameters(config: WaRAConfig, model: nn.Module) -> Iterator[NamedPara
     if not targets:
         return
     ends = tuple(f".{target}" for target in targets)
-    modules = list(model.named_modules())
-    inside = tuple(f"{name}." for name, module in modules if isinstance(module, (BaseTunerLayer, AdaptedModule)))
-    for module_name, module in modules:
-        if module_name.startswith(inside):
-            continue
+    for module_name, module in modules_outside(model, (BaseTunerLayer, AdaptedModule)):
         found = NamedParameter(module_name, module, "")
         for name in [*found.owner._parameters, *getattr(found.owner, "parametrizations", ())]:
             full_name = f"{module_name}.{name}"

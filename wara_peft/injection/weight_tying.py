@@ -11,13 +11,8 @@ from torch import nn
 
 from ..base_layers.kinds import BareParameter
 from ..base_layers.tied_weights import modules_by_parameter
-from ..layers.base import WaRALayer
+from ..layers.lookup import adapted_layers
 from ..messages import first
-
-
-def unwrapped(names: list[str]) -> list[str]:
-    """Module names without what an earlier adapter has put around the module."""
-    return [name.removesuffix(".base_layer") for name in names]
 
 
 def without(names: Iterable[str], keys: list[str]) -> list[str]:
@@ -27,7 +22,7 @@ def without(names: Iterable[str], keys: list[str]) -> list[str]:
 
 def keep_ties_in_replicas(model: nn.Module) -> None:
     """Have replicas of a model, as `nn.DataParallel` makes them, tie their layers to their own embedding."""
-    tied = any(isinstance(module, WaRALayer) and module.tied_to for module in model.modules())
+    tied = any(layer.tied_to for layer in adapted_layers(model).values())
     if tied and _tie_replica not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_tie_replica)
 
@@ -35,9 +30,9 @@ def keep_ties_in_replicas(model: nn.Module) -> None:
 def _tie_replica(model: Any, args: tuple[Any, ...]) -> None:
     if getattr(model, "_is_replica", False):
         embedding = model.get_input_embeddings()
-        for module in model.modules():
-            if isinstance(module, WaRALayer) and module.tied_to:
-                module.tie_again(embedding)
+        for layer in adapted_layers(model).values():
+            if layer.tied_to:
+                layer.tie_again(embedding)
 
 
 def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:

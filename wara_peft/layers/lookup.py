@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..config import WaRAConfig
 from ..config_fields.resolution import as_in_model
 from .base import TENSOR_PARTS, WaRALayer
+
+AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.|$)")
+"""Parts of a name or key that come from wrappers which PEFT has put around a module."""
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a module or parameter, or a key, as it is without what PEFT has put around modules."""
+    return AROUND.sub("", name)
 
 
 def is_of_a_factor(key: str) -> bool:
@@ -17,12 +27,27 @@ def is_of_a_factor(key: str) -> bool:
     return any(part in TENSOR_PARTS for part in key.split(".")[-3:])
 
 
-def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
-    """The layers that have an adapter, tied ones included, by their names in `model`."""
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model around whose layers adapters are, or the model itself if there are none."""
+    return next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
+
+
+def modules_outside(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by name, but for those that lie inside of a module of one of these classes."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            yield name, module
+            if isinstance(module, wrappers):
+                inside += (f"{name}.",)
+
+
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, WaRALayer]:
+    """The layers that have an adapter, tied ones included, by their names in `model`; without a name, any adapter."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, WaRALayer) and adapter_name in module.wara_A
+        if isinstance(module, WaRALayer) and (adapter_name is None or adapter_name in module.wara_A)
     }
 
 

@@ -15,6 +15,7 @@ from ..disk.adapters.source import adapter_source
 from ..disk.checkpoints.directory import written_at_once
 from ..layers.as_lora import LoraModule
 from ..layers.base import WaRALayer
+from ..layers.lookup import adapted_layers
 from .export import lora_name, to_lora, write_lora
 
 
@@ -43,12 +44,12 @@ class LoraView:
         self._others = {key: tensors[key].clone() for key in source.others}
         self._tensors = tensors | self._others
         self._places: dict[str, _Place] = {}
-        for name, module in model.named_modules():
+        for name, layer in adapted_layers(model).items():
             name = name.removeprefix(PEFT_PREFIX)
-            if name in source.kinds and isinstance(module, WaRALayer):
+            if name in source.kinds:
                 keys = [f"{PEFT_PREFIX}{lora_name(source, name)}.{key}" for key in source.kinds[name].lora_names]
                 own = {key: tensors[key] for key in keys}
-                self._places[name] = _Place(module, module.total_rank(adapter_name), own)
+                self._places[name] = _Place(layer, layer.total_rank(adapter_name), own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The LoRA as of the last refresh, with PEFT's keys; the tensors are the same ones every time."""

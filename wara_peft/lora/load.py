@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from ..config import WaRAConfig
 from ..config_fields.from_lora import fields_from_lora, warn_of_left_out
 from ..config_fields.name_patterns import matches
 from ..disk.adapters.lora import SavedLora
+from ..layers.lookup import without_wrappers
 from ..model import WaRAModel, shape_of
 
 
@@ -138,7 +138,7 @@ def _tied_to(targets: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
     """Names of layers with the weight of an embedding that is a target, which are none themselves."""
     users = modules_by_parameter(model)
     embeddings = [target for target in targets.values() if isinstance(target, nn.Embedding)]
-    tied = {user.removesuffix(".base_layer") for target in embeddings for user in users[id(target.weight)]}
+    tied = {without_wrappers(user) for target in embeddings for user in users[id(target.weight)]}
     return tied - targets.keys()
 
 
@@ -155,7 +155,4 @@ def _in_full(config: WaRAConfig, model: nn.Module) -> set[str]:
 def _shapes_in(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of parameters and buffers by the names that they have without adapters."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {
-        re.sub(r"\.(base_layer|original_module)\.", ".", name): tuple(getattr(tensor, "ds_shape", tensor.shape))
-        for name, tensor in named
-    }
+    return {without_wrappers(name): tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import _get_submodules
 from torch import nn
 
@@ -15,7 +14,7 @@ from ..config import WaRAConfig
 from ..config_fields.resolution import as_written, note
 from ..forms import SubbandFactor
 from ..layers.base import WaRALayer
-from ..layers.lookup import adapted_layers, layers_of, wara_config
+from ..layers.lookup import adapted_layers, base_model_of, layers_of, wara_config
 
 Kept = Mapping[str, Mapping[str, Sequence[int]]]
 """Indices of components, by module and subband."""
@@ -85,8 +84,7 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
         name: {band: len(kept.get(name, {}).get(band, ())) for band in layer.factors(adapter_name)[0].ranks}
         for name, layer in layers.items()
     }
-    base = next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
-    changed = config.with_ranks(ranks, [name for name, _ in base.named_modules()])
+    changed = config.with_ranks(ranks, [name for name, _ in base_model_of(model).named_modules()])
     gone = [layer.get_base_layer() for name, layer in layers.items() if not any(ranks[name].values())]
     if changed.bias == "wara_only" and any(getattr(base, "bias", None) is not None for base in gone):
         changed.bias = "all"  # or those that have trained would not be saved

@@ -16,6 +16,7 @@ from ..calibration.input_moments import Moments
 from ..compiled import on_plain_model
 from ..forms import SubbandFactor
 from ..layers.base import WaRALayer
+from ..layers.lookup import adapted_layers
 from ..wavelet import into_band
 
 
@@ -73,7 +74,7 @@ def _layers(model: nn.Module, adapter_name: str) -> list[WaRALayer]:
             f"Adapter {adapter_name!r} {state}. Add it with WaRAConfig(init_weights='activation', ...) to initialise "
             "it from data."
         )
-    layers = [module for module in model.modules() if isinstance(module, WaRALayer) and adapter_name in module.wara_A]
+    layers = list(adapted_layers(model, adapter_name).values())
     for layer in layers:
         if any(columns.any() for columns in layer.wara_B[adapter_name].parameters()):
             raise ValueError(

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..arguments import check_argument
-from ..layers.base import WaRALayer
 from ..layers.embedding import Embedding
+from ..layers.lookup import adapted_layers
 
 GROUP_OF_PART = {"wara_A": "A", "wara_B": "B", "wara_core": "core", "wara_gain": "gain"}
 
@@ -76,8 +76,7 @@ def _of_adapters(model: nn.Module) -> dict[nn.Parameter, str]:
     """The group of each parameter of an adapter."""
     return {
         parameter: "embedding" if isinstance(layer, Embedding) else group
-        for layer in model.modules()
-        if isinstance(layer, WaRALayer)
+        for layer in adapted_layers(model).values()
         for part, group in GROUP_OF_PART.items()
         for parameter in getattr(layer, part).parameters()
     }

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..arguments import check_argument
-from ..layers.base import WaRALayer
+from ..layers.lookup import adapted_layers
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     call = "rescale_adapter_scale(model, multiplier)"
     check_argument(call, "model", model, "an nn.Module")
     check_argument(call, "multiplier", multiplier, "a number")
-    before = {module: dict(module.scaling) for module in model.modules() if isinstance(module, WaRALayer)}
+    before = {layer: dict(layer.scaling) for layer in adapted_layers(model).values()}
     if not before:
         raise ValueError("The model has no WaRA adapters; for LoRA's there is peft.helpers.rescale_adapter_scale.")
     try:
