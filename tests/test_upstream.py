@@ -61,7 +61,7 @@ UPSTREAM = {
         [
             (tuners_utils, "_check_lora_target_modules_mamba _get_in_out_features _maybe_include_all_linear_layers"),
             (peft.utils, "_get_submodules"),
-            (BaseTuner, "_check_target_module_exists _check_tied_module_exists"),
+            (BaseTuner, "_check_tied_module_exists"),
             (BaseTunerLayer, "_active_adapter _cast_input_dtype _disable_adapters _get_embed_scale"),
             (peft.utils.ModulesToSaveWrapper(nn.Linear(1, 1), "default"), "_adapters"),
         ],

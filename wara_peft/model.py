@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
@@ -16,70 +14,50 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _get_in_out_features,
-    _maybe_include_all_linear_layers,
-    find_parameter_name_by_module,
-    onload_layer,
 )
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
-    resolve_quantization_backend,
 )
 from torch import Tensor, nn
 
 from .base_layers.embeddings import found_by
-from .base_layers.kinds import LINEAR, BareParameter, ModuleShape, kind_of
-from .base_layers.never_called import keep_called, let_go, never_called
-from .base_layers.quantization import FLOATS, base_weight, keep_unpacked
-from .base_layers.refusals import Refusal, explain, refuse
+from .base_layers.kinds import kind_of
+from .base_layers.never_called import keep_called, let_go
+from .base_layers.quantization import keep_unpacked
 from .compiled import compiled_in_place, plain_model, plain_name
 from .config import WaRAConfig
-from .config_fields.name_patterns import Unseen
-from .config_fields.resolution import as_written, note, use
-from .forms import Target, one_call, watch_no_more
-from .injection.adapter_names import check_adapter_name, check_saved_apart
+from .config_fields.name_patterns import patterns_unseen
+from .config_fields.resolution import as_written, use
+from .forms import one_call, watch_no_more
+from .injection.adapter_names import check_adapter_name
 from .injection.combine import combine
 from .injection.expected_file import AwaitedAdapter
 from .injection.loading_over import check_keys, check_saved_adapter
+from .injection.merging import check_backends_merge, check_merge, unmerge
 from .injection.mixed_batch import mixed_batch
 from .injection.pad_token import warn_of_pad_token
 from .injection.rollback import undone_on_error
-from .injection.saved_besides_factors import places_in, resized_embedding, trained_biases
+from .injection.saved_besides_factors import places_in, saved_besides_factors
 from .injection.target_checks import (
-    check_factors,
-    check_in_full,
-    check_ranks,
-    is_all_linear,
-    leave_out,
-    of_other_forwards,
     targeted_names,
-    warn_of_unmatched,
 )
 from .injection.target_parameters import (
-    NamedParameter,
-    check_parameters,
+    adapt_parameter,
     named_parameters,
     original,
     projections,
-    use_loras_targets,
 )
-from .injection.weight_tying import check_ties, check_token_ties, keep_ties_in_replicas, without
-from .layers.base import TENSOR_PARTS, WaRALayer
+from .injection.targets import Injection, check_injection, checked_targets, resolve_targets
+from .injection.weight_tying import adapt_embedding_of_tied, keep_ties_in_replicas, train_embedding_of_tied
+from .layers.base import WaRALayer
 from .layers.conv import Conv
 from .layers.embedding import Embedding
 from .layers.enabling import TrainedBefore, switch
 from .layers.factorized import FactorizedLinear
 from .layers.linear import Linear
-from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor, modules_outside, without_wrappers
-from .layers.parameters import AdaptedModule, ParameterLayer
-from .messages import first
-
-SUPPORTED = (
-    "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
-    "`torch.nn.Conv3d`, `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
-)
+from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor, note_fields
 
 
 class WaRAModel(BaseTuner):
@@ -104,12 +82,7 @@ class WaRAModel(BaseTuner):
 
     prefix: str = "wara_"
     tuner_layer_cls = WaRALayer
-    # Modules named by a state dict from which an adapter is being injected, in place of the config's targets.
-    _named_by_state_dict: set[str] | None = None
-    # Name of the adapter that is being injected.
-    _injected: str = ""
-    # Names of modules and parameters that its user has given.
-    _named: Set[str] = frozenset()
+    _injection = Injection()
     # Adapters that are being loaded: their config has arrived, their tensors have not.
     _awaited: Mapping[str, AwaitedAdapter] = {}
     _trained_before: TrainedBefore | None = None
@@ -128,41 +101,29 @@ class WaRAModel(BaseTuner):
             self._inject(plain, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        state_dict = kwargs.get("state_dict")
-        if state_dict is not None:
-            # PEFT would take every key for that of a factor.
-            state_dict = {plain_name(key): value for key, value in state_dict.items() if is_of_a_factor(key)}
-            kwargs["state_dict"] = state_dict
-            self._named_by_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
         config = cast(WaRAConfig, self.peft_config[adapter_name])
+        in_state_dict = None
+        if kwargs.get("state_dict") is not None:
+            # PEFT would take every key for that of a factor.
+            factors = {plain_name(key): value for key, value in kwargs["state_dict"].items() if is_of_a_factor(key)}
+            kwargs["state_dict"] = factors
+            in_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in factors}
         before = dict(vars(config))
         written = as_written(config)
-        self._named = targeted_names(config) if config.module_shapes is None else set()
+        named = targeted_names(config) if config.module_shapes is None else set()
+        self._injection = Injection(adapter_name, named, in_state_dict)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         try:
             check_adapter_name(adapter_name)
-            self._injected = adapter_name
-            with _unseen_patterns(config):
+            with patterns_unseen(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
             self.peft_config.pop(adapter_name, None)
             vars(config).update(before)
             raise
-        finally:
-            self._named_by_state_dict = None
         keep_unpacked(model)
-        layers = adapted_layers(model, adapter_name)
-        shapes = {name: layer.shape.as_list() for name, layer in layers.items() if adapter_name not in layer.tied_to}
-        biased = [name for name in shapes if getattr(layers[name], "bias", None) is not None]
-        found = {
-            "module_shapes": shapes,
-            "base_weight_hashes": self._base_weight_hashes,
-            "biased_modules": None if config.bias == "none" else biased,
-        }
-        in_model = note(config, written, found)
-        for layer in layers.values():
-            layer.in_model[adapter_name] = in_model
+        note_fields(model, adapter_name, config, written, self._base_weight_hashes)
         # An adapter that was deleted may have had the same name.
         awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         if config.module_shapes is not None:
@@ -174,32 +135,11 @@ class WaRAModel(BaseTuner):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
         for adapter_name in [name for name in self._awaited if name in self.peft_config]:
-            awaited, found = self._awaited[adapter_name], fields_in_model(self, adapter_name)
-            tensors = self._factors_in(state_dict, prefix, adapter_name)
-            own = self._factors_in(self.state_dict(prefix=prefix), prefix, adapter_name) if tensors else {}
-            if tensors and awaited.may_be(tensors, own, found):
-                with self._taken_out_on_error(adapter_name):
-                    awaited.check(found)
-                    awaited.check_tensors(tensors, own)
-                    given = {without_wrappers(key.removeprefix(f"{prefix}model.")) for key in state_dict}
-                    biases = trained_biases(self.model, awaited.config, adapter_name, self.model.state_dict())
-                    awaited.check_biases(key for key in biases if without_wrappers(key) not in given)
+            with self._taken_out_on_error(adapter_name):
+                given = self._awaited[adapter_name].check_if_given(self, adapter_name, state_dict, prefix)
+            if given:
                 self._awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _factors_in(self, state_dict: Mapping[str, Tensor], prefix: str, adapter_name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter's factors in a state dict, by key without the prefix.
-
-        Keys of a file that PEFT has not found in the model come without the adapter's name.
-        """
-        parts = {f"{prefix}model.{name}.{part}" for name in adapted_layers(self.model) for part in TENSOR_PARTS}
-        found = {}
-        for key, tensor in state_dict.items():
-            container, _, last = key.rpartition(".")
-            of_adapter = container.removesuffix(f".{adapter_name}") in parts and last not in self.peft_config
-            if of_adapter or key.removesuffix(f".{adapter_name}") in parts:
-                found[key.removeprefix(f"{prefix}model.")] = tensor
-        return found
 
     @contextmanager
     def _taken_out_on_error(self, adapter_name: str) -> Iterator[None]:
@@ -224,20 +164,8 @@ class WaRAModel(BaseTuner):
 
         Whoever makes errors of warnings finds the model as it was.
         """
-        bases = self._checked_bases(peft_config, model)
-        check_saved_apart(model, cast(dict[str, WaRAConfig], self.peft_config), self._injected, bases)
-        targets = {
-            name: Target(shape_of(base), partial(self._base_weight, peft_config, name, base))
-            for name, base in bases.items()
-        }
-        peft_config.form_object.check_targets(peft_config, model, targets)
-        self._base_weight_hashes = peft_config.form_object.base_weight_hashes(peft_config, targets)
-        shapes = {name: target.shape.as_list() for name, target in targets.items()}
-        if targets:  # or else PEFT says that none matches
-            warn_of_unmatched(peft_config, shapes, self._named, [*(name for name, _ in model.named_modules()), *bases])
-        if peft_config.module_shapes is not None:
-            found = {"module_shapes": shapes, "base_weight_hashes": self._base_weight_hashes}
-            AwaitedAdapter(peft_config, []).warn_if_another(found)
+        configs = cast(dict[str, WaRAConfig], self.peft_config)
+        self._base_weight_hashes = check_injection(model, peft_config, configs, self._injection)
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
@@ -253,136 +181,34 @@ class WaRAModel(BaseTuner):
         config = copy.deepcopy(config)
         as_written(config)
         resolved = tuner._prepare_adapter_config(config, cls.get_model_config(model))
-        return tuner._checked_bases(resolved, model)
+        return checked_targets(model, resolved, tuner._injection)
 
-    def _checked_bases(self, peft_config: WaRAConfig, model: nn.Module) -> dict[str, nn.Module]:
-        """The base layers that are to be adapted, by name; they are of kinds that can be."""
-        modules, parameters = self._found(peft_config, model)
-        refusals = self._refusals(peft_config, modules)
-        if refusals:
-            raise ValueError(refuse(refusals, modules, peft_config.exclude_modules))
-        check_factors(modules)
-        check_parameters(peft_config, parameters, modules)
-        bases = {**modules, **{parameter.full_name: parameter.bare for parameter in parameters}}
-        check_ranks(peft_config, bases)
-        check_in_full(peft_config, model, bases)
-        return bases
-
-    def _found(self, peft_config: WaRAConfig, model: nn.Module) -> tuple[dict[str, nn.Module], list[NamedParameter]]:
-        """The base layers, by name, and the bare parameters that the config targets; they are of kinds that can be."""
-        _maybe_include_all_linear_layers(peft_config, model)
-        modules: dict[str, nn.Module] = {}
-        unsupported = []
-        only_linear = peft_config.form_object.linear_only or not isinstance(peft_config.init_weights, bool)
-        parameters: list[NamedParameter] = []
-        for name, module in dict(self._targets(peft_config, model)).items():
-            of_attention = projections(name, module)
-            if of_attention:
-                parameters += of_attention
-                continue
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            layer_class = self._layer_class(base)
-            if layer_class is None or (only_linear and not issubclass(layer_class, Linear)):
-                unsupported.append(f"{name} ({type(base).__name__})")
-            modules[name] = base
-        if unsupported:
-            supported = SUPPORTED
-            if only_linear:
-                choice = f"form={peft_config.form!r} and init_weights={peft_config.init_weights!r}"
-                supported = f"linear layers (also quantized, and transformers' `Conv1D`) with {choice}"
-            raise TypeError(
-                f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules "
-                "in `target_modules`, or leave these out with `exclude_modules`."
-            )
-        return modules, [*parameters, *named_parameters(peft_config, model)]
-
-    def _refusals(self, peft_config: WaRAConfig, modules: dict[str, nn.Module]) -> dict[str, Refusal]:
-        """Why some of these base layers cannot be adapted, by name."""
-        refusals = of_other_forwards(modules) | never_called(self.model, modules)
-        shapes = {name: shape_of(base) for name, base in modules.items() if name not in refusals}
-        return refusals | peft_config.form_object.unsuitable(peft_config, self.model, shapes)
-
-    def _base_weight(self, peft_config: WaRAConfig, name: str, base_layer: nn.Module) -> Tensor:
-        backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
-        if backend is None and cast(Tensor, base_layer.weight).dtype not in FLOATS:
-            raise ValueError(
-                f"form={peft_config.form!r} needs the weight of module {name!r}, which is quantized, to "
-                f"{cast(Tensor, base_layer.weight).dtype}. Use form='subband', or a base model that is not quantized."
-            )
-        try:
-            return base_weight(base_layer, backend)
-        except TypeError as error:  # of backends that cannot dequantize
-            raise ValueError(
-                f"form={peft_config.form!r} needs the weight of module {name!r}: {error} Use form='subband', or a "
-                "base model that is quantized otherwise."
-            ) from error
-
-    def _targets(self, peft_config: WaRAConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        for name, module in modules_outside(model, (BaseTunerLayer,)):
-            if not name or self._check_tied_module_exists(peft_config, name):
-                continue
-            named = self._named_by_state_dict
-            if self._check_target_module_exists(peft_config, name) if named is None else name in named:
-                yield name, module
-
-    def _layer_class(self, base_layer: nn.Module) -> type[WaRALayer] | None:
+    def _layer_class(self, base_layer: nn.Module) -> type[WaRALayer]:
         kind = kind_of(base_layer)
         if kind.kernel_dimensions:
             return Conv
         if not kind.is_linear:
             return Embedding
-        if kind.is_factorized:
-            return FactorizedLinear
-        if isinstance(base_layer, nn.Linear) or kind is not LINEAR:
-            return Linear
-        backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
-        return Linear if backend is not None and backend.layer_type == "linear" else None
+        return FactorizedLinear if kind.is_factorized else Linear
 
     def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
-        """Resolve targets as PEFT does, and targets in the experts of a mixture as PEFT does for LoRA.
-
-        Modules of "all-linear" that WaRA cannot adapt are left out; those that the user names are refused later.
-        """
-        all_linear = is_all_linear(peft_config) and self._named_by_state_dict is None
+        """Resolve targets as PEFT does, and as it does for LoRA in the experts of a mixture; see `resolve_targets`."""
         if peft_config.target_modules is None and peft_config.target_parameters:
             default = self.target_module_mapping.get(model_config["model_type"], ())
             peft_config.target_modules = default if isinstance(default, str) else list(default)
         super()._prepare_adapter_config(peft_config, model_config)
-        refusals = use_loras_targets(peft_config, self.model)
-        if all_linear:
-            modules, _ = self._found(peft_config, self.model)
-            refusals |= self._refusals(peft_config, modules)
-            leave_out(peft_config, refusals, list(modules), [name for name, _ in self.model.named_modules()])
-        elif refusals:
-            warnings.warn(explain(refusals))
+        resolve_targets(self.model, peft_config, self._injection)
         return peft_config
 
     def _inject_parameters(  # type: ignore[override]
         self, peft_config: WaRAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Adapt the parameters that the config names, which `_prepare_model` has checked."""
-        found = list(named_parameters(peft_config, model))
+        found, trains = list(named_parameters(peft_config, model)), adapter_name in self.active_adapters
         for parameter in found:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._adapt_parameter(peft_config, adapter_name, model, parameter)
+                adapt_parameter(parameter, model, peft_config, adapter_name, trains)
         return [parameter.full_name for parameter in found]
-
-    def _adapt_parameter(
-        self, config: WaRAConfig, adapter_name: str, model: nn.Module, parameter: NamedParameter
-    ) -> None:
-        module = model.get_submodule(parameter.module_name)
-        if not isinstance(module, AdaptedModule):
-            parent, _, child_name = parameter.module_name.rpartition(".")
-            module = AdaptedModule(module)
-            setattr(model.get_submodule(parent), child_name, module)
-        layer = module.layers.get(parameter.child_name)
-        if layer is not None:
-            layer.update_layer(adapter_name, config, parameter.full_name)
-            return
-        layer = ParameterLayer(parameter.bare, adapter_name, parameter.full_name, config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        setattr(module, parameter.child_name, layer)
 
     def _create_and_replace(  # type: ignore[override]  # only WaRA's configs come here
         self,
@@ -395,8 +221,9 @@ class WaRAModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(original(target), nn.MultiheadAttention):
+            trains = adapter_name in self.active_adapters
             for parameter in projections(current_key, target):
-                self._adapt_parameter(peft_config, adapter_name, self.model, parameter)
+                adapt_parameter(parameter, self.model, peft_config, adapter_name, trains)
             return
         tied_to = None
         if self._check_tied_module_exists(peft_config, current_key):
@@ -406,10 +233,10 @@ class WaRAModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, current_key, tied_to, context)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layer_class = self._layer_class(base)
-        assert layer_class is not None  # _prepare_model has looked at every target
         quantization = get_quantization_kwargs(self.model)
-        layer = layer_class(target, adapter_name, current_key, peft_config, tied_to, context, **quantization)
+        layer = self._layer_class(base)(
+            target, adapter_name, current_key, peft_config, tied_to, context, **quantization
+        )
         if adapter_name not in self.active_adapters:
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)
@@ -440,23 +267,10 @@ class WaRAModel(BaseTuner):
         )
 
     def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
-        """Target the input embedding, and leave the layers tied to it to its adapter."""
-        tied_weight_keys = [without_wrappers(name) for name in tied_weight_keys]
-        peft_config.target_modules_to_tie = set(tied_weight_keys)
-        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
-        if isinstance(peft_config.target_modules, str):
-            peft_config.target_modules = rf"(?:{peft_config.target_modules})|{re.escape(embedding)}"
-        else:
-            # Names of tied layers stay, by which PEFT knows on loading that there is something to tie.
-            peft_config.target_modules = {embedding, *peft_config.target_modules}
+        adapt_embedding_of_tied(self.model, peft_config, tied_weight_keys)
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
-        """Train the input embedding in full, and let the layers tied to it use its copy."""
-        tied_weight_keys = [without_wrappers(name) for name in tied_weight_keys]
-        peft_config.modules_to_tie = set(tied_weight_keys)
-        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
-        others = [name for name in without(peft_config.modules_to_save, tied_weight_keys) if name != embedding]
-        peft_config.modules_to_save = [*others, embedding]
+        train_embedding_of_tied(self.model, peft_config, tied_weight_keys)
 
     @property
     def get_input_embeddings(self) -> Callable[[], nn.Module | None]:
@@ -537,9 +351,7 @@ class WaRAModel(BaseTuner):
         use(config, fields_in_model(model, adapter_name))
         warn_of_pad_token(model, config)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        config = cast(WaRAConfig, config)
-        biases = trained_biases(model, config, adapter_name, state_dict)
-        return found | biases | resized_embedding(model, config, state_dict)
+        return found | saved_besides_factors(model, cast(WaRAConfig, config), adapter_name, state_dict)
 
     def check_saved_adapter(self, adapter_name: str, path: str | os.PathLike[str], **hub: Any) -> None:
         """Refuse a saved adapter whose tensors would mean something else in the adapter of that name.
@@ -570,9 +382,7 @@ class WaRAModel(BaseTuner):
         tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
         with nullcontext() if tuner is None else tuner._taken_out_on_error(adapter_name):
             check_keys(model, adapter_name, plain)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
-        here = {plain_name(key): key for key in model.state_dict() if plain_name(key) != key}
-        return places_in(model, {here.get(key, key): value for key, value in remapped.items()})
+        return places_in(model, super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain))
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -602,36 +412,14 @@ class WaRAModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        with plain_model(self.model) as model:
-            for name, layer in adapted_layers(model).items():
-                backend = layer.quantization_backend
-                if backend is not None and not backend.supports_merge:
-                    raise ValueError(
-                        f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve "
-                        "the adapter unmerged, or merge it into the unquantized model."
-                    )
-
-    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
-        """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched."""
-        merged: dict[str, list[str]] = {}
-        with plain_model(self.model) as model:
-            for name, layer in adapted_layers(model).items():
-                adapters = list(layer.active_adapters if adapter_names is None else adapter_names)
-                layer.check_has_delta_weight(adapters)
-                if any(adapter in layer.wara_A for adapter in adapters):
-                    merged[name] = adapters
-                    layer.check_mergeable(adapters)
-                if any(adapter in layer.wara_A and adapter not in layer.merged_adapters for adapter in adapters):
-                    layer.check_not_written()
-            check_ties(model, merged)
-            check_token_ties(model, adapter_names)
+        check_backends_merge(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.
 
         The base weights of the target modules are kept, in main memory, until `unmerge_adapter`.
         """
-        self._check_mergeable(adapter_names)
+        check_merge(self.model, adapter_names)
         with undone_on_error(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -646,15 +434,7 @@ class WaRAModel(BaseTuner):
             ValueError: something else wrote a base weight since. No weight of a module is changed then, unless
                 adapters of several methods lie around it.
         """
-        # The order is reversed, since of adapters around one layer PEFT merges the outer ones first.
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)][::-1]
-        for layer in layers:
-            if isinstance(layer, WaRALayer) and not isinstance(layer.base_layer, BaseTunerLayer):
-                layer.check_not_written()
-        for layer in layers:
-            if isinstance(layer, WaRALayer) or adapter_names is None:
-                with onload_layer(layer):
-                    layer.unmerge(*([adapter_names] if isinstance(layer, WaRALayer) else []))
+        unmerge(self.model, adapter_names)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT annotates None, and returns the model
         self,
@@ -665,7 +445,7 @@ class WaRAModel(BaseTuner):
     ) -> nn.Module:
         layers = adapted_layers(self.model).values()
         if merge:
-            self._check_mergeable(adapter_names)
+            check_merge(self.model, adapter_names)
         with undone_on_error(self.model) if merge else nullcontext():
             unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]  # it is annotated None
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -675,29 +455,3 @@ class WaRAModel(BaseTuner):
         let_go(self.model)
         watch_no_more(self.model)
         return unloaded
-
-
-@contextmanager
-def _unseen_patterns(config: WaRAConfig) -> Iterator[None]:
-    """Scope in which PEFT does not see patterns; `warn_of_unmatched` warns of those that match nothing."""
-    before: dict[str, Any] = {name: getattr(config, name) for name in ("rank_pattern", "alpha_pattern")}
-    for name, patterns in before.items():
-        setattr(config, name, Unseen(patterns))
-    try:
-        yield
-    finally:
-        for name, patterns in before.items():
-            now = getattr(config, name)
-            setattr(config, name, patterns if now == patterns else dict(now))
-
-
-def shape_of(base_layer: nn.Module) -> ModuleShape:
-    """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
-    if isinstance(base_layer, BareParameter):
-        return base_layer.module_shape
-    kind = kind_of(base_layer)
-    if kind.is_factorized:  # of which PEFT's function would warn
-        return ModuleShape(kind, cast(int, base_layer.out_features), cast(int, base_layer.in_features))
-    in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
-    groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
-    return ModuleShape(kind, out_features, in_features // groups, groups, tuple(kernel))

@@ -239,7 +239,7 @@ def test_a_forward_of_bitsandbytes_is_not_tried_with_weights_that_are_not_packed
 
 def test_tiny_needs_weights_that_can_be_read(monkeypatch):
     backend = ForwardOnlyQuantizationBackend("gptq")
-    monkeypatch.setattr("wara_peft.model.resolve_quantization_backend", lambda *args, **kwargs: backend)
+    monkeypatch.setattr("wara_peft.injection.targets.resolve_quantization_backend", lambda *args, **kwargs: backend)
     base = Mlp("int8")
     with pytest.raises(ValueError, match=r"needs the weight of module 'up'.*gptq.*Use form='subband'"):
         get_peft_model(base, WaRAConfig(form="tiny", target_modules=["up"]))

@@ -98,7 +98,7 @@ def test_a_name_is_refused_exactly_where_a_file_would_lose_something(first, seco
         assert list(model.state_dict()) == before
         if name in adapter_names.OF_PARTS or name == "level1":
             return  # those that every adapter has, whatever it adapts
-        monkeypatch.setattr("wara_peft.model.check_saved_apart", lambda *args: None)
+        monkeypatch.setattr("wara_peft.injection.targets.check_saved_apart", lambda *args: None)
         try:
             model = added()
             found = {adapter: saved_by_peft(model, adapter) for adapter in alone}

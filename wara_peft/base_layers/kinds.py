@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -132,6 +133,18 @@ def kind_of(base_layer: nn.Module) -> Kind:
     if isinstance(base_layer, BareParameter):
         return base_layer.kind
     return next((kind for cls, kind in _BY_CLASS.items() if isinstance(base_layer, cls)), LINEAR)
+
+
+def shape_of(base_layer: nn.Module) -> ModuleShape:
+    """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
+    if isinstance(base_layer, BareParameter):
+        return base_layer.module_shape
+    kind = kind_of(base_layer)
+    if kind.is_factorized:  # of which PEFT's function would warn
+        return ModuleShape(kind, cast(int, base_layer.out_features), cast(int, base_layer.in_features))
+    in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
+    groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
+    return ModuleShape(kind, out_features, in_features // groups, groups, tuple(kernel))
 
 
 @dataclass(frozen=True)

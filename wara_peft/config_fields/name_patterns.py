@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import regex
 
@@ -79,6 +80,20 @@ class Unseen(dict[str, _Value]):
 
     def __bool__(self) -> bool:
         return False
+
+
+@contextmanager
+def patterns_unseen(config: Any) -> Iterator[None]:
+    """Scope in which PEFT does not see a config's patterns."""
+    before: dict[str, Any] = {name: getattr(config, name) for name in ("rank_pattern", "alpha_pattern")}
+    for name, patterns in before.items():
+        setattr(config, name, Unseen(patterns))
+    try:
+        yield
+    finally:
+        for name, patterns in before.items():
+            now = getattr(config, name)
+            setattr(config, name, patterns if now == patterns else dict(now))
 
 
 NEGATED = "^(?!"

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ..base_layers.kinds import FACTORIZED
 from ..config import WaRAConfig
+from ..layers.base import TENSOR_PARTS
+from ..layers.lookup import adapted_layers, fields_in_model, without_wrappers
 from ..messages import first
 from ..wavelet import axis_sizes
+from .saved_besides_factors import trained_biases
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,33 @@ class AwaitedAdapter:
 
     config: WaRAConfig
     trained: list[str]
+
+    def check_if_given(self, tuner: Any, adapter_name: str, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+        """Check a state dict that is being loaded into the tuner if it may have the tensors of the saved adapter.
+
+        Args:
+            tuner: the tuner that has the adapter.
+            adapter_name: the adapter's name.
+            state_dict: what is being loaded.
+            prefix: what keys of the tuner begin with there.
+
+        Returns:
+            Whether it may have them.
+
+        Raises:
+            ValueError: they were saved for a model with other modules, or some are missing.
+        """
+        found = fields_in_model(tuner, adapter_name)
+        given = _factors_in(state_dict, tuner, adapter_name, prefix)
+        own = _factors_in(tuner.state_dict(prefix=prefix), tuner, adapter_name, prefix) if given else {}
+        if not given or not self.may_be(given, own, found):
+            return False
+        self.check(found)
+        self.check_tensors(given, own)
+        names = {without_wrappers(key.removeprefix(f"{prefix}model.")) for key in state_dict}
+        biases = trained_biases(tuner.model, self.config, adapter_name, tuner.model.state_dict())
+        self.check_biases(key for key in biases if without_wrappers(key) not in names)
+        return True
 
     def check(self, found: Mapping[str, Any]) -> None:
         """Compare the modules that the saved adapter belongs to with those that have it now.
@@ -109,6 +139,21 @@ class AwaitedAdapter:
             pair for name in saved.keys() & here.keys() for pair in zip(saved[name][1:3], here[name][1:3], strict=True)
         ]
         return all(axis_sizes(before, 1)[1] == axis_sizes(now, 1)[1] for before, now in lengths)
+
+
+def _factors_in(state_dict: Mapping[str, Tensor], tuner: Any, adapter_name: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors of an adapter's factors in a state dict, by key without the prefix.
+
+    Keys of a file that PEFT has not found in the model come without the adapter's name.
+    """
+    parts = {f"{prefix}model.{name}.{part}" for name in adapted_layers(tuner.model) for part in TENSOR_PARTS}
+    found = {}
+    for key, tensor in state_dict.items():
+        container, _, last = key.rpartition(".")
+        of_adapter = container.removesuffix(f".{adapter_name}") in parts and last not in tuner.peft_config
+        if of_adapter or key.removesuffix(f".{adapter_name}") in parts:
+            found[key.removeprefix(f"{prefix}model.")] = tensor
+    return found
 
 
 def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..base_layers.embeddings import embeddings
+from ..compiled import plain_name
 from ..config import WaRAConfig
 from ..layers.base import WaRALayer
 from ..layers.lookup import AROUND, adapted_layers, without_wrappers
@@ -18,6 +19,14 @@ from ..layers.parameters import AdaptedModule
 
 OF_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of a parameter's name that come from FSDP and checkpointing; keys of a state dict do not have them."""
+
+
+def saved_besides_factors(
+    model: nn.Module, config: WaRAConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a state dict that are saved with an adapter, and that PEFT does not save, by their keys."""
+    biases = trained_biases(model, config, adapter_name, state_dict)
+    return biases | _resized_embedding(model, config, state_dict)
 
 
 def trained_biases(
@@ -59,17 +68,17 @@ def _without_others(key: str, own: set[str]) -> str:
 
 
 def places_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the keys that the model has for what other adapters in it have wrapped, or no longer wrap."""
+    """A state dict with the keys that the model has, compiled or not, whatever other adapters have wrapped in it."""
     known = model.state_dict().keys()
     if all(key in known for key in state_dict):
         return dict(state_dict)
-    places = {without_wrappers(key): key for key in known}
+    places = {without_wrappers(plain_name(key)): key for key in known}
     return {
         key if key in known else places.get(without_wrappers(key), key): value for key, value in state_dict.items()
     }
 
 
-def resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The embedding that PEFT does not save, of two of which one is adapted, if the vocabulary was resized.
 
     PEFT saves both embeddings of such a model in full, or else only the adapted one. Whoever loads the adapter resizes

@@ -19,7 +19,7 @@ from ..base_layers.quantization import FLOATS
 from ..base_layers.refusals import Refusal
 from ..config import WaRAConfig
 from ..layers.lookup import modules_outside
-from ..layers.parameters import AdaptedModule
+from ..layers.parameters import AdaptedModule, ParameterLayer
 from ..messages import first
 from .target_checks import is_all_linear
 
@@ -93,6 +93,25 @@ def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
         NamedParameter(module_name, module, "in_proj_weight", kind=IN_PROJ),
         NamedParameter(module_name, module, "weight", inside="out_proj", kind=LINEAR),
     ]
+
+
+def adapt_parameter(
+    parameter: NamedParameter, model: nn.Module, config: WaRAConfig, adapter_name: str, trains: bool
+) -> None:
+    """Add an adapter to a bare parameter of the model, frozen unless it `trains`."""
+    module = model.get_submodule(parameter.module_name)
+    if not isinstance(module, AdaptedModule):
+        parent, _, child_name = parameter.module_name.rpartition(".")
+        module = AdaptedModule(module)
+        setattr(model.get_submodule(parent), child_name, module)
+    layer = module.layers.get(parameter.child_name)
+    if layer is not None:
+        layer.update_layer(adapter_name, config, parameter.full_name)
+        return
+    layer = ParameterLayer(parameter.bare, adapter_name, parameter.full_name, config)
+    if not trains:
+        layer.requires_grad_(False)
+    setattr(module, parameter.child_name, layer)
 
 
 def use_loras_targets(config: WaRAConfig, model: nn.Module) -> dict[str, Refusal]:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import find_parameter_name_by_module
 from torch import nn
 
 from ..base_layers.kinds import BareParameter
 from ..base_layers.tied_weights import modules_by_parameter
-from ..layers.lookup import adapted_layers
+from ..layers.lookup import adapted_layers, without_wrappers
 from ..messages import first
 
 
-def without(names: Iterable[str], keys: list[str]) -> list[str]:
-    """The names that do not stand for one of these modules."""
-    return [name for name in names if not any(key == name or key.endswith(f".{name}") for key in keys)]
+def adapt_embedding_of_tied(model: Any, config: Any, tied: list[str]) -> None:
+    """Target the input embedding, and leave the layers tied to it, which these names mean, to its adapter."""
+    config.target_modules_to_tie = {without_wrappers(name) for name in tied}
+    embedding = find_parameter_name_by_module(model, model.get_input_embeddings())
+    if isinstance(config.target_modules, str):
+        config.target_modules = rf"(?:{config.target_modules})|{re.escape(embedding)}"
+    else:
+        # Names of tied layers stay, by which PEFT knows on loading that there is something to tie.
+        config.target_modules = {embedding, *config.target_modules}
+
+
+def train_embedding_of_tied(model: Any, config: Any, tied: list[str]) -> None:
+    """Train the input embedding in full, and let the layers tied to it, which these names mean, use its copy."""
+    config.modules_to_tie = {without_wrappers(name) for name in tied}
+    embedding = find_parameter_name_by_module(model, model.get_input_embeddings())
+    ends = [f".{name}" for name in config.modules_to_tie]
+    others = [name for name in config.modules_to_save if not any(end.endswith(f".{name}") for end in ends)]
+    config.modules_to_save = [*(name for name in others if name != embedding), embedding]
 
 
 def keep_ties_in_replicas(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..config import WaRAConfig
-from ..config_fields.resolution import as_in_model
+from ..config_fields.resolution import as_in_model, note
 from .base import TENSOR_PARTS, WaRALayer
 
 AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.|$)")
@@ -32,7 +32,7 @@ def base_model_of(model: nn.Module) -> nn.Module:
     return next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
 
 
-def modules_outside(model: nn.Module, wrappers: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, nn.Module]]:
+def modules_outside(model: nn.Module, wrappers: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
     """All modules by name, but for those that lie inside of a module of one of these classes."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -66,6 +66,35 @@ def fields_in_model(model: nn.Module, adapter_name: str) -> Mapping[str, Any]:
         if isinstance(module, WaRALayer) and adapter_name in module.in_model:
             return module.in_model[adapter_name]
     return {}
+
+
+def note_fields(
+    model: nn.Module,
+    adapter_name: str,
+    config: WaRAConfig,
+    written: Mapping[str, Any],
+    base_weight_hashes: Mapping[str, str] | None,
+) -> None:
+    """Keep in the layers of a new adapter the fields of its config as its model has resolved them and found them out.
+
+    Args:
+        model: the model with the adapter.
+        adapter_name: the adapter's name.
+        config: its config, resolved.
+        written: the fields that a tuner resolves, as its user has written them.
+        base_weight_hashes: see `WaRAConfig`.
+    """
+    layers = adapted_layers(model, adapter_name)
+    shapes = {name: layer.shape.as_list() for name, layer in layers.items() if adapter_name not in layer.tied_to}
+    biased = [name for name in shapes if getattr(layers[name], "bias", None) is not None]
+    found = {
+        "module_shapes": shapes,
+        "base_weight_hashes": base_weight_hashes,
+        "biased_modules": None if config.bias == "none" else biased,
+    }
+    in_model = note(config, written, found)
+    for layer in layers.values():
+        layer.in_model[adapter_name] = in_model
 
 
 def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:

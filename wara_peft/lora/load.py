@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from torch import nn
 
 from ..arguments import check_argument
-from ..base_layers.kinds import BareParameter, kind_of
+from ..base_layers.kinds import BareParameter, kind_of, shape_of
 from ..base_layers.tied_weights import modules_by_parameter
 from ..compiled import compiled_module, plain_model
 from ..config import WaRAConfig
@@ -21,7 +21,7 @@ from ..config_fields.from_lora import fields_from_lora, warn_of_left_out
 from ..config_fields.name_patterns import matches
 from ..disk.adapters.lora import SavedLora
 from ..layers.lookup import without_wrappers
-from ..model import WaRAModel, shape_of
+from ..model import WaRAModel
 
 
 def load_lora(

@@ -1,0 +1,66 @@
+"""Merging a model's adapters into its weights: what is checked before the first weight is touched, and undoing it."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from torch import nn
+
+from ..compiled import plain_model
+from ..layers.base import WaRALayer
+from ..layers.lookup import adapted_layers
+from .weight_tying import check_ties, check_token_ties
+
+
+def check_backends_merge(model: nn.Module) -> None:
+    """Refuse to merge into quantized weights that cannot be written.
+
+    Raises:
+        ValueError: the weight of an adapted module is such a one.
+    """
+    with plain_model(model) as plain:
+        for name, layer in adapted_layers(plain).items():
+            backend = layer.quantization_backend
+            if backend is not None and not backend.supports_merge:
+                raise ValueError(
+                    f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve "
+                    "the adapter unmerged, or merge it into the unquantized model."
+                )
+
+
+def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched.
+
+    Args:
+        model: the model.
+        adapter_names: the adapters to merge; None means the active ones.
+
+    Raises:
+        ValueError: an adapter has no ΔW, or a weight cannot take it, was written since something was merged into it,
+            or is tied to that of a module without the adapter.
+    """
+    merged: dict[str, list[str]] = {}
+    with plain_model(model) as plain:
+        for name, layer in adapted_layers(plain).items():
+            adapters = list(layer.active_adapters if adapter_names is None else adapter_names)
+            layer.check_has_delta_weight(adapters)
+            own = [adapter for adapter in adapters if adapter in layer.wara_A]
+            if own:
+                merged[name] = adapters
+                layer.check_mergeable(adapters)
+            if not set(own) <= set(layer.merged_adapters):
+                layer.check_not_written()
+        check_ties(plain, merged)
+        check_token_ties(plain, adapter_names)
+
+
+def unmerge(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Take adapters out of base weights; arguments and errors are those of `WaRAModel.unmerge_adapter`."""
+    # The order is reversed, since of adapters around one layer PEFT merges the outer ones first.
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)][::-1]
+    for layer in layers:
+        if isinstance(layer, WaRALayer) and not isinstance(layer.base_layer, BaseTunerLayer):
+            layer.check_not_written()
+    for layer in layers:
+        if isinstance(layer, WaRALayer) or adapter_names is None:
+            with onload_layer(layer):
+                layer.unmerge(*([adapter_names] if isinstance(layer, WaRALayer) else []))
