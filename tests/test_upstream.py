@@ -72,7 +72,6 @@ UPSTREAM = {
                 "_add_modules_to_save_to_tie": "peft_config tied_weight_keys",
                 "_add_targets_to_tie": "peft_config tied_weight_keys",
                 "_cast_adapter_dtype": "adapter_name autocast_adapter_dtype",
-                "_check_merge_allowed": "",
                 "unmerge_adapter": "",
                 "_enable_adapter_layers": "enabled",
                 "_get_adapter_state_dict": "model config adapter_name state_dict unwanted_adapter_names",

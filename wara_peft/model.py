@@ -35,7 +35,7 @@ from .injection.adapter_names import check_adapter_name
 from .injection.combine import combine
 from .injection.expected_file import AwaitedAdapter
 from .injection.loading_over import check_keys, check_saved_adapter
-from .injection.merging import check_backends_merge, check_merge, unmerge
+from .injection.merging import check_merge, unmerge
 from .injection.mixed_batch import mixed_batch
 from .injection.pad_token import warn_of_pad_token
 from .injection.rollback import undone_on_error
@@ -147,17 +147,13 @@ class WaRAModel(BaseTuner):
         try:
             yield
         except ValueError:
-            if adapter_name in self._awaited:
-                self._remove(adapter_name)
+            if adapter_name in self._awaited and len(self.peft_config) > 1:
+                self.delete_adapter(adapter_name)
+            elif adapter_name in self._awaited:
+                self.unload()
+                for name in self._awaited[adapter_name].trained:
+                    self.model.get_parameter(name).requires_grad_(True)
             raise
-
-    def _remove(self, adapter_name: str) -> None:
-        if len(self.peft_config) > 1:
-            self.delete_adapter(adapter_name)
-        else:
-            self.unload()
-            for name in self._awaited[adapter_name].trained:
-                self.model.get_parameter(name).requires_grad_(True)
 
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Check all targets, and warn: PEFT calls this with the resolved config, before it replaces the first module.
@@ -409,10 +405,6 @@ class WaRAModel(BaseTuner):
         names = kwargs.get("adapter_names")
         with one_call(self) if names is None else mixed_batch(self, names, kwargs.get("num_beams") or 1):
             yield
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        check_backends_merge(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, all or nothing: if one module fails, every weight is as it was before.

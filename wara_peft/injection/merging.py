@@ -11,22 +11,6 @@ from ..layers.lookup import adapted_layers
 from .weight_tying import check_ties, check_token_ties
 
 
-def check_backends_merge(model: nn.Module) -> None:
-    """Refuse to merge into quantized weights that cannot be written.
-
-    Raises:
-        ValueError: the weight of an adapted module is such a one.
-    """
-    with plain_model(model) as plain:
-        for name, layer in adapted_layers(plain).items():
-            backend = layer.quantization_backend
-            if backend is not None and not backend.supports_merge:
-                raise ValueError(
-                    f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve "
-                    "the adapter unmerged, or merge it into the unquantized model."
-                )
-
-
 def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched.
 
@@ -35,8 +19,8 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
         adapter_names: the adapters to merge; None means the active ones.
 
     Raises:
-        ValueError: an adapter has no ΔW, or a weight cannot take it, was written since something was merged into it,
-            or is tied to that of a module without the adapter.
+        ValueError: an adapter has no ΔW; or a weight cannot take it, cannot be written, was changed since
+            something was merged into it, or is tied to that of a module without the adapter.
     """
     merged: dict[str, list[str]] = {}
     with plain_model(model) as plain:
@@ -49,6 +33,12 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
                 layer.check_mergeable(adapters)
             if not set(own) <= set(layer.merged_adapters):
                 layer.check_not_written()
+            backend = layer.quantization_backend
+            if backend is not None and not backend.supports_merge:
+                raise ValueError(
+                    f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve the "
+                    "adapter unmerged, or merge it into the unquantized model."
+                )
         check_ties(plain, merged)
         check_token_ties(plain, adapter_names)
 

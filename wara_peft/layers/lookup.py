@@ -84,16 +84,15 @@ def note_fields(
         written: the fields that a tuner resolves, as its user has written them.
         base_weight_hashes: see `WaRAConfig`.
     """
-    layers = adapted_layers(model, adapter_name)
-    shapes = {name: layer.shape.as_list() for name, layer in layers.items() if adapter_name not in layer.tied_to}
-    biased = [name for name in shapes if getattr(layers[name], "bias", None) is not None]
+    layers = layers_of(model, adapter_name)
+    biased = [name for name, layer in layers.items() if getattr(layer, "bias", None) is not None]
     found = {
-        "module_shapes": shapes,
+        "module_shapes": {name: layer.shape.as_list() for name, layer in layers.items()},
         "base_weight_hashes": base_weight_hashes,
         "biased_modules": None if config.bias == "none" else biased,
     }
     in_model = note(config, written, found)
-    for layer in layers.values():
+    for layer in adapted_layers(model, adapter_name).values():
         layer.in_model[adapter_name] = in_model
 
 
