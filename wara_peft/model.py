@@ -22,7 +22,7 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from .base_layers.embeddings import found_by
+from .base_layers.embeddings import embedding_or_none
 from .base_layers.kinds import kind_of
 from .base_layers.never_called import keep_called, let_go
 from .base_layers.quantization import keep_unpacked
@@ -274,7 +274,7 @@ class WaRAModel(BaseTuner):
 
         PEFT calls it to save an adapter on a layer that is called `lm_head`, and so fails for LoRA on wav2vec 2.0.
         """
-        return partial(found_by, self.model.get_input_embeddings)
+        return partial(embedding_or_none, self.model.get_input_embeddings)
 
     def add_weighted_adapter(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 
-def found_by(getter: Callable[[], nn.Module | None]) -> nn.Module | None:
+def embedding_or_none(getter: Callable[[], nn.Module | None]) -> nn.Module | None:
     """What a model's function for one of its embeddings returns, or None where transformers knows no such layer."""
     try:
         return getter()
@@ -19,5 +19,5 @@ def found_by(getter: Callable[[], nn.Module | None]) -> nn.Module | None:
 def embeddings(model: Any) -> tuple[nn.Module | None, nn.Module | None]:
     """The input embedding and the output layer of a model of transformers, None where it has none."""
     getters = (getattr(model, name, lambda: None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    input_embedding, output_layer = map(found_by, getters)
+    input_embedding, output_layer = map(embedding_or_none, getters)
     return input_embedding, output_layer
