@@ -42,6 +42,7 @@ FORKS.set_forkserver_preload(
         "transformers.models.bert.modeling_bert",
         "transformers.models.llama.modeling_llama",
         "transformers.models.vit.modeling_vit",
+        "tests.docstrings_in_advance",
     ]
 )
 
