@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,8 +114,13 @@ def _source_files(dotted_path: str) -> list[Path]:
     return sorted(files)
 
 
-def _docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of the public functions, methods and classes that one file defines."""
+@cache
+def _docstrings(path: Path) -> tuple[str, ...]:
+    """Return the docstrings of the public functions, methods and classes that one file defines."""
+    return tuple(_read_docstrings(path))
+
+
+def _read_docstrings(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an invalid escape in somebody's source is not our reader's business

@@ -609,6 +609,7 @@ def test_is_a_peft_tuner():
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_compiles_without_graph_breaks():
     model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up", "down"], levels=2, init_weights=False))
     x = torch.randn(4, 12)

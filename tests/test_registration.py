@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -12,6 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType
 
 import wara_peft
+from tests.forked_python import run_python
 from wara_peft import registration
 
 
@@ -59,7 +58,7 @@ except KeyError:
 import wara_peft
 print(peft.PeftConfig.from_pretrained({str(tmp_path)!r}).peft_type)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stderr.strip().endswith("KeyError: 'WARA'")
     assert result.stdout.strip().endswith("WARA")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,17 +25,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from tests.forked_python import run_python
 from tests.references import tiny_vit
 from tests.training_run import base_model, data, logits
 from wara_peft import WaRAConfig
 
-ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.training_run", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+run = partial(run_python, "-m", "tests.training_run")
 
 
 @pytest.fixture(scope="module")

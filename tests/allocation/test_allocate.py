@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
+from tests.forked_python import run_python
 from tests.references import Conv1DModel, Mlp, synthesis_matrix, transform
 from wara_peft import WaRAConfig, allocate_ranks, save_as_lora
 from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.inspection.saved_adapter import inspect_adapter
 
-ROOT = Path(__file__).parents[2]
 PLAIN_LORA = {"aa0": 1, "aa1": 0, "ad1": 0, "da1": 0, "dd1": 0}
 
 
@@ -411,16 +407,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
-    (tmp_path / "run.py").write_text(RUN)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
+    result = run_python("-c", RUN, tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
     for score in ("gradient", "activation"):
         one, other = (json.loads((tmp_path / f"{score}{rank}.json").read_text()) for rank in (0, 1))

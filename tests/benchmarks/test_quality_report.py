@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
+
+from tests.forked_python import run_python
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -152,6 +153,5 @@ class TestReport:
 
     @pytest.mark.slow
     def test_tables_in_the_readme_are_what_the_results_say(self) -> None:
-        command = [sys.executable, str(BENCHMARKS / "quality" / "report.py"), "--check"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_python(BENCHMARKS / "quality" / "report.py", "--check")
         assert done.returncode == 0, done.stderr

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -153,8 +152,6 @@ def main(kind: str, output_dir: Path) -> None:
         train(kind, method, output_dir / method, rank, processes)
     if processes > 1:
         dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)  # all is written; threads of FSDP1 sometimes abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.distributed.adapter_run import CONFIGS, base_model, batches, inputs_of
+from tests.forked_python import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,12 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 def run(kind: str, directory: Path) -> Path:
-    command = [sys.executable, "-m"]
-    if kind != "single":
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.distributed.adapter_run", kind, str(directory)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    processes = 1 if kind == "single" else 2
+    result = run_python("-m", "tests.distributed.adapter_run", kind, directory, processes=processes)
     assert result.returncode == 0, result.stderr
     return directory
 
@@ -76,13 +70,8 @@ def test_accelerate_knows_every_field_of_the_launch_configs(name):
 
 
 def test_the_example_runs_on_two_processes(tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no"]
-    config = ["--config_file", str(ROOT / "examples" / "distributed" / "ddp.yaml")]
-    script = [str(ROOT / "examples" / "finetune.py"), "--use-cpu", "--max-per-class", "15", "--epochs", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*launcher, *config, *script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800
-    )
+    script = [ROOT / "examples" / "finetune.py", "--use-cpu", "--max-per-class", "15", "--epochs", "1"]
+    result = run_python(*script, processes=2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "trained by 2 processes" in result.stdout
     assert (tmp_path / "finetune_output" / "adapter" / "adapter_model.safetensors").exists()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.low_rank_run import METHODS, train
-
-ROOT = Path(__file__).parents[2]
+from tests.forked_python import run_python
 
 pytestmark = pytest.mark.slow
 
@@ -20,10 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def several(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("several")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["tests.distributed.low_rank_run", str(directory)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    result = run_python("-m", "tests.distributed.low_rank_run", directory, processes=2)
     assert result.returncode == 0, result.stderr
     return directory
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.examples.test_examples import example, run
+from tests.examples.test_examples import EXAMPLES, example
 
 # Longer names may not occur at all; the short ones are part of other words ("pil" of "compile").
 NAMES = re.compile(
@@ -258,7 +261,8 @@ class TestDeterminism:
             f"import sys; sys.path.insert(0, {str(installed)!r}); import docstring_data as d; "
             f"d.LIBRARIES = {LIBRARIES}; print(ascii(d.load_docstrings(max_per_class=60)))"
         )
-        result = run("-c", code, PYTHONHASHSEED=hash_seed)
+        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES), "PYTHONHASHSEED": hash_seed}
+        result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert result.stdout.strip() == ascii(load(installed, max_per_class=60)), result.stderr
 
     def test_the_order_in_which_a_file_system_lists_files_does_not_matter(

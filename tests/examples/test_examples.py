@@ -1,4 +1,4 @@
-"""The examples run as users run them, as processes; what is wrong with the input is told before they train."""
+"""The examples run as users run them, to the end; what is wrong with the input is told before they train."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ from types import ModuleType
 import pytest
 from safetensors.torch import load_file
 
+from tests.forked_python import run_python
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 QUICKSTART = EXAMPLES / "quickstart.py"
 TABLE = ["--dataset", "{table}", "--text-column", "sentence", "--label-column", "topic"]
 
 
-def run(*arguments: str | Path, directory: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python with the repository and its examples importable, offline and in one thread."""
-    paths = os.pathsep.join((str(ROOT), str(EXAMPLES)))
-    # One thread: with several, small models on a busy machine wait for each other's threads.
-    settings = {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, *map(str, arguments)]
-    # The limit is for what hangs; a busy machine needs many times the seconds of a quiet one.
-    return subprocess.run(
-        command, cwd=directory, env={**os.environ, **settings}, capture_output=True, text=True, timeout=1800
-    )
+PATHS = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(EXAMPLES)))}
+
+
+def run(script: Path, *arguments: object, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script of the examples in a folder, as users do; in a fork, which saves it the imports."""
+    return run_python(script, *arguments, cwd=directory, env=PATHS)
 
 
 def example(name: str) -> ModuleType:
@@ -41,9 +39,11 @@ def example(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A whole run on a few docstrings, and the folder that it was started in."""
+    """A whole run on a few docstrings, by a fresh interpreter, and the folder that it was started in."""
     folder = tmp_path_factory.mktemp("smoke")
-    return run(QUICKSTART, "--smoke", "--levels", "2", "--r", "2", directory=folder), folder
+    command = [sys.executable, str(QUICKSTART), "--smoke", "--levels", "2", "--r", "2"]
+    done = subprocess.run(command, cwd=folder, env=os.environ | PATHS, capture_output=True, text=True, timeout=1800)
+    return done, folder
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ class TestQuickstart:
             (folder / file).write_bytes((smoke[1] / "quickstart_output" / file).read_bytes())
         config = folder / "adapter" / "adapter_config.json"
         config.write_text(config.read_text().replace('"wara_alpha": null', '"wara_alpha": 140'))
-        result = run(QUICKSTART, "--reload", "--output-dir", folder)
+        result = run(QUICKSTART, "--reload", "--output-dir", folder, directory=tmp_path)
         assert result.returncode == 1
         assert "logits differ by up to" in result.stderr
 
@@ -107,7 +107,7 @@ class TestQuickstart:
     def test_bad_input_ends_the_process_with_one_line(self, tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.touch()
-        result = run(QUICKSTART, "--output-dir", file)
+        result = run(QUICKSTART, "--output-dir", file, directory=tmp_path)
         assert result.returncode == 1
         assert result.stdout == ""
         assert f"quickstart.py: error: --output-dir {file} cannot be used as a folder" in result.stderr

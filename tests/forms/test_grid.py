@@ -340,6 +340,7 @@ class TestModels:
         assert trainable() == {"other"}
 
     @pytest.mark.slow
+    @pytest.mark.compiler
     @pytest.mark.parametrize("pairs", ["separate", "shared"])
     def test_compiles_without_graph_breaks(self, pairs):
         model = self.model(grid_pairs=pairs, levels=2)

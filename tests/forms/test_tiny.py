@@ -333,6 +333,7 @@ def test_a_large_weight_takes_a_randomised_decomposition_only_if_its_basis_is_sa
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_compiles_without_graph_breaks():
     model, x = model_of(wavelet="db2"), torch.randn(4, 12)
     expected = model(x)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +16,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from tests.forked_python import run_python
 from tests.training_run import base_model, data, logits
 from wara_peft import SaveAsLora, WaRAConfig, to_lora
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA:UserWarning")
 
 LOADS_WITHOUT_THE_PLUGIN = """
@@ -37,11 +35,7 @@ with torch.no_grad():
 """
 
 
-def run(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "tests.training_run", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+run = partial(run_python, "-m", "tests.training_run")
 
 
 def adapted(**adapters: WaRAConfig) -> PeftModel:
@@ -102,8 +96,7 @@ def test_a_program_without_the_plugin_loads_every_checkpoint(tmp_path):
         same_as_the_adapter(tmp_path / "out" / checkpoint)
         adapter = tmp_path / "out" / checkpoint / "as_lora" / "default"
         arguments = [tmp_path / "base", adapter, tmp_path / "tokens.pt", tmp_path / "logits.pt"]
-        command = [sys.executable, "-c", LOADS_WITHOUT_THE_PLUGIN, *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        result = run_python("-c", LOADS_WITHOUT_THE_PLUGIN, *arguments)
         assert result.returncode == 0, result.stderr
         wara = PeftModel.from_pretrained(base_model(), tmp_path / "out" / checkpoint)
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(wara), atol=1e-5, rtol=1e-5)

@@ -101,7 +101,7 @@ def _check_pip(words: list[str]) -> None:
 
 
 def _check_pytest(words: list[str]) -> None:
-    """Paths are there, and each word of `-k` is in the name of a test in them."""
+    """Paths are there, each word of `-k` is in the name of a test in them, and those of `-m` are marks."""
     paths = [ROOT / word for word in words if word.startswith("tests")] or [ROOT / "tests"]
     files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("test_*.py")))]
     assert files and all(path.exists() for path in paths), words
@@ -109,3 +109,6 @@ def _check_pytest(words: list[str]) -> None:
     if "-k" in words:
         for word in re.split(r" or | and ", words[words.index("-k") + 1]):
             assert word.lower() in names, f"no test in {words} is named {word}"
+    if "-m" in words:
+        marks = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+        assert {*words[words.index("-m") + 1].split()} <= {*marks, "not", "or", "and"}, words
