@@ -16,7 +16,6 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _get_in_out_features,
     _maybe_include_all_linear_layers,
     find_parameter_name_by_module,
     onload_layer,
@@ -29,9 +28,9 @@ from peft.utils import (
 )
 from torch import Tensor, nn
 
-from .base_layers.kinds import LINEAR, BareParameter, ModuleShape, kind_of
+from .base_layers.kinds import kind_of, shape_of, supported_classes
 from .base_layers.never_called import keep_called, let_go, never_called
-from .base_layers.quantization import FLOATS, base_weight, keep_unpacked
+from .base_layers.quantization import FLOATS, adaptable_kind, base_weight, keep_unpacked
 from .base_layers.refusals import Refusal, explain, refuse
 from .compiled import compiled_in_place, plain_model, plain_name
 from .config import WaRAConfig
@@ -60,25 +59,15 @@ from .injection.target_parameters import (
     NamedParameter,
     check_parameters,
     named_parameters,
-    original,
     projections,
     use_loras_targets,
 )
 from .injection.weight_tying import check_ties, check_token_ties, keep_ties_in_replicas, unwrapped, without
 from .layers.base import TENSOR_PARTS, WaRALayer
-from .layers.conv import Conv
-from .layers.embedding import Embedding
 from .layers.enabling import TrainedBefore, switch
-from .layers.factorized import FactorizedLinear
-from .layers.linear import Linear
 from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor
 from .layers.parameters import AdaptedModule, ParameterLayer
 from .messages import first
-
-SUPPORTED = (
-    "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
-    "`torch.nn.Conv3d`, `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
-)
 
 
 class WaRAModel(BaseTuner):
@@ -112,8 +101,6 @@ class WaRAModel(BaseTuner):
     # Adapters that are being loaded: their config has arrived, their tensors have not.
     _awaited: Mapping[str, AwaitedAdapter] = {}
     _trained_before: TrainedBefore | None = None
-    # Hashes of base weights, for the adapter that is being injected.
-    _base_weight_hashes: Mapping[str, str] | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -154,9 +141,14 @@ class WaRAModel(BaseTuner):
         layers = adapted_layers(model, adapter_name)
         shapes = {name: layer.shape.as_list() for name, layer in layers.items() if adapter_name not in layer.tied_to}
         biased = [name for name in shapes if getattr(layers[name], "bias", None) is not None]
+        weights = {
+            name: Target(layer.shape, partial(base_weight, layer.get_base_layer(), layer.quantization_backend))
+            for name, layer in layers.items()
+            if name in shapes
+        }
         found = {
             "module_shapes": shapes,
-            "base_weight_hashes": self._base_weight_hashes,
+            "base_weight_hashes": config.form_object.base_weight_hashes(config, weights),
             "biased_modules": None if config.bias == "none" else biased,
         }
         in_model = note(config, written, found)
@@ -231,13 +223,12 @@ class WaRAModel(BaseTuner):
             for name, base in bases.items()
         }
         peft_config.form_object.check_targets(peft_config, model, targets)
-        self._base_weight_hashes = peft_config.form_object.base_weight_hashes(peft_config, targets)
         shapes = {name: target.shape.as_list() for name, target in targets.items()}
         if targets:  # or else PEFT says that none matches
             warn_of_unmatched(peft_config, shapes, self._named, [*(name for name, _ in model.named_modules()), *bases])
         if peft_config.module_shapes is not None:
-            found = {"module_shapes": shapes, "base_weight_hashes": self._base_weight_hashes}
-            AwaitedAdapter(peft_config, []).warn_if_another(found)
+            hashes = peft_config.form_object.base_weight_hashes(peft_config, targets)
+            AwaitedAdapter(peft_config, []).warn_if_another({"module_shapes": shapes, "base_weight_hashes": hashes})
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
@@ -281,12 +272,12 @@ class WaRAModel(BaseTuner):
                 parameters += of_attention
                 continue
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            layer_class = self._layer_class(base)
-            if layer_class is None or (only_linear and not issubclass(layer_class, Linear)):
+            kind = adaptable_kind(base, **get_quantization_kwargs(self.model))
+            if kind is None or (only_linear and not kind.is_linear):
                 unsupported.append(f"{name} ({type(base).__name__})")
             modules[name] = base
         if unsupported:
-            supported = SUPPORTED
+            supported = f"{supported_classes()}, and quantized linear layers"
             if only_linear:
                 choice = f"form={peft_config.form!r} and init_weights={peft_config.init_weights!r}"
                 supported = f"linear layers (also quantized, and transformers' `Conv1D`) with {choice}"
@@ -325,19 +316,6 @@ class WaRAModel(BaseTuner):
             named = self._named_by_state_dict
             if self._check_target_module_exists(peft_config, name) if named is None else name in named:
                 yield name, module
-
-    def _layer_class(self, base_layer: nn.Module) -> type[WaRALayer] | None:
-        kind = kind_of(base_layer)
-        if kind.kernel_dimensions:
-            return Conv
-        if not kind.is_linear:
-            return Embedding
-        if kind.is_factorized:
-            return FactorizedLinear
-        if isinstance(base_layer, nn.Linear) or kind is not LINEAR:
-            return Linear
-        backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(self.model))
-        return Linear if backend is not None and backend.layer_type == "linear" else None
 
     def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
         """Resolve targets as PEFT does, and targets in the experts of a mixture as PEFT does for LoRA.
@@ -395,9 +373,10 @@ class WaRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(original(target), nn.MultiheadAttention):
-            for parameter in projections(current_key, target):
-                self._adapt_parameter(peft_config, adapter_name, self.model, parameter)
+        of_attention = projections(current_key, target)
+        for parameter in of_attention:
+            self._adapt_parameter(peft_config, adapter_name, self.model, parameter)
+        if of_attention:
             return
         tied_to = None
         if self._check_tied_module_exists(peft_config, current_key):
@@ -407,9 +386,8 @@ class WaRAModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, current_key, tied_to, context)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layer_class = self._layer_class(base)
-        assert layer_class is not None  # _prepare_model has looked at every target
         quantization = get_quantization_kwargs(self.model)
+        layer_class: type[WaRALayer] = kind_of(base).layer_class
         layer = layer_class(target, adapter_name, current_key, peft_config, tied_to, context, **quantization)
         if adapter_name not in self.active_adapters:
             # A further adapter trains only once it is activated.
@@ -699,15 +677,3 @@ def _unseen_patterns(config: WaRAConfig) -> Iterator[None]:
         for name, patterns in before.items():
             now = getattr(config, name)
             setattr(config, name, patterns if now == patterns else dict(now))
-
-
-def shape_of(base_layer: nn.Module) -> ModuleShape:
-    """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
-    if isinstance(base_layer, BareParameter):
-        return base_layer.module_shape
-    kind = kind_of(base_layer)
-    if kind.is_factorized:  # of which PEFT's function would warn
-        return ModuleShape(kind, cast(int, base_layer.out_features), cast(int, base_layer.in_features))
-    in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
-    groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
-    return ModuleShape(kind, out_features, in_features // groups, groups, tuple(kernel))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
-from .kinds import kind_of
+from .kinds import LINEAR, Kind, kind_of, known_kind
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights that are not quantized."""
@@ -19,6 +19,20 @@ def base_weight(base_layer: nn.Module, backend: QuantizationBackend | None) -> T
     keep_unpacked(base_layer)
     weight = cast(Tensor, base_layer.weight).data if backend is None else backend.get_base_weight(base_layer)
     return weight.T if kind_of(base_layer).keeps_in_first else weight
+
+
+def adaptable_kind(base_layer: nn.Module, **quantization: Any) -> Kind | None:
+    """The kind of a layer that can be adapted, a quantized linear one too; None of another class.
+
+    Args:
+        base_layer: the layer.
+        quantization: what PEFT's quantization backends ask for.
+    """
+    kind = known_kind(base_layer)
+    if kind is not None:
+        return kind
+    backend = resolve_quantization_backend(base_layer, **quantization)
+    return LINEAR if backend is not None and backend.layer_type == "linear" else None
 
 
 def keep_unpacked(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from ..base_layers.kinds import known_kind
 from ..config import WaRAConfig
 from ..layers.base import WaRALayer
 from ..layers.lookup import adapted_layers
@@ -77,7 +78,7 @@ def resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, T
     """
     layers = embeddings(model)
     adapted = [layer for layer in layers if isinstance(layer, WaRALayer)]
-    others = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
+    others = [layer for layer in layers if layer is not None and known_kind(layer)]
     if (
         len(adapted) != 1
         or len(others) != 1

@@ -9,7 +9,6 @@ from typing import Any
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 
-from ..base_layers.kinds import BareParameter
 from ..layers.base import WaRALayer
 from ..messages import first
 
@@ -59,7 +58,7 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
     for name, layer in layers.items():
         base = layer.get_base_layer()
         weight = getattr(base, "weight", None)
-        own = names[base.owner] if isinstance(base, BareParameter) else name  # the module that has the weight
+        own = names[layer.weight_place()[0]]
         others = [
             repr(other)
             for other in users.get(id(weight), [])

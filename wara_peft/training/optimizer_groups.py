@@ -9,7 +9,6 @@ from torch import nn
 
 from ..arguments import check_argument
 from ..layers.base import WaRALayer
-from ..layers.embedding import Embedding
 
 GROUP_OF_PART = {"wara_A": "A", "wara_B": "B", "wara_core": "core", "wara_gain": "gain"}
 
@@ -75,7 +74,7 @@ def optimizer_groups(
 def _of_adapters(model: nn.Module) -> dict[nn.Parameter, str]:
     """The group of each parameter of an adapter."""
     return {
-        parameter: "embedding" if isinstance(layer, Embedding) else group
+        parameter: "embedding" if layer.kind.has_vocabulary else group
         for layer in model.modules()
         if isinstance(layer, WaRALayer)
         for part, group in GROUP_OF_PART.items()

@@ -1,7 +1,6 @@
 """Transforms by products with small matrices: for any layout of rows, in any mode, without a table of an axis's size.
 
-On an axis on which no level but the first trims, each level has one equivalent filter h of K taps with an offset o.
-Cut a row's samples into blocks of N = 2^j p. What the coefficients i give to a block,
+Cut a row's samples into blocks of N = 2^j p. What the coefficients i give to a block, with `polyphase`'s h and o,
 
     Σ_i c[i] h[n - 2^j i + o],      is the same sum for all blocks, with coefficients that lie p further for each.
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from .constant_tensors import constant_tensors
 from .filters import equivalent_filter
 from .layout import BANDS, Axis
+from .polyphase import offset
 
 SAMPLES = 32
 """Samples of a block, more where 2^j is more. With 16 or 64 the products take as long or longer."""
@@ -92,19 +92,19 @@ def _table(wavelet: str, level: int, adjoint: bool) -> list[list[list[float]]]:
     between sample k of a window and coefficient n of its block."""
     step, first = 2**level, _first(wavelet, level, adjoint)
     filters = [np.pad(equivalent_filter(wavelet, band, level)[0], 1) for band in BANDS]  # zero beyond their ends
-    taps, offset = len(filters[0]) - 2, equivalent_filter(wavelet, "a", level)[1]
+    taps = len(filters[0]) - 2
     count = max(SAMPLES // step, 1)
     if adjoint:
         width = step * (count - 1) + taps
         at = np.arange(width)[:, None] - step * np.arange(count)
     else:
-        last = (step * count - 1 + offset) // step
-        at = np.arange(step * count) + offset - step * np.arange(first, last + 1)[:, None]
+        last = (step * count - 1 + offset(wavelet, level)) // step
+        at = np.arange(step * count) + offset(wavelet, level) - step * np.arange(first, last + 1)[:, None]
     return [own[np.clip(at, -1, taps) + 1].tolist() for own in filters]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _first(wavelet: str, level: int, adjoint: bool) -> int:
     """The first coefficient, or sample, of the first block's window: 0 or less."""
-    taps, offset = equivalent_filter(wavelet, "a", level)
-    return -offset if adjoint else (offset - len(taps)) // 2**level + 1
+    taps, ahead = equivalent_filter(wavelet, "a", level)
+    return -ahead if adjoint else (ahead - len(taps)) // 2**level + 1

@@ -16,7 +16,6 @@ from peft import LoraConfig
 from torch import Tensor
 
 from ...base_layers.kinds import ModuleShape
-from ...config import WaRAConfig
 from ...config_fields.name_patterns import value_for
 from ...messages import first
 from ..checkpoints.tensors import TensorFile, TensorInfo
@@ -185,12 +184,12 @@ class SavedLora:
 class _LoraContents(Contents):
     """The tensors of a LoRA's file."""
 
+    config: LoraConfig
     parts_of_layers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     def __init__(self, config: LoraConfig, modules: dict[str, ModuleShape], tied: Set[str], file: TensorFile) -> None:
         self.tied = tied
-        # Of the config it takes fields that both have.
-        super().__init__(cast(WaRAConfig, config), modules, file)
+        super().__init__(config, modules, file)
 
     def _check_dtypes(self, file: TensorFile) -> dict[str, TensorInfo]:
         found = super()._check_dtypes(file)
@@ -201,12 +200,9 @@ class _LoraContents(Contents):
         shape = self.modules[module]
         rank = value_for(module, "rank_pattern", cast(Mapping[str, int], self.config.rank_pattern), self.config.r)
         key_a, key_b = (f"{module}.{name}" for name in shape.kind.lora_names)
-        ones = (1,) * shape.kind.kernel_dimensions
+        ones = (1,) * len(shape.kernel)
         shapes = {
             key_a: (rank, shape.in_features, *shape.kernel),
             key_b: (shape.out_features, rank, *ones),
         }
         return shapes, list(shapes)
-
-    def _with_kernel(self, name: str, shape: ModuleShape) -> ModuleShape:
-        return shape
