@@ -369,7 +369,7 @@ BAD_INPUTS = {
     "no batches wanted": ({"batches": 0}, ValueError, "batches=0 must be at least 1"),
     "little memory": ({"max_bytes": 900}, ValueError, "max_bytes=900 is less than module 'up' needs by itself, 960"),
     "a floor above the size": ({"min_rank": 7}, ValueError, "min_rank=7 of subband 'aa1' in module 'up'.*6"),
-    "a rank that is none": ({"max_rank": {"up": "x"}}, ValueError, "max_rank='x' for module 'up'"),
+    "a rank that is none": ({"max_rank": {"up": "x"}}, TypeError, "max_rank='x' for module 'up'"),
     "no rank at all": ({"max_rank": 0}, ValueError, "max_rank leaves no subband a rank"),
     "no such target": ({"config": config_of(target_modules=["q"])}, ValueError, "names no module"),
 }

@@ -154,7 +154,7 @@ class TestEquations:
 
     @pytest.mark.parametrize("make", [AdditivePooling, StructuredSelfAttentionPooling])
     def test_sizes(self, make: type[nn.Module]) -> None:
-        with pytest.raises(ValueError, match="embed_dim=0 must be at least 1"):
+        with pytest.raises(ValueError, match="embed_dim=0 must be an int of at least 1"):
             make(0)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import id_tensor_storage
 
-from ..arguments import check_argument, shown
+from ..arguments import check_argument, check_whole_number, shown
 from ..base_layers.lora_places import fan_in_fan_out, lora_name, loras_targets
 from ..disk.adapters.adapter import Track, untracked
 from ..disk.adapters.contents import PEFT_PREFIX
@@ -271,13 +271,8 @@ def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
 
 
 def _check_rank(rank: int | float) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        name = f" The adapter's name is given as adapter_name={rank!r}." if isinstance(rank, str) else ""
-        raise TypeError(f"rank={shown(rank)} must be an int or a float.{name}")
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"rank={rank!r} must be at least 1.")
-    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
-        raise ValueError(f"rank={rank!r} is a share of the energy when it is a float: more than 0 and at most 1.")
+    name = f". The adapter's name is given as adapter_name={rank!r}" if isinstance(rank, str) else ""
+    check_whole_number("rank", rank, fraction=f"the share of the energy to keep{name}")
 
 
 def _lora_config(source: AdapterSource, rank: int) -> LoraConfig:

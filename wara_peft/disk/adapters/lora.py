@@ -15,6 +15,7 @@ from typing import cast
 from peft import LoraConfig
 from torch import Tensor
 
+from ...arguments import check_whole_number
 from ...base_layers.kinds import ModuleShape
 from ...config_fields.name_patterns import value_for
 from ...messages import first
@@ -54,6 +55,7 @@ class SavedLora:
     Raises:
         FileNotFoundError: there is no such directory, or a file is missing.
         ValueError: it is no LoRA, is saved as a pickle or cut short, or is a variant that WaRA does not have.
+        TypeError: one of its ranks is no int.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -68,9 +70,9 @@ class SavedLora:
         ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
         if not isinstance(ranks, dict) or not isinstance(alphas, dict):
             raise ValueError(f"{where} rank_pattern={ranks!r} and alpha_pattern={alphas!r}; dicts were expected.")
-        for rank in (self.config.r, *ranks.values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"{where} a rank of {rank!r}; an int of at least 1 was expected.")
+        named = {f"rank_pattern[{pattern!r}]": rank for pattern, rank in ranks.items()}
+        for name, rank in {"r": self.config.r, **named}.items():
+            check_whole_number(name, rank, of=f" of the LoRA in {str(self.path)!r}")
         for alpha in (self.config.lora_alpha, *alphas.values()):
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) <= LARGEST:
                 raise ValueError(f"{where} an alpha of {alpha!r}; a finite number was expected.")
