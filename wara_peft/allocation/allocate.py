@@ -180,10 +180,8 @@ def _check_arguments(
         )
     if score not in SCORES:
         raise ValueError(f"score={score!r} is not one of {', '.join(map(repr, SCORES))}.")
-    if batches < 1:
-        raise ValueError(f"batches={batches!r} must be at least 1.")
-    if max_bytes < 1:
-        raise ValueError(f"max_bytes={max_bytes!r} must be at least 1.")
+    check_whole_number("batches", batches)
+    check_whole_number("max_bytes", max_bytes)
     if budget is not None and like is not None:
         raise ValueError("Give `budget` or `like`, not both.")
 

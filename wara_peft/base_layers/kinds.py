@@ -65,7 +65,9 @@ class Kind:
         return ModuleShape(self, out_features, in_features)
 
     def stand_in(self, shape: ModuleShape) -> nn.Module:
-        """A layer of that shape, without bias, to be made on the meta device; dense for a product or parameter."""
+        """A layer of that shape, to be made on the meta device; a dense one in place of a product or a parameter."""
+        if self.keeps_in_first:
+            return Conv1D(shape.out_features, shape.in_features)  # type: ignore[no-untyped-call]
         return nn.Linear(shape.in_features, shape.out_features, bias=False)
 
     def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
@@ -83,15 +85,14 @@ class Kind:
         return {}
 
 
-class TransposedLinear(Kind):
-    """transformers' `Conv1D`, a linear layer that keeps its weight as (in, out)."""
-
-    def stand_in(self, shape: ModuleShape) -> nn.Module:
-        return Conv1D(shape.out_features, shape.in_features)  # type: ignore[no-untyped-call]
-
-
+@dataclass(eq=False)
 class EmbeddingKind(Kind):
-    """`nn.Embedding`: multiplies by the rows of its weight that tokens name."""
+    """`nn.Embedding`, whose result are the rows of its weight that tokens name."""
+
+    keeps_in_first: bool = True
+    lora_names: tuple[str, str] = ("lora_embedding_A", "lora_embedding_B")
+    bias_names: tuple[str, ...] = ()
+    has_vocabulary: bool = True
 
     def stand_in(self, shape: ModuleShape) -> nn.Module:
         return nn.Embedding(shape.in_features, shape.out_features)
@@ -159,17 +160,8 @@ def supported_classes() -> str:
 
 
 LINEAR = register(Kind("Linear", nn.Linear, is_linear=True))
-CONV1D = register(TransposedLinear("Conv1D", Conv1D, keeps_in_first=True, is_linear=True))
-EMBEDDING = register(
-    EmbeddingKind(
-        "Embedding",
-        nn.Embedding,
-        keeps_in_first=True,
-        lora_names=("lora_embedding_A", "lora_embedding_B"),
-        bias_names=(),
-        has_vocabulary=True,
-    )
-)
+CONV1D = register(Kind("Conv1D", Conv1D, keeps_in_first=True, is_linear=True))
+EMBEDDING = register(EmbeddingKind("Embedding", nn.Embedding))
 CONVOLUTIONS = [
     register(ConvolutionKind(cls.__name__, cls, kernel_dimensions=dimensions))
     for dimensions, cls in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)

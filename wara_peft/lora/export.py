@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import id_tensor_storage
 
-from ..arguments import check_argument, check_whole_number, shown
+from ..arguments import check_argument, check_whole_number
 from ..base_layers.lora_places import fan_in_fan_out, lora_name, loras_targets
 from ..disk.adapters.adapter import Track, untracked
 from ..disk.adapters.contents import PEFT_PREFIX

@@ -1,8 +1,8 @@
 """Transforms by products with small matrices: for any layout of rows, in any mode, without a table of an axis's size.
 
-Cut a row's samples into blocks of N = 2^j p. What the coefficients i give to a block, with `polyphase`'s h and o,
+Cut a row's samples into blocks of N = 2^j p. What the coefficients i give to a block, with the h and o of `filters`,
 
-    Σ_i c[i] h[n - 2^j i + o],      is the same sum for all blocks, with coefficients that lie p further for each.
+    Σ_i c[i] h[n + o - 2^j i],      is the same sum for all blocks, with coefficients that lie p further for each.
 
 So a level is one batched product: for each row its overlapping windows of coefficients, one for each block, times a
 matrix that only wavelet, level and band determine. The adjoint is such a product too.
@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
-from .filters import equivalent_filter
+from .filters import equivalent_filter, offset
 from .layout import BANDS, Axis
-from .polyphase import offset
 
 SAMPLES = 32
 """Samples of a block, more where 2^j is more. With 16 or 64 the products take as long or longer."""

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
+from .filters import offset, taps_of_rows
 from .layout import Axis
-from .polyphase import offset, taps_of_rows
 
 
 def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor) -> Tensor:
     """Samples at some positions of `synthesis` with `dim=1`, level 0 and all: (R, N).
 
-    It gathers the coefficients q - s and the taps of its phase for each position, see `polyphase`.
+    It gathers the coefficients q - s and the taps of its phase for each position, see `filters`.
     """
     last = axis.last_level_at_once
     finer, coarser = axis.split(last) if last else (axis, None)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
+from .filters import taps_of_rows
 from .layout import Axis
-from .polyphase import taps_of_rows
 
 
 def serves(rows: Tensor, axis: Axis) -> bool:

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
-from .filters import equivalent_filter
+from .filters import equivalent_filter, offset, taps_by_phase
 from .layout import Axis, axis_sizes
 from .modes import is_plain
-from .polyphase import offset, taps_by_phase
 
 DEVICES = ("cpu", "cuda", "meta")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
