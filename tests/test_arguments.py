@@ -61,9 +61,12 @@ def test_the_first_argument(module, name):
         ),
         (
             lambda: wara_peft.to_lora(model(), "other"),
-            "rank='other' must be an int or a float. The adapter's name is ",
+            "a float in (0, 1]: the share of the energy to keep. The adapter's name is given as adapter_name='other'",
         ),
-        (lambda: wara_peft.to_lora(model(), model()), "rank=a PeftModel must be an int or a float."),
+        (
+            lambda: wara_peft.to_lora(model(), model()),
+            "rank=a PeftModel must be an int of at least 1, or a float",
+        ),
         (lambda: wara_peft.load_lora(model(), model()), "path must be a str or os.PathLike, and is a PeftModel."),
         (lambda: wara_peft.load_lora(model(), "lora", 8), "adapter_name must be a str, and is 8."),
         (lambda: wara_peft.lora_view("adapter"), "must be a model with WaRA adapters; to_lora reads directories"),

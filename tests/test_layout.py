@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from docs.layout import DRAWN, ORDER, PACKAGE, PICTURE, arrows, files, floors, folders, imports, room, rooms
+from wara_peft.base_layers import kinds
+from wara_peft.base_layers.kinds import KINDS, Kind
 from wara_peft.forms import FORMS
 
 
@@ -77,3 +79,34 @@ def test_forms_are_named_in_their_own_files_and_the_configs_list_alone():
         if isinstance(node, ast.Constant) and node.value in FORMS.keys() - {"subband"}  # which is a word too
     }
     assert named == {"config.py"}
+
+
+KINDS_AND_LAYERS = {
+    cls.__name__ for kind in KINDS.values() for cls in (kind.base_class, kind.layer_class) if cls is not None
+}
+NAMED_KINDS = {name for name, value in vars(kinds).items() if isinstance(value, (Kind, list)) and name.isupper()}
+
+
+def test_kinds_of_layers_are_told_apart_in_base_layers_alone():
+    assert {"Conv1D", "Conv2d", "Embedding", "LowRankLinear", "FactorizedLinear"} <= KINDS_AND_LAYERS
+    assert {"LINEAR", "IN_PROJ", "CONVOLUTIONS"} <= NAMED_KINDS
+    asked = {
+        f"{path.relative_to(PACKAGE)}: {ast.unparse(node)}"
+        for path in files()
+        if PACKAGE in path.parents
+        and path.parent.name not in ("base_layers", "layers")
+        and path.relative_to(PACKAGE).parts[0] not in ("attention", "compression", "factorized")  # know no adapters
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if _asks(node)
+    }
+    assert asked == set()
+
+
+def _asks(node: ast.AST) -> bool:
+    """Whether code looks at a layer's class, compares kinds, or looks one up by its name."""
+    names = {getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node)}
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", None) in ("isinstance", "issubclass") and bool(names & KINDS_AND_LAYERS)
+    if isinstance(node, ast.Compare):
+        return bool(names & NAMED_KINDS)
+    return isinstance(node, ast.Subscript) and "KINDS" in names and isinstance(node.slice, ast.Constant)

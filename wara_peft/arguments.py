@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,8 +42,35 @@ def check_argument(call: str, name: str, value: object, kind: str) -> None:
         raise TypeError(f"{call}: {name} must be {kind}, and is {shown(value)}.")
 
 
+def check_whole_number(
+    name: str, value: Any, least: int = 1, most: int | None = None, *, of: str = "", fraction: str = ""
+) -> None:
+    """Refuse a rank, or another number of something, that is no int of its range, as neither True nor 2.0 is.
+
+    Args:
+        name: the argument's.
+        value: what was given.
+        least, most: the range; None is no limit.
+        of: what else the message says of the number, as " of module 'up'".
+        fraction: what a float in (0, 1] in place of an int means. Where this is empty, floats are refused.
+
+    Raises:
+        TypeError: it is no number of such a kind.
+        ValueError: it is out of its range.
+    """
+    is_fraction = bool(fraction) and isinstance(value, float)
+    is_number = is_fraction or (isinstance(value, Integral) and not isinstance(value, bool))
+    largest = math.inf if most is None else most
+    if not is_number or not (0 < value <= 1 if is_fraction else least <= value <= largest):
+        allowed = f"an int of at least {least}" if most is None else f"an int from {least} to {most}"
+        further = f", or a float in (0, 1]: {fraction}" if fraction else ""
+        raise (ValueError if is_number else TypeError)(f"{name}={shown(value)}{of} must be {allowed}{further}.")
+
+
 def shown(value: object) -> str:
     """The value where it is short, as numbers and names are, or else its class."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python does not print the longest
+        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1}…"
     if value is None or isinstance(value, (str, os.PathLike, bool, int, float)):
         return repr(value)
     return f"a {type(value).__name__}"

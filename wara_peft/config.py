@@ -15,8 +15,9 @@ from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .arguments import check_whole_number
 from .compiled import plain_names
-from .config_fields.checks import MAX_LEVELS, check_config, check_range
+from .config_fields.checks import MAX_LEVELS, check_config
 from .config_fields.field_help import with_help
 from .config_fields.field_types import Json, check_types, read_json
 from .config_fields.from_lora import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
@@ -220,7 +221,7 @@ class WaRAConfig(PeftConfig):
                 "the WaRAConfig by its own fields."
             )
         levels = fields.get("levels", 1)
-        check_range("levels", levels, 1, MAX_LEVELS)
+        check_whole_number("levels", levels, 1, MAX_LEVELS)
         ranks_for = partial(subband_ranks, match=match, levels=levels)
         own, left_out = fields_from_lora(lora_config, ranks_for, cls.__dataclass_fields__)
         warn_of_left_out(left_out)

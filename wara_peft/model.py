@@ -46,17 +46,12 @@ from .injection.target_checks import (
 from .injection.target_parameters import (
     adapt_parameter,
     named_parameters,
-    original,
     projections,
 )
 from .injection.targets import Injection, check_injection, checked_targets, resolve_targets
 from .injection.weight_tying import adapt_embedding_of_tied, keep_ties_in_replicas, train_embedding_of_tied
 from .layers.base import WaRALayer
-from .layers.conv import Conv
-from .layers.embedding import Embedding
 from .layers.enabling import TrainedBefore, switch
-from .layers.factorized import FactorizedLinear
-from .layers.linear import Linear
 from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor, note_fields
 
 
@@ -86,8 +81,6 @@ class WaRAModel(BaseTuner):
     # Adapters that are being loaded: their config has arrived, their tensors have not.
     _awaited: Mapping[str, AwaitedAdapter] = {}
     _trained_before: TrainedBefore | None = None
-    # Hashes of base weights, for the adapter that is being injected.
-    _base_weight_hashes: Mapping[str, str] | None = None
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +116,7 @@ class WaRAModel(BaseTuner):
             vars(config).update(before)
             raise
         keep_unpacked(model)
-        note_fields(model, adapter_name, config, written, self._base_weight_hashes)
+        note_fields(model, adapter_name, config, written)
         # An adapter that was deleted may have had the same name.
         awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         if config.module_shapes is not None:
@@ -161,7 +154,7 @@ class WaRAModel(BaseTuner):
         Whoever makes errors of warnings finds the model as it was.
         """
         configs = cast(dict[str, WaRAConfig], self.peft_config)
-        self._base_weight_hashes = check_injection(model, peft_config, configs, self._injection)
+        check_injection(model, peft_config, configs, self._injection)
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
@@ -178,14 +171,6 @@ class WaRAModel(BaseTuner):
         as_written(config)
         resolved = tuner._prepare_adapter_config(config, cls.get_model_config(model))
         return checked_targets(model, resolved, tuner._injection)
-
-    def _layer_class(self, base_layer: nn.Module) -> type[WaRALayer]:
-        kind = kind_of(base_layer)
-        if kind.kernel_dimensions:
-            return Conv
-        if not kind.is_linear:
-            return Embedding
-        return FactorizedLinear if kind.is_factorized else Linear
 
     def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
         """Resolve targets as PEFT does, and as it does for LoRA in the experts of a mixture; see `resolve_targets`."""
@@ -216,10 +201,11 @@ class WaRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(original(target), nn.MultiheadAttention):
-            trains = adapter_name in self.active_adapters
-            for parameter in projections(current_key, target):
-                adapt_parameter(parameter, self.model, peft_config, adapter_name, trains)
+        of_attention = projections(current_key, target)
+        trains = adapter_name in self.active_adapters
+        for parameter in of_attention:
+            adapt_parameter(parameter, self.model, peft_config, adapter_name, trains)
+        if of_attention:
             return
         tied_to = None
         if self._check_tied_module_exists(peft_config, current_key):
@@ -230,9 +216,8 @@ class WaRAModel(BaseTuner):
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = get_quantization_kwargs(self.model)
-        layer = self._layer_class(base)(
-            target, adapter_name, current_key, peft_config, tied_to, context, **quantization
-        )
+        layer_class: type[WaRALayer] = kind_of(base).layer_class
+        layer = layer_class(target, adapter_name, current_key, peft_config, tied_to, context, **quantization)
         if adapter_name not in self.active_adapters:
             # A further adapter trains only once it is activated.
             layer.requires_grad_(False)

@@ -362,10 +362,10 @@ BAD_INPUTS = {
     "shared": ({"config": config_of(form="shared")}, ValueError, "not for form='shared', whose parameters"),
     "aa0 beside subbands": ({"config": config_of(subband_ranks={"aa0": 1})}, ValueError, "ranks for 'aa0'.*'up'|'up'"),
     "no such score": ({"score": "magic"}, ValueError, "score='magic' is not one of"),
-    "no batches wanted": ({"batches": 0}, ValueError, "batches=0 must be at least 1"),
+    "no batches wanted": ({"batches": 0}, ValueError, "batches=0 must be an int of at least 1"),
     "little memory": ({"max_bytes": 900}, ValueError, "max_bytes=900 is less than module 'up' needs by itself, 960"),
     "a floor above the size": ({"min_rank": 7}, ValueError, "min_rank=7 of subband 'aa1' in module 'up'.*6"),
-    "a rank that is none": ({"max_rank": {"up": "x"}}, ValueError, "max_rank='x' for module 'up'"),
+    "a rank that is none": ({"max_rank": {"up": "x"}}, TypeError, "max_rank='x' for module 'up'"),
     "no rank at all": ({"max_rank": 0}, ValueError, "max_rank leaves no subband a rank"),
     "no such target": ({"config": config_of(target_modules=["q"])}, ValueError, "names no module"),
 }

@@ -96,8 +96,8 @@ def test_any_pooling_in_the_same_frame() -> None:
     ("call", "message"),
     [
         (lambda: LAMAClassifier(30, 4, embed_dim=60, context="mean_input"), "embed_dim=60 and hidden_size=50"),
-        (lambda: LAMAClassifier(0, 4), "vocab_size=0 must be at least 1"),
-        (lambda: PoolingHead(AdditivePooling(4), 0), "num_classes=0 must be at least 1"),
+        (lambda: LAMAClassifier(0, 4), "vocab_size=0 must be an int of at least 1"),
+        (lambda: PoolingHead(AdditivePooling(4), 0), "num_classes=0 must be an int of at least 1"),
         (lambda: RecurrentClassifier(30, 4, AdditivePooling(5)), "embed_dim=5; it must be even"),
         (lambda: LAMAClassifier(30, 4)(torch.ones(3, dtype=torch.long)), r"tokens has shape \(3,\)"),
         (lambda: LAMAClassifier(30, 4)(texts(), PADDING.flip(1)), "pad the texts on the right"),

@@ -165,8 +165,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"embed_dim": 0, "num_heads": 2}, "embed_dim=0 must be at least 1"),
-            ({"embed_dim": 4, "num_heads": -1}, "num_heads=-1 must be at least 1"),
+            ({"embed_dim": 0, "num_heads": 2}, "embed_dim=0 must be an int of at least 1"),
+            ({"embed_dim": 4, "num_heads": -1}, "num_heads=-1 must be an int of at least 1"),
             ({"embed_dim": 4, "num_heads": 2, "context": "mean"}, "context='mean' is unknown; use one of 'learned'"),
             ({"embed_dim": 4, "num_heads": 2, "eps": 0.0}, "eps=0.0 must be greater than 0"),
         ],

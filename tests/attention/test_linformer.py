@@ -155,7 +155,7 @@ class TestErrors:
         ("options", "message"),
         [
             ({"max_length": 64}, "k=256 is more than max_length=64"),
-            ({"max_length": 8, "k": 0}, "k=0 must be at least 1"),
+            ({"max_length": 8, "k": 0}, "k=0 must be an int of at least 1"),
             ({"max_length": 8, "k": 4, "sharing": "all"}, "sharing='all' is unknown; use one of 'none', 'headwise'"),
             (
                 {"max_length": 8, "k": 4, "projection": nn.Parameter(torch.zeros(8, 4))},

@@ -149,7 +149,7 @@ def mistral() -> MistralForCausalLM:
     ("make", "fields", "message"),
     [
         (llama, {"rank": 2, "keys": True}, "keys of LlamaForCausalLM are turned by rotary"),
-        (llama, {"rank": 5}, "rank=5 must be an int from 1 to 4"),
+        (llama, {"rank": 5}, "rank=5 for heads of width 4 must be an int from 1 to 4"),
         (llama, {"rank": 2, "statistics": {}}, r"no inputs of 'model\.layers\.0\.self_attn\.v_proj'"),
         (gpt2, {"rank": 2}, "GPT2LMHeadModel has 0 attentions with 'v_proj'"),
         (mistral, {"rank": 2}, "MistralForCausalLM has layers of kinds .'sliding_attention'"),

@@ -81,7 +81,7 @@ class TestTruncate:
         ("ranks", "message"),
         [
             ({"third": 2}, r"'third' is no LowRankLinear.*'first', 'second'"),
-            ({"first": 2, "second": 0}, r"rank 0 of 'second' must be at least 1"),
+            ({"first": 2, "second": 0}, "rank=0 of 'second' must be an int of at least 1"),
         ],
     )
     def test_bad_ranks(self, ranks: dict[str, int], message: str) -> None:

@@ -60,5 +60,5 @@ def test_transformer_wants_batch_first() -> None:
 
 @pytest.mark.parametrize("make", [baselines.AdditivePooling, baselines.StructuredSelfAttentionPooling])
 def test_sizes(make: type[nn.Module]) -> None:
-    with pytest.raises(ValueError, match="embed_dim=0 must be at least 1"):
+    with pytest.raises(ValueError, match="embed_dim=0 must be an int of at least 1"):
         make(0)

@@ -117,7 +117,7 @@ class TestQuickstart:
         ("arguments", "message"),
         [
             (["--wavelet", "bior2.2"], "bior2.2"),
-            (["--r", "0"], "r=0 must be at least 1"),
+            (["--r", "0"], "r=0 must be an int from 1 to 65536"),
             (["--epochs", "0"], "--epochs 0 must be at least 1"),
             (["--learning-rate", "-1"], "--learning-rate -1.0 must be greater than 0"),
             (["--reload"], "run without --reload first"),

@@ -69,6 +69,6 @@ def test_dtype_and_copies_keep_the_places() -> None:
 
 @pytest.mark.parametrize(("atoms", "nonzeros"), [(4, 5), (4, 0)])
 def test_out_of_range(atoms: int, nonzeros: int) -> None:
-    with pytest.raises(ValueError, match=f"nonzeros={nonzeros} must be between 1 and atoms={atoms}"):
+    with pytest.raises(ValueError, match=f"nonzeros={nonzeros} must be an int from 1 to {atoms}"):
         DictionaryLinear(7, 9, atoms, nonzeros)
     assert isinstance(DictionaryLinear(7, 9, 4, 4).down, nn.Linear)

@@ -57,7 +57,7 @@ def test_bias_mode_dtype_and_gradients_are_kept() -> None:
     ("make", "message"),
     [
         (lambda: factorize_conv(nn.Conv2d(4, 4, 3, groups=2), 1), "groups=2"),
-        (lambda: LowRankConv(nn.Conv2d(4, 6, 3), 7), r"rank=7 .*\(6, 4, 3, 3\) must be 1 to 6"),
+        (lambda: LowRankConv(nn.Conv2d(4, 6, 3), 7), r"rank=7 .*\(6, 4, 3, 3\) must be an int from 1 to 6"),
     ],
 )
 def test_is_refused(make, message: str) -> None:

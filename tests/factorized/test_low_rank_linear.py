@@ -116,11 +116,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("layer", "rank", "message"),
         [
-            (nn.Linear(11, 17), 12, r"rank=12 .* 11 inputs and 17 outputs must be between 1 and 11"),
+            (nn.Linear(11, 17), 12, r"rank=12 .* 11 inputs and 17 outputs must be an int from 1 to 11"),
             (nn.Linear(11, 17), 0, "rank=0 must be"),
             (nn.Linear(11, 17), -0.5, "rank=-0.5 must be"),
             (nn.Linear(11, 17), float("nan"), "rank=nan must be"),
-            (nn.Linear(11, 17), "4", "rank='4' must be"),
             (nn.Linear(11, 17, device="meta"), 4, "meta device"),
             (with_weight(nn.Parameter(torch.full((17, 11), torch.nan))), 4, "NaN or infinity"),
             (with_weight(nn.Parameter(torch.zeros(17, 11, dtype=torch.int8), False)), 4, r"torch\.int8, quantized"),

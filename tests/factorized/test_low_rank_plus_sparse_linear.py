@@ -155,15 +155,21 @@ def test_dense_linear() -> None:
     assert linear.training and type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
 
 
-@pytest.mark.parametrize(("rank", "nonzeros"), [(0, 5), (2, 0), (3, 15), (2, 31)])
+@pytest.mark.parametrize(("rank", "nonzeros"), [(3, 15), (2, 31)])
 def test_sizes_out_of_range(rank: int, nonzeros: int) -> None:
     with pytest.raises(ValueError, match=f"rank={rank} and nonzeros={nonzeros} .* 7 inputs and 9 outputs"):
         LowRankPlusSparseLinear(7, 9, rank, nonzeros)
     LowRankPlusSparseLinear(7, 9, 2, 30)  # 62 of 63
 
 
+@pytest.mark.parametrize(("rank", "nonzeros", "named"), [(0, 5, "rank=0"), (2, 0, "nonzeros=0")])
+def test_sizes_below_one(rank: int, nonzeros: int, named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named} must be an int of at least 1"):
+        LowRankPlusSparseLinear(7, 9, rank, nonzeros)
+
+
 def test_alpha_is_whole() -> None:
-    with pytest.raises(ValueError, match=r"alpha=0\.5 must be a whole number"):
+    with pytest.raises(TypeError, match=r"alpha=0\.5 must be an int"):
         LowRankPlusSparseLinear(7, 9, 2, 11, alpha=0.5)
 
 

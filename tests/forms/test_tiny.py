@@ -348,3 +348,13 @@ def test_the_hash_is_of_values_in_the_config(tmp_path):
     assert saved == again
     assert saved.keys() == {"up", "down"}
     assert all(len(value) == 64 for value in saved.values())
+
+
+@pytest.mark.parametrize("save_basis", [False, True])
+def test_checking_targets_writes_nothing(save_basis):
+    tuner = model_of(save_basis=save_basis).base_model
+    config = tuner.peft_config["default"]
+    before = dict(vars(tuner)), dict(vars(config))
+    plain = model_of(save_basis=save_basis).unload()
+    tuner._prepare_model(config, plain)
+    assert (vars(tuner), vars(config)) == before

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
-from ..arguments import check_argument, shown
+from ..arguments import check_argument, check_whole_number, shown
 from ..base_layers.kinds import kind_of
 from ..base_layers.quantization import keep_unpacked
 from ..calibration.batches import LossFunction, evaluating, frozen, groups_within
@@ -180,10 +180,8 @@ def _check_arguments(
         )
     if score not in SCORES:
         raise ValueError(f"score={score!r} is not one of {', '.join(map(repr, SCORES))}.")
-    if batches < 1:
-        raise ValueError(f"batches={batches!r} must be at least 1.")
-    if max_bytes < 1:
-        raise ValueError(f"max_bytes={max_bytes!r} must be at least 1.")
+    check_whole_number("batches", batches)
+    check_whole_number("max_bytes", max_bytes)
     if budget is not None and like is not None:
         raise ValueError("Give `budget` or `like`, not both.")
 
@@ -232,9 +230,8 @@ def _rank_of(field_name: str, ranks: Ranks, module_name: str, band: str, default
         found = value_for(module_name, field_name, ranks, default)
         if isinstance(found, Mapping):
             found = found.get(band, default)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise ValueError(f"{field_name}={found!r} for module {module_name!r} must be an int of at least 0.")
-    return found
+    check_whole_number(field_name, found, least=0, of=f" for module {module_name!r}")
+    return int(found)
 
 
 def _check_floors(targets: dict[str, _Target], counts: dict[str, dict[str, int]], budget: int) -> None:

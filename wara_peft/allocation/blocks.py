@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linear_algebra.svd import largest_singular
-from ..wavelet import into_band
+from ..wavelet import Subband, into_band
 
 
 class Spectrum(NamedTuple):
@@ -30,10 +30,11 @@ def of_gradient(gradient: Tensor, wavelet: str, counts: Mapping[str, int]) -> di
     found = {}
     half: dict[tuple[int, str], Tensor] = {}
     for name, count in counts.items():
-        out_band, in_band, level = name[0], name[1], int(name[2:])
-        if (level, in_band) not in half:
-            half[level, in_band] = into_band(gradient, wavelet, level, in_band).T.contiguous()  # (n_j, m)
-        block = into_band(half[level, in_band], wavelet, level, out_band).double()  # (n_j, m_j)
+        band = Subband.named(name)
+        key = band.level, band.in_band
+        if key not in half:
+            half[key] = into_band(gradient, wavelet, *key).T.contiguous()  # (n_j, m)
+        block = into_band(half[key], wavelet, band.level, band.out_band).double()  # (n_j, m_j)
         found[name] = Spectrum(largest_singular(block, count, exact=False)[1].square(), block.square().sum())
     return found
 
@@ -48,10 +49,11 @@ def of_inputs(covariance: Tensor, wavelet: str, counts: Mapping[str, int]) -> di
     found: dict[str, Spectrum] = {}
     by_band: dict[tuple[int, str], Tensor] = {}
     for name, count in counts.items():
-        key = level, in_band = int(name[2:]), name[1]
+        band = Subband.named(name)
+        key = band.level, band.in_band
         if key not in by_band:
-            half = into_band(covariance, wavelet, level, in_band)  # (n, n_j)
-            whole = into_band(half.T.contiguous(), wavelet, level, in_band)  # (n_j, n_j)
+            half = into_band(covariance, wavelet, *key)  # (n, n_j)
+            whole = into_band(half.T.contiguous(), wavelet, *key)  # (n_j, n_j)
             by_band[key] = torch.linalg.eigvalsh(whole.double()).clamp(min=0).flip(0)
         found[name] = Spectrum(by_band[key][:count], by_band[key].sum())
     total = torch.stack([spectrum.energy for spectrum in found.values()]).sum()

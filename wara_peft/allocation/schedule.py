@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..arguments import check_argument
+from ..arguments import check_argument, check_whole_number
 from ..layers.base import WaRALayer
 from ..layers.lookup import layers_of
 from ..linear_algebra.tails import moments_of
@@ -99,8 +99,7 @@ class RankSchedule(TrainerCallback):
         for name, value in (("warmup", warmup), ("final", final)):
             if value < 0 or (isinstance(value, float) and value >= 1):
                 raise ValueError(f"{name}={value!r} must be steps, an int, or their share, a float less than 1.")
-        if interval < 1:
-            raise ValueError(f"interval={interval!r} must be at least 1.")
+        check_whole_number("interval", interval)
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0 < value < 1:
                 raise ValueError(f"{name}={value!r} must be between 0 and 1.")

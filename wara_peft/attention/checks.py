@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import check_whole_number
+
 
 def padding_positions(key_padding_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """Return which positions are padding as booleans of shape (batch, length), True = padding, or None for no mask.
@@ -52,7 +54,6 @@ def padding_positions(key_padding_mask: Tensor | None, batch: int, length: int) 
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise a ValueError that names the first of the sizes below 1."""
+    """Refuse the first of the sizes that is no int of at least 1."""
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be at least 1.")
+        check_whole_number(name, size)

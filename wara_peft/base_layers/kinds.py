@@ -1,11 +1,17 @@
-"""The kinds of layers that can be adapted, and the shape of an adapted module."""
+"""The kinds of layers that can be adapted, and the shape of an adapted module.
+
+A new kind is one file in layers/, with the adapter layer and, handed to `register`, a `Kind` that names it; and a line
+in layers/__init__.py, which imports that file. Nothing else asks which kind a layer is, only what its kind says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
+import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -13,52 +19,161 @@ from transformers.pytorch_utils import Conv1D
 from ..factorized import DictionaryLinear, LowRankLinear
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Kind:
-    """What sets a kind of layer apart.
+    """What sets a kind of layer apart. Its methods are those of a linear layer; other kinds override them.
 
     Attributes:
         name: the class's name, as `WaRAConfig.module_shapes` records it.
+        base_class: the class of such layers, None for bare parameters.
         keeps_in_first: whether its weight is (in, out), the transpose of ΔW = B̂ Â.
         kernel_dimensions: number of dimensions of a convolution's kernel, 0 for other layers.
         is_linear: whether it multiplies features by a matrix, as forms need that transform something else than ΔW.
         lora_names: the names under which PEFT's LoRA keeps A and B of such a layer.
+        bias_names: the names that its bias may have, beside the weight; none for kinds that have no bias.
         is_parameter: whether it is no layer, but a bare parameter of a module.
         has_experts: whether that parameter is a stack of one matrix for each expert of a mixture.
         is_factorized: whether it keeps its weight as a product of smaller matrices.
+        has_vocabulary: whether its in axis is a vocabulary, so that it may be resized and tied to an output layer.
+        layer_class: the adapter layer beside such a layer, a `WaRALayer`, which enters itself here.
     """
 
     name: str
+    base_class: type[nn.Module] | None = None
     keeps_in_first: bool = False
     kernel_dimensions: int = 0
     is_linear: bool = False
     lora_names: tuple[str, str] = ("lora_A.weight", "lora_B.weight")
+    bias_names: tuple[str, ...] = ("bias",)
     is_parameter: bool = False
     has_experts: bool = False
     is_factorized: bool = False
+    has_vocabulary: bool = False
+    layer_class: Any = None
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        """A copy of a kind, as in a copied model, is the kind itself."""
+        return kind_named, (self.name,)
 
     def weight_shape(self, out_features: int, in_features: int, kernel: tuple[int, ...] = ()) -> tuple[int, ...]:
         """Shape in which such a layer keeps its weight; of experts that of one of them."""
         return (in_features, out_features) if self.keeps_in_first else (out_features, in_features, *kernel)
 
+    def shape(self, base: Any) -> ModuleShape:
+        """The lengths of the axes of such a layer that are transformed."""
+        in_features, out_features = cast(tuple[int, int], _get_in_out_features(base))
+        return ModuleShape(self, out_features, in_features)
 
-LINEAR = Kind("Linear", is_linear=True)
-_BY_CLASS: dict[type[nn.Module], Kind] = {
-    Conv1D: Kind("Conv1D", keeps_in_first=True, is_linear=True),
-    nn.Embedding: Kind("Embedding", keeps_in_first=True, lora_names=("lora_embedding_A", "lora_embedding_B")),
-    nn.Conv1d: Kind("Conv1d", kernel_dimensions=1),
-    nn.Conv2d: Kind("Conv2d", kernel_dimensions=2),
-    nn.Conv3d: Kind("Conv3d", kernel_dimensions=3),
-    LowRankLinear: Kind("LowRankLinear", is_linear=True, is_factorized=True),
-    DictionaryLinear: Kind("DictionaryLinear", is_linear=True, is_factorized=True),
-}
-MATRIX = Kind("Parameter", is_parameter=True)
-IN_PROJ = Kind("MultiheadAttention", is_parameter=True)
-EXPERTS = Kind("Experts", is_parameter=True, has_experts=True)
-EXPERTS_IN_FIRST = Kind("ExpertsInFirst", keeps_in_first=True, is_parameter=True, has_experts=True)
-KINDS = {kind.name: kind for kind in (LINEAR, *_BY_CLASS.values(), MATRIX, IN_PROJ, EXPERTS, EXPERTS_IN_FIRST)}
+    def stand_in(self, shape: ModuleShape) -> nn.Module:
+        """A layer of that shape, to be made on the meta device; a dense one in place of a product or a parameter."""
+        if self.keeps_in_first:
+            return Conv1D(shape.out_features, shape.in_features)  # type: ignore[no-untyped-call]
+        return nn.Linear(shape.in_features, shape.out_features, bias=False)
 
-FACTORIZED = {kind.name for kind in KINDS.values() if kind.is_factorized}
+    def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
+        """Inputs to try such a layer with, one of which has a shape that it takes."""
+        in_features = self.shape(base).in_features
+        for shape in ((1, 3, in_features), (3, in_features)):
+            yield scale * torch.randn(shape, generator=generator)
+
+    def product(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """What an adapter whose ΔW is `weight` adds to the layer's result for the input x."""
+        return F.linear(x, weight.T if self.keeps_in_first else weight)
+
+    def settings_lora_ignores(self, base: Any) -> dict[str, Any]:
+        """Settings of such a layer without which PEFT's LoRA computes, where they make a difference."""
+        return {}
+
+
+@dataclass(eq=False)
+class EmbeddingKind(Kind):
+    """`nn.Embedding`, whose result are the rows of its weight that tokens name."""
+
+    keeps_in_first: bool = True
+    lora_names: tuple[str, str] = ("lora_embedding_A", "lora_embedding_B")
+    bias_names: tuple[str, ...] = ()
+    has_vocabulary: bool = True
+
+    def stand_in(self, shape: ModuleShape) -> nn.Module:
+        return nn.Embedding(shape.in_features, shape.out_features)
+
+    def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
+        middle = base.num_embeddings // 2
+        yield torch.tensor([[middle, max(middle - 1, 0)]])
+
+    def product(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight)
+
+
+class ConvolutionKind(Kind):
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`: the kernel's dimensions follow the channels of Â untransformed."""
+
+    def shape(self, base: Any) -> ModuleShape:
+        in_features = base.in_channels // base.groups
+        return ModuleShape(self, base.out_channels, in_features, base.groups, tuple(base.kernel_size))
+
+    def stand_in(self, shape: ModuleShape) -> nn.Module:
+        make = cast(Any, self.base_class)
+        return cast(nn.Module, make(shape.in_features, shape.out_features, shape.kernel, bias=False))
+
+    def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
+        sizes = zip(base.kernel_size, base.dilation, base.stride, strict=True)
+        lengths = [kernel * dilation + 3 * stride for kernel, dilation, stride in sizes]
+        yield scale * torch.randn(1, base.in_channels, *lengths, generator=generator)
+
+    def product(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return cast(Tensor, base._conv_forward(x, weight, None))
+
+    def settings_lora_ignores(self, base: Any) -> dict[str, Any]:
+        settings = {"dilation": base.dilation, "padding_mode": base.padding_mode}
+        return settings if set(base.dilation) != {1} or base.padding_mode != "zeros" else {}
+
+
+class FactorizedKind(Kind):
+    """`LowRankLinear` or `DictionaryLinear`, of which PEFT's function of shapes would warn."""
+
+    def shape(self, base: Any) -> ModuleShape:
+        return ModuleShape(self, base.out_features, base.in_features)
+
+
+KINDS: dict[str, Kind] = {}
+"""All kinds by name."""
+_BY_CLASS: dict[type[nn.Module], Kind] = {}
+
+
+def register(kind: Kind) -> Kind:
+    """Add a kind to those that can be adapted."""
+    KINDS[kind.name] = kind
+    if kind.base_class is not None:
+        _BY_CLASS[kind.base_class] = kind
+    return kind
+
+
+def kind_named(name: str) -> Kind:
+    """The kind of that name."""
+    return KINDS[name]
+
+
+def supported_classes() -> str:
+    """The classes of layers that can be adapted, in words."""
+    return ", ".join(f"`{cls.__module__}.{cls.__name__}`" for cls in (*_BY_CLASS, nn.MultiheadAttention))
+
+
+LINEAR = register(Kind("Linear", nn.Linear, is_linear=True))
+CONV1D = register(Kind("Conv1D", Conv1D, keeps_in_first=True, is_linear=True))
+EMBEDDING = register(EmbeddingKind("Embedding", nn.Embedding))
+CONVOLUTIONS = [
+    register(ConvolutionKind(cls.__name__, cls, kernel_dimensions=dimensions))
+    for dimensions, cls in enumerate((nn.Conv1d, nn.Conv2d, nn.Conv3d), 1)
+]
+FACTORIZED = [
+    register(FactorizedKind(cls.__name__, cls, is_linear=True, is_factorized=True, bias_names=("bias", "up.bias")))
+    for cls in (LowRankLinear, DictionaryLinear)
+]
+MATRIX = register(Kind("Parameter", is_parameter=True))
+IN_PROJ = register(Kind("MultiheadAttention", is_parameter=True, bias_names=()))
+EXPERTS = register(Kind("Experts", is_parameter=True, has_experts=True))
+EXPERTS_IN_FIRST = register(Kind("ExpertsInFirst", keeps_in_first=True, is_parameter=True, has_experts=True))
 
 
 class BareParameter(nn.Module):
@@ -107,44 +222,23 @@ class BareParameter(nn.Module):
     def module_shape(self) -> ModuleShape:
         """The parameter as something that is adapted."""
         out_features, in_features = self.shape[-2:][::-1] if self.kind.keeps_in_first else self.shape[-2:]
-        return ModuleShape(self.kind, out_features, in_features, experts=self.experts, position=self.position)
-
-    @property
-    def experts(self) -> int:
-        """Number of experts, 0 for a matrix."""
-        return self.shape[0] if self.kind.has_experts else 0
+        experts = self.shape[0] if self.kind.has_experts else 0
+        return ModuleShape(self.kind, out_features, in_features, experts=experts, position=self.position)
 
 
-def loras_targets(kinds: Mapping[str, Kind]) -> tuple[list[str], list[str]]:
-    """By what PEFT targets all that is adapted: modules, parameters; an attention stands for its weights."""
-    attentions = {name.rpartition(".")[0] for name, kind in kinds.items() if kind is IN_PROJ}
-    modules = [name for name, kind in kinds.items() if not kind.is_parameter and attention_of(name) not in attentions]
-    parameters = [name for name, kind in kinds.items() if kind.is_parameter and kind is not IN_PROJ]
-    return [*modules, *sorted(attentions)], parameters
-
-
-def attention_of(name: str) -> str | None:
-    """The `nn.MultiheadAttention` whose output projection would have this name."""
-    return name.removesuffix(".out_proj") if name.endswith(".out_proj") else None
+def known_kind(module: object) -> Kind | None:
+    """The kind of a layer whose class, or the nearest class that it inherits from, is that of a kind."""
+    return next((_BY_CLASS[cls] for cls in type(module).__mro__ if cls in _BY_CLASS), None)
 
 
 def kind_of(base_layer: nn.Module) -> Kind:
     """The kind of a layer that is adapted: of the classes named above, else linear, as all quantized layers are."""
-    if isinstance(base_layer, BareParameter):
-        return base_layer.kind
-    return next((kind for cls, kind in _BY_CLASS.items() if isinstance(base_layer, cls)), LINEAR)
+    return base_layer.kind if isinstance(base_layer, BareParameter) else known_kind(base_layer) or LINEAR
 
 
 def shape_of(base_layer: nn.Module) -> ModuleShape:
-    """Lengths of the out and in axes that are transformed; in grouped convolutions a group's in channels."""
-    if isinstance(base_layer, BareParameter):
-        return base_layer.module_shape
-    kind = kind_of(base_layer)
-    if kind.is_factorized:  # of which PEFT's function would warn
-        return ModuleShape(kind, cast(int, base_layer.out_features), cast(int, base_layer.in_features))
-    in_features, out_features = cast(tuple[int, int], _get_in_out_features(base_layer))
-    groups, kernel = getattr(base_layer, "groups", 1), getattr(base_layer, "kernel_size", ())
-    return ModuleShape(kind, out_features, in_features // groups, groups, tuple(kernel))
+    """The shape of a layer, or bare parameter, that is adapted."""
+    return base_layer.module_shape if isinstance(base_layer, BareParameter) else kind_of(base_layer).shape(base_layer)
 
 
 @dataclass(frozen=True)
@@ -193,6 +287,11 @@ class ModuleShape:
     def parameter_of(self, name: str) -> str:
         """The model's name of the weight, where `name` is that under which it is adapted."""
         return name if self.kind.is_parameter else f"{name}.weight"
+
+    def biases_of(self, name: str) -> list[str]:
+        """The model's names that the bias may have; none for kinds that have no bias."""
+        owner = self.parameter_of(name).rpartition(".")[0]
+        return [f"{owner}.{bias}" for bias in self.kind.bias_names]
 
     def as_list(self) -> list[str | int]:
         """As `WaRAConfig.module_shapes` has it.

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
+from .kinds import kind_of, known_kind
 from .quantization import FLOATS
 
-TRIED = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Classes whose subclasses can be tried."""
-_KNOWN = {cls.forward for cls in TRIED}
 TOLERANCE = 0.02
 """More than a forward is off by that computes in bfloat16 inside, and less than what a mask or a factor does."""
 
@@ -23,8 +18,8 @@ TOLERANCE = 0.02
 def has_own_forward(base: nn.Module) -> bool:
     """Whether a layer may compute otherwise than PyTorch's class; hooks that load weights replace its forward too."""
     hooked = hasattr(base, "_hf_hook") or hasattr(base, "_diffusers_hook")
-    own_class = type(base).forward not in _KNOWN or _has_own_call(base)
-    return own_class or ("forward" in vars(base) and not hooked)
+    of_kind = getattr(kind_of(base).base_class, "forward", None)
+    return type(base).forward is not of_kind or _has_own_call(base) or ("forward" in vars(base) and not hooked)
 
 
 def _has_own_call(base: nn.Module) -> bool:
@@ -42,14 +37,16 @@ def adds_up(base: nn.Module) -> bool:
     device = torch.device("cpu") if weight.is_meta else weight.device
     generator = torch.Generator().manual_seed(0)
     one, change = (torch.randn(_shape(base), generator=generator).to(device) for _ in range(2))
+    kind = kind_of(base)
     for scale in (0.01, 1.0, 100.0):
-        for x in _inputs(base, scale, generator, device):
+        for x in kind.inputs(base, scale, generator):
+            x = x.to(device)
             before, after = (_result(base, x, weight) for weight in (one, one + change))
             if isinstance(before, Tensor) and isinstance(after, Tensor):
                 break
         else:
             return False
-        wanted = _product(base, x, change) * _embed_scale(base)
+        wanted = kind.product(base, x, change) * _embed_scale(base)
         found = after - before
         if found.shape != wanted.shape or not bool((found - wanted).norm() <= TOLERANCE * wanted.norm()):
             return False
@@ -63,28 +60,27 @@ def reason_against_adapting(base: nn.Module) -> str | None:
     Args:
         base: any layer; only those with a forward of their own, and a weight that is not quantized, are tried.
     """
-    weight = base._parameters.get("weight")
-    if not isinstance(base, TRIED) or type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
+    weight, kind = base._parameters.get("weight"), known_kind(base)
+    if kind is None or type(weight) is not nn.Parameter or weight.dtype not in FLOATS or not has_own_forward(base):
         return None
-    if not has_own_forward(base):
-        return None
-    if isinstance(base, nn.Embedding):
+    if kind.has_vocabulary:
         return _reason_against_embedding(base)
     generator = torch.Generator().manual_seed(0)
     empty = torch.empty(_shape(base), device="meta")
-    for x in _inputs(base, 1.0, generator, empty.device):
+    for x in kind.inputs(base, 1.0, generator):
+        x = x.to(empty.device)
         found = _result(base, x, empty)
         if isinstance(found, tuple):
             return "its forward returns several values"
-        if isinstance(found, Tensor) and found.shape != _product(base, x, empty).shape:
+        if isinstance(found, Tensor) and found.shape != kind.product(base, x, empty).shape:
             return "its forward pads, or reshapes, so that its result has another shape than the adapter's"
     return None
 
 
-def _reason_against_embedding(base: nn.Embedding) -> str | None:
+def _reason_against_embedding(base: nn.Module) -> str | None:
     """Change the rows of other tokens, and see whether the result changes: then it is made of them."""
     weight = torch.zeros(_shape(base))
-    (tokens,) = _inputs(base, 1.0, torch.Generator(), weight.device)
+    (tokens,) = kind_of(base).inputs(base, 1.0, torch.Generator())
     others = torch.ones_like(weight)
     others[tokens.flatten()] = 0
     before, after = (_result(base, tokens, each) for each in (weight, others))
@@ -96,23 +92,7 @@ def _reason_against_embedding(base: nn.Embedding) -> str | None:
 def _shape(base: nn.Module) -> tuple[int, ...]:
     """Shape of a weight to try with; of an embedding one column will do."""
     weight = cast(Tensor, base.weight)
-    return (len(weight), 1) if isinstance(base, nn.Embedding) else tuple(weight.shape)
-
-
-def _inputs(base: nn.Module, scale: float, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    """Inputs to try, of which one has the shape that the layer takes."""
-    if isinstance(base, nn.Embedding):
-        middle = base.num_embeddings // 2
-        yield torch.tensor([[middle, max(middle - 1, 0)]], device=device)
-        return
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        sizes = zip(base.kernel_size, base.dilation, base.stride, strict=True)
-        shapes = [(1, base.in_channels, *(kernel * dilation + 3 * stride for kernel, dilation, stride in sizes))]
-    else:
-        in_features = int(base.nx if isinstance(base, Conv1D) else cast(nn.Linear, base).in_features)
-        shapes = [(1, 3, in_features), (3, in_features)]
-    for shape in shapes:
-        yield scale * torch.randn(shape, generator=generator).to(device)
+    return (len(weight), 1) if kind_of(base).has_vocabulary else tuple(weight.shape)
 
 
 def _result(base: nn.Module, x: Tensor, weight: Tensor) -> Any:
@@ -146,15 +126,6 @@ class _Forward(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.base(x) if _has_own_call(self.base) else self.base.forward(x)
-
-
-def _product(base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """The product that an adapter whose ΔW is `weight` adds to the result."""
-    if isinstance(base, nn.Embedding):
-        return F.embedding(x, weight)
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return cast(Tensor, base._conv_forward(x, weight, None))
-    return x @ weight if isinstance(base, Conv1D) else F.linear(x, weight)
 
 
 def _embed_scale(base: nn.Module) -> float:

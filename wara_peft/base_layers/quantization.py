@@ -8,7 +8,7 @@ import torch
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
-from .kinds import LINEAR, Kind, kind_of
+from .kinds import LINEAR, Kind, kind_of, known_kind
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights that are not quantized."""
@@ -28,8 +28,8 @@ def adaptable_kind(base_layer: nn.Module, **quantization: Any) -> Kind | None:
         base_layer: the layer.
         quantization: what PEFT's quantization backends ask for.
     """
-    kind = kind_of(base_layer)
-    if kind is not LINEAR or isinstance(base_layer, nn.Linear):
+    kind = known_kind(base_layer)
+    if kind is not None:
         return kind
     backend = resolve_quantization_backend(base_layer, **quantization)
     return LINEAR if backend is not None and backend.layer_type == "linear" else None

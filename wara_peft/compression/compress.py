@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..arguments import check_argument, shown
+from ..arguments import check_argument, check_whole_number, shown
 from ..calibration.batches import LossFunction
 from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
@@ -215,8 +215,7 @@ def _given(
     ranks: list[int | None] = []
     for name, candidate in zip(names, candidates, strict=True):
         rank = given[name]
-        if not isinstance(rank, int) or not 1 <= rank <= shapes[name].most:
-            raise ValueError(f"The rank of {name!r}, {rank!r}, must be an int from 1 to {shapes[name].most}.")
+        check_whole_number("rank", rank, most=shapes[name].most, of=f" of {name!r}")
         ranks.append(rank if rank <= len(candidate.costs) else None)
     return ranks
 

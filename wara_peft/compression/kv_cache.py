@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from ..arguments import check_argument
+from ..arguments import check_argument, check_whole_number
 from ..compiled import on_plain_model
 from .budget.depth import depth_shares
 from .statistics.layer_statistics import LayerStatistics
@@ -167,8 +167,7 @@ def _bases(
     by_depth: bool,
 ) -> list[HeadBases]:
     width = projections[0][2]
-    if not isinstance(rank, int) or not 1 <= rank <= width:
-        raise ValueError(f"rank={rank!r} must be an int from 1 to {width}, the width of a head.")
+    check_whole_number("rank", rank, most=width, of=f" for heads of width {width}")
     shares = [1.0] * len(projections)
     if by_depth:
         shares = depth_shares({name: projection for name, projection, _ in projections})

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..arguments import check_whole_number
+
 
 class LowRankTextHead(nn.Module):
     """Classes as rows of W times a basis B of text features: logits = τ z normalize(W B)ᵀ + β, with z of length one.
@@ -39,11 +41,8 @@ class LowRankTextHead(nn.Module):
         super().__init__()
         features = _checked(text_features)
         most = min(features.shape)
-        if not isinstance(rank, int) or not 1 <= rank <= most:
-            raise ValueError(
-                f"rank={rank!r} of {features.shape[0]} classes with {features.shape[1]} features must be an int from "
-                f"1 to {most}."
-            )
+        of = f" of {features.shape[0]} classes with {features.shape[1]} features"
+        check_whole_number("rank", rank, most=most, of=of)
         dtype = text_features.dtype
         left, values, right = torch.linalg.svd(features.double(), full_matrices=False)
         self.weights = nn.Parameter((left[:, :rank] * values[:rank]).to(dtype))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..arguments import check_argument
+from ..arguments import check_argument, check_whole_number
 from ..compiled import on_plain_model
 from ..factorized import LowRankLinear
 from ..messages import first
@@ -46,7 +46,7 @@ def truncate(
     check_argument("truncate(model, ranks)", "model", model, "an nn.Module")
     check_base(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
-    asked = dict.fromkeys(layers, ranks) if isinstance(ranks, int) else dict(ranks)
+    asked = dict(ranks) if isinstance(ranks, Mapping) else dict.fromkeys(layers, ranks)
     unknown = [repr(name) for name in asked if name not in layers]
     if unknown or not layers:
         raise ValueError(
@@ -54,8 +54,7 @@ def truncate(
             f"{first([repr(name) for name in layers]) if layers else 'none: compress it first'}."
         )
     for name, rank in asked.items():
-        if rank < 1:
-            raise ValueError(f"The rank {rank!r} of {name!r} must be at least 1.")
+        check_whole_number("rank", rank, of=f" of {name!r}")
     cut = {name: layers[name] for name, rank in asked.items() if rank < layers[name].rank}
     entries = {name: _entry(name, layer, statistics) for name, layer in cut.items()}
     solver = "svd" if statistics is None else "activation"

@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any
 
+from ..arguments import check_whole_number, shown
 from ..forms import FORMS
 from ..wavelet import filters
 from .name_patterns import check_pattern
@@ -34,7 +35,7 @@ def check_config(config: Any) -> None:
 
 def _check_values(config: Any) -> None:
     filters(config.wavelet)
-    check_range("levels", config.levels, 1, MAX_LEVELS)
+    check_whole_number("levels", config.levels, 1, MAX_LEVELS)
     if not 0.0 <= config.wara_dropout < 1.0:
         raise ValueError(f"wara_dropout={config.wara_dropout!r} must be a probability, at least 0 and less than 1.")
     _check_finite("wara_alpha", config.wara_alpha or 0.0)
@@ -62,7 +63,7 @@ def _check_form(config: Any) -> None:
 
 
 def _check_ranks(config: Any) -> None:
-    check_range("r", config.r, 1, MAX_RANK)
+    check_whole_number("r", config.r, 1, MAX_RANK)
     single_pair = config.form_object.single_pair(config)
     if single_pair and config.subband_ranks is not None:
         raise ValueError(f"{single_pair} has one pair for its subbands: set `r`, and leave subband_ranks None.")
@@ -71,7 +72,7 @@ def _check_ranks(config: Any) -> None:
         where = f"rank_pattern[{pattern!r}]"
         check_pattern(where, pattern)
         if isinstance(rank, int):
-            check_range(where, rank, 1, MAX_RANK)
+            check_whole_number(where, rank, 1, MAX_RANK)
         elif single_pair:
             raise ValueError(f"{where}={rank!r} must be an int with {single_pair}, which has a single pair.")
         else:
@@ -91,7 +92,7 @@ def _check_subband_ranks(config: Any, where: str, ranks: dict[str, int]) -> None
                 f"{where} names the subband {name!r}; with form={config.form!r} and levels={config.levels} there are "
                 f"{', '.join(names)}."
             )
-        check_range(f"{where}[{name!r}]", rank, 0, MAX_RANK)
+        check_whole_number(f"{where}[{name!r}]", rank, 0, MAX_RANK)
 
 
 def _check_targets(config: Any) -> None:
@@ -131,24 +132,10 @@ def _warn_of_loras_alpha(config: Any) -> None:
         )
 
 
-def check_range(name: str, value: int, minimum: int, maximum: int) -> None:
-    if value < minimum:
-        raise ValueError(f"{name}={_shown(value)} must be at least {minimum}.")
-    if value > maximum:
-        raise ValueError(f"{name}={_shown(value)} must be at most {maximum}.")
-
-
 def _check_finite(name: str, value: float) -> None:
     try:
         finite = math.isfinite(value)
     except OverflowError:  # an int beyond the floats
         finite = False
     if not finite:
-        raise ValueError(f"{name}={_shown(value)} must be finite, as a float is.")
-
-
-def _shown(value: float) -> str:
-    """A number for a message; Python does not print the longest of ints."""
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1}…"
-    return repr(value)
+        raise ValueError(f"{name}={shown(value)} must be finite, as a float is.")

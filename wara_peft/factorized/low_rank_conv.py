@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_whole_number
 from .base import DownThenUp, in_place_of, svd_factors
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -53,8 +54,7 @@ class LowRankConv(DownThenUp):
     def __init__(self, like: Convolution, rank: int) -> None:
         super().__init__()
         most = min(like.out_channels, like.weight[0].numel())
-        if not 1 <= rank <= most:
-            raise ValueError(f"rank={rank} of a convolution of weight {tuple(like.weight.shape)} must be 1 to {most}.")
+        check_whole_number("rank", rank, most=most, of=f" of a convolution of weight {tuple(like.weight.shape)}")
         self.rank = rank
         self.shape = like.weight.shape
         self.down = _conv(like, like.in_channels, rank, like.kernel_size, bias=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..arguments import check_whole_number
 from .base import DownThenUp, Factorized, in_place_of, svd_factors
 
 Solver = Literal["svd", "random"]
@@ -30,6 +31,7 @@ class LowRankLinear(DownThenUp, Factorized):
 
     Raises:
         ValueError: a rank out of its range.
+        TypeError: a rank that is no int.
     """
 
     def __init__(
@@ -42,11 +44,8 @@ class LowRankLinear(DownThenUp, Factorized):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(
-                f"rank={rank} of a linear layer with {in_features} inputs and {out_features} outputs must be between "
-                f"1 and {min(in_features, out_features)}."
-            )
+        of = f" of a linear layer with {in_features} inputs and {out_features} outputs"
+        check_whole_number("rank", rank, most=min(in_features, out_features), of=of)
         self.rank = rank
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
@@ -102,16 +101,14 @@ def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
     At the break-even the two factors have as many weights as the layer.
 
     Raises:
-        ValueError: an int below 1, a float outside of (0, 1], or neither.
+        ValueError: an int below 1, or a float outside of (0, 1].
+        TypeError: neither of the two.
     """
-    if isinstance(rank, float) and 0 < rank <= 1:
+    meaning = "the fraction of the break-even rank m·n/(m+n) of a layer with n inputs and m outputs"
+    check_whole_number("rank", rank, fraction=meaning)
+    if isinstance(rank, float):
         return max(1, int(rank * in_features * out_features / (in_features + out_features)))
-    if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
-        return rank
-    raise ValueError(
-        f"rank={rank!r} must be an int of at least 1, or a float in (0, 1]: the fraction of the break-even rank "
-        "m·n/(m+n) of a layer with n inputs and m outputs."
-    )
+    return rank
 
 
 def linear_shape(module: nn.Linear | Conv1D | LowRankLinear) -> tuple[int, int]:
@@ -179,7 +176,7 @@ def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd
         The factorised layer, with the device, dtype, mode and `requires_grad` of the module.
 
     Raises:
-        TypeError: not a linear layer.
+        TypeError: not a linear layer, or a rank that is no number.
         ValueError: a wrong rank or solver, a weight that is quantized, a subclass of tensor, not loaded or not finite,
             or a subclass of `nn.Linear` that computes something else.
     """

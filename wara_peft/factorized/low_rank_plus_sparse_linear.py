@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ..arguments import check_whole_number
 from .base import Factorized
 
 
@@ -59,14 +60,14 @@ class LowRankPlusSparseLinear(Factorized):
     ) -> None:
         super().__init__(in_features, out_features)
         places = in_features * out_features
-        if rank < 1 or nonzeros < 1 or rank * (in_features + out_features) + nonzeros >= places:
+        for name, number in (("rank", rank), ("nonzeros", nonzeros), ("alpha", alpha)):
+            check_whole_number(name, number)
+        if rank * (in_features + out_features) + nonzeros >= places:
             raise ValueError(
                 f"rank={rank} and nonzeros={nonzeros} of a linear layer with {in_features} inputs and {out_features} "
-                f"outputs must be at least 1 and take fewer weights than the {places} of the dense layer; they take "
+                f"outputs must take fewer weights than the {places} of the dense layer; they take "
                 f"{rank * (in_features + out_features) + nonzeros}. Take a lower rank or fewer values."
             )
-        if not isinstance(alpha, int) or alpha < 1:
-            raise ValueError(f"alpha={alpha!r} must be a whole number of at least 1.")
         self.rank = rank
         self.down = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))

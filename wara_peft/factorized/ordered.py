@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..arguments import check_whole_number
 from .low_rank_linear import LowRankLinear
 from .resizing import set_values
 
@@ -37,8 +38,7 @@ class OrderedLowRankLinear(LowRankLinear):
         Raises:
             ValueError: the rank is less than 1.
         """
-        if rank < 1:
-            raise ValueError(f"rank={rank!r} must be at least 1.")
+        check_whole_number("rank", rank)
         if rank < self.rank:
             self._set_rank(rank, self.down.weight.data[:rank].clone(), self.up.weight.data[:, :rank].clone())
 

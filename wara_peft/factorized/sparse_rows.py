@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..arguments import check_whole_number
 from .base import Factorized
 
 
@@ -41,9 +42,9 @@ class SparseRows(Factorized):
 
 
 def check_nonzeros(nonzeros: int, atoms: int) -> None:
-    """Refuse a number of values that a row has no places for, with a ValueError."""
-    if not 1 <= nonzeros <= atoms:
-        raise ValueError(f"nonzeros={nonzeros} must be between 1 and atoms={atoms}.")
+    """Refuse a number of values that a row has no places for."""
+    check_whole_number("atoms", atoms)
+    check_whole_number("nonzeros", nonzeros, most=atoms)
 
 
 def scattered(places: Tensor, values: Tensor) -> Tensor:

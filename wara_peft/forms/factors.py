@@ -55,17 +55,18 @@ class SubbandFactor(nn.Module):
         super().__init__()
         self.dim = dim
         self.kernel = kernel
-        self._bands_of = [[band for band in subbands(levels) if band.level == level] for level in range(levels + 1)]
         self.ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
-        self.axis = Axis(wavelet, length, tuple(self._letters(bands) for bands in self._bands_of))
+        self.axis = Axis(wavelet, length, tuple(self._letters(level) for level in range(levels + 1)))
         self.keeping = Keeping()
         self.register_load_state_dict_pre_hook(_changed)
         self._create_parameters()
 
-    def _letters(self, bands: list[Subband]) -> str:
-        """The band of each row on this factor's axis."""
+    def _letters(self, level: int) -> str:
+        """The band of each row of a level on this factor's axis."""
         return "".join(
-            (band.in_band if self.dim == IN_DIM else band.out_band) * self.ranks.get(band.name, 0) for band in bands
+            (band.in_band if self.dim == IN_DIM else band.out_band) * self.ranks[band.name]
+            for band in map(Subband.named, self.ranks)
+            if band.level == level
         )
 
     def _create_parameters(self) -> None:
@@ -104,9 +105,9 @@ class SubbandFactor(nn.Module):
         """
         if name not in self.ranks:
             raise KeyError(f"No subband {name!r} with a rank; there are {', '.join(self.ranks)}.")
-        level = int(name[2:])
-        before = [band.name for band in self._bands_of[level]]
-        start = sum(self.ranks.get(other, 0) for other in before[: before.index(name)])
+        level = Subband.named(name).level
+        before = [other for other in self.ranks if Subband.named(other).level == level]
+        start = sum(self.ranks[other] for other in before[: before.index(name)])
         return self._rows(level).narrow(self.rank_dim, start, self.ranks[name])
 
     def _rows(self, level: int) -> Tensor:
@@ -222,7 +223,8 @@ class TiedFactor(nn.Module):
 
     def _in_source(self, name: str) -> str:
         """The source's name of a subband: ad1 of a matrix is da1 of its transpose."""
-        return name[1] + name[0] + name[2:] if self.transposed else name
+        band = Subband.named(name)
+        return Subband(band.in_band, band.out_band, band.level).name if self.transposed else name
 
 
 @contextmanager

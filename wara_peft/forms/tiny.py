@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..base_layers.kinds import ModuleShape
 from ..base_layers.refusals import Refusal
 from ..linear_algebra.svd import largest_singular
-from ..wavelet import autocast_off, axis_sizes, subbands
+from ..wavelet import Subband, autocast_off, axis_sizes, subbands
 from .base import Form, Parts, Settings, Target
 from .factors import IN_DIM, OUT_DIM, SubbandFactor
 
@@ -47,7 +47,7 @@ class Basis(nn.Module):
         self.may_be_loaded = False
         self.saved = saved
         for level in range(levels + 1):
-            rank = sum(rank for name, rank in ranks.items() if int(name[2:]) == level)
+            rank = sum(rank for name, rank in ranks.items() if Subband.named(name).level == level)
             out, in_ = (axis_sizes(length, level)[-1] for length in shape)
             if rank:
                 self.register_buffer(f"A_level{level}", torch.full((rank, in_), torch.nan), persistent=saved)

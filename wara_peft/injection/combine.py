@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
+from ..arguments import check_whole_number
 from ..config import WaRAConfig
 from ..config_fields.name_patterns import exact_pattern, suffix_matches
 from ..forms import SUBBAND
@@ -33,6 +34,8 @@ def combine(
 ) -> None:
     """Add the combination to the tuner; arguments and errors are those of `WaRAModel.add_weighted_adapter`."""
     _check(tuner, adapters, weights, adapter_name, combination_type)
+    if options["svd_rank"] is not None:
+        check_whole_number("svd_rank", options["svd_rank"])
     if len(adapters) == 1:  # of which "cat" is the exact multiple, of the same rank
         combination_type = "cat"
     layers = {

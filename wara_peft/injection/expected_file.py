@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base_layers.kinds import FACTORIZED
+from ..base_layers.kinds import KINDS
 from ..config import WaRAConfig
 from ..layers.base import TENSOR_PARTS
 from ..layers.lookup import adapted_layers, fields_in_model, without_wrappers
@@ -178,7 +178,8 @@ def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
     healed = [
         repr(name)
         for name, shape in found.items()
-        if name in saved and saved[name][0] != shape[0] and saved[name][0] in FACTORIZED
+        if name in saved and saved[name][0] != shape[0]
+        if (kind := KINDS.get(saved[name][0])) and kind.is_factorized
     ]
     if healed:
         raise ValueError(

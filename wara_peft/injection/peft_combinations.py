@@ -10,9 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..base_layers.kinds import KINDS
+from ..base_layers.lora_places import fan_in_fan_out
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.adapters.source import adapter_source
 from ..layers.as_lora import LoraModule, common_rank
@@ -86,15 +85,15 @@ def _lora(model: nn.Module, adapter: str, places: Mapping[str, str]) -> tuple[Lo
     """The adapter as a LoRA of the layers at these places."""
     source = adapter_source(model, adapter)
     with torch.no_grad():
-        modules = [LoraModule.of(name, source.update(name, source.dtypes[name]), None) for name in source.kinds]
+        modules = [LoraModule.of(name, source.update(name, source.dtypes[name]), None) for name in source.modules]
         rank = common_rank((part.rank, part.update.groups) for part in modules)
         tensors = {
             f"{PEFT_PREFIX}{places[part.name]}.{key}": value
             for part in modules
             for key, value in part.tensors(rank, source.dtypes[part.name]).items()
         }
-    targets = "|".join(places[name] for name in source.kinds)
-    in_first = all(kind is KINDS["Conv1D"] for kind in source.kinds.values())
+    targets = "|".join(places[name] for name in source.modules)
+    in_first = fan_in_fan_out(source.modules.values())
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=in_first), tensors
 
 
@@ -107,16 +106,8 @@ def _some(loras: Sequence[tuple[LoraConfig, Mapping[str, Tensor]]], place: str) 
 def _stand_in(layer: WaRALayer, some: Tensor) -> nn.Module:
     """A layer of the same kind and shape whose weight is one zero, seen from everywhere, beside this tensor."""
     shape = layer.shape
-    out, in_ = shape.lengths
     with torch.device("meta"):
-        if shape.kind is KINDS["Conv1D"]:
-            module: nn.Module = Conv1D(out, in_)  # type: ignore[no-untyped-call]
-        elif shape.kind.kernel_dimensions:
-            module = getattr(nn, shape.kind.name)(in_, out, shape.kernel, bias=False)
-        elif shape.kind is KINDS["Embedding"]:
-            module = nn.Embedding(in_, out)
-        else:
-            module = nn.Linear(in_, out, bias=False)
+        module = shape.kind.stand_in(shape)
     zero = torch.zeros((), dtype=some.dtype, device=some.device)
     module.weight = nn.Parameter(zero.expand(shape.weight_shape), requires_grad=False)
     return module
@@ -126,7 +117,7 @@ def _check_layers(layers: Mapping[str, WaRALayer], combination_type: str) -> Non
     refused = [
         f"{name!r} ({layer.kind.name}{', with groups' if layer.shape.groups > 1 else ''})"
         for name, layer in layers.items()
-        if layer.shape.groups > 1 or (combination_type in OF_DELTA_WEIGHTS and layer.kind.kernel_dimensions in (1, 3))
+        if layer.shape.groups > 1 or (combination_type in OF_DELTA_WEIGHTS and len(layer.shape.kernel) in (1, 3))
     ]
     if refused:
         raise ValueError(
@@ -149,7 +140,7 @@ def _check_sides(layers: Mapping[str, WaRALayer], rank: int, combination_type: s
     sides = {
         name: min(layer.shape.out_features, layer.shape.in_features * math.prod(layer.shape.kernel))
         for name, layer in layers.items()
-        if layer.kind.kernel_dimensions
+        if layer.shape.kernel
     }
     smaller = [f"{name!r} (at most {side})" for name, side in sides.items() if side < rank]
     if smaller:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..base_layers.embeddings import embeddings
+from ..base_layers.kinds import known_kind
 from ..compiled import plain_name
 from ..config import WaRAConfig
 from ..layers.base import WaRALayer
@@ -86,7 +87,7 @@ def _resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, 
     """
     layers = embeddings(model)
     adapted = [layer for layer in layers if isinstance(layer, WaRALayer)]
-    others = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.Linear))]
+    others = [layer for layer in layers if layer is not None and known_kind(layer)]
     if (
         len(adapted) != 1
         or len(others) != 1

@@ -10,7 +10,6 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 
 from ..base_layers.embeddings import embeddings
-from ..base_layers.kinds import kind_of
 from ..base_layers.own_forward import reason_against_adapting
 from ..base_layers.refusals import Refusal, exclusion, explain
 from ..config import WaRAConfig
@@ -45,8 +44,6 @@ def check_factors(targets: Mapping[str, nn.Module]) -> None:
         ValueError: a factor of such a target is one too, or has an adapter.
     """
     for name, base in targets.items():
-        if not kind_of(base).is_factorized:
-            continue
         adapted = [
             f"{name}.{factor}"
             for factor, layer in base.named_children()

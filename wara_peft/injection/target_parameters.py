@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from ..base_layers.kinds import IN_PROJ, LINEAR, BareParameter, Kind
+from ..base_layers.kinds import IN_PROJ, LINEAR, BareParameter, Kind, known_kind
 from ..base_layers.quantization import FLOATS
 from ..base_layers.refusals import Refusal
 from ..config import WaRAConfig
@@ -174,7 +174,7 @@ def _linear_layers(lora: LoraConfig, model: nn.Module) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and check_target_module_exists(resolved, name)
+        if (kind := known_kind(module)) and kind.is_linear and check_target_module_exists(resolved, name)
     }
 
 
@@ -231,7 +231,7 @@ def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None
     owner, module_name = parameter.owner, parameter.module_name
     if not module_name:
         return "it belongs to the model itself, and not to one of its modules. Put the model into another module."
-    is_layer = isinstance(parameter.module, BaseTunerLayer) or isinstance(owner, (nn.Linear, nn.Embedding))
+    is_layer = isinstance(parameter.module, BaseTunerLayer) or known_kind(owner)
     if is_layer and not parameter.inside:
         return f"it is the weight of a layer. Name the layer, {module_name!r}, in `target_modules`."
     if parameter.name not in (*owner._parameters, *getattr(owner, "parametrizations", ())):

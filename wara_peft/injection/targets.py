@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..base_layers.kinds import shape_of
+from ..base_layers.kinds import shape_of, supported_classes
 from ..base_layers.never_called import never_called
 from ..base_layers.quantization import FLOATS, adaptable_kind, base_weight
 from ..base_layers.refusals import Refusal, explain, refuse
@@ -37,11 +37,6 @@ from .target_checks import (
     warn_of_unmatched,
 )
 from .target_parameters import NamedParameter, check_parameters, named_parameters, projections, use_loras_targets
-
-SUPPORTED = (
-    "`torch.nn.Linear` (also quantized or factorised), `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
-    "`torch.nn.Conv3d`, `torch.nn.MultiheadAttention` and `transformers.pytorch_utils.Conv1D`"
-)
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ def resolve_targets(model: nn.Module, config: WaRAConfig, injection: Injection) 
 
 def check_injection(
     model: nn.Module, config: WaRAConfig, configs: Mapping[str, WaRAConfig], injection: Injection
-) -> Mapping[str, str] | None:
+) -> None:
     """Check all that is known of an adapter before the first module is replaced, and warn.
 
     Args:
@@ -86,9 +81,6 @@ def check_injection(
         config: the adapter's config, resolved.
         configs: configs of all adapters, this one included, by name.
         injection: what else is known of it.
-
-    Returns:
-        The hashes of base weights that the config is to have, if its form needs them.
 
     Raises:
         TypeError, ValueError: the adapter cannot be added.
@@ -99,13 +91,12 @@ def check_injection(
         name: Target(shape_of(base), partial(_weight_of, base, name, config, model)) for name, base in bases.items()
     }
     config.form_object.check_targets(config, model, targets)
-    hashes = config.form_object.base_weight_hashes(config, targets)
     shapes = {name: target.shape.as_list() for name, target in targets.items()}
     if targets:  # or else PEFT says that none matches
         warn_of_unmatched(config, shapes, injection.named, [*(name for name, _ in model.named_modules()), *bases])
     if config.module_shapes is not None:
+        hashes = config.form_object.base_weight_hashes(config, targets)
         AwaitedAdapter(config, []).warn_if_another({"module_shapes": shapes, "base_weight_hashes": hashes})
-    return hashes
 
 
 def checked_targets(model: nn.Module, config: WaRAConfig, injection: Injection) -> dict[str, nn.Module]:
@@ -165,7 +156,7 @@ def _check_kinds(model: nn.Module, config: WaRAConfig, modules: Mapping[str, nn.
         if kind is None or (only_linear and not kind.is_linear)
     ]
     if unsupported:
-        supported = SUPPORTED
+        supported = f"{supported_classes()}, and quantized linear layers"
         if only_linear:
             choice = f"form={config.form!r} and init_weights={config.init_weights!r}"
             supported = f"linear layers (also quantized, and transformers' `Conv1D`) with {choice}"

@@ -9,7 +9,6 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import find_parameter_name_by_module
 from torch import nn
 
-from ..base_layers.kinds import BareParameter
 from ..base_layers.tied_weights import modules_by_parameter
 from ..layers.lookup import adapted_layers, without_wrappers
 from ..messages import first
@@ -64,7 +63,7 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
     layers = {name: module for name, module in model.named_modules() if name in merged}
     for name, layer in layers.items():
         base = layer.get_base_layer()
-        owner = base.owner if isinstance(base, BareParameter) else base  # the module that has the weight
+        owner = layer.weight_place()[0]
         users_of_weight = users.get(id(getattr(base, "weight", None)), [])
         others = [
             repr(other)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..disk.adapters.adapter import SavedAdapter, Track, untracked
 from ..layers.as_lora import common_rank
-from ..wavelet import subbands
+from ..wavelet import Subband, subbands
 from .heatmaps import draw_heatmaps
 
 
@@ -83,7 +83,7 @@ class AdapterReport:
         """The same by level: `approximation` (of the coarsest level), `level 1` ... `level L` (details), `level 0`."""
         sums: dict[str, float] = {}
         for name, share in self.energy_shares().items():
-            level = "approximation" if name == f"aa{self.levels}" else f"level {name[2:]}"
+            level = "approximation" if name == f"aa{self.levels}" else f"level {Subband.named(name).level}"
             sums[level] = sums.get(level, 0.0) + share
         return sums
 

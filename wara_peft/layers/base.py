@@ -6,17 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..base_layers.kinds import Kind, ModuleShape, kind_of
+from ..base_layers.kinds import Kind, shape_of
 from ..base_layers.quantization import base_weight
 from ..config import WaRAConfig, scaling
 from ..forms import Form, Parts, SubbandFactor, TiedFactor
 from ..wavelet import autocast_off, is_autocast_on
 from .enabling import TrainedBefore, switch
-from .low_rank_update import LowRankUpdate
+from .low_rank_update import LowRankUpdate, update_of
 from .merging import MergingLayer
 
 TENSOR_PARTS = ("wara_A", "wara_B", "wara_gain", "wara_core", "wara_basis")
@@ -57,6 +56,7 @@ class WaRALayer(MergingLayer):
         kwargs: what PEFT's quantization backends ask for.
 
     Attributes:
+        shape: what is adapted: kind, lengths of the axes that are transformed, and of a convolution groups and kernel.
         forms: for each adapter its form.
         wara_A, wara_B: for each adapter one side of its pairs; `factors` gives what hands out Â (R, n) and B̂ (m, R).
         wara_gain, wara_core, wara_basis, token_mixing: further parts that some forms have.
@@ -77,6 +77,12 @@ class WaRALayer(MergingLayer):
         "tied_to",
         "token_mixing",
     )
+
+    def __init_subclass__(cls, kinds: Iterable[Kind] = (), **kwargs: Any) -> None:
+        """Make the subclass what adapts layers of these kinds."""
+        super().__init_subclass__(**kwargs)
+        for kind in kinds:
+            kind.layer_class = cls
 
     def __init__(
         self,
@@ -112,24 +118,16 @@ class WaRALayer(MergingLayer):
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
-        self.in_features, self.out_features = self._base_features()
+        self.shape = shape_of(self.get_base_layer())
+        self.in_features, self.out_features = self.shape.in_features * self.shape.groups, self.shape.out_features
         self.update_layer(adapter_name, config, module_name, tied_to, context)
         for name in (*self.adapter_layer_names, "wara_dropout"):
             getattr(self, name).training = self.training
 
-    def _base_features(self) -> tuple[int, int]:
-        """in_features and out_features; the model has refused layers of which they are unknown."""
-        return cast(tuple[int, int], _get_in_out_features(self.get_base_layer()))
-
     @property
     def kind(self) -> Kind:
         """What the base layer is."""
-        return kind_of(self.get_base_layer())
-
-    @property
-    def shape(self) -> ModuleShape:
-        """What is adapted: kind, lengths of the axes that are transformed, and of a convolution groups and kernel."""
-        return ModuleShape(self.kind, self.out_features, self.in_features)
+        return self.shape.kind
 
     def update_layer(
         self,
@@ -288,7 +286,7 @@ class WaRALayer(MergingLayer):
         self.check_has_delta_weight([adapter_name])
         factor_a, factor_b = self.factors(adapter_name)
         scaled = factor_b.synthesise(dtype) * self.scaling[adapter_name]
-        return LowRankUpdate(self.kind, factor_a.synthesise(dtype), scaled, self.shape.groups)
+        return update_of(self.shape, factor_a.synthesise(dtype), scaled)
 
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
         """Scaled ΔW of an adapter, in the shape and orientation of the base weight.

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base_layers.kinds import ModuleShape
+from ..base_layers.kinds import CONVOLUTIONS
 from .base import WaRALayer
 
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-class Conv(WaRALayer):
+class Conv(WaRALayer, kinds=CONVOLUTIONS):
     """result = base(x) + scaling · B̂ ∗ (Â ∗ x), with Â of shape (R, in / groups, *kernel) and B̂ of shape (out, R).
 
     The base layer is an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, whose stride, padding, padding mode and dilation Â
@@ -26,16 +26,10 @@ class Conv(WaRALayer):
     def convolution(self) -> nn.Conv2d:
         return cast(nn.Conv2d, self.get_base_layer())  # or one of its siblings, which have the same attributes
 
-    @property
-    def shape(self) -> ModuleShape:
-        conv = self.convolution
-        in_channels = self.in_features // conv.groups
-        return ModuleShape(self.kind, self.out_features, in_channels, conv.groups, tuple(conv.kernel_size))
-
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         groups, ones = self.convolution.groups, [1] * self.kind.kernel_dimensions
         factor_a, factor_b = (factor() for factor in self.factors(adapter))  # (R, in / groups, *kernel), (out, R)
         x = self.wara_dropout[adapter](self._cast_input_dtype(x, factor_a.dtype))
         hidden = self.convolution._conv_forward(x, factor_a.repeat(groups, 1, *ones), None)
-        product = CONVOLUTIONS[len(ones)](hidden, factor_b.view(*factor_b.shape, *ones), groups=groups)
+        product = FUNCTIONS[len(ones)](hidden, factor_b.view(*factor_b.shape, *ones), groups=groups)
         return torch.add(result, product, alpha=self.scaling[adapter])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..base_layers.kinds import EMBEDDING
 from .base import WaRALayer, add_low_rank
 
 
-class Embedding(WaRALayer):
+class Embedding(WaRALayer, kinds=[EMBEDDING]):
     """result = base(tokens) + scaling · (Â_tokens)ᵀ B̂ᵀ, with Â of shape (R, vocabulary) and B̂ of shape (hidden, R).
 
     Columns of Â are gathered from the coefficients that they need; the vocabulary axis is never synthesised. As in

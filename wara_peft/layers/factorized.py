@@ -9,13 +9,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..base_layers.kinds import FACTORIZED
 from ..factorized import DictionaryLinear, LowRankLinear
 from .kept_weight import KeptWeight
 from .linear import Linear
 from .low_rank_update import LowRankUpdate
 
 
-class FactorizedLinear(Linear):
+class FactorizedLinear(Linear, kinds=FACTORIZED):
     """WaRA beside a `LowRankLinear` or a `DictionaryLinear` as a whole: result = base(x) + scaling · (x Âᵀ) B̂ᵀ.
 
     Merging is exact, and builds no matrix (m, n): Â and scaling · B̂ become R more units of rank, or R more atoms. They
@@ -26,9 +27,6 @@ class FactorizedLinear(Linear):
     def factorized(self) -> LowRankLinear | DictionaryLinear:
         """The base layer."""
         return cast(LowRankLinear | DictionaryLinear, self.get_base_layer())
-
-    def _base_features(self) -> tuple[int, int]:
-        return self.factorized.in_features, self.factorized.out_features
 
     def _check_weight(self) -> None:
         self._check_factors(0)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base_layers.kinds import CONV1D, LINEAR
 from .base import WaRALayer, add_low_rank
 
 
-class Linear(WaRALayer):
+class Linear(WaRALayer, kinds=[LINEAR, CONV1D]):
     """WaRA beside a linear layer: result = base(x) + scaling · (x Âᵀ) B̂ᵀ, for x of shape (..., n).
 
     Some forms change the hidden channels x Âᵀ before they meet B̂. The base layer is an `nn.Linear`, one of the

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..base_layers.quantization import base_weight
 from ..config import WaRAConfig
 from ..config_fields.resolution import as_in_model, note
+from ..forms import Target
 from .base import TENSOR_PARTS, WaRALayer
 
 AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.|$)")
@@ -73,7 +76,6 @@ def note_fields(
     adapter_name: str,
     config: WaRAConfig,
     written: Mapping[str, Any],
-    base_weight_hashes: Mapping[str, str] | None,
 ) -> None:
     """Keep in the layers of a new adapter the fields of its config as its model has resolved them and found them out.
 
@@ -82,13 +84,16 @@ def note_fields(
         adapter_name: the adapter's name.
         config: its config, resolved.
         written: the fields that a tuner resolves, as its user has written them.
-        base_weight_hashes: see `WaRAConfig`.
     """
     layers = layers_of(model, adapter_name)
     biased = [name for name, layer in layers.items() if getattr(layer, "bias", None) is not None]
+    weights = {
+        name: Target(layer.shape, partial(base_weight, layer.get_base_layer(), layer.quantization_backend))
+        for name, layer in layers.items()
+    }
     found = {
         "module_shapes": {name: layer.shape.as_list() for name, layer in layers.items()},
-        "base_weight_hashes": base_weight_hashes,
+        "base_weight_hashes": config.form_object.base_weight_hashes(config, weights),
         "biased_modules": None if config.bias == "none" else biased,
     }
     in_model = note(config, written, found)

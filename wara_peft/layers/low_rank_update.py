@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..base_layers.kinds import Kind
+from ..base_layers.kinds import Kind, ModuleShape
 from ..linear_algebra.truncation import Decomposition, decompose
 from ..wavelet import autocast_off
 
@@ -89,3 +89,10 @@ class ExpertsUpdate(LowRankUpdate):
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """For each expert Â_e, (R, n), and B̂_e, (m, R)."""
         return list(zip(self.factor_a, self.factor_b, strict=True))
+
+
+def update_of(shape: ModuleShape, factor_a: Tensor, factor_b: Tensor) -> LowRankUpdate:
+    """ΔW of a module of that shape by its factors Â and scaling · B̂."""
+    if shape.experts:
+        return ExpertsUpdate(shape.kind, factor_a, factor_b)
+    return LowRankUpdate(shape.kind, factor_a, factor_b, shape.groups)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..base_layers.kinds import BareParameter, ModuleShape
+from ..base_layers.kinds import BareParameter
 from .base import WaRALayer
 from .low_rank_update import ExpertsUpdate, LowRankUpdate
 from .weight_stand_in import AdaptedWeight, Update
@@ -30,20 +30,6 @@ class ParameterLayer(WaRALayer):
     def bare(self) -> BareParameter:
         """The parameter, as the weight of a layer."""
         return cast(BareParameter, self.get_base_layer())
-
-    @property
-    def shape(self) -> ModuleShape:
-        return self.bare.module_shape
-
-    def _base_features(self) -> tuple[int, int]:
-        shape = self.bare.module_shape
-        return shape.in_features, shape.out_features
-
-    def low_rank_update(self, adapter_name: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
-        update = super().low_rank_update(adapter_name, dtype)
-        if not self.kind.has_experts:
-            return update
-        return ExpertsUpdate(update.kind, update.factor_a, update.factor_b)
 
     def adapted_weight(self, owner: nn.Module) -> AdaptedWeight | None:
         """The parameter with the active adapters' updates; None where none of them is of this parameter.

@@ -47,7 +47,7 @@ def component_of(source: AdapterSource, component: str | None = None) -> str:
             f"component={component!r} is none that a pipeline of diffusers loads a LoRA into; those are "
             f"{', '.join(known)}."
         )
-    mixed = sorted({name.partition(".")[0] for name in source.kinds}.intersection(known))
+    mixed = sorted({name.partition(".")[0] for name in source.modules}.intersection(known))
     if len(mixed) > 1:
         raise ValueError(
             f"The adapter has modules of {' and '.join(map(repr, mixed))}, which diffusers loads as LoRAs of their "
@@ -162,16 +162,16 @@ def _check_loadable(source: AdapterSource, component: str) -> None:
             f"diffusers loads LoRAs alone, not what this adapter holds in full ({first(others)}). Export it in PEFT's "
             "format (format='peft'), or train it without."
         )
-    images = [repr(name) for name in source.kinds if re.search(r"(^|\.)(vision|visual)", name)]
+    images = [repr(name) for name in source.modules if re.search(r"(^|\.)(vision|visual)", name)]
     if component.startswith(TEXT_ENCODER) and images:
         raise ValueError(
             f"The adapter has modules that see images ({first(images)}), which no text encoder has. Adapt the text "
             "encoder alone."
         )
-    if component.startswith(TEXT_ENCODER) and not any(kind.is_linear for kind in source.kinds.values()):
+    if component.startswith(TEXT_ENCODER) and not any(shape.kind.is_linear for shape in source.modules.values()):
         raise ValueError(
             f"diffusers loads no LoRA of a text encoder that is not of linear layers too, and this one is of "
-            f"{first([repr(name) for name in source.kinds])}. Export it in PEFT's format (format='peft')."
+            f"{first([repr(name) for name in source.modules])}. Export it in PEFT's format (format='peft')."
         )
 
 

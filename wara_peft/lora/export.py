@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import id_tensor_storage
 
-from ..arguments import check_argument, shown
-from ..base_layers.kinds import IN_PROJ, KINDS, Kind, attention_of, loras_targets
+from ..arguments import check_argument, check_whole_number
+from ..base_layers.lora_places import fan_in_fan_out, lora_name, loras_targets
 from ..disk.adapters.adapter import Track, untracked
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.adapters.source import AdapterSource, adapter_directory, adapter_source
@@ -213,7 +213,7 @@ def convert(
     state_dict = dict(source.others)
     for part in modules:
         for key, value in part.tensors(common, dtype or source.dtypes[part.name]).items():
-            state_dict[f"{PEFT_PREFIX}{lora_name(source, part.name)}.{key}"] = value
+            state_dict[f"{PEFT_PREFIX}{lora_name(source.modules, part.name)}.{key}"] = value
     rounded = dtype is not None and any(_wider(own, dtype) != dtype for own in source.dtypes.values())
     return Lora(_lora_config(source, common), state_dict, _errors(modules), rounded, component)
 
@@ -223,24 +223,8 @@ def _modules(
 ) -> list[LoraModule]:
     return [
         LoraModule.of(name, source.update(name, _wider(source.dtypes[name], dtype)), rank)
-        for name in track(source.kinds)
+        for name in track(source.modules)
     ]
-
-
-def lora_name(source: AdapterSource, name: str) -> str:
-    """Where PEFT's LoRA keeps the tensors of what is adapted under this name.
-
-    Of a bare parameter that is around its module; where several are adapted, around the wrapper of the one before.
-    """
-    module = name.rpartition(".")[0]
-    if source.kinds[name] is IN_PROJ:
-        return module
-    if source.kinds.get(f"{attention_of(name)}.in_proj_weight") is IN_PROJ:
-        return f"{module}.base_layer.out_proj"
-    if name not in source.positions:
-        return name
-    beside = [other for other in source.positions if other.rpartition(".")[0] == module]
-    return module + ".base_layer" * sum(source.positions[other] > source.positions[name] for other in beside)
 
 
 def _wider(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
@@ -259,16 +243,15 @@ def vllm_max_lora_rank(rank: int) -> int | None:
 
 def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
     refused = []
-    kinds: dict[Kind, list[str]] = {}
-    for name, kind in source.kinds.items():
+    kinds: dict[str, list[str]] = {}
+    for name, kind in ((name, shape.kind) for name, shape in source.modules.items()):
         if not kind.is_linear:
-            kinds.setdefault(kind, []).append(repr(name))
-    for kind, names in kinds.items():
-        refused.append(f"adapters of {kind.name}{'' if kind.is_parameter else ' layers'} ({first(names)})")
+            kinds.setdefault(f"{kind.name}{'' if kind.is_parameter else ' layers'}", []).append(repr(name))
+    refused += [f"adapters of {layers} ({first(names)})" for layers, names in kinds.items()]
     others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
     if others:
         refused.append(f"weights trained or saved in full ({first(others)})")
-    factorized = [repr(name) for name, kind in source.kinds.items() if kind.is_factorized]
+    factorized = [repr(name) for name, shape in source.modules.items() if shape.kind.is_factorized]
     if factorized:
         text = (
             f"Neither PEFT nor engines take a LoRA beside factorised layers, such as {first(factorized)}. This one is "
@@ -288,25 +271,20 @@ def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
 
 
 def _check_rank(rank: int | float) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        name = f" The adapter's name is given as adapter_name={rank!r}." if isinstance(rank, str) else ""
-        raise TypeError(f"rank={shown(rank)} must be an int or a float.{name}")
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"rank={rank!r} must be at least 1.")
-    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
-        raise ValueError(f"rank={rank!r} is a share of the energy when it is a float: more than 0 and at most 1.")
+    name = f". The adapter's name is given as adapter_name={rank!r}" if isinstance(rank, str) else ""
+    check_whole_number("rank", rank, fraction=f"the share of the energy to keep{name}")
 
 
 def _lora_config(source: AdapterSource, rank: int) -> LoraConfig:
     config = source.config
-    target_modules, target_parameters = loras_targets(source.kinds)
+    target_modules, target_parameters = loras_targets(source.modules)
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=target_modules,
         target_parameters=target_parameters or None,
         exclude_modules=source.exclude_modules,
-        fan_in_fan_out=all(kind is KINDS["Conv1D"] for kind in source.kinds.values()),
+        fan_in_fan_out=fan_in_fan_out(source.modules.values()),
         bias="lora_only" if config.bias == "wara_only" else config.bias,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,

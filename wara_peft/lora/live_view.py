@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_argument
+from ..base_layers.lora_places import lora_name
 from ..compiled import on_plain_model
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.adapters.source import adapter_source
@@ -16,7 +17,7 @@ from ..disk.checkpoints.directory import written_at_once
 from ..layers.as_lora import LoraModule
 from ..layers.base import WaRALayer
 from ..layers.lookup import adapted_layers
-from .export import lora_name, to_lora, write_lora
+from .export import to_lora, write_lora
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class LoraView:
         self._places: dict[str, _Place] = {}
         for name, layer in adapted_layers(model).items():
             name = name.removeprefix(PEFT_PREFIX)
-            if name in source.kinds:
-                keys = [f"{PEFT_PREFIX}{lora_name(source, name)}.{key}" for key in source.kinds[name].lora_names]
+            if name in source.modules:
+                keys = [f"{PEFT_PREFIX}{lora_name(source.modules, name)}.{key}" for key in layer.kind.lora_names]
                 own = {key: tensors[key] for key in keys}
                 self._places[name] = _Place(layer, layer.total_rank(adapter_name), own)
 
@@ -82,7 +83,7 @@ class LoraView:
 
     def _write(self, name: str, place: _Place) -> None:
         layer, (lora_a, lora_b) = place.layer, place.tensors.values()
-        if layer.kind.kernel_dimensions or layer.kind.is_parameter:  # groups and experts lie apart, see LoraModule
+        if layer.shape.kernel or layer.kind.is_parameter:  # groups and experts lie apart, see LoraModule
             update = layer.low_rank_update(self._adapter_name)
             values = LoraModule.of(name, update, None).tensors(self.config.r, lora_a.dtype)
             for target, value in zip((lora_a, lora_b), values.values(), strict=True):

@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper, set_peft_model_state_dict
 from torch import nn
 
 from ..arguments import check_argument
-from ..base_layers.kinds import BareParameter, kind_of, shape_of
+from ..base_layers.kinds import ModuleShape, kind_of, shape_of
 from ..base_layers.tied_weights import modules_by_parameter
 from ..compiled import compiled_module, plain_model
 from ..config import WaRAConfig
@@ -62,8 +62,8 @@ def load_lora(
     adapted = compiled_module(model)
     with plain_model(adapted.get_base_model() if isinstance(adapted, PeftModel) else model) as base:
         targets = WaRAModel.targets_of(base, config)
-        _check_targets(targets)
         shapes = {name: shape_of(target) for name, target in targets.items()}
+        _check_targets(targets, shapes)
         tied = _tied_to(targets, base) if config.ensure_weight_tying else set()
         state_dict = saved.state_dict(shapes, tied, _in_full(config, base), _shapes_in(base))
     _warn_of_lost_order(saved, targets)
@@ -102,19 +102,18 @@ def _config(lora: LoraConfig, fields: dict[str, Any]) -> WaRAConfig:
     return WaRAConfig(**{**own, **fields, "subband_ranks": own["subband_ranks"]})
 
 
-def _check_targets(targets: Mapping[str, nn.Module]) -> None:
+def _check_targets(targets: Mapping[str, nn.Module], shapes: Mapping[str, ModuleShape]) -> None:
     """Refuse what LoRA computes in another way than WaRA, or keeps in another shape."""
     for name, target in targets.items():
-        if isinstance(target, BareParameter):
+        if shapes[name].kind.is_parameter:
             raise ValueError(f"{name!r} is a bare parameter, whose LoRA cannot be loaded; adapt it by `WaRAConfig`.")
-        if kind_of(target).kernel_dimensions:
-            settings: dict[str, Any] = {key: getattr(target, key) for key in ("groups", "dilation", "padding_mode")}
-            if settings["groups"] > 1 or set(settings["dilation"]) != {1} or settings["padding_mode"] != "zeros":
-                said = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-                raise ValueError(
-                    f"The convolution {name!r} has {said}: PEFT's LoRA has A for all groups at once, and computes "
-                    "without dilation and padding mode, which WaRA does not. Add a new adapter by `WaRAConfig`."
-                )
+        settings = shapes[name].kind.settings_lora_ignores(target)
+        if shapes[name].groups > 1 or settings:
+            said = ", ".join(f"{key}={value!r}" for key, value in {"groups": shapes[name].groups, **settings}.items())
+            raise ValueError(
+                f"The convolution {name!r} has {said}: PEFT's LoRA has A for all groups at once, and computes without "
+                "dilation and padding mode, which WaRA does not. Add a new adapter by `WaRAConfig`."
+            )
 
 
 def _warn_of_lost_order(saved: SavedLora, names: Iterable[str]) -> None:
@@ -137,7 +136,7 @@ def _warn_of_lost_order(saved: SavedLora, names: Iterable[str]) -> None:
 def _tied_to(targets: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
     """Names of layers with the weight of an embedding that is a target, which are none themselves."""
     users = modules_by_parameter(model)
-    embeddings = [target for target in targets.values() if isinstance(target, nn.Embedding)]
+    embeddings = [target for target in targets.values() if kind_of(target).has_vocabulary]
     tied = {without_wrappers(user) for target in embeddings for user in users[id(target.weight)]}
     return tied - targets.keys()
 

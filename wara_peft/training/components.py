@@ -15,6 +15,7 @@ from ..config_fields.resolution import as_written, note
 from ..forms import SubbandFactor
 from ..layers.base import WaRALayer
 from ..layers.lookup import adapted_layers, base_model_of, layers_of, wara_config
+from ..wavelet import Subband
 
 Kept = Mapping[str, Mapping[str, Sequence[int]]]
 """Indices of components, by module and subband."""
@@ -50,7 +51,7 @@ def cost(layer: WaRALayer, adapter_name: str, level: int) -> int:
 def subband_of(factor: SubbandFactor, row: int, level: int) -> tuple[str, int]:
     """The subband that a row of a level's parameter belongs to, and its index among the subband's own."""
     for name, rank in factor.ranks.items():
-        if int(name[2:]) == level:
+        if Subband.named(name).level == level:
             if row < rank:
                 return name, row
             row -= rank

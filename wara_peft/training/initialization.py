@@ -17,7 +17,7 @@ from ..compiled import on_plain_model
 from ..forms import SubbandFactor
 from ..layers.base import WaRALayer
 from ..layers.lookup import adapted_layers
-from ..wavelet import into_band
+from ..wavelet import Subband, into_band
 
 
 @on_plain_model
@@ -101,10 +101,13 @@ def _check_inputs(layers: list[WaRALayer], grams: dict[WaRALayer, Tensor]) -> No
 def _top_directions(factor: SubbandFactor, gram: Tensor) -> dict[str, Tensor]:
     """For each subband the eigenvectors of S_inᵀ XᵀX S_in with the largest eigenvalues, (at most r_s, n_j)."""
     largest_first: dict[tuple[int, str], Tensor] = {}
-    for name in factor.subbands:
-        key = level, band = int(name[2:]), name[1]
+    found = {}
+    for name, rank in factor.ranks.items():
+        band = Subband.named(name)
+        key = band.level, band.in_band
         if key not in largest_first:
-            half = into_band(gram, factor.axis.wavelet, level, band)  # XᵀX S_in, (n, n_j)
-            whole = into_band(half.T, factor.axis.wavelet, level, band)  # (n_j, n_j)
+            half = into_band(gram, factor.axis.wavelet, *key)  # XᵀX S_in, (n, n_j)
+            whole = into_band(half.T, factor.axis.wavelet, *key)  # (n_j, n_j)
             largest_first[key] = torch.linalg.eigh(whole).eigenvectors.flip(1).T
-    return {name: largest_first[int(name[2:]), name[1]][:rank] for name, rank in factor.ranks.items()}
+        found[name] = largest_first[key][:rank]
+    return found

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from ..arguments import check_argument
-from ..layers.embedding import Embedding
 from ..layers.lookup import adapted_layers
 
 GROUP_OF_PART = {"wara_A": "A", "wara_B": "B", "wara_core": "core", "wara_gain": "gain"}
@@ -75,7 +74,7 @@ def optimizer_groups(
 def _of_adapters(model: nn.Module) -> dict[nn.Parameter, str]:
     """The group of each parameter of an adapter."""
     return {
-        parameter: "embedding" if isinstance(layer, Embedding) else group
+        parameter: "embedding" if layer.kind.has_vocabulary else group
         for layer in adapted_layers(model).values()
         for part, group in GROUP_OF_PART.items()
         for parameter in getattr(layer, part).parameters()

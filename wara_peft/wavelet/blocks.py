@@ -1,9 +1,8 @@
 """Transforms by products with small matrices: for any layout of rows, in any mode, without a table of an axis's size.
 
-On an axis on which no level but the first trims, each level has one equivalent filter h of K taps with an offset o.
-Cut a row's samples into blocks of N = 2^j p. What the coefficients i give to a block,
+Cut a row's samples into blocks of N = 2^j p. What the coefficients i give to a block, with the h and o of `filters`,
 
-    Σ_i c[i] h[n - 2^j i + o],      is the same sum for all blocks, with coefficients that lie p further for each.
+    Σ_i c[i] h[n + o - 2^j i],      is the same sum for all blocks, with coefficients that lie p further for each.
 
 So a level is one batched product: for each row its overlapping windows of coefficients, one for each block, times a
 matrix that only wavelet, level and band determine. The adjoint is such a product too.
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
-from .filters import equivalent_filter
+from .filters import equivalent_filter, offset
 from .layout import BANDS, Axis
 
 SAMPLES = 32
@@ -92,19 +91,19 @@ def _table(wavelet: str, level: int, adjoint: bool) -> list[list[list[float]]]:
     between sample k of a window and coefficient n of its block."""
     step, first = 2**level, _first(wavelet, level, adjoint)
     filters = [np.pad(equivalent_filter(wavelet, band, level)[0], 1) for band in BANDS]  # zero beyond their ends
-    taps, offset = len(filters[0]) - 2, equivalent_filter(wavelet, "a", level)[1]
+    taps = len(filters[0]) - 2
     count = max(SAMPLES // step, 1)
     if adjoint:
         width = step * (count - 1) + taps
         at = np.arange(width)[:, None] - step * np.arange(count)
     else:
-        last = (step * count - 1 + offset) // step
-        at = np.arange(step * count) + offset - step * np.arange(first, last + 1)[:, None]
+        last = (step * count - 1 + offset(wavelet, level)) // step
+        at = np.arange(step * count) + offset(wavelet, level) - step * np.arange(first, last + 1)[:, None]
     return [own[np.clip(at, -1, taps) + 1].tolist() for own in filters]
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _first(wavelet: str, level: int, adjoint: bool) -> int:
     """The first coefficient, or sample, of the first block's window: 0 or less."""
-    taps, offset = equivalent_filter(wavelet, "a", level)
-    return -offset if adjoint else (offset - len(taps)) // 2**level + 1
+    taps, ahead = equivalent_filter(wavelet, "a", level)
+    return -ahead if adjoint else (ahead - len(taps)) // 2**level + 1

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
-from .filters import equivalent_filter
-from .layout import BANDS, Axis
+from .filters import offset, taps_of_rows
+from .layout import Axis
 
 
 def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor) -> Tensor:
     """Samples at some positions of `synthesis` with `dim=1`, level 0 and all: (R, N).
 
-    Sample n of a row is the sum over shifts s of a tap times coefficient i - s. With o_j the filter's offset, i is the
-    integer part of (n + o_j) / 2^j, and the tap that at (n + o_j) mod 2^j + 2^j s.
+    It gathers the coefficients q - s and the taps of its phase for each position, see `filters`.
     """
     last = axis.last_level_at_once
     finer, coarser = axis.split(last) if last else (axis, None)
@@ -29,7 +27,7 @@ def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor
         sample = next(rows for rows in coefficients[level:] if rows is not None)
         (taps,) = _taps(axis.constants, sample, sample.dtype, axis.wavelet, bands, level)  # (R_j, shifts, 2^j)
         shifts = torch.arange(taps.shape[1], device=positions.device)[:, None]
-        place = positions + _offset(axis.wavelet, level)
+        place = positions + offset(axis.wavelet, level)
         needed = (place // 2**level - shifts).remainder(finer.sizes[level]).flatten()  # (shifts · N,)
         rows = coefficients[level]
         if coarser is not None and level == last:
@@ -73,7 +71,7 @@ def synthesise_into(out: Tensor, coefficients: Sequence[Tensor | None], axis: Ax
         (taps,) = _taps(axis.constants, rows, rows.dtype, axis.wavelet, axis.bands[level], level)  # (R_j, shifts, 2^j)
         size, step = axis.sizes[level], 2**level
         blocks = own.unflatten(1, (size, step))
-        whole, rest = divmod(_offset(axis.wavelet, level), step)
+        whole, rest = divmod(offset(axis.wavelet, level), step)
         for first, end, ahead in ((0, step - rest, whole), (step - rest, step, whole + 1)):
             phase = (first + rest) % step
             for shift in range(taps.shape[1] if end > first else 0):
@@ -89,20 +87,7 @@ def synthesise_into(out: Tensor, coefficients: Sequence[Tensor | None], axis: Ax
                             torch.mul(values, tap, out=target)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _offset(wavelet: str, level: int) -> int:
-    return equivalent_filter(wavelet, "a", level)[1]
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _tap_table(wavelet: str, level: int) -> list[list[list[float]]]:
-    """Taps of bands a and d by shift and phase: (2, shifts, 2^level)."""
-    filters = [equivalent_filter(wavelet, band, level)[0] for band in BANDS]
-    return [np.pad(taps, (0, -len(taps) % 2**level)).reshape(-1, 2**level).tolist() for taps in filters]
-
-
 @constant_tensors
 def _taps(device: torch.device, dtype: torch.dtype, wavelet: str, bands: str, level: int) -> tuple[Tensor]:
     """Taps of each row: (R, shifts, 2^level)."""
-    table = torch.tensor(_tap_table(wavelet, level), dtype=dtype, device=device)
-    return (table.index_select(0, torch.tensor([BANDS.index(band) for band in bands], device=device)),)
+    return (taps_of_rows(device, dtype, wavelet, bands, level),)

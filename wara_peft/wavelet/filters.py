@@ -1,4 +1,14 @@
-"""Filters of orthogonal wavelets, and what several levels of them amount to."""
+"""Filters of orthogonal wavelets, and the sum that all transforms here compute with them.
+
+On an axis on which no level but the first trims, level j has one equivalent filter h and its offset o. With
+n + o = 2^j q + p, where p is the phase of sample n,
+
+    (S c)[n] = Σ_i c[i] h[n + o - 2^j i] = Σ_s c[q - s] t[s, p],        t[s, p] = h[2^j s + p],
+
+over shifts s, with places of coefficients modulo d_j. `haar` has one shift and no offset, and so one product;
+`one_step` lists all places q - s and taps for one kernel; `elementwise` gathers both for some samples, or adds up the
+shifts one by one; `blocks` writes the first sum as a product with a small matrix.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +18,10 @@ from functools import cache
 
 import numpy as np
 import pywt
+import torch
+from torch import Tensor
+
+from .layout import BANDS
 
 
 @dataclass(frozen=True)
@@ -51,11 +65,8 @@ def equivalent_filter(wavelet: str, band: str, level: int) -> tuple[np.ndarray, 
     """The one filter that `level` levels of synthesis amount to, and its offset.
 
     A filter of length F at level j acts as one filter h_j of length K_j = (F - 1)(2^j - 1) + 1 at stride 2^j: the
-    filters of the levels below it, spread out and convolved with each other. Where no level trims,
-
-        (S_{j,band} c)[n] = Σ_i c[i] h_{j,band}[n - 2^j i + o_j],      o_j = (F / 2 - 1)(2^j - 1),
-
-    with n modulo the length. A filter that is longer than the axis wraps around it.
+    filters of the levels below it, spread out and convolved with each other. Its offset is o_j = (F / 2 - 1)(2^j - 1).
+    A filter that is longer than the axis wraps around it.
 
     Returns:
         h_{j,band}, of shape (K_j,), in float64, and o_j.
@@ -68,3 +79,26 @@ def equivalent_filter(wavelet: str, band: str, level: int) -> tuple[np.ndarray, 
         spread[:: 2 ** (finer - 1)] = taps
         result = np.convolve(result, spread)
     return result, (len(found.lo) // 2 - 1) * (2**level - 1)
+
+
+def taps_by_phase(wavelet: str, band: str, level: int) -> np.ndarray:
+    """t, of shape (shifts, 2^level), filled up with zeros."""
+    taps, _ = equivalent_filter(wavelet, band, level)
+    return np.pad(taps, (0, -len(taps) % 2**level)).reshape(-1, 2**level)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def offset(wavelet: str, level: int) -> int:
+    """o, which is that of both bands."""
+    return equivalent_filter(wavelet, "a", level)[1]
+
+
+def taps_of_rows(device: torch.device, dtype: torch.dtype, wavelet: str, bands: str, level: int) -> Tensor:
+    """t of each row's band: (R, shifts, 2^level)."""
+    table = torch.tensor(_table(wavelet, level), dtype=dtype, device=device)
+    return table.index_select(0, torch.tensor([BANDS.index(band) for band in bands], device=device))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _table(wavelet: str, level: int) -> list[list[list[float]]]:
+    return [taps_by_phase(wavelet, band, level).tolist() for band in BANDS]

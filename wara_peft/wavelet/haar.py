@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
-from .filters import filters
-from .layout import BANDS, Axis
+from .filters import taps_of_rows
+from .layout import Axis
 
 
 def serves(rows: Tensor, axis: Axis) -> bool:
@@ -49,11 +49,5 @@ def decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
 @constant_tensors
 def _pairs(device: torch.device, dtype: torch.dtype, wavelet: str, bands: str, dim: int) -> tuple[Tensor]:
     """The filter of each row's band: (R, 2) with `dim=1`, (2, R) with `dim=0`."""
-    taps = torch.tensor(_taps(wavelet), dtype=dtype, device=device)
-    rows = taps.index_select(0, torch.tensor([BANDS.index(band) for band in bands], device=device))
+    rows = taps_of_rows(device, dtype, wavelet, bands, 1).squeeze(1)
     return (rows if dim == 1 else rows.T.contiguous(),)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _taps(wavelet: str) -> list[tuple[float, ...]]:
-    return [filters(wavelet).lo, filters(wavelet).hi]

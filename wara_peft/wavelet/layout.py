@@ -31,6 +31,12 @@ class Subband:
     in_band: str
     level: int
 
+    @classmethod
+    @cache
+    def named(cls, name: str) -> Subband:
+        """The subband of that name, which is not checked."""
+        return cls(name[0], name[1], int(name[2:]))
+
     @property
     def name(self) -> str:
         """PyWavelets' n-D name (first letter the out axis), followed by the level, such as `ad1`."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .constant_tensors import constant_tensors
-from .filters import equivalent_filter
+from .filters import equivalent_filter, offset, taps_by_phase
 from .layout import Axis, axis_sizes
 from .modes import is_plain
 
@@ -105,9 +105,8 @@ def _synthesis_sums(
     for level in _levels_with_rows(blocks):
         size, step, count = sizes[level], 2**level, len(blocks[level])
         for block, band in enumerate(blocks[level]):
-            own, offset = equivalent_filter(wavelet, band, level)
-            by_phase = np.pad(own, (0, -len(own) % step)).reshape(-1, step).T  # (2^j, shifts)
-            at = np.arange(length) + offset
+            by_phase = taps_by_phase(wavelet, band, level).T  # (2^j, shifts)
+            at = np.arange(length) + offset(wavelet, level)
             needed = (at[:, None] // step - np.arange(by_phase.shape[1])) % size  # (d, shifts)
             places.append(before + (needed + block * size if by_block else needed * count + block))
             taps.append(by_phase[at % step])
@@ -126,15 +125,15 @@ def _adjoint_sums(
     places, taps, counts, before = [], [], [], 0
     for level in _levels_with_rows(blocks):
         size, step, letters = sizes[level], 2**level, blocks[level]
-        filters = [equivalent_filter(wavelet, band, level) for band in letters]
-        longest, offset = filters[0]
-        needed = (np.arange(size)[:, None] * step - offset + np.arange(len(longest))) % (size * step)  # (d_j, K_j)
+        filters = [equivalent_filter(wavelet, band, level)[0] for band in letters]
+        first = np.arange(size)[:, None] * step - offset(wavelet, level)
+        needed = (first + np.arange(len(filters[0]))) % (size * step)  # (d_j, K_j)
         inside = needed < length  # the last sample is trimmed where d is odd
         own_places = np.minimum(needed, length - 1) * all_blocks
         order = 0 if dim == 1 else 1  # blocks of coefficients, or coefficients of blocks
         places.append(np.stack([own_places + before + block for block in range(len(letters))], order).ravel())
-        taps.append(np.stack([own * inside for own, _ in filters], order).ravel())
-        counts.append(np.full(size * len(letters), len(longest)))
+        taps.append(np.stack([own * inside for own in filters], order).ravel())
+        counts.append(np.full(size * len(letters), len(filters[0])))
         before += len(letters)
     return _tensors(device, dtype, np.concatenate(places), np.concatenate(taps), np.concatenate(counts))
 

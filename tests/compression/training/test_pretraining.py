@@ -157,10 +157,12 @@ def test_density_out_of_range(density: float) -> None:
         low_rank_plus_sparse(llama(), 2, density)
 
 
-@pytest.mark.parametrize(("rank", "density"), [(7, 0.2), (0, 0.1), (2, 0.0001)])
-def test_a_rank_or_density_that_does_not_fit_is_named_and_changes_nothing(rank: int, density: float) -> None:
+@pytest.mark.parametrize(("rank", "density", "named"), [(7, 0.2, "rank=7 and"), (2, 0.0001, "nonzeros=0")])
+def test_a_rank_or_density_that_does_not_fit_is_named_and_changes_nothing(
+    rank: int, density: float, named: str
+) -> None:
     model = llama()
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match=rf"'model\.layers\.0\..*_proj' .*density={density}: rank={rank} and"):
+    with pytest.raises(ValueError, match=rf"'model\.layers\.0\..*_proj' .*density={density}: {named}"):
         low_rank_plus_sparse(model, rank, density)
     assert repr(model) == repr(before)

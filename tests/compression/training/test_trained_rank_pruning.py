@@ -190,7 +190,7 @@ def test_compress_at_given_ranks() -> None:
     assert model.get_submodule(names[0]).rank == 3 and type(model.get_submodule(names[1])) is nn.Linear
     assert [(layer.name, layer.rank) for layer in report.layers] == [(names[0], 3), (names[1], None)]
     assert report.spent == report.budget == 3 * 48 + 16 * 32
-    with pytest.raises(ValueError, match=r"rank of '.*layers\.1\.mlp\.up_proj', 17, must be an int from 1 to 16"):
+    with pytest.raises(ValueError, match=r"rank=17 of '.*layers\.1\.mlp\.up_proj' must be an int from 1 to 16"):
         compress(model, {names[1]: 17}, "svd", show_progress_bar=False)
     with pytest.raises(ValueError, match="ranks of 'up_proj'"):
         compress(model, {names[1]: 2, "up_proj": 3}, "svd", show_progress_bar=False)

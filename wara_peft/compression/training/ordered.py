@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ...arguments import check_argument, shown
+from ...arguments import check_argument, check_whole_number
 from ...calibration.processes import processes
 from ...compiled import on_plain_model
 from ...factorized.low_rank_linear import factorize_linear
@@ -43,8 +43,8 @@ def ordered_low_rank(
         ValueError: a rank below 1, a target that matches nothing, or a layer that cannot be factorised.
     """
     check_argument("ordered_low_rank(model, rank)", "model", model, "an nn.Module")
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank={shown(rank)} must be an int of at least 1; None is full rank.")
+    if rank is not None:
+        check_whole_number("rank", rank)
     check_base(model)
 
     def make(layer: nn.Linear | Conv1D) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...arguments import check_argument
+from ...arguments import check_argument, check_whole_number
 from ...compiled import on_plain_model
 from ...factorized import LowRankPlusSparseLinear
 from ...factorized.saved import FACTORIZED
@@ -53,6 +53,7 @@ def low_rank_plus_sparse(
             not finite; or a model with PEFT adapters.
     """
     check_argument("low_rank_plus_sparse(model, rank, density)", "model", model, "an nn.Module")
+    check_whole_number("rank", rank)
     if not isinstance(density, float) or not 0 < density < 1:
         raise ValueError(
             f"density={density!r} must be a float between 0 and 1: the share of entries of the sparse part. At 0 use "

@@ -21,15 +21,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 from torch import Tensor
 from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 
-from ...base_layers.kinds import KINDS
 from ...config import WaRAConfig, scaling
 from ...forms import Form, Parts, SubbandFactor
-from ...layers.low_rank_update import ExpertsUpdate, LowRankUpdate
+from ...layers.low_rank_update import LowRankUpdate, update_of
 from ...messages import first
 from ..checkpoints.checkpoint import read_json
 from ..checkpoints.tensors import FLOATS, TensorFile
 from .component_file import FILE_NAME, ComponentFile
-from .contents import PEFT_PREFIX, Contents, module_shapes
+from .contents import PEFT_PREFIX, WaRAContents, module_shapes
 
 _Config = TypeVar("_Config", bound=PeftConfig)
 Track = Callable[[Collection[str]], Iterable[str]]
@@ -78,7 +77,7 @@ class SavedAdapter:
                 "base model can give again: load it on that, and use the model."
             )
         self._file = by_diffusers or open_weights(self.path)
-        self._contents = Contents(self.config, modules, self._file)
+        self._contents = WaRAContents(self.config, modules, self._file)
         self.modules = self._contents.modules
         self.others, self.unmentioned = self._contents.others, self._contents.unmentioned
 
@@ -89,8 +88,7 @@ class SavedAdapter:
     @property
     def tied(self) -> bool:
         """Whether the embedding's adapter is shared by layers tied to it, if the model has such layers."""
-        kinds = {shape.kind for shape in self.modules.values()}
-        return self.config.ensure_weight_tying and KINDS["Embedding"] in kinds
+        return self.config.ensure_weight_tying and any(shape.kind.has_vocabulary for shape in self.modules.values())
 
     def check_has_delta_weight(self, module: str) -> None:
         """Refuse an adapter whose change of the output no weight can make.
@@ -158,14 +156,10 @@ class SavedAdapter:
             dtype: dtype to compute in; None means that of the file.
             device: device of the result.
         """
-        shape = self.modules[module]
-        factors = self.factors(module)
+        shape, factors = self.modules[module], self.factors(module)
         with torch.no_grad():
             factor_a, factor_b = (factor.synthesise(dtype or self.dtype(module)).to(device) for factor in factors)
-            scaled = factor_b * self.scaling(module)
-            if shape.experts:
-                return ExpertsUpdate(shape.kind, factor_a, scaled)
-            return LowRankUpdate(shape.kind, factor_a, scaled, shape.groups)
+            return update_of(shape, factor_a, factor_b * self.scaling(module))
 
     def token_indices(self, key: str) -> list[int]:
         """The tokens whose rows are kept under one of the keys in `others`."""

@@ -14,7 +14,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, match_target_against_key
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...base_layers.kinds import loras_targets
+from ...base_layers.lora_places import loras_targets
 from ...config import WaRAConfig
 from ...config_fields.name_patterns import suffix_matches
 from ...layers.base import WaRALayer
@@ -117,7 +117,7 @@ class AdaptedModel:
         targets = config.target_modules if ties and not isinstance(config.target_modules, str) else None
         # By its names of embeddings, which may be those of tied layers alone, PEFT knows that it has something to tie.
         embeddings = [name for name in targets or () if is_name_of_embedding(name)]
-        modules, parameters = loras_targets({name: shape.kind for name, shape in saved.modules.items()})
+        modules, parameters = loras_targets(saved.modules)
         small = WaRAConfig(
             r=1,
             target_modules=[*modules, *embeddings],

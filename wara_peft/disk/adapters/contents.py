@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 
-from ...base_layers.kinds import IN_PROJ, KINDS, Kind, ModuleShape
+from ...base_layers.kinds import KINDS, ModuleShape
 from ...config import WaRAConfig
 from ...forms import Parts
 from ...layers.base import TENSOR_PARTS
@@ -30,15 +31,15 @@ PEFT_INTERNAL = re.compile(r"\.(modules_to_save|original_module)\.")
 
 
 class Contents:
-    """The tensors of an adapter's file, sorted by what they are.
+    """The tensors of an adapter's file, sorted by what they are; a subclass says which an adapted module has.
 
     Args:
-        config: the adapter's configuration.
+        config: the adapter's configuration, of WaRA or LoRA.
         modules: the adapted modules by name.
         file: the adapter's file.
 
     Attributes:
-        modules: the adapted modules by name, of convolutions with the kernel size, which only the file knows.
+        modules: the adapted modules by name.
         factors: shapes of each adapted module's tensors by key, without PEFT's prefix.
         trained: the keys of those that train.
         others: shape and dtype of what else there is, by key.
@@ -51,14 +52,13 @@ class Contents:
         UserWarning: the file holds what the config does not mention, or no biases where they train.
     """
 
-    parts_of_layers: tuple[str, ...] = TENSOR_PARTS
+    parts_of_layers: tuple[str, ...]
     """Names of parts that hold a layer's factors. A key with one that the config does not explain is refused."""
 
-    def __init__(self, config: WaRAConfig, modules: dict[str, ModuleShape], file: TensorFile) -> None:
+    def __init__(self, config: WaRAConfig | LoraConfig, modules: dict[str, ModuleShape], file: TensorFile) -> None:
         self.config, self.modules = config, modules
         self.name = repr(str(file.path))
         self.tensors = self._check_dtypes(file)
-        self.modules = {name: self._with_kernel(name, shape) for name, shape in modules.items()}
         self.factors: dict[str, dict[str, tuple[int, ...]]] = {}
         self.trained: dict[str, list[str]] = {}
         for module in modules:
@@ -68,10 +68,7 @@ class Contents:
 
     def _factors_of(self, module: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
         """Shapes of an adapted module's tensors by key, and the keys of those that train."""
-        saved = self.config.form_object.saved(self.parts(module))
-        tensors = {f"{module}.{key}": value for key, value in saved.items()}
-        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        return shapes, [key for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
+        raise NotImplementedError
 
     def _check_dtypes(self, file: TensorFile) -> dict[str, TensorInfo]:
         """What is in the file, by key without PEFT's prefix."""
@@ -156,7 +153,7 @@ class Contents:
         missing = [
             name
             for name, shape in self.modules.items()
-            if (places := _places_of_bias(name, shape.kind)) and there.isdisjoint(places)
+            if (places := shape.biases_of(name)) and there.isdisjoint(places)
         ]
         named = getattr(self.config, "biased_modules", None)  # a LoRA has no such field
         if named is not None:
@@ -190,25 +187,6 @@ class Contents:
             return (named or list(indices.values()))[0]
         return indices or []
 
-    def parts(self, module: str) -> Parts:
-        """The parts of an adapted module's adapter by the config, on the meta device."""
-        config = self.config
-        with torch.device("meta"):
-            return config.form_object.create(config, module, self.modules[module], config.ranks_of(module))
-
-    def _with_kernel(self, name: str, shape: ModuleShape) -> ModuleShape:
-        if not any(self.config.ranks_of(name).values()):
-            raise ValueError(f"The config beside {self.name} gives module {name!r} no rank.")
-        dimensions = shape.kind.kernel_dimensions
-        if not dimensions:
-            return shape
-        key = next(key for key in self.config.form_object.saved(self.parts(name)) if key.startswith("wara_A."))
-        info = self.tensors.get(f"{name}.{key}")
-        kernel = () if info is None else info.shape[2:]
-        if len(kernel) != dimensions or 0 in kernel:
-            raise ValueError(f"{self.name} holds no {dimensions}-d kernel for module {name!r}.")
-        return replace(shape, kernel=kernel)
-
     def _looks_like_a_factor(self, key: str) -> bool:
         """Whether a key is that of a factor: it ends in a part's name, after which a parameter's may follow."""
         return any(part in self.parts_of_layers for part in key.split(".")[-2:])
@@ -223,17 +201,45 @@ class Contents:
         if parameter == TOKENS:
             return bool(self.config.trainable_token_indices)
         module = _module_of(key)
-        of_embedding = module in self.modules and self.modules[module].kind is KINDS["Embedding"]
-        return parameter == "weight" and (of_embedding or module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+        is_vocabulary = module in self.modules and self.modules[module].kind.has_vocabulary
+        return parameter == "weight" and (is_vocabulary or module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
 
 
-def _places_of_bias(module: str, kind: Kind) -> list[str]:
-    """Names that the bias of an adapted module may have in the model; none for kinds that have no bias."""
-    if kind is IN_PROJ or kind is KINDS["Embedding"]:
-        return []
-    if kind.is_parameter:
-        return [f"{module.rpartition('.')[0]}.bias"]
-    return [f"{module}.bias", f"{module}.up.bias"] if kind.is_factorized else [f"{module}.bias"]
+class WaRAContents(Contents):
+    """The tensors of a WaRA adapter's file.
+
+    Attributes:
+        modules: of convolutions with the kernel size, which only the file knows.
+    """
+
+    config: WaRAConfig
+    parts_of_layers = TENSOR_PARTS
+
+    def parts(self, module: str) -> Parts:
+        """The parts of an adapted module's adapter by the config, on the meta device."""
+        config = self.config
+        with torch.device("meta"):
+            return config.form_object.create(config, module, self.modules[module], config.ranks_of(module))
+
+    def _factors_of(self, module: str) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        self.modules[module] = self._with_kernel(module, self.modules[module])
+        saved = self.config.form_object.saved(self.parts(module))
+        tensors = {f"{module}.{key}": value for key, value in saved.items()}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        return shapes, [key for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
+
+    def _with_kernel(self, name: str, shape: ModuleShape) -> ModuleShape:
+        if not any(self.config.ranks_of(name).values()):
+            raise ValueError(f"The config beside {self.name} gives module {name!r} no rank.")
+        dimensions = shape.kind.kernel_dimensions
+        if not dimensions:
+            return shape
+        key = next(key for key in self.config.form_object.saved(self.parts(name)) if key.startswith("wara_A."))
+        info = self.tensors.get(f"{name}.{key}")
+        kernel = () if info is None else info.shape[2:]
+        if len(kernel) != dimensions or 0 in kernel:
+            raise ValueError(f"{self.name} holds no {dimensions}-d kernel for module {name!r}.")
+        return replace(shape, kernel=kernel)
 
 
 def _of_one_kind(module: str) -> str:

@@ -15,8 +15,8 @@ from typing import cast
 from peft import LoraConfig
 from torch import Tensor
 
+from ...arguments import check_whole_number
 from ...base_layers.kinds import ModuleShape
-from ...config import WaRAConfig
 from ...config_fields.name_patterns import value_for
 from ...messages import first
 from ..checkpoints.tensors import TensorFile, TensorInfo
@@ -55,6 +55,7 @@ class SavedLora:
     Raises:
         FileNotFoundError: there is no such directory, or a file is missing.
         ValueError: it is no LoRA, is saved as a pickle or cut short, or is a variant that WaRA does not have.
+        TypeError: one of its ranks is no int.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,9 +70,9 @@ class SavedLora:
         ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
         if not isinstance(ranks, dict) or not isinstance(alphas, dict):
             raise ValueError(f"{where} rank_pattern={ranks!r} and alpha_pattern={alphas!r}; dicts were expected.")
-        for rank in (self.config.r, *ranks.values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"{where} a rank of {rank!r}; an int of at least 1 was expected.")
+        named = {f"rank_pattern[{pattern!r}]": rank for pattern, rank in ranks.items()}
+        for name, rank in {"r": self.config.r, **named}.items():
+            check_whole_number(name, rank, of=f" of the LoRA in {str(self.path)!r}")
         for alpha in (self.config.lora_alpha, *alphas.values()):
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) <= LARGEST:
                 raise ValueError(f"{where} an alpha of {alpha!r}; a finite number was expected.")
@@ -185,12 +186,12 @@ class SavedLora:
 class _LoraContents(Contents):
     """The tensors of a LoRA's file."""
 
+    config: LoraConfig
     parts_of_layers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     def __init__(self, config: LoraConfig, modules: dict[str, ModuleShape], tied: Set[str], file: TensorFile) -> None:
         self.tied = tied
-        # Of the config it takes fields that both have.
-        super().__init__(cast(WaRAConfig, config), modules, file)
+        super().__init__(config, modules, file)
 
     def _check_dtypes(self, file: TensorFile) -> dict[str, TensorInfo]:
         found = super()._check_dtypes(file)
@@ -201,12 +202,9 @@ class _LoraContents(Contents):
         shape = self.modules[module]
         rank = value_for(module, "rank_pattern", cast(Mapping[str, int], self.config.rank_pattern), self.config.r)
         key_a, key_b = (f"{module}.{name}" for name in shape.kind.lora_names)
-        ones = (1,) * shape.kind.kernel_dimensions
+        ones = (1,) * len(shape.kernel)
         shapes = {
             key_a: (rank, shape.in_features, *shape.kernel),
             key_b: (shape.out_features, rank, *ones),
         }
         return shapes, list(shapes)
-
-    def _with_kernel(self, name: str, shape: ModuleShape) -> ModuleShape:
-        return shape

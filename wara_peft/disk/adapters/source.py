@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from ...arguments import shown
-from ...base_layers.kinds import IN_PROJ, Kind
+from ...base_layers.kinds import ModuleShape
+from ...base_layers.lora_places import has_attention, lora_key
 from ...compiled import on_plain_model
 from ...config import WaRAConfig
 from ...config_fields.name_patterns import suffix_matches
 from ...layers.base import WaRALayer
-from ...layers.conv import Conv
 from ...layers.lookup import adapted_layers, saved_keys, wara_config
 from ...layers.low_rank_update import LowRankUpdate
 from ...messages import first
@@ -42,11 +42,10 @@ class AdapterSource:
 
     Attributes:
         config: its configuration.
-        kinds: kind of each adapted module by name.
+        modules: shape of each adapted module by name.
         dtypes: dtype of each module's parameters.
         update: gives ΔW of a module of that name, computed in a dtype.
         others: what it holds in full, by PEFT's keys.
-        positions: of each adapted bare parameter the position among those of its module.
         exclude_modules: modules that PEFT would take for targets, and are none.
         base_class: name and module of the base model's class, if it is known.
         component: of a diffusion pipeline, whose model the base model is, if the adapter's file says so.
@@ -54,12 +53,11 @@ class AdapterSource:
     """
 
     config: WaRAConfig
-    kinds: dict[str, Kind]
+    modules: dict[str, ModuleShape]
     dtypes: dict[str, torch.dtype]
     update: Callable[[str, torch.dtype], LowRankUpdate]
     others: dict[str, Tensor]
     exclude_modules: str | None = None
-    positions: dict[str, int] = field(default_factory=dict)
     base_class: tuple[str, str] | None = None
     component: str | None = None
     warnings: list[str] = field(default_factory=list)
@@ -92,19 +90,17 @@ def _in_directory(path: Path, component: str | None) -> AdapterSource:
     saved = SavedAdapter(path, component)
     for name in saved.modules:
         saved.check_has_delta_weight(name)
-    kinds = {name: shape.kind for name, shape in saved.modules.items()}
     return AdapterSource(
         config=saved.config,
-        kinds=kinds,
+        modules=saved.modules,
         dtypes={name: saved.dtype(name) for name in saved.modules},
         update=saved.update,
-        others={PEFT_PREFIX + _loras_key(kinds, key): saved.other(key) for key in saved.others},
-        positions={name: shape.position for name, shape in saved.modules.items() if shape.kind.is_parameter},
+        others={PEFT_PREFIX + lora_key(saved.modules, key): saved.other(key) for key in saved.others},
         base_class=_recorded_class(saved.config),
         component=saved.component,
         warnings=[
             *([TIED_ON_DISK] if saved.tied else []),
-            *_about_attentions(shape.kind for shape in saved.modules.values()),
+            *([ATTENTION] if has_attention(saved.modules.values()) else []),
         ],
     )
 
@@ -125,56 +121,31 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
     base_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     factors = saved_keys(model, adapter_name)
-    kinds = {name: layer.kind for name, layer in layers.items()}
+    modules = {name: layer.shape for name, layer in layers.items()}
     others = {
-        PEFT_PREFIX + _loras_key(kinds, key.removeprefix(PEFT_PREFIX)): value
+        PEFT_PREFIX + lora_key(modules, key.removeprefix(PEFT_PREFIX)): value
         for key, value in state_dict.items()
         if key not in factors
     }
     return AdapterSource(
         config=config,
-        kinds=kinds,
+        modules=modules,
         dtypes={name: layer.factors(adapter_name)[0].dtype for name, layer in layers.items()},
         update=lambda name, dtype: layers[name].low_rank_update(adapter_name, dtype),
         others=others,
         exclude_modules=suffix_matches(layers, [name.removeprefix(PEFT_PREFIX) for name, _ in model.named_modules()]),
-        positions={name: layer.shape.position for name, layer in layers.items() if layer.kind.is_parameter},
         base_class=(base_class.__name__, base_class.__module__),
         warnings=[
             *_about_convolutions(layers),
             *([TIED_IN_MODEL] if len(layers) < len(adapted) else []),
-            *_about_attentions(layer.kind for layer in layers.values()),
+            *([ATTENTION] if has_attention(modules.values()) else []),
         ],
     )
 
 
-def _loras_key(kinds: Mapping[str, Kind], key: str) -> str:
-    """Where PEFT's LoRA of these modules keeps what an adapter holds in full under a key.
-
-    LoRA wraps the output projection of an attention too, and the module of bare parameters once for each of them. A
-    factorised layer it knows as the dense one, whose bias lies beside the weight.
-    """
-    module, around, name = key.partition(".base_layer.")
-    if not around:
-        return key
-    if name == "out_proj.bias" and kinds.get(f"{module}.in_proj_weight") is IN_PROJ:
-        return f"{module}.base_layer.out_proj.base_layer.bias"
-    if module in kinds and kinds[module].is_factorized:
-        return f"{module}.base_layer.{name.rpartition('.')[2]}"
-    parameters = [other for other, kind in kinds.items() if kind.is_parameter and other.rpartition(".")[0] == module]
-    return f"{module}{'.base_layer' * max(1, len(parameters))}.{name}"
-
-
-def _about_attentions(kinds: Iterable[Kind]) -> list[str]:
-    return [ATTENTION] if IN_PROJ in kinds else []
-
-
 def _about_convolutions(layers: dict[str, WaRALayer]) -> Iterator[str]:
     different = [
-        repr(name)
-        for name, layer in layers.items()
-        if isinstance(layer, Conv)
-        and (set(layer.convolution.dilation) != {1} or layer.convolution.padding_mode != "zeros")
+        repr(name) for name, layer in layers.items() if layer.kind.settings_lora_ignores(layer.get_base_layer())
     ]
     if different:
         yield (
