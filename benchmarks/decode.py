@@ -23,7 +23,7 @@ from peft import LoraConfig
 from torch import nn
 
 from wara_peft import WaRAConfig, frozen_factors
-from wara_peft.forms import SubbandFactor, one_call
+from wara_peft.forms import SubbandFactor, factors_of_one_call
 
 VARIANTS = {
     "LoRA r=16": LoraConfig(r=16, lora_alpha=16),
@@ -71,7 +71,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
         name: [module for module in model.modules() if isinstance(module, SubbandFactor)]
         for name, model in (("checked", checked), ("unchecked", frozen))
     }
-    with torch.no_grad(), one_call(checked), frozen_factors(frozen):
+    with torch.no_grad(), factors_of_one_call(checked), frozen_factors(frozen):
         calls = {name: partial(_use, own) for name, own in factors.items()}
         seconds = harness.interleaved(calls, options.rounds, warmup=3)
     uses = USES * len(factors["checked"])

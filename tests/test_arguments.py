@@ -12,7 +12,7 @@ from torch import nn
 
 import wara_peft
 from wara_peft import WaRAConfig, compression
-from wara_peft.arguments import shown
+from wara_peft.arguments import short_form
 
 BUILT_BY_PEFT = {"WaRAConfig", "WaRAModel"}
 RESULTS = {"CompressionReport", "Factorization", "LayerReport", "LayerStatistics", "LoraView"}
@@ -93,5 +93,14 @@ def test_a_budget_that_is_a_solver():
 
 
 def test_values_are_shown_where_they_are_short():
-    assert shown("x") == "'x'" and shown(None) == "None" and shown(True) == "True" and shown(0.5) == "0.5"
-    assert shown(nn.Linear(2, 2)) == "a Linear" and shown({}) == "a dict" and shown(torch.ones(2)) == "a Tensor"
+    assert (
+        short_form("x") == "'x'"
+        and short_form(None) == "None"
+        and short_form(True) == "True"
+        and short_form(0.5) == "0.5"
+    )
+    assert (
+        short_form(nn.Linear(2, 2)) == "a Linear"
+        and short_form({}) == "a dict"
+        and short_form(torch.ones(2)) == "a Tensor"
+    )

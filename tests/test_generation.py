@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from wara_peft import WaRAConfig, frozen_factors
-from wara_peft.forms.factor_cache import _call, one_call
+from wara_peft.forms.factor_cache import _call, factors_of_one_call
 
 PROMPT = torch.arange(1, 7).view(2, 3)
 NEW_TOKENS = 12
@@ -209,7 +209,7 @@ def test_a_layer_with_kept_factors_costs_a_token_no_more_than_loras(fields):
     lora = get_peft_model(llama(), LoraConfig(r=16, target_modules=["q_proj"])).eval()
     model = get_peft_model(llama(), WaRAConfig(target_modules=["q_proj"], **fields)).eval()
     of_lora, layer = (each.base_model.model.model.layers[0].self_attn.q_proj for each in (lora, model))
-    with torch.no_grad(), one_call(model.base_model):
+    with torch.no_grad(), factors_of_one_call(model.base_model):
         layer(x)
         layer(x)
         _costs_no_more(layer, of_lora, x)

@@ -39,7 +39,7 @@ def check_argument(call: str, name: str, value: object, kind: str) -> None:
         TypeError: it is of another kind.
     """
     if not _IS[kind](value):
-        raise TypeError(f"{call}: {name} must be {kind}, and is {shown(value)}.")
+        raise TypeError(f"{call}: {name} must be {kind}, and is {short_form(value)}.")
 
 
 def check_whole_number(
@@ -64,10 +64,10 @@ def check_whole_number(
     if not is_number or not (0 < value <= 1 if is_fraction else least <= value <= largest):
         allowed = f"an int of at least {least}" if most is None else f"an int from {least} to {most}"
         further = f", or a float in (0, 1]: {fraction}" if fraction else ""
-        raise (ValueError if is_number else TypeError)(f"{name}={shown(value)}{of} must be {allowed}{further}.")
+        raise (ValueError if is_number else TypeError)(f"{name}={short_form(value)}{of} must be {allowed}{further}.")
 
 
-def shown(value: object) -> str:
+def short_form(value: object) -> str:
     """The value where it is short, as numbers and names are, or else its class."""
     if isinstance(value, int) and value.bit_length() > 64:  # Python does not print the longest
         return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1}…"

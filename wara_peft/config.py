@@ -20,11 +20,18 @@ from .compiled import plain_names
 from .config_fields.checks import MAX_LEVELS, check_config
 from .config_fields.field_help import with_help
 from .config_fields.field_types import Json, check_types, read_json
-from .config_fields.from_lora import LORA_FIELDS, Match, fields_from_lora, hint, subband_ranks, warn_of_left_out
+from .config_fields.from_lora import (
+    LORA_FIELDS,
+    Match,
+    fields_from_lora,
+    hint_for_keyword,
+    subband_ranks,
+    warn_of_left_out,
+)
 from .config_fields.model_card import add_loading_section
 from .config_fields.name_patterns import exact_pattern, in_any_order, suffix_matches, value_for
 from .config_fields.removed_fields import without_removed_fields
-from .config_fields.resolution import Resolution, as_to_write
+from .config_fields.resolution import Resolution, config_to_write
 from .forms import FORMS, Form
 
 NAMING = (
@@ -146,7 +153,7 @@ class WaRAConfig(PeftConfig):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WaRAConfig:
         for name, value in kwargs.items():
-            remedy = hint(name, value, cls.__dataclass_fields__)
+            remedy = hint_for_keyword(name, value, cls.__dataclass_fields__)
             if remedy is not None and name == "bias":
                 raise ValueError(f"{remedy}.")
             if remedy is not None:
@@ -297,7 +304,7 @@ class WaRAConfig(PeftConfig):
         PEFT and transformers ask a model for the tensors, and write its config next. Patterns that overlap are written
         so that their order is free.
         """
-        config = as_to_write(self)
+        config = config_to_write(self)
         names = list(config.module_shapes) if config.module_shapes else None
         fields = dataclasses.asdict(config)
         for name in ("rank_pattern", "alpha_pattern"):

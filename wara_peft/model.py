@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from .base_layers.embeddings import embedding_or_none
 from .base_layers.kinds import kind_of
-from .base_layers.never_called import keep_called, let_go
+from .base_layers.never_called import keep_called, undo_keep_called
 from .base_layers.quantization import keep_unpacked
 from .compiled import compiled_in_place, plain_model, plain_name
 from .config import WaRAConfig
 from .config_fields.name_patterns import patterns_unseen
-from .config_fields.resolution import as_written, use
-from .forms import one_call, watch_no_more
+from .config_fields.resolution import note_for_saving, take_back_resolution
+from .forms import factors_of_one_call, stop_observing
 from .injection.adapter_names import check_adapter_name
 from .injection.combine import combine
 from .injection.expected_file import AwaitedAdapter
@@ -39,7 +39,7 @@ from .injection.merging import check_merge, unmerge
 from .injection.mixed_batch import mixed_batch
 from .injection.pad_token import warn_of_pad_token
 from .injection.rollback import undone_on_error
-from .injection.saved_besides_factors import places_in, saved_besides_factors
+from .injection.saved_besides_factors import keys_in_model, saved_besides_factors
 from .injection.target_checks import (
     targeted_names,
 )
@@ -48,10 +48,10 @@ from .injection.target_parameters import (
     named_parameters,
     projections,
 )
-from .injection.targets import Injection, check_injection, checked_targets, resolve_targets
+from .injection.targets import Injection, check_injection, find_and_check_targets, resolve_targets
 from .injection.weight_tying import adapt_embedding_of_tied, keep_ties_in_replicas, train_embedding_of_tied
 from .layers.base import WaRALayer
-from .layers.enabling import TrainedBefore, switch
+from .layers.enabling import TrainedBefore, enable_adapters
 from .layers.lookup import adapted_layers, fields_in_model, is_of_a_factor, note_fields
 
 
@@ -102,7 +102,7 @@ class WaRAModel(BaseTuner):
             kwargs["state_dict"] = factors
             in_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in factors}
         before = dict(vars(config))
-        written = as_written(config)
+        written = take_back_resolution(config)
         named = targeted_names(config) if config.module_shapes is None else set()
         self._injection = Injection(adapter_name, named, in_state_dict)
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -168,9 +168,9 @@ class WaRAModel(BaseTuner):
         nn.Module.__init__(tuner)
         tuner.model = model
         config = copy.deepcopy(config)
-        as_written(config)
+        take_back_resolution(config)
         resolved = tuner._prepare_adapter_config(config, cls.get_model_config(model))
-        return checked_targets(model, resolved, tuner._injection)
+        return find_and_check_targets(model, resolved, tuner._injection)
 
     def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
         """Resolve targets as PEFT does, and as it does for LoRA in the experts of a mixture; see `resolve_targets`."""
@@ -243,7 +243,7 @@ class WaRAModel(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper)
             for inner, parameter in module.named_parameters()
         }
-        self._trained_before = switch(
+        self._trained_before = enable_adapters(
             enabled, self._trained_before, parameters, lambda: self.active_adapters, super()._enable_adapter_layers
         )
 
@@ -329,7 +329,7 @@ class WaRAModel(BaseTuner):
 
         PEFT writes the config next, so it gets what this model has found out.
         """
-        use(config, fields_in_model(model, adapter_name))
+        note_for_saving(config, fields_in_model(model, adapter_name))
         warn_of_pad_token(model, config)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return found | saved_besides_factors(model, cast(WaRAConfig, config), adapter_name, state_dict)
@@ -363,7 +363,7 @@ class WaRAModel(BaseTuner):
         tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
         with nullcontext() if tuner is None else tuner._taken_out_on_error(adapter_name):
             check_keys(model, adapter_name, plain)
-        return places_in(model, super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain))
+        return keys_in_model(model, super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain))
 
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -388,7 +388,7 @@ class WaRAModel(BaseTuner):
                 adapted.
         """
         names = kwargs.get("adapter_names")
-        with one_call(self) if names is None else mixed_batch(self, names, kwargs.get("num_beams") or 1):
+        with factors_of_one_call(self) if names is None else mixed_batch(self, names, kwargs.get("num_beams") or 1):
             yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -429,6 +429,6 @@ class WaRAModel(BaseTuner):
             )
         for layer in layers:  # reference cycles may keep these in memory for a while
             layer.forget_kept_weight()
-        let_go(self.model)
-        watch_no_more(self.model)
+        undo_keep_called(self.model)
+        stop_observing(self.model)
         return unloaded

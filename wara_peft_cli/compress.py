@@ -10,7 +10,7 @@ import typer
 from .interruption import PROGRAM
 from .options import Allocation, Cost, Debug, Out, Overwrite, Solver, check_device, local_directory, read_budget
 from .tables import print_compression
-from .terminal import err, failures_in_a_line, say
+from .terminal import err, failures_in_a_line, print_message
 
 EXAMPLES = f"""Examples:\n
     {PROGRAM} compress my-base-model my-small-model --budget 0.6 --texts texts.txt\n
@@ -77,4 +77,4 @@ def compress(
             show_progress_bar=err.is_terminal,
         )
         print_compression(report)
-        say(f"Wrote {path}; load it with wara_peft.compression.load_compressed.")
+        print_message(f"Wrote {path}; load it with wara_peft.compression.load_compressed.")

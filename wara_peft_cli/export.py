@@ -10,7 +10,7 @@ import typer
 
 from .interruption import PROGRAM
 from .options import Debug, Dtype, FileFormat, Out, Overwrite, local_directory, torch_dtype
-from .terminal import failures_in_a_line, out, say, tracked
+from .terminal import failures_in_a_line, out, print_message, progress_bar
 
 EXAMPLES = f"""Examples:\n
     {PROGRAM} export my-adapter my-lora\n
@@ -75,7 +75,7 @@ def export(
         to_format = partial(convert, rank=kept, dtype=torch_dtype(dtype), strict=strict, format=format)
         with written_at_once(path, "replace" if overwrite else "refuse", inputs=sources) as directory:
             loras = [
-                to_format(source, component=name, track=tracked("Exporting"))
+                to_format(source, component=name, track=progress_bar("Exporting"))
                 for source, name in zip(sources, names, strict=True)
             ]
             write_loras(directory, loras)
@@ -84,14 +84,14 @@ def export(
             modules = len(lora.config.target_modules or ())
             parameters = len(lora.config.target_parameters or ())
             beside = f" and {parameters} parameters" if parameters else ""
-            say(f"Wrote {path}: LoRA of rank {lora.config.r}, {modules} modules{beside}{of_component}.")
+            print_message(f"Wrote {path}: LoRA of rank {lora.config.r}, {modules} modules{beside}{of_component}.")
             rounding = f", but for the rounding to {dtype}" if lora.rounded else ""
             if kept is None:
                 out.print(f"It is exact{rounding}.")
             else:
                 out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")
         if format == "diffusers":
-            say(f"Load it by pipeline.load_lora_weights({str(path)!r}).")
+            print_message(f"Load it by pipeline.load_lora_weights({str(path)!r}).")
             return
         allowed = vllm_max_lora_rank(loras[0].config.r)
         if allowed is None:

@@ -11,7 +11,7 @@ import typer
 from .interruption import PROGRAM
 from .options import Adapter, Debug, local_directory
 from .tables import pairs, print_adapter, print_compression
-from .terminal import err, failures_in_a_line, out, say, tracked
+from .terminal import err, failures_in_a_line, out, print_message, progress_bar
 
 EXAMPLES = f"""Examples:\n
     {PROGRAM} inspect my-adapter\n
@@ -35,7 +35,7 @@ def inspect(
         from wara_peft.disk.adapters.adapter import SavedAdapter
         from wara_peft.inspection.saved_adapter import inspect_adapter
 
-        report = inspect_adapter(SavedAdapter(source), tracked("Reading"))
+        report = inspect_adapter(SavedAdapter(source), progress_bar("Reading"))
         if plot is not None:
             report.plot(plot)
         if as_json:
@@ -43,7 +43,7 @@ def inspect(
         else:
             print_adapter(report)
         if plot is not None:
-            say(f"Wrote {plot}: ranks and shares of energy, modules x subbands.", err if as_json else out)
+            print_message(f"Wrote {plot}: ranks and shares of energy, modules x subbands.", err if as_json else out)
 
 
 def _inspect_compressed(path: Path, plot: Path | None, as_json: bool) -> None:
@@ -58,4 +58,4 @@ def _inspect_compressed(path: Path, plot: Path | None, as_json: bool) -> None:
         print_compression(report, layers)
     else:
         for name, sizes in layers.items():
-            say(f"{name}: {pairs(sizes)}")
+            print_message(f"{name}: {pairs(sizes)}")

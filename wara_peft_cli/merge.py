@@ -9,7 +9,7 @@ import typer
 
 from .interruption import PROGRAM
 from .options import Adapter, Debug, Dtype, Out, Overwrite, check_device, local_directory, torch_dtype
-from .terminal import failures_in_a_line, say, tracked
+from .terminal import failures_in_a_line, print_message, progress_bar
 
 EXAMPLES = f"""Examples:\n
     {PROGRAM} merge my-base-model my-adapter my-merged-model\n
@@ -37,8 +37,8 @@ def merge(
             dtype=torch_dtype(dtype),
             device=device,
             overwrite=overwrite,
-            track=tracked("Merging"),
+            track=progress_bar("Merging"),
         )
         compressed = (path / "compression.json").is_file()
         loader = "wara_peft.compression.load_compressed" if compressed else "from_pretrained"
-        say(f"Wrote {path}; load it with {loader}.")
+        print_message(f"Wrote {path}; load it with {loader}.")

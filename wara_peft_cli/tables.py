@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
-from .terminal import out, say, visible
+from .terminal import escape_controls, out, print_message
 
 if TYPE_CHECKING:
     from wara_peft.compression import CompressionReport
@@ -24,26 +24,28 @@ def print_compression(report: CompressionReport, now: Mapping[str, Mapping[str, 
             rank = sizes.get("rank", sizes.get("atoms", "dense"))
             values += "" if rank == layer.rank else f", now {rank}"
         table.add_row(
-            visible(layer.name),
+            escape_controls(layer.name),
             f"{layer.shape[0]} x {layer.shape[1]}",
-            f"dense: {visible(layer.reason)}" if layer.rank is None else f"{layer.rank}{values}",
+            f"dense: {escape_controls(layer.reason)}" if layer.rank is None else f"{layer.rank}{values}",
             f"{layer.parameters_after:,}",
             f"{layer.parameters_before:,}",
             f"{layer.lost:.2%}",
         )
     out.print(table)
     for name, reason in report.left.items():
-        say(f"{name} is left as it is: {reason}.")
-    say(report.summary)
+        print_message(f"{name} is left as it is: {reason}.")
+    print_message(report.summary)
 
 
 def print_adapter(report: AdapterReport) -> None:
-    say(f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}")
+    print_message(
+        f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}"
+    )
     table = Table(Column("module", overflow="fold"), "kind", "out x in", "ranks", "R", "trained", "as LoRA")
     for module in report.modules:
         ranks = set(module.ranks.values())
         table.add_row(
-            visible(module.name),
+            escape_controls(module.name),
             module.kind,
             f"{module.out_features} x {module.in_features}",
             f"{ranks.pop()} in each of {len(module.ranks)}" if len(ranks) == 1 else pairs(module.ranks),
@@ -62,7 +64,7 @@ def print_adapter(report: AdapterReport) -> None:
             table.add_row(name, f"{share:.1%}")
         out.print(table)
     if report.others:
-        say(f"It also holds, in full: {', '.join(report.others)}")
+        print_message(f"It also holds, in full: {', '.join(report.others)}")
 
 
 def pairs(values: Mapping[str, object]) -> str:

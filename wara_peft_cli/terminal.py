@@ -50,7 +50,7 @@ def failures_in_a_line(debug: bool) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             for line in traceback.format_exc().splitlines():
-                err.print(visible(line))
+                err.print(escape_controls(line))
         else:
             reason = _reason(error) if interrupted_by is None else INTERRUPTED
             _complain(reason or type(error).__name__)
@@ -72,18 +72,18 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _complain(text: str) -> None:
-    err.print(f"{PROGRAM}: {visible(' '.join(text.split()))}")
+    err.print(f"{PROGRAM}: {escape_controls(' '.join(text.split()))}")
 
 
-def say(text: str, console: Console = out) -> None:
-    console.print(visible(text), soft_wrap=True)
+def print_message(text: str, console: Console = out) -> None:
+    console.print(escape_controls(text), soft_wrap=True)
 
 
-def visible(text: str) -> str:
+def escape_controls(text: str) -> str:
     """The text with escapes in place of characters that a terminal would obey, or that no encoding has."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def tracked(description: str) -> Track:
+def progress_bar(description: str) -> Track:
     """A progress bar, on a terminal."""
     return partial(track, description=description, console=err, transient=True, disable=not err.is_terminal)

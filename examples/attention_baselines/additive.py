@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wara_peft.attention.checks import check_positive
-from wara_peft.attention.pooling import pool, without_padding
+from wara_peft.attention.pooling import weighted_sum, without_padding
 
 
 class AdditivePooling(nn.Module):
@@ -52,4 +52,4 @@ class AdditivePooling(nn.Module):
         `LowRankMultiHeadPooling.forward`."""
         hidden, padding = without_padding(hidden, key_padding_mask, self.embed_dim)
         scores = torch.tanh(self.transform(hidden)) @ self.context[:, None]  # (B, T, 1)
-        return pool(hidden, scores, padding, need_weights)
+        return weighted_sum(hidden, scores, padding, need_weights)

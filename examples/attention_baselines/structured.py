@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from wara_peft.attention.checks import check_positive
-from wara_peft.attention.pooling import pool, without_padding
+from wara_peft.attention.pooling import weighted_sum, without_padding
 
 
 class StructuredSelfAttentionPooling(nn.Module):
@@ -44,4 +44,4 @@ class StructuredSelfAttentionPooling(nn.Module):
         `LowRankMultiHeadPooling.forward`."""
         hidden, padding = without_padding(hidden, key_padding_mask, self.embed_dim)
         scores = self.head_layer(torch.tanh(self.hidden_layer(hidden)))  # (B, T, k)
-        return pool(hidden, scores, padding, need_weights)
+        return weighted_sum(hidden, scores, padding, need_weights)

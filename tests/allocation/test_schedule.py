@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from wara_peft import RankSchedule, WaRAConfig, to_lora
 from wara_peft.allocation.budget import CubicBudget
-from wara_peft.allocation.greedy import affordable
+from wara_peft.allocation.greedy import units_that_fit
 from wara_peft.allocation.sensitivity import Sensitivity
 from wara_peft.layers.lookup import layers_of
 
@@ -133,8 +133,8 @@ class TestParts:
 
     def test_what_is_affordable(self):
         # The third does not fit any more, the last does; a tie goes to the first.
-        assert affordable([3.0, 4.0, 2.0, 1.0], [2, 1, 2, 1], 4) == [True, True, False, True]
-        assert affordable([1.0, 1.0], [3, 3], 5) == [True, False]
+        assert units_that_fit([3.0, 4.0, 2.0, 1.0], [2, 1, 2, 1], 4) == [True, True, False, True]
+        assert units_that_fit([1.0, 1.0], [3, 3], 5) == [True, False]
 
     def test_choices_are_those_of_adalora_where_costs_are_equal(self):
         """PEFT's allocator, whose singular values are zero here, and so score nothing."""
@@ -161,7 +161,7 @@ class TestParts:
         for name in expected:
             rows, columns = (ours.score(name.replace("lora_E", side)) for side in ("lora_A", "lora_B"))
             scores += (rows.mean(1) + columns.mean(0)).tolist()
-        chosen = affordable(scores, [1] * len(scores), budget)
+        chosen = units_that_fit(scores, [1] * len(scores), budget)
         assert chosen == [flag for flags in expected.values() for flag in flags]
         assert sum(chosen) == budget
 

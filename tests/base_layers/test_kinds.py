@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from wara_peft import WaRAConfig
 from wara_peft.base_layers import kinds
 from wara_peft.base_layers.kinds import KINDS, kind_of, shape_of
-from wara_peft.base_layers.own_forward import adds_up, has_own_forward
+from wara_peft.base_layers.own_forward import has_own_forward, is_additive_in_weight
 from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.lora.export import to_lora
 
@@ -92,7 +92,11 @@ class TestANewKind:
                 return x.flip(-1) @ self.weight.square()
 
         assert kind_of(Squared(4, 3)).name == "RotatedLinear"
-        assert has_own_forward(Squared(4, 3)) and not adds_up(Squared(4, 3)) and adds_up(rotated.RotatedLinear(4, 3))
+        assert (
+            has_own_forward(Squared(4, 3))
+            and not is_additive_in_weight(Squared(4, 3))
+            and is_additive_in_weight(rotated.RotatedLinear(4, 3))
+        )
 
     def test_is_exported_and_combined(self, rotated):
         model = get_peft_model(model_of(rotated), config_of())

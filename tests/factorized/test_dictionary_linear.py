@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from wara_peft.factorized import DictionaryLinear
-from wara_peft.factorized.sparse_rows import packed, unpacked
+from wara_peft.factorized.sparse_rows import pack_bits, unpack_bits
 
 
 def layer_of(bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[DictionaryLinear, torch.Tensor]:
@@ -20,7 +20,7 @@ def layer_of(bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[Dic
     layer = DictionaryLinear(7, 9, 13, 4, bias, dtype=dtype)
     places = torch.stack([torch.randperm(13) < 4 for _ in range(9)])
     with torch.no_grad():
-        layer.support.copy_(packed(places))
+        layer.support.copy_(pack_bits(places))
         layer.values.normal_()
         if bias:
             layer.bias.normal_()
@@ -33,8 +33,8 @@ def layer_of(bias: bool = True, dtype: torch.dtype = torch.float64) -> tuple[Dic
 @pytest.mark.parametrize("atoms", [1, 7, 8, 9, 40])
 def test_bits(atoms: int) -> None:
     places = torch.rand(5, atoms) < 0.5
-    assert np.array_equal(packed(places).numpy(), np.packbits(places.numpy(), axis=1, bitorder="little"))
-    assert torch.equal(unpacked(packed(places), atoms), places)
+    assert np.array_equal(pack_bits(places).numpy(), np.packbits(places.numpy(), axis=1, bitorder="little"))
+    assert torch.equal(unpack_bits(pack_bits(places), atoms), places)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -48,7 +48,7 @@ def test_forward_and_gradients(bias: bool) -> None:
     upstream = torch.randn(2, 3, 9, dtype=torch.float64)
     (of_dense,) = torch.autograd.grad(((x @ layer.down.weight.T @ dense.T) * upstream).sum(), dense)
     (of_values,) = torch.autograd.grad((layer(x) * upstream).sum(), layer.values)
-    torch.testing.assert_close(of_values, of_dense[unpacked(layer.support, 13)].view(9, 4))
+    torch.testing.assert_close(of_values, of_dense[unpack_bits(layer.support, 13)].view(9, 4))
 
 
 def test_bytes_on_disk(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from wara_peft import WaRAConfig
 from wara_peft.forms import SubbandFactor, TiedFactor
 from wara_peft.forms.experts import ExpertsFactor
-from wara_peft.forms.factor_cache import one_call
+from wara_peft.forms.factor_cache import factors_of_one_call
 from wara_peft.forms.factors import IN_DIM, OUT_DIM
 from wara_peft.forms.shared import SharedFactor
 from wara_peft.forms.tiny import Basis, Core, TinyFactor
@@ -48,7 +48,7 @@ def test_every_tensor_of_every_kind_of_factor_is_watched(kind, tied):
     tensors = [*parts.named_parameters(), *parts.named_buffers()]
     tensors = [(name, tensor) for name, tensor in tensors if ".A_" not in name]  # Â's, and this is B̂
     assert tensors
-    with torch.no_grad(), one_call(parts):
+    with torch.no_grad(), factors_of_one_call(parts):
         for name, tensor in tensors:
             factor()
             kept = factor()
@@ -66,7 +66,7 @@ def test_gains_of_a_grid_are_not_kept():
     model = get_peft_model(model, WaRAConfig(target_modules=["0"], form="grid", r=2, **fields)).double()
     x = torch.randn(1, 16, 6, dtype=torch.double)
     layer = model.base_model.model[0]
-    with torch.no_grad(), one_call(model):
+    with torch.no_grad(), factors_of_one_call(model):
         base = layer.base_layer(x)
         change = [(layer(x) - base) for _ in range(3)][-1]
         layer.wara_gain["default"].mul_(3)
@@ -78,7 +78,7 @@ def test_a_step_of_an_optimizer_compiles_and_is_seen():
     optimizer = torch.optim.SGD(factor.parameters(), lr=1.0)
     step = torch.compile(optimizer.step, backend="eager")
     factor.level1.grad = torch.ones_like(factor.level1)
-    with torch.no_grad(), one_call(factor):
+    with torch.no_grad(), factors_of_one_call(factor):
         before = [factor() for _ in range(3)][-1]
         step()
         torch.testing.assert_close(before - factor(), torch.full_like(before, 0.5**0.5))

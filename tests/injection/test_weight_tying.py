@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.references import module_shapes
+from tests.references import Chain, module_shapes
 from wara_peft import WaRAConfig, save_as_lora
 
 TOKENS = torch.arange(1, 25).view(4, 6)
@@ -293,3 +293,32 @@ def test_combining_tied_with_untied_is_refused():
         model.add_adapter("head", WaRAConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="'lm_head' some of the adapters default, head are tied"):
         model.add_weighted_adapter(["default", "head"], [1.0, 1.0], "both")
+
+
+class TestOneModuleInTwoPlaces:
+    """The adapter is in the first place only, as PEFT's are, so merging would change what the second computes."""
+
+    @staticmethod
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        model = Chain(depth=3)
+        model.layers[2] = model.layers[0]
+        config = WaRAConfig(target_modules=["layers.0", "layers.1"], init_weights=False)
+        return get_peft_model(model, config)
+
+    def test_merging_is_refused_before_anything_is_changed(self):
+        model = self.model()
+        x = torch.randn(4, 8)
+        before = model(x)
+        for merge in (model.merge_and_unload, model.merge_adapter):
+            with pytest.raises(ValueError, match=r"Cannot merge into module '.*layers\.0': .* tied to '.*layers\.2'"):
+                merge()
+        assert torch.equal(model(x), before)
+
+    def test_the_adapter_in_both_places_merges(self):
+        model = self.model()
+        layers = model.base_model.model.layers
+        layers[2] = layers[0]
+        x = torch.randn(4, 8)
+        expected = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected)

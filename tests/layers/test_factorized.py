@@ -20,7 +20,7 @@ from wara_peft.compression import compress
 from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.factorized import DictionaryLinear, LowRankLinear
-from wara_peft.factorized.sparse_rows import packed
+from wara_peft.factorized.sparse_rows import pack_bits
 from wara_peft.inspection.saved_adapter import inspect_adapter
 from wara_peft.layers.factorized import FactorizedLinear
 
@@ -36,7 +36,7 @@ class Layers(nn.Module):
         self.second = DictionaryLinear(M, N, ATOMS, VALUES, dtype=dtype)
         with torch.no_grad():
             places = torch.rand(N, ATOMS).argsort(1) < VALUES
-            self.second.support.copy_(packed(places))
+            self.second.support.copy_(pack_bits(places))
             for parameter in (self.second.values, self.second.bias):
                 nn.init.normal_(parameter)
 

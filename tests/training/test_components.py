@@ -14,7 +14,7 @@ from tests.references import Mlp, module_shapes
 from wara_peft import WaRAConfig, frozen_factors, to_lora
 from wara_peft.layers.base import WaRALayer
 from wara_peft.layers.lookup import layers_of
-from wara_peft.training.components import cost, keep_components, subband_of
+from wara_peft.training.components import keep_components, parameters_of_component, subband_of
 
 
 class Net(nn.Module):
@@ -151,7 +151,11 @@ def test_where_a_row_lies_and_what_it_costs():
     ]
     assert subband_of(factor, 1, level=0) == ("aa0", 1) and subband_of(factor, 4, level=2) == ("ad2", 1)
     # A group has four channels in, a kernel of three, and six out; each level halves both.
-    assert [cost(layer, "default", level) for level in (0, 1, 2)] == [4 * 3 + 6, 2 * 3 + 3, 1 * 3 + 2]
+    assert [parameters_of_component(layer, "default", level) for level in (0, 1, 2)] == [
+        4 * 3 + 6,
+        2 * 3 + 3,
+        1 * 3 + 2,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,22 +14,22 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 
-from ..arguments import check_argument, check_whole_number, shown
+from ..arguments import check_argument, check_whole_number, short_form
 from ..base_layers.kinds import kind_of
 from ..base_layers.quantization import keep_unpacked
-from ..calibration.batches import LossFunction, evaluating, frozen, groups_within
+from ..calibration.batches import LossFunction, groups_within, in_eval_mode, with_frozen_parameters
 from ..calibration.processes import take_from_first_process
 from ..compiled import on_plain_model
 from ..config import WaRAConfig
 from ..config_fields.name_patterns import value_for
-from ..messages import first
+from ..messages import first_few
 from ..model import WaRAModel
 from ..wavelet import Subband, subbands
-from .blocks import Spectrum, of_gradient, of_inputs
+from .blocks import Spectrum, energies_of_gradient, energies_of_inputs
 from .budget import lora_parameters_in
 from .greedy import Item, spend
 from .report import AllocationReport, ModuleAllocation
-from .signals import covariances, gradients
+from .signals import input_covariances, mean_gradients
 
 SCORES = ("gradient", "activation")
 MAX_BYTES = 2**31
@@ -121,7 +121,7 @@ def allocate_ranks(
     check_argument(call, "model", model, "an nn.Module")
     check_argument(call, "dataloader", dataloader, "an iterable of batches")
     if not isinstance(config, WaRAConfig):
-        raise TypeError(f"{call}: config must be a WaRAConfig, and is {shown(config)}.")
+        raise TypeError(f"{call}: config must be a WaRAConfig, and is {short_form(config)}.")
     _check_arguments(config, batches, score, max_bytes, budget, like)
     targets = _targets(model, config, min_rank, max_rank)
     if like is not None:
@@ -189,14 +189,14 @@ def _check_arguments(
 def _targets(model: nn.Module, config: WaRAConfig, min_rank: Ranks, max_rank: Ranks) -> dict[str, _Target]:
     adapted = [repr(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
-        raise ValueError(f"The model has adapters already, in {first(adapted)}. Pass the base model.")
+        raise ValueError(f"The model has adapters already, in {first_few(adapted)}. Pass the base model.")
     bases = WaRAModel.targets_of(model, config)
     if not bases:
         raise ValueError(f"target_modules={config.target_modules!r} names no module of the model.")
     others = [f"{name} ({type(base).__name__})" for name, base in bases.items() if not kind_of(base).is_linear]
     if others:
         raise TypeError(
-            f"Ranks are allocated to linear layers alone, and {first(others)} is none. Leave it out of "
+            f"Ranks are allocated to linear layers alone, and {first_few(others)} is none. Leave it out of "
             "`target_modules` and `target_parameters`, or put it into `exclude_modules`."
         )
     targets = {}
@@ -255,15 +255,15 @@ def _spectra(
     groups = list(groups_within(max_bytes, {name: _needed(target, score) for name, target in targets.items()}))
     keep_unpacked(model)
     found: dict[str, dict[str, Spectrum]] = {}
-    decompose = of_gradient if score == "gradient" else of_inputs
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model), frozen(model):
+    decompose = energies_of_gradient if score == "gradient" else energies_of_inputs
+    with torch.inference_mode(False), torch.enable_grad(), in_eval_mode(model), with_frozen_parameters(model):
         device = next(model.parameters()).device
         kept = [send_to_device(batch, device) for batch in itertools.islice(dataloader, batches)]
         if not kept:
             raise ValueError("The dataloader gives no batches.")
         for group in groups:
             layers = {name: (targets[name].layer, targets[name].shape) for name in group}
-            matrices = (gradients if score == "gradient" else covariances)(model, layers, kept, loss_fn)
+            matrices = (mean_gradients if score == "gradient" else input_covariances)(model, layers, kept, loss_fn)
             for name, matrix in matrices:
                 found[name] = decompose(matrix, config.wavelet, counts[name])
                 take_from_first_process(itertools.chain(*found[name].values()))  # so that all choose alike

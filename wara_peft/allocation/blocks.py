@@ -19,7 +19,7 @@ class Spectrum(NamedTuple):
     energy: Tensor
 
 
-def of_gradient(gradient: Tensor, wavelet: str, counts: Mapping[str, int]) -> dict[str, Spectrum]:
+def energies_of_gradient(gradient: Tensor, wavelet: str, counts: Mapping[str, int]) -> dict[str, Spectrum]:
     """Squares of the largest singular values of the gradient of each C_s, S_outᵀ G S_in, for ΔW = Σ_s S_out C_s S_inᵀ.
 
     Args:
@@ -39,12 +39,12 @@ def of_gradient(gradient: Tensor, wavelet: str, counts: Mapping[str, int]) -> di
     return found
 
 
-def of_inputs(covariance: Tensor, wavelet: str, counts: Mapping[str, int]) -> dict[str, Spectrum]:
+def energies_of_inputs(covariance: Tensor, wavelet: str, counts: Mapping[str, int]) -> dict[str, Spectrum]:
     """Largest eigenvalues of S_inᵀ C S_in, as shares of the sum of those of all these subbands.
 
     Args:
         covariance: C, (n, n), that of the inputs.
-        wavelet, counts: as in `of_gradient`.
+        wavelet, counts: as in `energies_of_gradient`.
     """
     found: dict[str, Spectrum] = {}
     by_band: dict[tuple[int, str], Tensor] = {}

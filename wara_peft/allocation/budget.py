@@ -21,7 +21,7 @@ from torch import nn
 
 from ..base_layers.kinds import kind_of
 from ..compiled import plain_model
-from ..injection.target_parameters import original
+from ..injection.target_parameters import module_without_adapters
 from ..layers.lookup import base_model_of
 from ..layers.parameters import AdaptedModule
 
@@ -69,7 +69,7 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
 def _original(module: nn.Module) -> nn.Module:
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _original(cast(nn.Module, module.original_module))
-    return original(module)
+    return module_without_adapters(module)
 
 
 def lora_parameters(like: LoraConfig, modules: Mapping[str, nn.Module]) -> int:

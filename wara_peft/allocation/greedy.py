@@ -42,7 +42,7 @@ def spend(items: Sequence[Item], budget: int) -> list[int]:
     return [item.floor + taken for item, taken in zip(items, greedy.spend(paths, left), strict=True)]
 
 
-def affordable(scores: Sequence[float], costs: Sequence[int], budget: int) -> list[bool]:
+def units_that_fit(scores: Sequence[float], costs: Sequence[int], budget: int) -> list[bool]:
     """Which of single units to keep: those of the highest scores that fit into the budget together.
 
     In the order of scores, largest first and equal ones as they stand, each is taken that still fits.

@@ -19,9 +19,9 @@ from ..arguments import check_argument, check_whole_number
 from ..layers.base import WaRALayer
 from ..layers.lookup import layers_of
 from ..linear_algebra.tails import moments_of
-from ..training.components import config_of, cost, keep_components, subband_of
+from ..training.components import config_of, keep_components, parameters_of_component, subband_of
 from .budget import CubicBudget, lora_parameters_in
-from .greedy import affordable
+from .greedy import units_that_fit
 from .sensitivity import Sensitivity
 
 FILE = "rank_schedule.safetensors"
@@ -261,7 +261,7 @@ class _Running:
             for level, bands in enumerate(rows.axis.bands):
                 if bands:
                     self.kept[name, level] = [True] * len(bands)
-                    self.costs += [cost(layer, adapter_name, level)] * len(bands)
+                    self.costs += [parameters_of_component(layer, adapter_name, level)] * len(bands)
                     parameters[_key(name, "A", level)] = rows.get_parameter(f"level{level}")
                     parameters[_key(name, "B", level)] = columns.get_parameter(f"level{level}")
         self.sensitivity = Sensitivity(parameters, beta1, beta2)
@@ -276,7 +276,7 @@ class _Running:
         return found
 
     def choose(self, budget: int, optimizer: torch.optim.Optimizer | None) -> None:
-        chosen = iter(affordable(self.scores(), self.costs, budget))
+        chosen = iter(units_that_fit(self.scores(), self.costs, budget))
         self.kept = {key: [next(chosen) for _ in kept] for key, kept in self.kept.items()}
         self.mask()
         for columns, masked in self._masked():

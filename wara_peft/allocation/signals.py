@@ -17,7 +17,7 @@ from ..calibration.input_moments import Moments
 from ..calibration.processes import processes
 
 
-def gradients(
+def mean_gradients(
     model: nn.Module,
     layers: Mapping[str, tuple[nn.Module, tuple[int, int]]],
     batches: list[Any],
@@ -82,7 +82,7 @@ class _Tap:
         return with_gradient(output, add)
 
 
-def covariances(
+def input_covariances(
     model: nn.Module,
     layers: Mapping[str, tuple[nn.Module, tuple[int, int]]],
     batches: list[Any],
@@ -90,7 +90,7 @@ def covariances(
 ) -> Iterator[tuple[str, Tensor]]:
     """The covariance of the inputs, (n, n), of each linear layer; positions that a batch masks do not count.
 
-    Arguments and errors are those of `gradients`.
+    Arguments and errors are those of `mean_gradients`.
     """
     moments = Moments(model, with_mean=True)
     with moments.watching([layer for layer, _ in layers.values()]), torch.no_grad():

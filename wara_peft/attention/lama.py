@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_positive
-from .pooling import pool, without_padding
+from .pooling import weighted_sum, without_padding
 
 Context = Literal["learned", "mean_input"]
 
@@ -115,7 +115,7 @@ class LowRankMultiHeadPooling(nn.Module):
         scores = torch.tanh(self.scores(hidden, context))
         # In float16 the default of eps would be zero.
         scores = F.normalize(scores, dim=-1, eps=max(self.eps, torch.finfo(scores.dtype).tiny))
-        return pool(hidden, scores, padding, need_weights)
+        return weighted_sum(hidden, scores, padding, need_weights)
 
     def _checked(self, inputs: Tensor, hidden: Tensor) -> Tensor:
         if inputs.shape != hidden.shape:

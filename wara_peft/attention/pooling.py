@@ -25,7 +25,9 @@ def without_padding(hidden: Tensor, key_padding_mask: Tensor | None, embed_dim: 
     return (hidden if padding is None else hidden.masked_fill(padding[..., None], 0.0)), padding
 
 
-def pool(hidden: Tensor, scores: Tensor, padding: Tensor | None, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+def weighted_sum(
+    hidden: Tensor, scores: Tensor, padding: Tensor | None, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
     """Return A H with A = softmax over time of the scores, exactly zero at padding.
 
     Args:

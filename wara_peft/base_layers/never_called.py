@@ -24,7 +24,7 @@ _FIRST_VALUES = ("__init__", "_init_weights", "init_weights", "reset_parameters"
 _BEFORE = "_use_nested_tensor_without_adapters"
 
 
-def never_called(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, Refusal]:
+def reasons_never_called(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, Refusal]:
     """Why an adapter would have no effect in those target modules that compute nothing themselves, by name.
 
     These are `out_proj` and `conv1d` of Mamba's kind of models, as PEFT refuses them for LoRA, with what else their
@@ -93,7 +93,7 @@ def _only_reads(parent: type, child: str) -> bool:
 
 
 def keep_called(model: nn.Module) -> None:
-    """See to it that PyTorch's encoder layers call their adapted layers in eval mode too, until `let_go`.
+    """See to it that PyTorch's encoder layers call their adapted layers in eval mode too, until `undo_keep_called`.
 
     There an `nn.TransformerEncoderLayer` hands all its weights to one fused kernel, unless one of its layers has a
     hook, and an `nn.TransformerEncoder` leaves padding out by nested tensors, which only that kernel takes.
@@ -111,7 +111,7 @@ def keep_called(model: nn.Module) -> None:
             module.use_nested_tensor = False  # type: ignore[assignment]  # no stub knows it
 
 
-def let_go(model: nn.Module) -> None:
+def undo_keep_called(model: nn.Module) -> None:
     """Undo what `keep_called` has done beside adapters' layers, once these are gone."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, _BEFORE):

@@ -27,7 +27,7 @@ def _has_own_call(base: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def adds_up(base: nn.Module) -> bool:
+def is_additive_in_weight(base: nn.Module) -> bool:
     """Whether adding ΔW to the layer's weight adds to its result what an adapter adds: x ΔWᵀ of a linear layer.
 
     This tries W and ΔW of its own, in float32, on small and large inputs. The layer itself stays as it is, and may be

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..messages import first
+from ..messages import first_few
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,17 @@ class Refusal:
     detail: str = ""
 
 
-def explain(refusals: Mapping[str, Refusal]) -> str:
+def reasons_in_words(refusals: Mapping[str, Refusal]) -> str:
     """A sentence for each reason, with the names of its modules."""
     by_sentence: dict[str, list[str]] = {}
     for name, refusal in refusals.items():
         by_sentence.setdefault(refusal.sentence, []).append(f"{name!r}{refusal.detail}")
-    return " ".join(sentence.format(first(names)) for sentence, names in by_sentence.items())
+    return " ".join(sentence.format(first_few(names)) for sentence, names in by_sentence.items())
 
 
-def refuse(refusals: Mapping[str, Refusal], targets: Iterable[str], excluded: Iterable[str] | str | None) -> str:
+def refusal_message(
+    refusals: Mapping[str, Refusal], targets: Iterable[str], excluded: Iterable[str] | str | None
+) -> str:
     """An error's message: why modules cannot be adapted, and how to adapt the others.
 
     Args:
@@ -39,15 +41,19 @@ def refuse(refusals: Mapping[str, Refusal], targets: Iterable[str], excluded: It
         excluded: the value of `exclude_modules`.
     """
     kept = [name for name in targets if name not in refusals]
+    reasons = reasons_in_words(refusals)
     if not kept:
-        return f"{explain(refusals)} Name others in `target_modules`, or leave these out with `exclude_modules`."
+        return f"{reasons} Name others in `target_modules`, or leave these out with `exclude_modules`."
+    value = exclude_modules_for(refusals, kept, excluded)
     return (
-        f"{explain(refusals)} Leave such modules out with `exclude_modules={exclusion(refusals, kept, excluded)!r}`, "
-        "or name other modules in `target_modules`."
+        f"{reasons} Leave such modules out with `exclude_modules={value!r}`, or name other modules in "
+        "`target_modules`."
     )
 
 
-def exclusion(refused: Iterable[str], kept: Iterable[str], excluded: Iterable[str] | str | None) -> list[str] | str:
+def exclude_modules_for(
+    refused: Iterable[str], kept: Iterable[str], excluded: Iterable[str] | str | None
+) -> list[str] | str:
     """The value of `exclude_modules` that leaves modules out, and no others.
 
     Args:

@@ -13,7 +13,7 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, which leaves dropout out; each module goes back to its own mode."""
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -32,7 +32,7 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def with_frozen_parameters(model: nn.Module) -> Iterator[None]:
     """No parameter is trained; each goes back to what it was."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

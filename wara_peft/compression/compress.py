@@ -13,22 +13,30 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..arguments import check_argument, check_whole_number, shown
+from ..arguments import check_argument, check_whole_number, short_form
 from ..calibration.batches import LossFunction
 from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
-from ..messages import first
+from ..messages import first_few
 from .budget.costs import COSTS, Cost, Shape, nonzeros_of, ranks_that_pay
 from .budget.depth import KEYS_AND_VALUES, depth_shares
-from .budget.spend import ALLOCATIONS, Candidate, by_shares, check_budget, floors_of, greedy, spent
+from .budget.spend import (
+    ALLOCATIONS,
+    Candidate,
+    check_budget,
+    greedy_ranks,
+    minimum_ranks,
+    ranks_by_shares,
+    total_cost,
+)
 from .replacement import Replacement
 from .report import CompressionReport, LayerReport
 from .solvers.low_rank import energies
 from .solvers.needed_statistics import statistics_of
-from .solvers.solve import on
+from .solvers.solve import move_statistics
 from .solvers.table import SOLVERS
 from .statistics.layer_statistics import LayerStatistics
-from .targets import TIED, check_base, checked, linear_targets, separate_tied
+from .targets import TIED, check_base, factorizable_weight, linear_targets, separate_tied
 
 
 @on_plain_model
@@ -111,7 +119,7 @@ def compress(
     shapes: dict[str, Shape] = {}
     gains: dict[str, list[float]] = {}
     for name, layer in tqdm(targets.items(), desc="Reading statistics", disable=not show_progress_bar):
-        weight = checked(name, layer)
+        weight = factorizable_weight(name, layer)
         entry = statistics_of(name, layer, entries, solver)
         has_mean = entry.mean is not None or batches is not None
         shapes[name] = _shape(layer, entry.count, solver, compensate_bias and has_mean)
@@ -124,7 +132,7 @@ def compress(
     before = sum(candidate.dense for candidate in candidates)
     if given is not None:
         ranks = _given(given, targets, shapes, candidates)
-        limit = spent(candidates, ranks)
+        limit = total_cost(candidates, ranks)
     else:
         limit = _limit(cast(Any, budget), before, unit)
         check_budget(candidates, limit, unit)
@@ -141,7 +149,7 @@ def compress(
         allocation if given is None else "given",
         limit,
         unit,
-        spent(candidates, ranks),
+        total_cost(candidates, ranks),
         before,
         [
             LayerReport(
@@ -188,7 +196,7 @@ def _targets(
         target_modules = rf"(.*\.)?({'|'.join(KEYS_AND_VALUES)})"
     targets, left = separate_tied(model, linear_targets(model, target_modules))
     if not targets:
-        raise ValueError(f"{first([repr(name) for name in left])} cannot be compressed: {TIED}. Untie them.")
+        raise ValueError(f"{first_few([repr(name) for name in left])} cannot be compressed: {TIED}. Untie them.")
     return targets, left
 
 
@@ -196,9 +204,9 @@ def _allocated(
     allocation: str, candidates: list[Candidate], targets: Mapping[str, nn.Module], limit: float, is_loss: bool
 ) -> list[int | None]:
     if allocation in ("greedy", "cost"):
-        return greedy(candidates, limit, None if is_loss else floors_of(candidates, limit))
+        return greedy_ranks(candidates, limit, None if is_loss else minimum_ranks(candidates, limit))
     shares = depth_shares(targets) if allocation == "depth" else [1.0] * len(candidates)
-    return by_shares(candidates, shares, limit)
+    return ranks_by_shares(candidates, shares, limit)
 
 
 def _given(
@@ -211,7 +219,7 @@ def _given(
     """
     missing = [repr(name) for name in given if name not in shapes]
     if missing:
-        raise ValueError(f"There are ranks of {first(missing)}, which is no linear layer of its own in the model.")
+        raise ValueError(f"There are ranks of {first_few(missing)}, which is no linear layer of its own in the model.")
     ranks: list[int | None] = []
     for name, candidate in zip(names, candidates, strict=True):
         rank = given[name]
@@ -236,7 +244,9 @@ def _shape(layer: nn.Linear | Conv1D, positions: int, solver: str, gets_bias: bo
 def _gains(weight: Tensor, solver: str, entry: LayerStatistics, compensate_bias: bool) -> list[float]:
     """What each unit of rank takes off the loss, in numbers that can be compared between layers."""
     kind = SOLVERS[solver]
-    found = energies(weight, kind.metric(on(entry, weight.device), compensate_bias and entry.mean is not None))
+    found = energies(
+        weight, kind.metric(move_statistics(entry, weight.device), compensate_bias and entry.mean is not None)
+    )
     if kind.is_loss:  # of each position there is one term in the loss
         return (found * (entry.count if "gradients" in kind.needs else 1)).tolist()
     total = found.sum()
@@ -282,6 +292,6 @@ def _limit(budget: float | int | str, before: float, unit: str) -> float:
     if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
         return budget
     raise ValueError(
-        f"budget={shown(budget)} must be a share between 0 and 1, as 0.6, an int of at least 1, or a size in bytes, "
-        "as '48MB'."
+        f"budget={short_form(budget)} must be a share between 0 and 1, as 0.6, an int of at least 1, or a size in "
+        "bytes, as '48MB'."
     )

@@ -11,7 +11,7 @@ from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import Solver, check_solver, factorize_linear, linear_shape, resolve_rank
 from .replacement import replace_targets
 from .report import Factorization
-from .targets import check_base, chosen, with_attentions
+from .targets import check_base, linear_layers_and_attentions, select_targets
 
 Factorizable = nn.Linear | Conv1D | nn.MultiheadAttention
 
@@ -60,7 +60,7 @@ def factorize(
             return LowRankMultiheadAttention.from_multihead(module, rank, solver)
         return factorize_linear(module, rank, solver)
 
-    done = replace_targets(model, chosen(with_attentions(model), target_modules), make)
+    done = replace_targets(model, select_targets(linear_layers_and_attentions(model), target_modules), make)
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(
             isinstance(module, LowRankMultiheadAttention) for module in encoder.modules()

@@ -12,11 +12,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration.batches import LossFunction, arguments_of, evaluating
-from ..messages import first
+from ..calibration.batches import LossFunction, arguments_of, in_eval_mode
+from ..messages import first_few
 from .report import Factorization
-from .solvers.needed_statistics import nothing_of
-from .solvers.solve import Solution, solve
+from .solvers.needed_statistics import empty_statistics
+from .solvers.solve import Solution, factorize_weight
 from .statistics.collect import measure
 from .statistics.layer_statistics import LayerStatistics
 from .targets import Layer, errors_naming, separate_tied
@@ -34,13 +34,13 @@ class Replacement:
     compensate_bias: bool
 
     def _solved(self, name: str, entry: LayerStatistics) -> Solution:
-        return solve(self.targets[name], self.ranks[name], self.solver, entry, self.compensate_bias)
+        return factorize_weight(self.targets[name], self.ranks[name], self.solver, entry, self.compensate_bias)
 
     def at_once(self, done: Callable[[], Any]) -> dict[str, float]:
         """Replace all layers when all are made; returns what each has lost."""
         made = {}
         for name in self.ranks:
-            made[name] = self._solved(name, self.statistics.get(name, nothing_of(self.targets[name])))
+            made[name] = self._solved(name, self.statistics.get(name, empty_statistics(self.targets[name])))
             done()
         replace_everywhere(self.model, {self.targets[name]: solution.layer for name, solution in made.items()})
         return {name: solution.lost for name, solution in made.items()}
@@ -53,7 +53,7 @@ class Replacement:
                 leader = {group[0]: self.targets[group[0]]}  # the others have the same input
                 fresh = measure(self.model, leader, batches, ("inputs",), loss_fn)[group[0]]
                 for name in group:
-                    entry = self.statistics.get(name, nothing_of(self.targets[name]))
+                    entry = self.statistics.get(name, empty_statistics(self.targets[name]))
                     entry = replace(entry, moment=fresh.moment, mean=fresh.mean, count=fresh.count)
                     solution = self._solved(name, entry)
                     replace_everywhere(self.model, {self.targets[name]: solution.layer})
@@ -83,7 +83,7 @@ class Replacement:
             for name in self.ranks
         ]
         try:
-            with evaluating(self.model):
+            with in_eval_mode(self.model):
                 batch = send_to_device(batch, next(self.model.parameters()).device)
                 if loss_fn is not None:
                     loss_fn(self.model, batch)
@@ -96,8 +96,8 @@ class Replacement:
         silent = [repr(name) for name in self.ranks if name not in seen]
         if silent:
             raise ValueError(
-                f"{first(silent)} never ran in the first batch of `sequential`. Pass batches that use it, or leave it "
-                "out of target_modules."
+                f"{first_few(silent)} never ran in the first batch of `sequential`. Pass batches that use it, or "
+                "leave it out of target_modules."
             )
         return groups
 

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from ..base_layers.embeddings import embeddings
 from ..base_layers.tied_weights import names_by_parameter
 from ..compiled import on_plain_model
-from ..factorized.low_rank_conv import CONVOLUTIONS, checked_conv
-from ..factorized.low_rank_linear import check_values, checked_linear
+from ..factorized.low_rank_conv import CONVOLUTIONS, require_conv
+from ..factorized.low_rank_linear import check_values, require_linear
 from ..factorized.saved import FACTORIZED
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -40,11 +40,11 @@ def check_base(model: nn.Module) -> None:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """The linear layers of a model that are called as such, by name; one with several names under each of them."""
-    return {name: layer for name, layer in with_attentions(model).items() if isinstance(layer, LINEAR)}
+    return {name: layer for name, layer in linear_layers_and_attentions(model).items() if isinstance(layer, LINEAR)}
 
 
 @on_plain_model
-def with_attentions(model: nn.Module) -> dict[str, nn.Linear | Conv1D | nn.MultiheadAttention]:
+def linear_layers_and_attentions(model: nn.Module) -> dict[str, nn.Linear | Conv1D | nn.MultiheadAttention]:
     """The same, and PyTorch's attentions, each as a whole."""
     found: dict[str, nn.Linear | Conv1D | nn.MultiheadAttention] = {}
     inside: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ def with_attentions(model: nn.Module) -> dict[str, nn.Linear | Conv1D | nn.Multi
     return found
 
 
-def chosen(candidates: Mapping[str, Layer], target_modules: str | list[str] | None) -> dict[str, Layer]:
+def select_targets(candidates: Mapping[str, Layer], target_modules: str | list[str] | None) -> dict[str, Layer]:
     """Those that are asked for, as in PEFT: names or ends of names, or a regex for the full name; None means all.
 
     Raises:
@@ -111,7 +111,7 @@ def separate_tied(model: nn.Module, targets: Mapping[str, Layer]) -> tuple[dict[
 
 def linear_targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
     """The linear layers that are asked for; None means all but the output layer, as PEFT's "all-linear" does."""
-    return chosen(_linear_candidates(model, target_modules), target_modules)
+    return select_targets(_linear_candidates(model, target_modules), target_modules)
 
 
 @on_plain_model
@@ -123,7 +123,7 @@ def layer_targets(model: nn.Module, target_modules: str | list[str] | None) -> d
         for name, module in model.named_modules(remove_duplicate=False)
         if name in linear or (isinstance(module, CONVOLUTIONS) and (target_modules is not None or module.groups == 1))
     }
-    return chosen(candidates, target_modules)
+    return select_targets(candidates, target_modules)
 
 
 def _linear_candidates(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
@@ -138,7 +138,7 @@ def weight_of(layer: nn.Module) -> Tensor:
         ValueError: it is quantized, on the meta device or not finite, the layer computes something of its own, or it
             is a convolution with groups; the message tells of the layer as "it".
     """
-    layer = checked_conv(layer) if isinstance(layer, CONVOLUTIONS) else checked_linear(layer)
+    layer = require_conv(layer) if isinstance(layer, CONVOLUTIONS) else require_linear(layer)
     check_values(layer.weight)
     return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
 
@@ -152,7 +152,7 @@ def errors_naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name!r} cannot be factorised: {error}") from error
 
 
-def checked(name: str, layer: nn.Module) -> Tensor:
+def factorizable_weight(name: str, layer: nn.Module) -> Tensor:
     """As `weight_of`, with the layer's name in errors."""
     with errors_naming(name):
         return weight_of(layer)

@@ -11,9 +11,9 @@ from torch import nn
 from ..arguments import check_argument, check_whole_number
 from ..compiled import on_plain_model
 from ..factorized import LowRankLinear
-from ..messages import first
+from ..messages import first_few
 from .replacement import replace_everywhere
-from .solvers.solve import solve
+from .solvers.solve import factorize_weight
 from .statistics.layer_statistics import LayerStatistics, check_finite, probe_of
 from .targets import check_base
 
@@ -50,15 +50,15 @@ def truncate(
     unknown = [repr(name) for name in asked if name not in layers]
     if unknown or not layers:
         raise ValueError(
-            f"{first(unknown) if unknown else 'The model'} is no LowRankLinear, and has none. Those of the model are "
-            f"{first([repr(name) for name in layers]) if layers else 'none: compress it first'}."
+            f"{first_few(unknown) if unknown else 'The model'} is no LowRankLinear, and has none. Those of the model "
+            f"are {first_few([repr(name) for name in layers]) if layers else 'none: compress it first'}."
         )
     for name, rank in asked.items():
         check_whole_number("rank", rank, of=f" of {name!r}")
     cut = {name: layers[name] for name, rank in asked.items() if rank < layers[name].rank}
     entries = {name: _entry(name, layer, statistics) for name, layer in cut.items()}
     solver = "svd" if statistics is None else "activation"
-    solutions = {name: solve(layer, asked[name], solver, entries[name]) for name, layer in cut.items()}
+    solutions = {name: factorize_weight(layer, asked[name], solver, entries[name]) for name, layer in cut.items()}
     replace_everywhere(model, {cut[name]: solution.layer for name, solution in solutions.items()})
     return {name: solution.lost for name, solution in solutions.items()}
 

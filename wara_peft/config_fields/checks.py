@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import Any
 
-from ..arguments import check_whole_number, shown
+from ..arguments import check_whole_number, short_form
 from ..forms import FORMS
 from ..wavelet import filters
 from .name_patterns import check_pattern
@@ -138,4 +138,4 @@ def _check_finite(name: str, value: float) -> None:
     except OverflowError:  # an int beyond the floats
         finite = False
     if not finite:
-        raise ValueError(f"{name}={shown(value)} must be finite, as a float is.")
+        raise ValueError(f"{name}={short_form(value)} must be finite, as a float is.")

@@ -53,7 +53,7 @@ BOTH = "^(?="
 Match = Literal["parameters", "rank"]
 
 
-def hint(name: str, value: Any, own_fields: Mapping[str, Any]) -> str | None:
+def hint_for_keyword(name: str, value: Any, own_fields: Mapping[str, Any]) -> str | None:
     """What to do about a keyword that only LoRA knows, or None for a field of our own."""
     if name == "bias" and value == "lora_only":
         return "bias='lora_only' is called bias='wara_only' here"

@@ -27,7 +27,7 @@ class Resolution:
     in_model: Mapping[str, Any]
 
 
-def as_written(config: Any) -> dict[str, Any]:
+def take_back_resolution(config: Any) -> dict[str, Any]:
     """Take back, in place, what an earlier model has resolved, and return the fields that a tuner resolves.
 
     A field that its user has changed since then stays as it is.
@@ -42,12 +42,12 @@ def as_written(config: Any) -> dict[str, Any]:
     return {name: getattr(config, name) for name in (*TARGETS, "modules_to_save")}
 
 
-def note(config: Any, written: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
+def note_resolution(config: Any, written: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any]:
     """Note on a config how a model has resolved it, and return the fields as they are in that model.
 
     Args:
         config: the config, resolved.
-        written: what `as_written` has returned.
+        written: what `take_back_resolution` has returned.
         found: further fields, which the model has found out.
     """
     in_model = {name: copy.copy(getattr(config, name)) for name in (*TARGETS, *TIES)} | dict(found)
@@ -57,23 +57,23 @@ def note(config: Any, written: Mapping[str, Any], found: Mapping[str, Any]) -> M
     return in_model
 
 
-def use(config: Any, in_model: Mapping[str, Any]) -> None:
+def note_for_saving(config: Any, in_model: Mapping[str, Any]) -> None:
     """Note that the config will be written next, for the model that has these fields."""
     config.resolution = Resolution({} if config.resolution is None else config.resolution.pairs, in_model)
 
 
-def as_in_model(config: Any, in_model: Mapping[str, Any]) -> Any:
+def config_in_model(config: Any, in_model: Mapping[str, Any]) -> Any:
     """A copy of a config with its fields as they are in a model."""
     copied = copy.copy(config)
     vars(copied).update(in_model)
     return copied
 
 
-def as_to_write(config: Any) -> Any:
+def config_to_write(config: Any) -> Any:
     """A copy of a config with its fields as they are in the model that was last asked, unless changed since then."""
     if config.resolution is None:
         return config
     pairs = config.resolution.pairs
     changed = {name for name, (resolved, _) in pairs.items() if getattr(config, name) != resolved}
     in_model = config.resolution.in_model
-    return as_in_model(config, {name: value for name, value in in_model.items() if name not in changed})
+    return config_in_model(config, {name: value for name, value in in_model.items() if name not in changed})

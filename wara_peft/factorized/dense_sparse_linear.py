@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .sparse_rows import SparseRows, check_nonzeros, packed
+from .sparse_rows import SparseRows, check_nonzeros, pack_bits
 
 
 class DenseSparseLinear(SparseRows):
@@ -80,7 +80,7 @@ class DenseSparseLinear(SparseRows):
         """Set D_b, (p, k), and the places, (n, k) booleans, and values, (n, s), of S_bᵀ."""
         rows = slice(index * self.in_features, (index + 1) * self.in_features)
         self.bases[index] = basis
-        self.support[rows] = packed(places)
+        self.support[rows] = pack_bits(places)
         self.values[rows] = values.to(self.values.dtype)
 
 

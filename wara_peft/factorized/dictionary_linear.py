@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .sparse_rows import SparseRows, check_nonzeros, packed, unpacked
+from .sparse_rows import SparseRows, check_nonzeros, pack_bits, unpack_bits
 
 
 class DictionaryLinear(SparseRows):
@@ -63,7 +63,7 @@ class DictionaryLinear(SparseRows):
         Each row then has s + R values. Numbers are new ones, in the dtype of these; the bias is the same parameter.
         """
         down, values = self.down.weight.detach(), self.values.detach()
-        places = unpacked(self.support, self.atoms)
+        places = unpack_bits(self.support, self.atoms)
         everywhere = places.new_ones(left.shape)
         return self._with(
             torch.cat((down, right.to(down))),
@@ -77,13 +77,13 @@ class DictionaryLinear(SparseRows):
         return self._with(
             self.down.weight.detach()[:atoms].clone(),
             self.values.detach()[:, :nonzeros].clone(),
-            unpacked(self.support, self.atoms)[:, :atoms],
+            unpack_bits(self.support, self.atoms)[:, :atoms],
         )
 
     def _with(self, down: Tensor, values: Tensor, places: Tensor) -> DictionaryLinear:
         made = DictionaryLinear(self.in_features, self.out_features, len(down), values.shape[1], False, device="meta")
         made.down.weight = nn.Parameter(down, self.down.weight.requires_grad)
         made.values = nn.Parameter(values, self.values.requires_grad)
-        made.support = packed(places)
+        made.support = pack_bits(places)
         made.bias = self.bias
         return made.train(self.training)

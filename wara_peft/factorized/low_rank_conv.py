@@ -14,7 +14,7 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def checked_conv(module: nn.Module) -> Convolution:
+def require_conv(module: nn.Module) -> Convolution:
     """The layer itself, if it is a convolution that can be factorised.
 
     Raises:
@@ -116,7 +116,7 @@ def factorize_conv(module: nn.Module, rank: int) -> LowRankConv:
         TypeError: not a convolution.
         ValueError: a wrong rank, groups, or a weight that is no plain parameter.
     """
-    conv = checked_conv(module)
+    conv = require_conv(module)
     made = LowRankConv(conv, rank)
     made.set_matrices(*svd_factors(conv.weight.flatten(1), rank))
     return in_place_of(conv, made)

@@ -121,7 +121,7 @@ def check_solver(solver: str) -> None:
         raise ValueError(f"solver={solver!r} is unknown; use one of {', '.join(map(repr, get_args(Solver)))}.")
 
 
-def checked_linear(module: nn.Module) -> nn.Linear | Conv1D:
+def require_linear(module: nn.Module) -> nn.Linear | Conv1D:
     """The layer itself, if it is a linear layer that can be factorised.
 
     Raises:
@@ -181,7 +181,7 @@ def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd
             or a subclass of `nn.Linear` that computes something else.
     """
     check_solver(solver)
-    module = checked_linear(module)
+    module = require_linear(module)
     weight = module.weight
     in_features, out_features = linear_shape(module)
     factorized = LowRankLinear(

@@ -119,7 +119,7 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
     return replaced
 
 
-def describe(model: nn.Module) -> dict[str, dict[str, object]]:
+def kinds_and_sizes(model: nn.Module) -> dict[str, dict[str, object]]:
     """Kind and sizes of each factorised layer of a model, by name."""
     found: dict[str, dict[str, object]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):

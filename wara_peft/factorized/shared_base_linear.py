@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .base import Factorized
 from .resizing import set_values
-from .sparse_rows import packed, scattered, unpacked
+from .sparse_rows import pack_bits, scatter_values, unpack_bits
 
 
 class SharedBaseLinear(Factorized):
@@ -49,7 +49,7 @@ class SharedBaseLinear(Factorized):
         self.columns, self.transposed = columns, transposed
         self.values = nn.Parameter(base.new_zeros(rank * columns))
         self.support: Tensor
-        self.register_buffer("support", packed(torch.ones(rank, columns, dtype=torch.bool, device=base.device)))
+        self.register_buffer("support", pack_bits(torch.ones(rank, columns, dtype=torch.bool, device=base.device)))
         self.group: Tensor
         self.register_buffer("group", torch.zeros(group, 1 + transposed, dtype=torch.uint8, device=base.device))
         self.bias = nn.Parameter(base.new_zeros(self.out_features)) if bias else None
@@ -71,7 +71,7 @@ class SharedBaseLinear(Factorized):
     @property
     def coefficients(self) -> Tensor:
         """V, dense."""
-        return scattered(unpacked(self.support, self.columns), self.values)
+        return scatter_values(unpack_bits(self.support, self.columns), self.values)
 
     @property
     def weight(self) -> Tensor:
@@ -96,8 +96,8 @@ class SharedBaseLinear(Factorized):
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == self.values.shape:
                 state[key] = value[kept]
-        places = unpacked(self.support, self.columns)
-        self.support = packed(places.masked_scatter(places, kept))
+        places = unpack_bits(self.support, self.columns)
+        self.support = pack_bits(places.masked_scatter(places, kept))
         set_values(self.values, self.values.data[kept])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

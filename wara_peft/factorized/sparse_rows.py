@@ -32,13 +32,13 @@ class SparseRows(Factorized):
         """Add coefficients, with zeros in the first places of each row, and a bias of zeros."""
         self.values = nn.Parameter(torch.zeros(rows, self.nonzeros, device=device, dtype=dtype))
         places = torch.arange(self.atoms, device=device) < self.nonzeros
-        self.register_buffer("support", packed(places.expand(rows, self.atoms)))
+        self.register_buffer("support", pack_bits(places.expand(rows, self.atoms)))
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if bias else None
 
     @property
     def coefficients(self) -> Tensor:
         """All rows, dense."""
-        return scattered(unpacked(self.support, self.atoms), self.values)
+        return scatter_values(unpack_bits(self.support, self.atoms), self.values)
 
 
 def check_nonzeros(nonzeros: int, atoms: int) -> None:
@@ -47,19 +47,19 @@ def check_nonzeros(nonzeros: int, atoms: int) -> None:
     check_whole_number("nonzeros", nonzeros, most=atoms)
 
 
-def scattered(places: Tensor, values: Tensor) -> Tensor:
+def scatter_values(places: Tensor, values: Tensor) -> Tensor:
     """The matrix that has the values, row by row from left to right, in these places, and zeros elsewhere."""
     return values.new_zeros(places.shape).masked_scatter(places, values)
 
 
-def packed(places: Tensor) -> Tensor:
+def pack_bits(places: Tensor) -> Tensor:
     """Booleans (m, k) as bits, (m, ⌈k/8⌉) bytes."""
     rows = functional.pad(places.to(torch.uint8), (0, -places.shape[1] % 8))
     weights = 2 ** torch.arange(8, dtype=torch.uint8, device=places.device)
     return (rows.view(len(rows), -1, 8) * weights).sum(2, dtype=torch.uint8)
 
 
-def unpacked(support: Tensor, atoms: int) -> Tensor:
+def unpack_bits(support: Tensor, atoms: int) -> Tensor:
     """The booleans, (m, k), again."""
     bits = support[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=support.device)
     return (bits & 1).bool().flatten(1)[:, :atoms]

@@ -1,10 +1,10 @@
 """Each form of WaRA is one class: how its parts are made, what they compute, what is saved, how adapters combine."""
 
 from .base import Form, Parts, Settings, Target
-from .factor_cache import one_call
+from .factor_cache import factors_of_one_call
 from .factors import SubbandFactor, TiedFactor, frozen_factors
 from .grid import GridForm
-from .observed_grids import watch_no_more
+from .observed_grids import stop_observing
 from .shared import SharedForm
 from .subband import SubbandForm
 from .tiny import TinyForm
@@ -22,7 +22,7 @@ __all__ = [
     "SubbandFactor",
     "Target",
     "TiedFactor",
+    "factors_of_one_call",
     "frozen_factors",
-    "one_call",
-    "watch_no_more",
+    "stop_observing",
 ]

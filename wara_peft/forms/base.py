@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base_layers.kinds import ModuleShape
 from ..base_layers.refusals import Refusal
-from ..messages import first
+from ..messages import first_few
 from ..wavelet import Subband, max_useful_level, subbands
 from .experts import ExpertsFactor
 from .factors import SubbandFactor
@@ -246,8 +246,9 @@ def warn_about_levels(settings: Settings, axes: Mapping[str, Mapping[str, int]])
                 too_many.append(f"{name!r} ({axis} axis of length {length}: at most {useful})")
     if too_many:
         warnings.warn(
-            f"levels={settings.levels} is more than is useful for wavelet={settings.wavelet!r} in {first(too_many)}: "
-            "filters wrap around the axis. The transform stays exact, but coarse subbands carry little more."
+            f"levels={settings.levels} is more than is useful for wavelet={settings.wavelet!r} in "
+            f"{first_few(too_many)}: filters wrap around the axis. The transform stays exact, but "
+            "coarse subbands carry little more."
         )
 
 
@@ -255,7 +256,7 @@ def _warn_about_two_outputs(targets: Mapping[str, Target]) -> None:
     heads = [repr(name) for name, target in targets.items() if target.shape.out_features == 2]
     if heads:
         warnings.warn(
-            f"Module {first(heads)} has two outputs. The gradients of two logits cancel, so the approximation band "
-            "of its out axis gets none and half of the adapter does not learn. If it is a classification head, train "
-            "it in full: put it in `modules_to_save`."
+            f"Module {first_few(heads)} has two outputs. The gradients of two logits cancel, so the approximation "
+            "band of its out axis gets none and half of the adapter does not learn. If it is a classification head, "
+            "train it in full: put it in `modules_to_save`."
         )

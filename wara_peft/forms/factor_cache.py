@@ -175,7 +175,7 @@ _call: ContextVar[_Call | None] = ContextVar("wara_peft_call", default=None)
 
 
 @contextmanager
-def one_call(model: nn.Module) -> Iterator[None]:
+def factors_of_one_call(model: nn.Module) -> Iterator[None]:
     """Scope of one call of a model, in this thread: inside, factors are kept from their second use on."""
     if torch.compiler.is_compiling():  # a graph keeps nothing
         yield

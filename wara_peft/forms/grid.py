@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..base_layers.kinds import ModuleShape
 from ..base_layers.refusals import Refusal
-from ..messages import first
+from ..messages import first_few
 from ..wavelet import Subband
 from .base import Form, Parts, Settings, Target, warn_about_levels
 from .factors import IN_DIM, OUT_DIM
-from .token_grid import TokenGrid, check_prefix, known_size, off_grid, token_grid
+from .token_grid import TokenGrid, check_prefix, known_size, reasons_off_grid, token_grid
 from .token_mixing import TokenMixing, grid_subbands
 
 _NOT_COMBINED = (
@@ -90,7 +90,7 @@ class GridForm(Form):
         self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
     ) -> dict[str, Refusal]:
         """Say which modules see tokens that lie on no grid."""
-        return off_grid(model, shapes)
+        return reasons_off_grid(model, shapes)
 
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
         if settings.module_shapes is None:  # a saved adapter has been trained with its number
@@ -100,7 +100,7 @@ class GridForm(Form):
         collapsed = [repr(name) for name, size in sizes.items() if size == (1, 1)]
         if collapsed:
             warnings.warn(
-                f"A grid of a single patch, in module {first(collapsed)}, makes form='grid' a plain LoRA of the "
+                f"A grid of a single patch, in module {first_few(collapsed)}, makes form='grid' a plain LoRA of the "
                 "coarsest subband's rank: the other subbands are zero. Use form='subband'."
             )
         axes = {name: {"row": size[0], "column": size[1]} for name, size in sizes.items() if size != (1, 1)}

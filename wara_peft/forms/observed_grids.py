@@ -79,7 +79,7 @@ class SeenGrids:
             self._see(prefix + tokens, (prefix, rows, columns))
 
 
-def seen_grids(model: nn.Module, by_positions: bool = True) -> SeenGrids | None:
+def observe_grids(model: nn.Module, by_positions: bool = True) -> SeenGrids | None:
     """Watch a model from the first call on, and return what is seen; None where nothing would tell.
 
     Args:
@@ -109,8 +109,8 @@ def seen_grids(model: nn.Module, by_positions: bool = True) -> SeenGrids | None:
     return seen
 
 
-def watch_no_more(model: nn.Module) -> None:
-    """Take out the hooks of `seen_grids`."""
+def stop_observing(model: nn.Module) -> None:
+    """Take out the hooks of `observe_grids`."""
     for module in model.modules():
         for key in _watchers(module):
             module._forward_hooks.pop(key, None)

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..base_layers.refusals import Refusal
-from ..messages import first
+from ..messages import first_few
 from .base import Settings
-from .observed_grids import Layout, SeenGrids, seen_grids
+from .observed_grids import Layout, SeenGrids, observe_grids
 
 PREFIX_PARAMETERS = (
     "cls_token",
@@ -115,7 +115,7 @@ class TokenGrid:
         if self._tells is not None and not self.fixed:
             seen = [layout for layout in self._tells.layouts.values() if layout is not None]
             known = [f"{rows} x {columns}" for _, rows, columns in reversed(seen)]
-        return f"{first(known) or 'a grid'} of patches after {before} prefix tokens"
+        return f"{first_few(known) or 'a grid'} of patches after {before} prefix tokens"
 
 
 def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGrid:
@@ -131,8 +131,8 @@ def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGri
     if prefix is None:
         prefix = _counted_prefix(model, module_name)
     if config.grid_size is not None:
-        return TokenGrid(config.grid_size, prefix, fixed=True, seen=seen_grids(model, by_positions=False))
-    return TokenGrid(_size(model_config), prefix, square=model_config is None, seen=seen_grids(model))
+        return TokenGrid(config.grid_size, prefix, fixed=True, seen=observe_grids(model, by_positions=False))
+    return TokenGrid(_size(model_config), prefix, square=model_config is None, seen=observe_grids(model))
 
 
 def known_size(model: nn.Module, module_name: str, config: Settings) -> tuple[int, int] | None:
@@ -165,7 +165,7 @@ def check_prefix(model: nn.Module, module_names: Iterable[str], config: Settings
             )
 
 
-def off_grid(model: nn.Module, module_names: Iterable[str]) -> dict[str, Refusal]:
+def reasons_off_grid(model: nn.Module, module_names: Iterable[str]) -> dict[str, Refusal]:
     """Why the tokens of some modules lie on no grid, by name.
 
     They are part of a causal or other language model, or of a model whose layers see windows or patches in another

@@ -13,7 +13,7 @@ from ..base_layers.kinds import KINDS
 from ..config import WaRAConfig
 from ..layers.base import TENSOR_PARTS
 from ..layers.lookup import adapted_layers, fields_in_model, without_wrappers
-from ..messages import first
+from ..messages import first_few
 from ..wavelet import axis_sizes
 from .saved_besides_factors import trained_biases
 
@@ -84,7 +84,7 @@ class AwaitedAdapter:
         missing = [repr(key) for key in own if key.startswith(modules) and key not in given]
         if missing:
             raise ValueError(
-                f"The file of the saved adapter lacks {first(missing)}, which its config asks for. Use a complete "
+                f"The file of the saved adapter lacks {first_few(missing)}, which its config asks for. Use a complete "
                 "copy of the adapter, whose two files belong together."
             )
 
@@ -106,10 +106,12 @@ class AwaitedAdapter:
         lacking = [repr(key) for key in missing if key in beside_weights]
         promise = f"bias={self.config.bias!r} in the config of the saved adapter promises"
         if lacking:
-            raise ValueError(f"{promise} {first(lacking)}, which its file lacks. Use a complete copy of the adapter.")
+            raise ValueError(
+                f"{promise} {first_few(lacking)}, which its file lacks. Use a complete copy of the adapter."
+            )
         if missing:
             warnings.warn(
-                f"{promise} {first(list(map(repr, missing)))}, which its file lacks: what it learnt there is "
+                f"{promise} {first_few(list(map(repr, missing)))}, which its file lacks: what it learnt there is "
                 "lost, and the base model's values stay."
             )
 
@@ -172,8 +174,8 @@ def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
     ]
     if different:
         raise ValueError(
-            f"The saved adapter was made for modules of other (out, in) shapes: {first(different)}. Load it on the "
-            "base model it was trained on (with its embeddings resized as they were then)."
+            f"The saved adapter was made for modules of other (out, in) shapes: {first_few(different)}. Load it on "
+            "the base model it was trained on (with its embeddings resized as they were then)."
         )
     healed = [
         repr(name)
@@ -184,13 +186,13 @@ def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
     if healed:
         raise ValueError(
             f"The saved adapter was trained beside factorised layers, and here they are not factorised alike: "
-            f"{first(healed)}. Load it on the compressed model that it was trained on."
+            f"{first_few(healed)}. Load it on the compressed model that it was trained on."
         )
     missing = [repr(name) for name in saved if name not in found]
     if missing:
         warnings.warn(
-            f"The saved adapter also adapts {first(missing)}, which this model does not have or the config does not "
-            "target; that part of it is ignored."
+            f"The saved adapter also adapts {first_few(missing)}, which this model does not have or the config does "
+            "not target; that part of it is ignored."
         )
 
 
@@ -207,6 +209,6 @@ def _check_base_weights(saved: Mapping[str, str], found: Mapping[str, str]) -> N
     if different:
         raise ValueError(
             f"The saved adapter was saved with save_basis=False, and its basis comes from other base weights than "
-            f"those of module {first(different)}. Load it on the base model it was trained on, in the same dtype and "
-            "with the same quantization, or train it with save_basis=True."
+            f"those of module {first_few(different)}. Load it on the base model it was trained on, in the same dtype "
+            "and with the same quantization, or train it with save_basis=True."
         )

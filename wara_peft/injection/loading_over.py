@@ -19,7 +19,7 @@ from torch import nn
 from ..config import WaRAConfig, scaling
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..layers.lookup import fields_in_model, is_of_a_factor, layers_of, wara_config
-from ..messages import first
+from ..messages import first_few
 from ..wavelet import filters
 from .expected_file import AwaitedAdapter
 
@@ -62,7 +62,7 @@ def check_saved_adapter(
     here, found = wara_config(model, adapter_name), fields_in_model(model, adapter_name)
     differences = [*_differences(saved, here), *_differences_by_module(saved, here, found["module_shapes"])]
     if differences:
-        raise ValueError(f"{start}, in which equal tensors mean something else: {first(differences)}. {way_out}")
+        raise ValueError(f"{start}, in which equal tensors mean something else: {first_few(differences)}. {way_out}")
     AwaitedAdapter(saved, []).check(found)
 
 
@@ -86,8 +86,8 @@ def check_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None
     if different:
         raise ValueError(
             f"These tensors are of another form, of other levels or ranks, or not all of those of adapter "
-            f"{adapter_name!r} in module {first(different, 1)}. Load them into an adapter with the config that they "
-            "were saved with."
+            f"{adapter_name!r} in module {first_few(different, 1)}. Load them into an adapter with the config that "
+            "they were saved with."
         )
 
 

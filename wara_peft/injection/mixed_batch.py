@@ -11,11 +11,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..forms import one_call
+from ..forms import factors_of_one_call
 from ..layers.base import WaRALayer
 from ..layers.lookup import adapted_layers
 from ..layers.parameters import ParameterLayer
-from ..messages import first
+from ..messages import first_few
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def mixed_batch(tuner: BaseTuner, adapter_names: list[str], beams: int) -> Itera
     parameters = [layer.module_name for layer in layers if isinstance(layer, ParameterLayer)]
     if parameters:
         raise ValueError(
-            f"Cannot pass `adapter_names` to a model with adapted parameters ({first(parameters)}), which are the "
+            f"Cannot pass `adapter_names` to a model with adapted parameters ({first_few(parameters)}), which are the "
             "same for all samples of a batch. Activate one adapter by `set_adapter`, and run a batch for each."
         )
     repeated = [name for name in adapter_names for _ in range(beams)]
@@ -54,7 +54,7 @@ def mixed_batch(tuner: BaseTuner, adapter_names: list[str], beams: int) -> Itera
                 names = list(adapter_names) if module in in_encoder else repeated
                 hook = partial(_pass_adapter_names, adapter_names=names)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        with one_call(tuner):
+        with factors_of_one_call(tuner):
             yield
     finally:
         for handle in handles:

@@ -16,7 +16,7 @@ from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.adapters.source import adapter_source
 from ..layers.as_lora import LoraModule, common_rank
 from ..layers.base import WaRALayer
-from ..messages import first
+from ..messages import first_few
 
 OF_FACTORS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Types that work on Â and B̂ apart, so that all adapters need one rank, which the result has too."""
@@ -121,8 +121,8 @@ def _check_layers(layers: Mapping[str, WaRALayer], combination_type: str) -> Non
     ]
     if refused:
         raise ValueError(
-            f"PEFT's combination_type={combination_type!r} does not take convolutions such as {first(refused)}. Use "
-            "'cat', which is exact."
+            f"PEFT's combination_type={combination_type!r} does not take convolutions such as {first_few(refused)}. "
+            "Use 'cat', which is exact."
         )
 
 
@@ -146,5 +146,5 @@ def _check_sides(layers: Mapping[str, WaRALayer], rank: int, combination_type: s
     if smaller:
         raise ValueError(
             f"PEFT's combination_type={combination_type!r} does not take rank {rank} for convolutions such as "
-            f"{first(smaller)}. Give a lower `svd_rank`, or use 'cat', which is exact."
+            f"{first_few(smaller)}. Give a lower `svd_rank`, or use 'cat', which is exact."
         )

@@ -68,7 +68,7 @@ def _without_others(key: str, own: set[str]) -> str:
     return AROUND.sub(lambda found: found[0] if key[: found.start()] in own else "", key)
 
 
-def places_in(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def keys_in_model(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with the keys that the model has, compiled or not, whatever other adapters have wrapped in it."""
     known = model.state_dict().keys()
     if all(key in known for key in state_dict):

@@ -11,11 +11,11 @@ from torch import nn
 
 from ..base_layers.embeddings import embeddings
 from ..base_layers.own_forward import reason_against_adapting
-from ..base_layers.refusals import Refusal, exclusion, explain
+from ..base_layers.refusals import Refusal, exclude_modules_for, reasons_in_words
 from ..config import WaRAConfig
 from ..config_fields.from_lora import BOTH
 from ..config_fields.name_patterns import NEGATED, check_in_time, matches, suffix_matches
-from ..messages import first
+from ..messages import first_few
 
 
 def check_ranks(config: WaRAConfig, names: Collection[str]) -> None:
@@ -29,8 +29,8 @@ def check_ranks(config: WaRAConfig, names: Collection[str]) -> None:
     empty = [repr(name) for name in names if not any(config.ranks_of(name).values())]
     if empty:
         raise ValueError(
-            f"rank_pattern leaves every subband out in module {first(empty)}. Give at least one a rank, or leave the "
-            "module out with `exclude_modules`."
+            f"rank_pattern leaves every subband out in module {first_few(empty)}. Give at least one a rank, or leave "
+            "the module out with `exclude_modules`."
         )
 
 
@@ -94,12 +94,12 @@ def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) 
         if both:
             raise ValueError(
                 f"{name!r} is to train in full or has rows of tokens that do, by `modules_to_save` or "
-                f"`trainable_token_indices`, and {first(list(map(repr, both)))} is to be adapted. Do one of the two: "
-                "take it out of one of these lists, or leave the target out with `exclude_modules`."
+                f"`trainable_token_indices`, and {first_few(list(map(repr, both)))} is to be adapted. Do one of the "
+                "two: take it out of one of these lists, or leave the target out with `exclude_modules`."
             )
 
 
-def of_other_forwards(targets: Mapping[str, nn.Module]) -> dict[str, Refusal]:
+def reasons_of_other_forwards(targets: Mapping[str, nn.Module]) -> dict[str, Refusal]:
     """Why layers whose own forward makes something else than a product cannot be adapted, by name."""
     found = {}
     for name, base in targets.items():
@@ -118,7 +118,9 @@ def is_all_linear(config: WaRAConfig) -> bool:
     return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
-def leave_out(config: WaRAConfig, refusals: Mapping[str, Refusal], targets: list[str], names: list[str]) -> None:
+def leave_out_refused(
+    config: WaRAConfig, refusals: Mapping[str, Refusal], targets: list[str], names: list[str]
+) -> None:
     """Resolve "all-linear" to the modules that can be adapted, and warn of what cannot; if nothing can, do nothing.
 
     Args:
@@ -131,11 +133,11 @@ def leave_out(config: WaRAConfig, refusals: Mapping[str, Refusal], targets: list
     if not kept or not refusals:
         return
     modules = [name for name in refusals if name in names]
-    excluded = exclusion(modules, kept, config.exclude_modules)
+    excluded = exclude_modules_for(modules, kept, config.exclude_modules)
     without_warning = f" `exclude_modules={excluded!r}` leaves modules out without a warning." if modules else ""
     warnings.warn(
         f"target_modules='all-linear' leaves {len(refusals)} of {len(refusals) + len(kept)} layers out. "
-        f"{explain(refusals)}{without_warning}"
+        f"{reasons_in_words(refusals)}{without_warning}"
     )
     if len(kept) < len(targets):
         config.target_modules = set(kept)  # type: ignore[assignment]  # PEFT keeps a set
@@ -158,8 +160,8 @@ def warn_of_unmatched(
     matched = {name for name in still_named if any(f".{module}".endswith(f".{name}") for module in modules)}
     if still_named - matched:
         warnings.warn(
-            f"Nothing in the model is called {first([repr(name) for name in sorted(still_named - matched)])}, which "
-            "target_modules or target_parameters names; only the other names are adapted.",
+            f"Nothing in the model is called {first_few([repr(name) for name in sorted(still_named - matched)])}, "
+            "which target_modules or target_parameters names; only the other names are adapted.",
             RuntimeWarning,
         )
     for field_name in ("rank_pattern", "alpha_pattern"):

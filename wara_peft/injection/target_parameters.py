@@ -20,7 +20,7 @@ from ..base_layers.refusals import Refusal
 from ..config import WaRAConfig
 from ..layers.lookup import modules_outside
 from ..layers.parameters import AdaptedModule, ParameterLayer
-from ..messages import first
+from ..messages import first_few
 from .target_checks import is_all_linear
 
 _LOST = (
@@ -59,7 +59,7 @@ class NamedParameter:
     @property
     def owner(self) -> nn.Module:
         """The module that has the parameter."""
-        return original(self.module).get_submodule(self.inside)
+        return module_without_adapters(self.module).get_submodule(self.inside)
 
     @property
     def bare(self) -> BareParameter:
@@ -67,7 +67,7 @@ class NamedParameter:
         return BareParameter(self.owner, self.name, self.kind, self.inside)
 
 
-def original(module: nn.Module) -> nn.Module:
+def module_without_adapters(module: nn.Module) -> nn.Module:
     """The module in whose place adapters are."""
     while isinstance(module, (BaseTunerLayer, AdaptedModule)):
         module = module.base_layer
@@ -80,7 +80,7 @@ def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
     Raises:
         ValueError: keys or values have another width than queries, so that there is no such weight.
     """
-    attention = original(module)
+    attention = module_without_adapters(module)
     if not isinstance(attention, nn.MultiheadAttention):
         return []
     if not attention._qkv_same_embed_dim:
@@ -206,7 +206,7 @@ def check_parameters(config: WaRAConfig, parameters: list[NamedParameter], targe
     """
     if not parameters:
         return
-    names = first([repr(parameter.full_name) for parameter in parameters])
+    names = first_few([repr(parameter.full_name) for parameter in parameters])
     reason = _reason_of_config(config)
     if reason is not None:
         raise ValueError(f"{names}, {reason}")

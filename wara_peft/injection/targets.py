@@ -18,13 +18,13 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..base_layers.kinds import shape_of, supported_classes
-from ..base_layers.never_called import never_called
+from ..base_layers.never_called import reasons_never_called
 from ..base_layers.quantization import FLOATS, adaptable_kind, base_weight
-from ..base_layers.refusals import Refusal, explain, refuse
+from ..base_layers.refusals import Refusal, reasons_in_words, refusal_message
 from ..config import WaRAConfig
 from ..forms import Target
 from ..layers.lookup import modules_outside
-from ..messages import first
+from ..messages import first_few
 from .adapter_names import check_saved_apart
 from .expected_file import AwaitedAdapter
 from .target_checks import (
@@ -32,8 +32,8 @@ from .target_checks import (
     check_in_full,
     check_ranks,
     is_all_linear,
-    leave_out,
-    of_other_forwards,
+    leave_out_refused,
+    reasons_of_other_forwards,
     warn_of_unmatched,
 )
 from .target_parameters import NamedParameter, check_parameters, named_parameters, projections, use_loras_targets
@@ -66,9 +66,9 @@ def resolve_targets(model: nn.Module, config: WaRAConfig, injection: Injection) 
     if all_linear:
         modules, _ = _find_targets(model, config, injection)
         refusals |= _refusals(model, config, modules)
-        leave_out(config, refusals, list(modules), [name for name, _ in model.named_modules()])
+        leave_out_refused(config, refusals, list(modules), [name for name, _ in model.named_modules()])
     elif refusals:
-        warnings.warn(explain(refusals))
+        warnings.warn(reasons_in_words(refusals))
 
 
 def check_injection(
@@ -85,7 +85,7 @@ def check_injection(
     Raises:
         TypeError, ValueError: the adapter cannot be added.
     """
-    bases = checked_targets(model, config, injection)
+    bases = find_and_check_targets(model, config, injection)
     check_saved_apart(model, configs, injection.adapter_name, bases)
     targets = {
         name: Target(shape_of(base), partial(_weight_of, base, name, config, model)) for name, base in bases.items()
@@ -99,7 +99,7 @@ def check_injection(
         AwaitedAdapter(config, []).warn_if_another({"module_shapes": shapes, "base_weight_hashes": hashes})
 
 
-def checked_targets(model: nn.Module, config: WaRAConfig, injection: Injection) -> dict[str, nn.Module]:
+def find_and_check_targets(model: nn.Module, config: WaRAConfig, injection: Injection) -> dict[str, nn.Module]:
     """The base layers, and bare parameters, that are to be adapted, by name.
 
     Raises:
@@ -109,7 +109,7 @@ def checked_targets(model: nn.Module, config: WaRAConfig, injection: Injection) 
     modules, parameters = _find_targets(model, config, injection)
     refusals = _refusals(model, config, modules)
     if refusals:
-        raise ValueError(refuse(refusals, modules, config.exclude_modules))
+        raise ValueError(refusal_message(refusals, modules, config.exclude_modules))
     check_factors(modules)
     check_parameters(config, parameters, modules)
     bases = {**modules, **{parameter.full_name: parameter.bare for parameter in parameters}}
@@ -161,14 +161,14 @@ def _check_kinds(model: nn.Module, config: WaRAConfig, modules: Mapping[str, nn.
             choice = f"form={config.form!r} and init_weights={config.init_weights!r}"
             supported = f"linear layers (also quantized, and transformers' `Conv1D`) with {choice}"
         raise TypeError(
-            f"Target module {first(unsupported)} is not supported. WaRA adapts {supported}. Name other modules in "
+            f"Target module {first_few(unsupported)} is not supported. WaRA adapts {supported}. Name other modules in "
             "`target_modules`, or leave these out with `exclude_modules`."
         )
 
 
 def _refusals(model: nn.Module, config: WaRAConfig, modules: dict[str, nn.Module]) -> dict[str, Refusal]:
     """Why some of these base layers cannot be adapted, by name."""
-    refusals = of_other_forwards(modules) | never_called(model, modules)
+    refusals = reasons_of_other_forwards(modules) | reasons_never_called(model, modules)
     shapes = {name: shape_of(base) for name, base in modules.items() if name not in refusals}
     return refusals | config.form_object.unsuitable(config, model, shapes)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..base_layers.tied_weights import modules_by_parameter
 from ..layers.lookup import adapted_layers, without_wrappers
-from ..messages import first
+from ..messages import first_few
 
 
 def adapt_embedding_of_tied(model: Any, config: Any, tied: list[str]) -> None:
@@ -59,22 +59,29 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
     Raises:
         ValueError: the weight of such a module is tied to that of one that does not have the same adapters.
     """
-    users = modules_by_parameter(model)
+    users = modules_by_parameter(model, in_every_place=True)
     layers = {name: module for name, module in model.named_modules() if name in merged}
     for name, layer in layers.items():
         base = layer.get_base_layer()
         owner = layer.weight_place()[0]
         users_of_weight = users.get(id(getattr(base, "weight", None)), [])
+        # The owner may stand in other places of the model too, where it is called without the adapter.
+        own = {
+            without_wrappers(user)
+            for user in users_of_weight
+            if model.get_submodule(user) is owner and user != without_wrappers(user)
+        }
         others = [
             repr(other)
-            for other in (_plain_name(user) for user in users_of_weight if model.get_submodule(user) is not owner)
-            if not other.endswith(".original_module")  # whose place a trained copy has taken
+            for user in users_of_weight
+            if not user.endswith(".original_module")  # whose place a trained copy has taken
+            and (other := without_wrappers(user)) not in own
             and not (other in layers and _share_adapters(layer, layers[other], merged[name]))
         ]
         if others:
             raise ValueError(
-                f"Cannot merge into module {name!r}: its weight is tied to {first(others)}, which would change too, "
-                "though the adapter is not used there. Give that module a weight of its own first "
+                f"Cannot merge into module {name!r}: its weight is tied to {first_few(others)}, which would change "
+                "too, though the adapter is not used there. Give that module a weight of its own first "
                 "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
                 "`tie_word_embeddings=False` in the model's config), or train the adapter with "
                 "`ensure_weight_tying=True`."
@@ -102,9 +109,9 @@ def check_token_ties(model: nn.Module, adapter_names: list[str] | None) -> None:
         others = sorted(repr(other) for other in users_of_weight if sources.get(other) is not sources[name])
         if others and any(adapter in module.trainable_tokens_delta for adapter in merged):
             raise ValueError(
-                f"Cannot merge the trained tokens of module {name!r}: its weight is tied to {first(others)}, which "
-                "would change too, though these tokens are not trained there. Train the same tokens of the input "
-                "embedding, to which PEFT ties the others, or give that module a weight of its own first "
+                f"Cannot merge the trained tokens of module {name!r}: its weight is tied to {first_few(others)}, "
+                "which would change too, though these tokens are not trained there. Train the same tokens of the "
+                "input embedding, to which PEFT ties the others, or give that module a weight of its own first "
                 "(`module.weight = torch.nn.Parameter(module.weight.detach().clone())`, and "
                 "`tie_word_embeddings=False` in the model's config)."
             )

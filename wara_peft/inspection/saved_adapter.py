@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..disk.adapters.adapter import SavedAdapter, Track, untracked
+from ..disk.adapters.adapter import SavedAdapter, Track, no_progress_bar
 from ..layers.as_lora import common_rank
 from ..wavelet import Subband, subbands
 from .heatmaps import draw_heatmaps
@@ -120,7 +120,7 @@ class AdapterReport:
 
 
 @torch.no_grad()
-def inspect_adapter(adapter: SavedAdapter, track: Track = untracked) -> AdapterReport:
+def inspect_adapter(adapter: SavedAdapter, track: Track = no_progress_bar) -> AdapterReport:
     """Describe a saved adapter; its base model is not needed.
 
     Args:

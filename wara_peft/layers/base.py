@@ -14,7 +14,7 @@ from ..base_layers.quantization import base_weight
 from ..config import WaRAConfig, scaling
 from ..forms import Form, Parts, SubbandFactor, TiedFactor
 from ..wavelet import autocast_off, is_autocast_on
-from .enabling import TrainedBefore, switch
+from .enabling import TrainedBefore, enable_adapters
 from .low_rank_update import LowRankUpdate, update_of
 from .merging import MergingLayer
 
@@ -255,7 +255,7 @@ class WaRALayer(MergingLayer):
             for container in self.adapter_layer_names
             for name, parameter in getattr(self, container).named_parameters()
         }
-        self._trained_before = switch(
+        self._trained_before = enable_adapters(
             enabled, self._trained_before, parameters, lambda: self.active_adapters, super().enable_adapters
         )
 

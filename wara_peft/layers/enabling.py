@@ -21,7 +21,7 @@ class TrainedBefore:
     active: tuple[str, ...]
 
 
-def switch(
+def enable_adapters(
     enabled: bool,
     before: TrainedBefore | None,
     parameters: Mapping[str, nn.Parameter],

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..base_layers.quantization import base_weight
 from ..config import WaRAConfig
-from ..config_fields.resolution import as_in_model, note
+from ..config_fields.resolution import config_in_model, note_resolution
 from ..forms import Target
 from .base import TENSOR_PARTS, WaRALayer
 
@@ -96,7 +96,7 @@ def note_fields(
         "base_weight_hashes": config.form_object.base_weight_hashes(config, weights),
         "biased_modules": None if config.bias == "none" else biased,
     }
-    in_model = note(config, written, found)
+    in_model = note_resolution(config, written, found)
     for layer in adapted_layers(model, adapter_name).values():
         layer.in_model[adapter_name] = in_model
 
@@ -114,7 +114,7 @@ def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:
     config = configs[adapter_name]
     if not isinstance(config, WaRAConfig):
         raise TypeError(f"Adapter {adapter_name!r} is of type {config.peft_type.value}, not WARA.")
-    return cast(WaRAConfig, as_in_model(config, fields_in_model(model, adapter_name)))
+    return cast(WaRAConfig, config_in_model(config, fields_in_model(model, adapter_name)))
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..base_layers.own_forward import adds_up, has_own_forward
+from ..base_layers.own_forward import has_own_forward, is_additive_in_weight
 from ..base_layers.quantization import FLOATS
 
 
@@ -34,7 +34,7 @@ def check_mergeable(module_name: str, base: nn.Module) -> None:
         remedy += ", or merge it into the model that is not quantized"
     elif getattr(base, "max_norm", None) is not None:
         reason = f"with max_norm={base.max_norm} it scales down its weight's rows, and would scale ΔW with them"
-    elif has_own_forward(base) and not adds_up(base):
+    elif has_own_forward(base) and not is_additive_in_weight(base):
         reason = (
             f"the forward of its class, {type(base).__name__}, makes something else of a sum of weights than the sum "
             "of results"

@@ -14,7 +14,7 @@ TINY = 1e-12
 """Under roots, whose gradient is then finite at zero."""
 
 
-def tails(energies: Tensor) -> Tensor:
+def tail_sums(energies: Tensor) -> Tensor:
     """Σ_{i≥b} of the energies, for b = 0 … R − 1."""
     return energies.flip(0).cumsum(0).flip(0)
 
@@ -26,7 +26,7 @@ def group_lasso(found: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def worthy(rows: Tensor, columns: Tensor, threshold: float) -> int:
+def prefix_above_threshold(rows: Tensor, columns: Tensor, threshold: float) -> int:
     """How long the longest prefix is with ‖A[b:]‖ · ‖B[:, b:]‖ ≥ threshold, from the tails of both sides."""
     return int(((rows * columns).sqrt() >= threshold).sum())
 

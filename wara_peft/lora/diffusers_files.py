@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.adapters.source import AdapterSource
-from ..messages import first
+from ..messages import first_few
 
 TEXT_ENCODER = "text_encoder"
 
@@ -159,19 +159,19 @@ def _check_loadable(source: AdapterSource, component: str) -> None:
     if source.others:
         others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
         raise ValueError(
-            f"diffusers loads LoRAs alone, not what this adapter holds in full ({first(others)}). Export it in PEFT's "
-            "format (format='peft'), or train it without."
+            f"diffusers loads LoRAs alone, not what this adapter holds in full ({first_few(others)}). Export it in "
+            "PEFT's format (format='peft'), or train it without."
         )
     images = [repr(name) for name in source.modules if re.search(r"(^|\.)(vision|visual)", name)]
     if component.startswith(TEXT_ENCODER) and images:
         raise ValueError(
-            f"The adapter has modules that see images ({first(images)}), which no text encoder has. Adapt the text "
-            "encoder alone."
+            f"The adapter has modules that see images ({first_few(images)}), which no text encoder has. Adapt the "
+            "text encoder alone."
         )
     if component.startswith(TEXT_ENCODER) and not any(shape.kind.is_linear for shape in source.modules.values()):
         raise ValueError(
             f"diffusers loads no LoRA of a text encoder that is not of linear layers too, and this one is of "
-            f"{first([repr(name) for name in source.modules])}. Export it in PEFT's format (format='peft')."
+            f"{first_few([repr(name) for name in source.modules])}. Export it in PEFT's format (format='peft')."
         )
 
 

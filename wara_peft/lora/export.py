@@ -19,13 +19,13 @@ from transformers.pytorch_utils import id_tensor_storage
 
 from ..arguments import check_argument, check_whole_number
 from ..base_layers.lora_places import fan_in_fan_out, lora_name, loras_targets
-from ..disk.adapters.adapter import Track, untracked
+from ..disk.adapters.adapter import Track, no_progress_bar
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.adapters.source import AdapterSource, adapter_directory, adapter_source
 from ..disk.checkpoints.directory import written_at_once
 from ..disk.checkpoints.tensors import FLOATS
 from ..layers.as_lora import LoraModule, common_rank
-from ..messages import first
+from ..messages import first_few
 from .diffusers_files import check_together, component_of, write_components
 
 Model = nn.Module | str | os.PathLike[str]
@@ -41,7 +41,7 @@ def to_lora(
     *,
     dtype: torch.dtype | None = None,
     strict: bool = False,
-    track: Track = untracked,
+    track: Track = no_progress_bar,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Convert a WaRA adapter to LoRA: lora_A = Â of shape `(R, n, *kernel)`, lora_B = scaling · B̂ of shape (m, R).
 
@@ -165,7 +165,7 @@ def lora_error(model: Model, rank: int | float, adapter_name: str = "default") -
     """
     check_argument("lora_error(model, rank)", "model", model, "an nn.Module or a path")
     _check_rank(rank)
-    return _errors(_modules(adapter_source(model, adapter_name), rank, None, untracked))
+    return _errors(_modules(adapter_source(model, adapter_name), rank, None, no_progress_bar))
 
 
 class Lora(NamedTuple):
@@ -190,7 +190,7 @@ def convert(
     strict: bool = False,
     format: FileFormat = "peft",
     component: str | None = None,
-    track: Track = untracked,
+    track: Track = no_progress_bar,
 ) -> Lora:
     """`to_lora` and `lora_error` at once: each tensor is read once, and decomposed once, if a rank is given."""
     if rank is not None:
@@ -247,15 +247,15 @@ def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
     for name, kind in ((name, shape.kind) for name, shape in source.modules.items()):
         if not kind.is_linear:
             kinds.setdefault(f"{kind.name}{'' if kind.is_parameter else ' layers'}", []).append(repr(name))
-    refused += [f"adapters of {layers} ({first(names)})" for layers, names in kinds.items()]
+    refused += [f"adapters of {layers} ({first_few(names)})" for layers, names in kinds.items()]
     others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
     if others:
-        refused.append(f"weights trained or saved in full ({first(others)})")
+        refused.append(f"weights trained or saved in full ({first_few(others)})")
     factorized = [repr(name) for name, shape in source.modules.items() if shape.kind.is_factorized]
     if factorized:
         text = (
-            f"Neither PEFT nor engines take a LoRA beside factorised layers, such as {first(factorized)}. This one is "
-            "exact where these layers are dense, as `nn.Linear` with the weight that they stand for."
+            f"Neither PEFT nor engines take a LoRA beside factorised layers, such as {first_few(factorized)}. This "
+            "one is exact where these layers are dense, as `nn.Linear` with the weight that they stand for."
         )
         if strict:
             raise ValueError(f"{text} Merge the adapter instead, which stays factorised.")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..compiled import on_plain_model
 from ..config import WaRAConfig
-from ..config_fields.resolution import as_written, note
+from ..config_fields.resolution import note_resolution, take_back_resolution
 from ..forms import SubbandFactor
 from ..layers.base import WaRALayer
 from ..layers.lookup import adapted_layers, base_model_of, layers_of, wara_config
@@ -42,7 +42,7 @@ def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
     return config
 
 
-def cost(layer: WaRALayer, adapter_name: str, level: int) -> int:
+def parameters_of_component(layer: WaRALayer, adapter_name: str, level: int) -> int:
     """Parameters of a component of that level: n_j times the kernel's size, and m_j."""
     rows, columns = (factor.get_parameter(f"level{level}") for factor in layer.factors(adapter_name))
     return rows[0].numel() + len(columns)
@@ -95,7 +95,7 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
         "base_weight_hashes": None,
         "biased_modules": None if biased is None else [name for name in biased if name in shapes],
     }
-    in_model = note(changed, as_written(changed), found)
+    in_model = note_resolution(changed, take_back_resolution(changed), found)
     cast(Any, model).peft_config[adapter_name] = changed
     for name, layer in layers.items():
         if any(ranks[name].values()):

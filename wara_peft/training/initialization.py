@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_argument
-from ..calibration.batches import arguments_of, evaluating
+from ..calibration.batches import arguments_of, in_eval_mode
 from ..calibration.input_moments import Moments
 from ..compiled import on_plain_model
 from ..forms import SubbandFactor
@@ -49,7 +49,7 @@ def initialize_from_data(
     check_argument(call, "dataloader", dataloader, "an iterable of batches")
     layers = _layers(model, adapter_name)
     moments = Moments(model)
-    with evaluating(model), moments.watching(layers), torch.no_grad():
+    with in_eval_mode(model), moments.watching(layers), torch.no_grad():
         device = next(model.parameters()).device
         for batch in tqdm(dataloader, desc="Inputs of WaRA layers", disable=not show_progress_bar):
             args, kwargs = arguments_of(send_to_device(batch, device))

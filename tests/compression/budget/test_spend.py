@@ -10,7 +10,14 @@ import torch
 
 from wara_peft.compression.budget.costs import Shape, ranks_that_pay
 from wara_peft.compression.budget.depth import depth_shares
-from wara_peft.compression.budget.spend import Candidate, by_shares, check_budget, floors_of, greedy, spent
+from wara_peft.compression.budget.spend import (
+    Candidate,
+    check_budget,
+    greedy_ranks,
+    minimum_ranks,
+    ranks_by_shares,
+    total_cost,
+)
 
 
 def some(count: int, seed: int) -> list[Candidate]:
@@ -38,12 +45,14 @@ class TestGreedy:
     @pytest.mark.parametrize("seed", range(40))
     def test_beside_all_combinations(self, seed: int) -> None:
         candidates = some(3, seed)
-        least, most = (spent(candidates, [rank] * 3) for rank in (1, None))
+        least, most = (total_cost(candidates, [rank] * 3) for rank in (1, None))
         budget = least + (most - least) * (seed % 10 + 0.5) / 10
-        ranks = greedy(candidates, budget)
-        assert spent(candidates, ranks) <= budget
+        ranks = greedy_ranks(candidates, budget)
+        assert total_cost(candidates, ranks) <= budget
         possible = [
-            choice for choice in itertools.product([1, 2, 3, 4, None], repeat=3) if spent(candidates, choice) <= budget
+            choice
+            for choice in itertools.product([1, 2, 3, 4, None], repeat=3)
+            if total_cost(candidates, choice) <= budget
         ]
         best = min(lost(candidates, choice) for choice in possible)
         # No more than the largest single step: from any rank to any other.
@@ -53,61 +62,61 @@ class TestGreedy:
             if rank is not None:  # and nothing more fits
                 further = [*ranks]
                 further[index] = candidate.ranks_from(rank)[1]
-                assert spent(candidates, further) > budget
+                assert total_cost(candidates, further) > budget
 
     def test_is_the_optimum_where_units_cost_alike(self) -> None:
         gains = [[5.0, 3, 2, 0.5, 0.1], [4, 1, 0.9, 0.2, 0.1]]
         candidates = [Candidate(str(index), [2, 4, 6, 8], 50, entry) for index, entry in enumerate(gains)]
         for budget in range(4, 17, 2):
-            ranks = greedy(candidates, budget)
+            ranks = greedy_ranks(candidates, budget)
             choices = itertools.product(range(1, 5), repeat=2)
             best = min(lost(candidates, choice) for choice in choices if 2 * sum(choice) <= budget)
-            assert lost(candidates, ranks) == pytest.approx(best) and spent(candidates, ranks) == budget
+            assert lost(candidates, ranks) == pytest.approx(best) and total_cost(candidates, ranks) == budget
 
     def test_a_layer_of_even_directions_stays_dense_before_it_gets_half_its_rank(self) -> None:
         even = Candidate("even", [2 * rank for rank in range(1, 5)], 9, [1.0] * 9)
         steep = Candidate("steep", [2 * rank for rank in range(1, 5)], 9, [9.0, 0.1] + [0.0] * 7)
-        assert greedy([even, steep], 11) == [None, 1]
+        assert greedy_ranks([even, steep], 11) == [None, 1]
 
     def test_order_of_layers_does_not_matter(self) -> None:
         candidates = some(6, 7)
-        ranks = dict(zip(range(6), greedy(candidates, 100), strict=True))
+        ranks = dict(zip(range(6), greedy_ranks(candidates, 100), strict=True))
         order = [3, 1, 5, 0, 2, 4]
-        assert greedy([candidates[index] for index in order], 100) == [ranks[index] for index in order]
+        assert greedy_ranks([candidates[index] for index in order], 100) == [ranks[index] for index in order]
 
     def test_floors_come_first(self) -> None:
         steep = Candidate("steep", [2 * rank for rank in range(1, 9)], 17, [9.0, *[0.01] * 8])
         even = Candidate("even", [2 * rank for rank in range(1, 9)], 17, [1.0] * 9)
         narrow = Candidate("narrow", [], 3, [1.0])
-        assert greedy([steep, even, narrow], 23) == [1, None, None]
-        floors = floors_of([steep, even, narrow], 23)
+        assert greedy_ranks([steep, even, narrow], 23) == [1, None, None]
+        floors = minimum_ranks([steep, even, narrow], 23)
         # Uniform ranks are 5 and 5, of which three quarters stay; what remains goes where it gains most.
         assert floors == [3, 3, None]
-        assert greedy([steep, even, narrow], 23, floors) == [3, 7, None]
+        assert greedy_ranks([steep, even, narrow], 23, floors) == [3, 7, None]
 
     def test_scaled_gains_change_nothing(self) -> None:
         candidates = some(5, 3)
         scaled = [Candidate(c.name, c.costs, c.dense, [7 * gain for gain in c.gains]) for c in candidates]
-        assert greedy(candidates, 90) == greedy(scaled, 90)
+        assert greedy_ranks(candidates, 90) == greedy_ranks(scaled, 90)
 
 
 class TestShares:
     @pytest.mark.parametrize("budget", [40, 60, 77, 100, 120])
     def test_even_shares_give_even_costs(self, budget: int) -> None:
         candidates = [Candidate(str(size), range(size, 10 * size, size), 10 * size) for size in (1, 2, 4, 8)]
-        ranks = by_shares(candidates, [1.0] * 4, budget)
-        left = budget - spent(candidates, ranks)
+        ranks = ranks_by_shares(candidates, [1.0] * 4, budget)
+        left = budget - total_cost(candidates, ranks)
         assert 0 <= left < min(size for size, rank in zip((1, 2, 4, 8), ranks, strict=True) if rank is not None)
         assert max(ranks) - min(ranks) <= 2
 
     def test_larger_shares_come_first(self) -> None:
         candidates = [Candidate(str(index), range(1, 100), 101) for index in range(3)]
-        ranks = by_shares(candidates, [1.0, 0.75, 0.5], 91)
+        ranks = ranks_by_shares(candidates, [1.0, 0.75, 0.5], 91)
         assert sum(ranks) == 91 and ranks[0] == pytest.approx(91 / 2.25, abs=2)
         assert ranks[1] == pytest.approx(ranks[0] * 0.75, abs=2)
 
     def test_where_all_fits_all_is_dense(self) -> None:
-        assert by_shares(some(3, 1), [1.0, 0.5, 0.7], 1e9) == [None] * 3
+        assert ranks_by_shares(some(3, 1), [1.0, 0.5, 0.7], 1e9) == [None] * 3
 
 
 class TestDepth:

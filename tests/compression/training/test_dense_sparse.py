@@ -28,7 +28,7 @@ from wara_peft.compression import (
 from wara_peft.compression.solvers.dictionary import ksvd
 from wara_peft.compression.solvers.low_rank import Metric
 from wara_peft.compression.training.dense_sparse import refresh, set_dictionary
-from wara_peft.factorized.sparse_rows import unpacked
+from wara_peft.factorized.sparse_rows import unpack_bits
 
 
 def weight_of(m: int = 12, n: int = 20) -> Tensor:
@@ -37,7 +37,7 @@ def weight_of(m: int = 12, n: int = 20) -> Tensor:
 
 def dense_by_hand(layer: DenseSparseLinear) -> np.ndarray:
     blocks = len(layer.bases)
-    places = unpacked(layer.support, layer.atoms).view(blocks, layer.in_features, layer.atoms)
+    places = unpack_bits(layer.support, layer.atoms).view(blocks, layer.in_features, layer.atoms)
     values = layer.values.detach().view(blocks, layer.in_features, layer.nonzeros)
     rows = []
     for block in range(blocks):
@@ -109,7 +109,7 @@ def test_refreshing_follows_the_weight_and_does_not_get_worse() -> None:
         errors.append(error())
     assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
-    counts = unpacked(layer.factors.support, 5).sum(1)
+    counts = unpack_bits(layer.factors.support, 5).sum(1)
     assert bool((counts == 2).all())
 
 

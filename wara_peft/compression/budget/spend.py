@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...linear_algebra.greedy import Step, spend
-from ...messages import first
+from ...messages import first_few
 
 ALLOCATIONS = ("uniform", "greedy", "cost", "depth")
 FLOOR = 0.75
@@ -61,7 +61,7 @@ def least(candidates: Sequence[Candidate]) -> list[int | None]:
     return [1 if candidate.costs else None for candidate in candidates]
 
 
-def spent(candidates: Sequence[Candidate], ranks: Sequence[int | None]) -> float:
+def total_cost(candidates: Sequence[Candidate], ranks: Sequence[int | None]) -> float:
     return sum(candidate.cost(rank) for candidate, rank in zip(candidates, ranks, strict=True))
 
 
@@ -71,17 +71,17 @@ def check_budget(candidates: Sequence[Candidate], budget: float, unit: str) -> N
     Raises:
         ValueError: it is less than all layers cost at rank 1.
     """
-    lowest = spent(candidates, least(candidates))
+    lowest = total_cost(candidates, least(candidates))
     if budget < lowest:
         dense = [repr(candidate.name) for candidate in candidates if not candidate.costs]
-        why = f", as no rank pays in {first(dense)}" if dense else ""
+        why = f", as no rank pays in {first_few(dense)}" if dense else ""
         raise ValueError(
             f"The budget of {budget:,.12g} {unit} is less than {lowest:,.12g}, the least that the layers take{why}. "
             "Give more, or leave layers out of target_modules."
         )
 
 
-def greedy(
+def greedy_ranks(
     candidates: Sequence[Candidate], budget: float, floors: Sequence[int | None] | None = None
 ) -> list[int | None]:
     """Ranks that lose little together, and cost no more than the budget; None is dense.
@@ -106,21 +106,21 @@ def _spent_on(
     candidates: Sequence[Candidate], paths: Sequence[Sequence[int | None]], budget: float
 ) -> list[int | None]:
     """The ranks, each on its candidate's path, at which the budget is spent greedily."""
-    left = budget - spent(candidates, [path[0] for path in paths])
+    left = budget - total_cost(candidates, [path[0] for path in paths])
     steps = [candidate.steps(path) for candidate, path in zip(candidates, paths, strict=True)]
     return [path[taken] for path, taken in zip(paths, spend(steps, left), strict=True)]
 
 
-def floors_of(candidates: Sequence[Candidate], budget: float) -> list[int | None]:
+def minimum_ranks(candidates: Sequence[Candidate], budget: float) -> list[int | None]:
     """The ranks that greedy ranks do not go below: a share of those that all layers have at the same share of cost."""
-    even = by_shares(candidates, [1.0] * len(candidates), budget)
+    even = ranks_by_shares(candidates, [1.0] * len(candidates), budget)
     return [
         max(1, int(FLOOR * (rank or len(candidate.costs)))) if candidate.costs else None
         for candidate, rank in zip(candidates, even, strict=True)
     ]
 
 
-def by_shares(candidates: Sequence[Candidate], shares: Sequence[float], budget: float) -> list[int | None]:
+def ranks_by_shares(candidates: Sequence[Candidate], shares: Sequence[float], budget: float) -> list[int | None]:
     """Ranks whose costs are in proportion to the shares of their dense layers' costs, as large as the budget allows.
 
     Each layer gets the largest rank that costs no more than scale · share of what it costs as it is, at least 1, and
@@ -135,11 +135,11 @@ def by_shares(candidates: Sequence[Candidate], shares: Sequence[float], budget: 
         return found
 
     low, high = 0.0, 1 / min(shares)
-    if spent(candidates, ranks_at(high)) <= budget:
+    if total_cost(candidates, ranks_at(high)) <= budget:
         return ranks_at(high)
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if spent(candidates, ranks_at(middle)) <= budget else (low, middle)
+        low, high = (middle, high) if total_cost(candidates, ranks_at(middle)) <= budget else (low, middle)
     ranks = ranks_at(low)
     order = sorted(range(len(candidates)), key=lambda index: -shares[index])
     units = [candidates[index].ranks_from(ranks[index]) for index in order]
@@ -147,7 +147,7 @@ def by_shares(candidates: Sequence[Candidate], shares: Sequence[float], budget: 
         (Step(-number, step.cost) for number, step in enumerate(candidates[index].steps(path)))
         for index, path in zip(order, units, strict=True)
     ]
-    left = budget - spent(candidates, ranks)
+    left = budget - total_cost(candidates, ranks)
     for index, path, taken in zip(order, units, spend(in_turn, left), strict=True):
         ranks[index] = path[taken]
     return ranks

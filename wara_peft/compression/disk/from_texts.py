@@ -16,13 +16,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ...disk.checkpoints.checkpoint import Checkpoint, copy_beside
 from ...disk.checkpoints.directory import written_at_once
 from ...disk.checkpoints.skeleton import Skeleton
-from ...factorized.saved import describe
+from ...factorized.saved import kinds_and_sizes
 from ..compress import check_options, compress
 from ..report import CompressionReport
 from ..solvers.table import SOLVERS
 from ..statistics.collect import MAX_BYTES, calibrate
 from ..statistics.layer_statistics import MANIFEST, load_statistics
-from .model import class_of, write_compressed
+from .model import model_class_of, write_compressed
 
 Batch = dict[str, torch.Tensor]
 
@@ -72,8 +72,8 @@ def compress_checkpoint(
     directory = Path(base)
     checkpoint = Checkpoint(directory)
     skeleton = Skeleton(checkpoint)
-    model_class = class_of(skeleton)
-    done = describe(skeleton.make(model_class))
+    model_class = model_class_of(skeleton)
+    done = kinds_and_sizes(skeleton.make(model_class))
     if done:
         raise ValueError(
             f"{str(base)!r} has {len(done)} factorised layers already. Compress the model it was made of."

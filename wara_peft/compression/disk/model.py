@@ -24,9 +24,9 @@ from ...disk.checkpoints.directory import written_at_once
 from ...disk.checkpoints.skeleton import Skeleton, keys_of_parameters
 from ...factorized import DenseSparseLinear, DictionaryLinear, LowRankPlusSparseLinear, SharedBaseLinear
 from ...factorized.low_rank_plus_sparse_linear import check_places
-from ...factorized.saved import FACTORIZED, describe, put_in_place
-from ...factorized.sparse_rows import unpacked
-from ...messages import first
+from ...factorized.saved import FACTORIZED, kinds_and_sizes, put_in_place
+from ...factorized.sparse_rows import unpack_bits
+from ...messages import first_few
 from ..report import CompressionReport
 
 RECORD = "compression.json"
@@ -67,7 +67,7 @@ def save_compressed(
         if isinstance(getattr(module, "base_layer", None), nn.Module)
     ]
     if adapted:
-        raise ValueError(f"The model has adapters, in {first(adapted)}. Merge them, or save them by themselves.")
+        raise ValueError(f"The model has adapters, in {first_few(adapted)}. Merge them, or save them by themselves.")
     with written_at_once(path, "replace" if overwrite else "refuse") as directory:
         write_compressed(model, directory, max_shard_size)
 
@@ -78,7 +78,7 @@ def write_compressed(model: PreTrainedModel, directory: Path, max_shard_size: st
     Raises:
         ValueError: it has no factorised layer.
     """
-    layers = describe(model)
+    layers = kinds_and_sizes(model)
     if not layers:
         raise ValueError("The model has no factorised layer; compress it further, or use its save_pretrained.")
     report = getattr(model, "compression_report", None)
@@ -116,10 +116,10 @@ def load_compressed(
         raise ValueError(f"{str(base)!r} holds {ADAPTER!r}: load an adapter onto its base model.")
     record = read_record(base)
     skeleton = Skeleton(checkpoint)
-    chosen = class_of(skeleton) if model_class is None else model_class
+    chosen = model_class_of(skeleton) if model_class is None else model_class
     empty = skeleton.make(chosen)
     _check_fit(checkpoint, empty)
-    _check_record(base, record, describe(empty))
+    _check_record(base, record, kinds_and_sizes(empty))
     shapes = skeleton.shapes
 
     class Factorised(chosen):  # type: ignore[misc, valid-type]
@@ -136,7 +136,7 @@ def load_compressed(
         )
     for name, what in (("missing_keys", "lacks"), ("unexpected_keys", "has, and its config does not ask for,")):
         if info[name]:
-            keys = first([repr(str(key)) for key in sorted(info[name])])
+            keys = first_few([repr(str(key)) for key in sorted(info[name])])
             raise ValueError(f"{str(base)!r} {what} {keys}. Use a complete copy of the model.")
     model.__class__ = chosen
     _check_values(base, model)
@@ -171,7 +171,7 @@ def saved_layers(base: Path) -> dict[str, dict[str, object]]:
         FileNotFoundError, ValueError: as `load_compressed`.
     """
     skeleton = Skeleton(Checkpoint(base))
-    layers = describe(skeleton.make(class_of(skeleton)))
+    layers = kinds_and_sizes(skeleton.make(model_class_of(skeleton)))
     _check_record(base, read_record(base), layers)
     return layers
 
@@ -195,7 +195,7 @@ def _report_of(base: Path, record: dict[str, Any] | None) -> CompressionReport |
         raise ValueError(f"{str(base / RECORD)!r} has a broken report: {type(error).__name__}: {error}") from error
 
 
-def class_of(skeleton: Skeleton) -> type[PreTrainedModel]:
+def model_class_of(skeleton: Skeleton) -> type[PreTrainedModel]:
     """The class of transformers that a config names.
 
     Raises:
@@ -246,8 +246,8 @@ def _check_record(base: Path, record: dict[str, Any] | None, found: dict[str, di
     differ = [repr(name) for name in {**layers, **found} if layers.get(name) != found.get(name)]
     if differ:
         raise ValueError(
-            f"{str(base / RECORD)!r} contradicts the tensors beside it, about {first(differ)}. Use a complete copy of "
-            "the model."
+            f"{str(base / RECORD)!r} contradicts the tensors beside it, about {first_few(differ)}. Use a complete "
+            "copy of the model."
         )
 
 
@@ -264,14 +264,14 @@ def _check_values(base: Path, model: nn.Module) -> None:
             except ValueError as error:
                 raise ValueError(f"{str(base)!r} is broken: {error}") from error
         if isinstance(layer, SharedBaseLinear) and not layer.support.is_meta:
-            places = int(unpacked(layer.support, layer.columns).sum())
+            places = int(unpack_bits(layer.support, layer.columns).sum())
             if places != layer.places:
                 raise ValueError(
                     f"{str(base)!r} is broken: the support of {name!r} has {places} places for {layer.places} values."
                 )
         if isinstance(layer, (DictionaryLinear, DenseSparseLinear)) and not layer.support.is_meta:
-            counts = unpacked(layer.support, layer.support.shape[1] * 8).sum(1)
-            within = unpacked(layer.support, layer.atoms).sum(1)
+            counts = unpack_bits(layer.support, layer.support.shape[1] * 8).sum(1)
+            within = unpack_bits(layer.support, layer.atoms).sum(1)
             if not bool((counts == layer.nonzeros).all()) or not torch.equal(counts, within):
                 raise ValueError(
                     f"{str(base)!r} is broken: the support of {name!r} does not have {layer.nonzeros} of "

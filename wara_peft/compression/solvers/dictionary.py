@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...factorized.sparse_rows import scattered
-from .low_rank import Metric, balanced, root_of
+from ...factorized.sparse_rows import scatter_values
+from .low_rank import Metric, balance_factors, root_of
 
 ITERATIONS = 20
 POWER_ITERATIONS = 8
@@ -30,7 +30,7 @@ class Dictionary(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        return scattered(self.places, self.values) @ self.atoms
+        return scatter_values(self.places, self.values) @ self.atoms
 
 
 def ksvd(
@@ -190,5 +190,5 @@ def _in_weight_space(weight: Tensor, coefficients: Tensor, nonzeros: int) -> Dic
     # The largest by magnitude are those that there are; zeros fill up to the count.
     chosen = coefficients.abs().topk(nonzeros, dim=1).indices
     places = torch.zeros_like(coefficients, dtype=torch.bool).scatter(1, chosen, True)
-    coefficients, atoms = balanced(coefficients, torch.linalg.pinv(coefficients, rtol=1e-10) @ weight)
+    coefficients, atoms = balance_factors(coefficients, torch.linalg.pinv(coefficients, rtol=1e-10) @ weight)
     return Dictionary(places, coefficients[places].view(len(weight), nonzeros), atoms)

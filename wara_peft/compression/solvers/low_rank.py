@@ -81,7 +81,7 @@ def low_rank(weight: Tensor, rank: int, metric: Metric) -> Factors:
     if resolved < rank or len(gram) != len(weight):
         basis = torch.linalg.qr(basis).Q
     up = basis if chol is None else torch.linalg.solve_triangular(chol.T, basis, upper=True)
-    up, down = balanced(up, basis.T @ target)
+    up, down = balance_factors(up, basis.T @ target)
     return Factors(up, down, float(values[rank:].sum()), float(values.sum()))
 
 
@@ -135,7 +135,7 @@ def _left_vectors(matrix: Tensor, count: int) -> Tensor:
     return vectors if is_wide else matrix @ vectors
 
 
-def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def balance_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """The same product, in which column i of the first is as long as row i of the second."""
     lengths = up.norm(dim=0), down.norm(dim=1)
     ratio = torch.where((lengths[0] > 0) & (lengths[1] > 0), lengths[1] / lengths[0], 1.0).sqrt()

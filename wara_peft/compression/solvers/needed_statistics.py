@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...factorized.low_rank_linear import linear_shape
-from ...messages import first
+from ...messages import first_few
 from ..statistics.layer_statistics import LayerStatistics, check_finite, probe_of
 from .table import SOLVERS
 
@@ -24,10 +24,10 @@ def statistics_of(
     needs = SOLVERS[solver].needs
     if name not in statistics:
         if not needs:
-            return nothing_of(layer)
+            return empty_statistics(layer)
         others = [repr(other) for other in statistics]
         raise ValueError(
-            f"statistics have nothing of {name!r}, but of {first(others) or 'no layer'}: "
+            f"statistics have nothing of {name!r}, but of {first_few(others) or 'no layer'}: "
             "they are of another model, or of other targets. Calibrate this one."
         )
     entry = statistics[name]
@@ -66,7 +66,7 @@ def statistics_of(
     return entry
 
 
-def nothing_of(layer: nn.Linear | Conv1D) -> LayerStatistics:
+def empty_statistics(layer: nn.Linear | Conv1D) -> LayerStatistics:
     """Of a layer of which nothing is known."""
     n, m = linear_shape(layer)
     return LayerStatistics((m, n), 0, probe_of(layer.weight))

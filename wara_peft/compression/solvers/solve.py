@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...factorized import DictionaryLinear, LowRankLinear
 from ...factorized.low_rank_linear import linear_shape
-from ...factorized.sparse_rows import packed
+from ...factorized.sparse_rows import pack_bits
 from ..budget.costs import nonzeros_of
 from ..statistics.layer_statistics import LayerStatistics
 from .low_rank import low_rank
@@ -25,7 +25,7 @@ class Solution(NamedTuple):
 
 
 @torch.no_grad()
-def solve(
+def factorize_weight(
     layer: nn.Linear | Conv1D | LowRankLinear,
     rank: int,
     solver: str,
@@ -51,7 +51,7 @@ def solve(
     weight = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
     kind = SOLVERS[solver]
     compensates = compensate_bias and statistics.mean is not None
-    metric = kind.metric(on(statistics, weight.device), compensates)
+    metric = kind.metric(move_statistics(statistics, weight.device), compensates)
     n, m = linear_shape(layer)
     bias = layer.bias is not None or compensates
     trains = next(layer.parameters()).requires_grad  # the weight's, or that of a factor
@@ -62,7 +62,7 @@ def solve(
         made.to_empty(device=weight.device)
         made.down.weight.copy_(found.atoms)
         made.values.copy_(found.values)
-        made.support.copy_(packed(found.places))
+        made.support.copy_(pack_bits(found.places))
         difference = weight.double() - found.weight
         energy = float(metric.error(weight))
         lost = float(metric.error(difference))
@@ -86,7 +86,7 @@ def solve(
     return Solution(made.train(layer.training), lost / energy if energy > 0 else 0.0)
 
 
-def on(statistics: LayerStatistics, device: torch.device) -> LayerStatistics:
+def move_statistics(statistics: LayerStatistics, device: torch.device) -> LayerStatistics:
     """Statistics with all tensors on a device."""
     tensors = {name: tensor.to(device) for name, tensor in statistics.tensors().items()}
     return LayerStatistics(statistics.shape, statistics.count, **tensors)

@@ -19,17 +19,17 @@ from ...arguments import check_argument
 from ...calibration.batches import (
     LossFunction,
     arguments_of,
-    evaluating,
-    frozen,
     groups_within,
+    in_eval_mode,
     loss_of,
+    with_frozen_parameters,
     with_gradient,
 )
 from ...calibration.input_moments import Moments
 from ...compiled import on_plain_model
 from ...factorized.low_rank_linear import linear_shape
-from ...messages import first
-from ..targets import check_base, checked, linear_targets
+from ...messages import first_few
+from ..targets import check_base, factorizable_weight, linear_targets
 from .layer_statistics import LayerStatistics, StatisticsWriter, check_finite, load_statistics, probe_of
 
 KINDS = ("inputs", "gradients", "fisher")
@@ -93,7 +93,7 @@ def calibrate(
     check_base(model)
     targets = linear_targets(model, target_modules)
     for name, layer in targets.items():
-        checked(name, layer)
+        factorizable_weight(name, layer)
     needed = {name: _bytes_needed(layer, statistics) for name, layer in targets.items()}
     groups = list(groups_within(max_bytes, needed))
     kept = list(itertools.islice(dataloader, batches))
@@ -123,8 +123,8 @@ def calibrate(
     if few:
         least = max(entry.shape[1] for entry in found.values())
         warnings.warn(
-            f"Too few samples for a regular moment of {first(few)}: what these layers do elsewhere does not count. "
-            f"Calibrate with at least {least} positions, better ten times as many."
+            f"Too few samples for a regular moment of {first_few(few)}: what these layers do elsewhere does not "
+            f"count. Calibrate with at least {least} positions, better ten times as many."
         )
     if path is not None:
         return load_statistics(path)
@@ -162,8 +162,8 @@ def measure(
                 stack.callback(layers[name].register_forward_hook(tap).remove)
         else:
             stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(model))
-        stack.enter_context(frozen(model))
+        stack.enter_context(in_eval_mode(model))
+        stack.enter_context(with_frozen_parameters(model))
         stack.enter_context(moments.watching(set(layers.values()) if "inputs" in statistics else ()))
         for batch in batches:
             batch = send_to_device(batch, device)

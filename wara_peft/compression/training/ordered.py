@@ -16,7 +16,7 @@ from ...calibration.processes import processes
 from ...compiled import on_plain_model
 from ...factorized.low_rank_linear import factorize_linear
 from ...factorized.ordered import OrderedLowRankLinear
-from ...linear_algebra.tails import group_lasso, moments_of, tails, worthy
+from ...linear_algebra.tails import group_lasso, moments_of, prefix_above_threshold, tail_sums
 from ..replacement import replace_everywhere, replace_targets
 from ..report import Factorization
 from ..targets import check_base, linear_targets, weight_of
@@ -162,7 +162,9 @@ class OrderedRankTraining(TrainingMethod):
     @torch.no_grad()
     def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
         """Cut what is worth less than ε, with the optimizer's moments; returns the ranks that are kept."""
-        kept = {name: max(1, worthy(*_tails(layer), self.threshold)) for name, layer in self.layers.items()}
+        kept = {
+            name: max(1, prefix_above_threshold(*_tails(layer), self.threshold)) for name, layer in self.layers.items()
+        }
         if optimizer is not None:
             for name, layer in self.layers.items():
                 _check_state(name, layer, optimizer)
@@ -244,4 +246,4 @@ def _alive(layer: OrderedLowRankLinear) -> int:
 
 def _tails(layer: OrderedLowRankLinear) -> tuple[Tensor, Tensor]:
     """‖V[b:]‖² and ‖U[:, b:]‖² for b = 0 … r − 1."""
-    return tails(layer.down.weight.square().sum(1)), tails(layer.up.weight.square().sum(0))
+    return tail_sums(layer.down.weight.square().sum(1)), tail_sums(layer.up.weight.square().sum(0))

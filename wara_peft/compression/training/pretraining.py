@@ -12,7 +12,7 @@ from ...arguments import check_argument, check_whole_number
 from ...compiled import on_plain_model
 from ...factorized import LowRankPlusSparseLinear
 from ...factorized.saved import FACTORIZED
-from ...messages import first
+from ...messages import first_few
 from ..replacement import replace_everywhere, replace_targets
 from ..report import Factorization
 from ..targets import check_base, linear_targets, weight_of
@@ -97,7 +97,7 @@ def to_dense(model: nn.Module) -> list[str]:
     names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, FACTORIZED)]
     if not names:
         kinds = [kind.__name__ for kind in FACTORIZED]
-        raise ValueError(f"The model has no factorised layer: no {first(kinds, len(kinds))}.")
+        raise ValueError(f"The model has no factorised layer: no {first_few(kinds, len(kinds))}.")
     layers = {model.get_submodule(name) for name in names}
     made = {layer: cast(Any, layer).dense() for layer in layers}
     replace_everywhere(model, made)

@@ -12,14 +12,14 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument
-from ...calibration.batches import arguments_of, evaluating
+from ...calibration.batches import arguments_of, in_eval_mode
 from ...compiled import on_plain_model
 from ...factorized.shared_base_linear import SharedBaseLinear, tie_bases
-from ...messages import first
+from ...messages import first_few
 from ..replacement import replace_everywhere
 from ..solvers.low_rank import Metric, low_rank
 from ..statistics.layer_statistics import LayerStatistics
-from ..targets import TIED, check_base, checked, linear_layers, separate_tied
+from ..targets import TIED, check_base, factorizable_weight, linear_layers, separate_tied
 
 
 def shared_rank(width: int, columns: int, budget: float, sparsity: float) -> int:
@@ -70,15 +70,17 @@ def share_bases(
     names = [name for group in groups for name in group]
     missing = [repr(name) for name in names if name not in layers]
     if missing or len({id(layers[name]) for name in names}) < len(names) or not names:
-        raise ValueError(f"groups must name linear layers of the model, each once: {first(missing) or names}.")
+        raise ValueError(f"groups must name linear layers of the model, each once: {first_few(missing) or names}.")
     _, left = separate_tied(model, {name: layers[name] for name in names})
     if left:
-        raise ValueError(f"{first([repr(name) for name in left])} cannot share a base: {TIED}. Untie or leave out.")
+        raise ValueError(
+            f"{first_few([repr(name) for name in left])} cannot share a base: {TIED}. Untie or leave out."
+        )
     made: dict[nn.Module, nn.Module] = {}
     ranks = []
     before = max((layer.number for layer in model.modules() if isinstance(layer, SharedBaseLinear)), default=0)
     for number, group in enumerate(groups, before + 1):
-        weights = [checked(name, layers[name]) for name in group]
+        weights = [factorizable_weight(name, layers[name]) for name in group]
         moments = None if statistics is None else [_moment(name, statistics) for name in group]
         turned = [moments is not None or len(weight) > weight.shape[1] for weight in weights]
         oriented = [weight.T if is_turned else weight for weight, is_turned in zip(weights, turned, strict=True)]
@@ -213,7 +215,7 @@ def minimise_block_errors(
     steps = epochs * len(kept)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
-    with evaluating(model), evaluating(reference), torch.enable_grad():
+    with in_eval_mode(model), in_eval_mode(reference), torch.enable_grad():
         for epoch in range(epochs):
             total = 0.0
             for index, batch in enumerate(kept):
@@ -257,7 +259,7 @@ def _block_loss(model: nn.Module, reference: nn.Module, blocks: Sequence[str], b
             handle.remove()
     silent = [repr(name) for name in blocks if name not in calls]
     if silent:
-        raise ValueError(f"{first(silent)} did not run in a batch. Name blocks that every batch uses.")
+        raise ValueError(f"{first_few(silent)} did not run in a batch. Name blocks that every batch uses.")
     total = [
         nn.functional.mse_loss(_tensor(model.get_submodule(name)(*args, **kwargs)), wanted)
         for name, (args, kwargs, wanted) in calls.items()

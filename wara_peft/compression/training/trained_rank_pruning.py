@@ -18,7 +18,7 @@ from ..compress import compress
 from ..replacement import count_parameters, replace_everywhere
 from ..report import CompressionReport, LayerReport
 from ..statistics.layer_statistics import LayerStatistics
-from ..targets import TIED, check_base, checked, layer_targets, separate_tied
+from ..targets import TIED, check_base, factorizable_weight, layer_targets, separate_tied
 from .callback import TrainingMethod
 
 
@@ -106,7 +106,7 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
         for name, layer in targets.items():
             if isinstance(layer.get_parameter("weight"), DTensor):
                 raise ValueError(f"{name!r} is sharded, as by FSDP, and has no SVD in parts. Train with DDP.")
-            checked(name, layer)
+            factorizable_weight(name, layer)
         if not targets:
             raise ValueError(f"There is no layer to prune: of those in target_modules {TIED}, or none is left.")
         self._model, self._targets = model, targets

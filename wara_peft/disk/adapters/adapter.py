@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME as MODEL_CONFIG
 from ...config import WaRAConfig, scaling
 from ...forms import Form, Parts, SubbandFactor
 from ...layers.low_rank_update import LowRankUpdate, update_of
-from ...messages import first
+from ...messages import first_few
 from ..checkpoints.checkpoint import read_json
 from ..checkpoints.tensors import FLOATS, TensorFile
 from .component_file import FILE_NAME, ComponentFile
@@ -173,7 +173,7 @@ class SavedAdapter:
         return read_finite(self._file, keys)
 
 
-def untracked(names: Collection[str]) -> Iterable[str]:
+def no_progress_bar(names: Collection[str]) -> Iterable[str]:
     """A `Track` that shows nothing."""
     return names
 
@@ -203,7 +203,7 @@ def _what_else(directory: Path) -> str:
     """Say what a directory without an adapter's config holds instead."""
     folders = [repr(str(file.parent)) for file in sorted(directory.glob(f"*/{CONFIG_NAME}"))]
     if folders:  # PEFT saves adapters of other names than "default" so, and Trainer its checkpoints
-        return f" Adapters lie in {first(folders)}: name one of these."
+        return f" Adapters lie in {first_few(folders)}: name one of these."
     if (directory / MODEL_CONFIG).is_file():
         return f" {str(directory)!r} is the directory of a model, not of an adapter."
     return ""

@@ -19,7 +19,7 @@ from ...config import WaRAConfig
 from ...config_fields.name_patterns import suffix_matches
 from ...layers.base import WaRALayer
 from ...layers.lookup import saved_keys
-from ...messages import first
+from ...messages import first_few
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.skeleton import Skeleton
 from .adapter import SavedAdapter
@@ -68,7 +68,7 @@ def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[st
                 return model
             skeleton.config.num_labels = labels
             return skeleton.make(model_class)
-        problems.append(f"{model_class.__name__} has no {first(missing)}")
+        problems.append(f"{model_class.__name__} has no {first_few(missing)}")
     reason = "; ".join(problems) or "its config names no class of transformers"
     raise ValueError(f"The adapter does not fit {str(checkpoint.base)!r}: {reason}.")
 

@@ -18,7 +18,7 @@ from ...base_layers.kinds import KINDS, ModuleShape
 from ...config import WaRAConfig
 from ...forms import Parts
 from ...layers.base import TENSOR_PARTS
-from ...messages import first
+from ...messages import first_few
 from ..checkpoints.tensors import FLOATS, INTEGERS, TensorFile, TensorInfo
 
 PEFT_PREFIX = "base_model.model."
@@ -90,7 +90,7 @@ class Contents:
         expected = {key: shape for of_module in self.factors.values() for key, shape in of_module.items()}
         missing = [repr(key) for key in expected if key not in self.tensors]
         if missing:
-            raise ValueError(f"{self.name} lacks {first(missing)}, which its config asks for.")
+            raise ValueError(f"{self.name} lacks {first_few(missing)}, which its config asks for.")
         for key, shape in expected.items():
             self._check_dtype(key, self.tensors[key], FLOATS)
             if self.tensors[key].shape != shape:
@@ -101,12 +101,12 @@ class Contents:
         self.unmentioned = {key for key in others if not self._is_known(key)}
         stray = [repr(key) for key in others if key in self.unmentioned and self._looks_like_a_factor(key)]
         if stray:
-            raise ValueError(f"{self.name} holds {first(stray)}, of which its config says nothing.")
+            raise ValueError(f"{self.name} holds {first_few(stray)}, of which its config says nothing.")
         if self.unmentioned:
             names = [repr(key) for key in others if key in self.unmentioned]
             warnings.warn(
-                f"{self.name} holds {first(names)}, of which its config says nothing. It is kept, as PEFT loads it "
-                "into parameters of that name."
+                f"{self.name} holds {first_few(names)}, of which its config says nothing. It is kept, as PEFT loads "
+                "it into parameters of that name."
             )
         return others
 
@@ -115,8 +115,8 @@ class Contents:
         lacking = [repr(name) for name in self.config.modules_to_save or () if not self._is_saved(name)]
         if lacking:
             raise ValueError(
-                f"{self.name} lacks {first(lacking)}, which `modules_to_save` in its config promises. Use a complete "
-                "copy of the adapter; if the model has no module of that name, take it out of the config."
+                f"{self.name} lacks {first_few(lacking)}, which `modules_to_save` in its config promises. Use a "
+                "complete copy of the adapter; if the model has no module of that name, take it out of the config."
             )
         tokens = [key for key in self.others if key.endswith(f".{TOKENS}")]
         if self.config.trainable_token_indices and not tokens:
@@ -160,21 +160,22 @@ class Contents:
             lacking = [repr(name) for name in missing if name in named]
             if lacking:
                 raise ValueError(
-                    f"{self.name} lacks the bias of {first(lacking)}, which trained with bias={self.config.bias!r}. "
-                    "Use a complete copy of the adapter."
+                    f"{self.name} lacks the bias of {first_few(lacking)}, which trained with "
+                    f"bias={self.config.bias!r}. Use a complete copy of the adapter."
                 )
             return
         kinds = {_of_one_kind(name) for name in self.modules if name not in missing}
         lacking = [repr(name) for name in missing if _of_one_kind(name) in kinds]
         if lacking:
             raise ValueError(
-                f"{self.name} lacks the bias of {first(lacking)}, but has it of other layers of that name, and "
+                f"{self.name} lacks the bias of {first_few(lacking)}, but has it of other layers of that name, and "
                 f"bias={self.config.bias!r} in its config promises all. Use a complete copy of the adapter."
             )
         if missing:
             warnings.warn(
                 f"bias={self.config.bias!r} in the config says that biases were trained, and {self.name} has none of "
-                f"{first(list(map(repr, missing)))}. Unless the base model has none there either, it is not complete."
+                f"{first_few(list(map(repr, missing)))}. Unless the base model has none there "
+                "either, it is not complete."
             )
 
     def token_indices(self, key: str) -> list[int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...arguments import check_whole_number
 from ...base_layers.kinds import ModuleShape
 from ...config_fields.name_patterns import value_for
-from ...messages import first
+from ...messages import first_few
 from ..checkpoints.tensors import TensorFile, TensorInfo
 from .adapter import open_weights, read_config, read_finite
 from .contents import PEFT_INTERNAL, PEFT_PREFIX, TOKENS, Contents, parameter_of
@@ -134,7 +134,7 @@ class SavedLora:
                 held.setdefault(module.replace(".base_layer", ""), {})[f"lora_{name}"] = info.shape
         known = {name[: dot.start()] for name in model_shapes for dot in re.finditer(r"\.", name)}
         absent = [repr(module) for module in held if module not in known]
-        differences = [f"it adapts {first(absent)}, which this model lacks"] if absent else []
+        differences = [f"it adapts {first_few(absent)}, which this model lacks"] if absent else []
         sizes = []
         for module, shape in modules.items():
             rows, columns = (held.get(module, {}).get(name, ()) for name in shape.kind.lora_names)
@@ -144,7 +144,7 @@ class SavedLora:
             if there != here:
                 sizes.append(f"{module!r} (there {there}, here {here})")
         if sizes:
-            differences.append(f"sizes (out, in) differ in {first(sizes)}")
+            differences.append(f"sizes (out, in) differ in {first_few(sizes)}")
         recorded = self.config.base_model_name_or_path
         origin = f", {recorded!r} by its config" if recorded else ""
         if differences:
@@ -155,8 +155,8 @@ class SavedLora:
         lacking = [repr(module) for module in modules if module not in held]
         if lacking:
             raise ValueError(
-                f"The LoRA in {str(self.path)!r} lacks all of {first(lacking)}, which its config means in this model. "
-                f"Either it was trained on another base model{origin}, or its file is not complete."
+                f"The LoRA in {str(self.path)!r} lacks all of {first_few(lacking)}, which its config means in this "
+                f"model. Either it was trained on another base model{origin}, or its file is not complete."
             )
 
     def _check_others(
@@ -166,8 +166,8 @@ class SavedLora:
         missing = [repr(name) for name in sorted(in_full - contents.others.keys())]
         if missing:
             raise ValueError(
-                f"{contents.name} lacks {first(missing)}, which is part of what `modules_to_save` means in this model."
-                " Load it on the model it was trained on."
+                f"{contents.name} lacks {first_few(missing)}, which is part of what `modules_to_save` means in this "
+                "model. Load it on the model it was trained on."
             )
         for key, info in contents.others.items():
             if PEFT_INTERNAL.search(key):

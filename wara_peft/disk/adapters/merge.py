@@ -16,12 +16,12 @@ from transformers.utils import CONFIG_NAME
 
 from ...base_layers.tied_weights import names_by_parameter
 from ...layers.mergeable import check_mergeable
-from ...messages import first
+from ...messages import first_few
 from ..checkpoints.checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
 from ..checkpoints.directory import written_at_once
 from ..checkpoints.skeleton import keys_of_parameters
 from ..checkpoints.tensors import FLOATS, INTEGERS, TensorInfo
-from .adapter import SavedAdapter, Track, untracked
+from .adapter import SavedAdapter, Track, no_progress_bar
 from .base_model import AdaptedModel, empty_model, is_name_of_embedding
 from .contents import PEFT_INTERNAL, TOKENS, parameter_of
 
@@ -34,7 +34,7 @@ def merge_checkpoint(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
-    track: Track = untracked,
+    track: Track = no_progress_bar,
 ) -> None:
     """Write a plain transformers checkpoint in which W + ΔW stands for each adapted weight W.
 
@@ -114,24 +114,26 @@ class _Plan:
         if factorized:
             raise ValueError(
                 f"The adapter in {str(saved.path)!r} was trained beside factorised layers, such as "
-                f"{first(factorized)}, and the base's are dense. Load the compressed model and the adapter, and "
+                f"{first_few(factorized)}, and the base's are dense. Load the compressed model and the adapter, and "
                 "call merge_and_unload."
             )
         changes = self._changes_by_parameter()
         needed = {name: change.values for name, change in changes.items() if not self._may_be_missing(change)}
         self.model = empty_model(checkpoint, saved, needed)
         self.parameters = self.model.state_dict()
-        self._tied = {name: names for names in names_by_parameter(self.model).values() for name in names}
+        self._tied = {
+            name: names for names in names_by_parameter(self.model, in_every_place=True).values() for name in names
+        }
         self.adapted = AdaptedModel(self.model, saved)
         lacking = [repr(name) for name in sorted(self.adapted.saved - changes.keys())]
         if lacking:
             raise ValueError(
-                f"The adapter in {str(saved.path)!r} lacks {first(lacking)}, which its config promises for "
+                f"The adapter in {str(saved.path)!r} lacks {first_few(lacking)}, which its config promises for "
                 f"{type(self.model).__name__}. Use a complete copy of the adapter."
             )
         missing = [repr(name) for name in changes if name not in self.parameters]
         if missing:
-            warnings.warn(f"{type(self.model).__name__} has no {first(missing)}, which is left out, as by PEFT.")
+            warnings.warn(f"{type(self.model).__name__} has no {first_few(missing)}, which is left out, as by PEFT.")
         for name, shape in saved.modules.items():
             if not shape.kind.is_parameter and shape.parameter_of(name) in self.parameters:
                 check_mergeable(name, self.model.get_submodule(name))
@@ -186,13 +188,13 @@ class _Plan:
             if any(item.parameter in self.adapted.owned for item in together) and changed_alone:
                 others = [repr(name) for name in changed_alone]
                 raise ValueError(
-                    f"Cannot merge into {change.parameter!r}: its weight is tied to {first(others)}, which would "
+                    f"Cannot merge into {change.parameter!r}: its weight is tied to {first_few(others)}, which would "
                     f"change too, and does not where the adapter is not merged. {self._remedy(changed_alone)}"
                 )
             if len(together) > 1 and not self._alike(together):
                 others = [repr(item.parameter) for item in together if item is not change]
                 raise ValueError(
-                    f"Cannot merge into {change.parameter!r}: its weight is tied to {first(others)}, which the "
+                    f"Cannot merge into {change.parameter!r}: its weight is tied to {first_few(others)}, which the "
                     "adapter changes otherwise. Untie them in the base model (`tie_word_embeddings=False`)."
                 )
             chosen[tied[0]] = functools.reduce(_joined, together)

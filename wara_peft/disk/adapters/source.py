@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ...arguments import shown
+from ...arguments import short_form
 from ...base_layers.kinds import ModuleShape
 from ...base_layers.lora_places import has_attention, lora_key
 from ...compiled import on_plain_model
@@ -21,7 +21,7 @@ from ...config_fields.name_patterns import suffix_matches
 from ...layers.base import WaRALayer
 from ...layers.lookup import adapted_layers, saved_keys, wara_config
 from ...layers.low_rank_update import LowRankUpdate
-from ...messages import first
+from ...messages import first_few
 from .adapter import SavedAdapter
 from .contents import PEFT_PREFIX
 
@@ -77,7 +77,9 @@ def adapter_source(
         return _of_model(model, adapter_name)
     if isinstance(model, (str, os.PathLike)):
         return _in_directory(adapter_directory(model, adapter_name), component)
-    raise TypeError(f"model must be a model with WaRA adapters, or the path of a saved one, and is {shown(model)}.")
+    raise TypeError(
+        f"model must be a model with WaRA adapters, or the path of a saved one, and is {short_form(model)}."
+    )
 
 
 def adapter_directory(path: str | os.PathLike[str], adapter_name: str) -> Path:
@@ -149,6 +151,6 @@ def _about_convolutions(layers: dict[str, WaRALayer]) -> Iterator[str]:
     ]
     if different:
         yield (
-            f"PEFT's LoRA computes without the dilation and padding mode of {first(different)}. The exported "
+            f"PEFT's LoRA computes without the dilation and padding mode of {first_few(different)}. The exported "
             "factors are exact; merge the exported LoRA before use to have them computed as here."
         )

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ...messages import first
+from ...messages import first_few
 from .tensors import TensorFile, TensorInfo
 
 COPIED_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
@@ -47,11 +47,11 @@ class Checkpoint:
             twice = [f"{key!r} (also in {self.file_of[key]!r})" for key in found if key in self.file_of]
             if twice:
                 raise ValueError(
-                    f"{str(base / name)!r} has {first(twice)}: two files must not have one key. Load the model, and "
-                    "save it again."
+                    f"{str(base / name)!r} has {first_few(twice)}: two files must not have one key. Load the model, "
+                    "and save it again."
                 )
             if not listed <= found.keys():
-                missing = first([repr(key) for key in sorted(listed - found.keys())])
+                missing = first_few([repr(key) for key in sorted(listed - found.keys())])
                 raise ValueError(f"{str(base / SAFE_WEIGHTS_INDEX_NAME)!r} says {name!r} has {missing}; it has not.")
             self.file_of.update(dict.fromkeys(found, name))
             self.tensors.update(found)
@@ -84,7 +84,7 @@ class Checkpoint:
             files.setdefault(name, set()).add(key)
         missing = [repr(name) for name in files if not (self.base / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{str(self.base)!r} lacks {first(missing)}, which its index names.")
+            raise FileNotFoundError(f"{str(self.base)!r} lacks {first_few(missing)}, which its index names.")
         return files
 
     def read(self, key: str) -> Tensor:
