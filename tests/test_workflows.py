@@ -105,6 +105,7 @@ def language_model(tmp_path) -> Path:
     return tmp_path / "base"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.filterwarnings("ignore:.*flash")
 def test_sft_trainer(language_model, tmp_path, packing):
@@ -150,6 +151,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_trainer_on_images_resumes_with_the_losses_of_an_uninterrupted_run(form, tmp_path):
     """Classes are dark, grey and bright images."""

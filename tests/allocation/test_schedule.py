@@ -225,6 +225,7 @@ class TestTrainer:
         assert not any(moment.any() for _, moment, _ in found)
         assert all(square.any() for _, _, square in found)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stop", [14, 34])
     def test_resuming_equals_the_run_that_was_not_interrupted(self, tmp_path: Path, stop: int):
         def schedule() -> RankSchedule:
@@ -249,6 +250,7 @@ class TestTrainer:
         for name, parameter in resumed.named_parameters():
             assert torch.equal(parameter, expected[name]), name
 
+    @pytest.mark.slow
     def test_resuming_without_the_file_says_where_to_give_it(self, tmp_path: Path):
         run = trainer(adapted(), tmp_path, RankSchedule(BUDGET), save_strategy="steps", save_steps=20)
         run.train()

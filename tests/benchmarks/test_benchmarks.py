@@ -328,7 +328,17 @@ SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], N
     "step_time": (SMOKE, check_step_time),
     "transform_time": (SMOKE, check_transform_time),
 }
-START_PROCESSES = ("compression", "import_time", "merge_memory", "settings")
+SLOW = {
+    "compression",
+    "decode",
+    "grid_sampling",
+    "grid_step",
+    "import_time",
+    "launches",
+    "merge_memory",
+    "settings",
+    "step_time",
+}
 # Differences of two measurements, which noise makes negative where sizes are tiny.
 DIFFERENCES = ("difference_to_a_real_base", "peak_mebibytes_above_imports")
 
@@ -388,7 +398,7 @@ def fork_interpreters(run: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.filterwarnings("ignore:Too few samples for a regular moment")
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in START_PROCESSES else []) for name in SCRIPTS],
+    [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in SCRIPTS],
 )
 def test_wara_bench_smoke(name, run, tmp_path, capsys, monkeypatch):
     options, check = SCRIPTS[name]

@@ -54,6 +54,7 @@ class TestMethods:
         head = [p for n, p in built.model.named_parameters() if p.requires_grad and "classifier" in n]
         assert sum(p.numel() for p in head) == 64 * 5 + 5
 
+    @pytest.mark.slow
     def test_ends(self) -> None:
         problem = self.problem.problem(0)
         assert METHODS["frozen"].build(problem, 0).parameters == 0
@@ -131,6 +132,7 @@ class TestRanks:
         wara = self.ranks("WaRA subband, ranks by gradient", 16.0)
         assert any(max(ranks.values()) > min(ranks.values()) for ranks in wara.values())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["LoRA, ranks while training", "WaRA subband, ranks while training"])
     def test_while_training_it_comes_down_to_the_budget(self, name: str) -> None:
         problem = Digits(8, "clean", 8, 20, pretraining_epochs=1).problem(0)
@@ -143,10 +145,12 @@ class TestRanks:
                 left += int(columns.any(0).sum()) * (rows.shape[1] + len(columns))
         assert 0.95 * built.parameters < left <= built.parameters
 
+    @pytest.mark.slow
     def test_evas_ranks_follow_the_inputs(self) -> None:
         ranks = {of["aa0"] for of in self.ranks("LoRA, EVA's ranks", 4.0).values()}
         assert len(ranks) > 1 and max(ranks) <= 8
 
+    @pytest.mark.slow
     def test_controls(self) -> None:
         first = self.ranks("LoRA, first layer alone", 2.0)
         assert len(first) == 6 and all(name.startswith("layers.0.") for name in first)

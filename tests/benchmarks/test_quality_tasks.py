@@ -23,6 +23,7 @@ from quality.tasks.planted import CHANGES, Planted, weight_rows
 
 
 class TestTasks:
+    @pytest.mark.slow
     @pytest.mark.parametrize("task", [Digits(8, "inverted", 8, 3, pretraining_epochs=1), Planted("block-local", 3)])
     def test_methods_share_base_head_data_and_order_at_a_seed(self, task: Digits | Planted) -> None:
         first, second, other = task.problem(1), task.problem(1), task.problem(2)

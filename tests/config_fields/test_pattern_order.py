@@ -203,6 +203,7 @@ def test_ranks_of_a_lora_whose_order_peft_has_lost_are_refused(tmp_path):
     assert not layers_of(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["(a|aa)+b?c", "(a+)+b", "(.*a){20}b", r"(\w+\s?)*b"])
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_would_match_for_ever_does_not_hang_loading(field, pattern, tmp_path):

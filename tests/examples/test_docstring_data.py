@@ -301,6 +301,7 @@ class TestErrors:
             docstring_data.load_docstrings(**options)
 
 
+@pytest.mark.slow
 def test_the_installed_libraries_have_enough_docstrings(
     docstring_data: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -185,6 +185,7 @@ def test_what_is_left_out_is_named_once(trained: Trained):
     )
 
 
+@pytest.mark.slow
 def test_load(trained: Trained, tmp_path: Path):
     with asked(trained.family, "load"):
         trained.model.save_pretrained(tmp_path)
@@ -196,11 +197,13 @@ def test_load(trained: Trained, tmp_path: Path):
         trained.equals(loaded)
 
 
+@pytest.mark.slow
 def test_merge(trained: Trained):
     with asked(trained.family, "merge"):
         trained.equals(copy.deepcopy(trained.model).merge_and_unload())
 
 
+@pytest.mark.slow
 def test_export(trained: Trained, tmp_path: Path):
     with asked(trained.family, "export"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT's, about its own ways
@@ -208,6 +211,7 @@ def test_export(trained: Trained, tmp_path: Path):
         trained.equals(PeftModel.from_pretrained(trained.fresh(), tmp_path, autocast_adapter_dtype=False))
 
 
+@pytest.mark.slow
 def test_unload(trained: Trained):
     with asked(trained.family, "unload"):
         unloaded = copy.deepcopy(trained.model).unload()

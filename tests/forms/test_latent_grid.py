@@ -165,6 +165,7 @@ def adapted(name: str, **fields: Any) -> tuple[PeftModel, Callable[[nn.Module, i
     return get_peft_model(model, grid_config(name, **fields)).double().eval(), call
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:levels=1 is more than is useful for wavelet='db2'")
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
 @pytest.mark.parametrize("name", CALLS)
@@ -217,6 +218,7 @@ def test_tokens_lie_row_by_row(name):
         assert abs(found_column - column) <= reach
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", ["separate", "shared"])
 @pytest.mark.parametrize("name", CALLS)
 def test_training_saving_and_loading(name, pairs, tmp_path):

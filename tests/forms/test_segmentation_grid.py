@@ -115,6 +115,7 @@ def scores(model: nn.Module, size: tuple[int, int]) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:levels=1 is more than is useful for wavelet='db2'")
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
 @pytest.mark.parametrize("name", MODELS)

@@ -107,6 +107,7 @@ def test_set_requires_grad():
     assert trainable() == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_class", [WaRAConfig, partial(WaRAConfig, form="tiny"), LoraConfig])
 def test_offloaded_to_disk(config_class, tmp_path, monkeypatch):
     """Layers that accelerate keeps on the disk compute, load adapters and merge."""

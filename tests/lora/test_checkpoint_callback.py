@@ -167,6 +167,7 @@ WITH_DEFAULT = pytest.param(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [WITH_DEFAULT, "main"])
 def test_named_adapters_resume_as_they_were(tmp_path, first):
     """Trainer takes folders of a checkpoint with an adapter's file for adapters, and those of LoRAs are none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import random
@@ -28,6 +29,12 @@ WAVELETS = ("haar", "db3")
 LEVELS = 2
 # Every test takes one that no other has used, so that nothing is kept for it yet.
 LENGTHS = itertools.count(60, 2**LEVELS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_of_other_tests() -> None:
+    """Constants may be held by cycles that earlier tests have left."""
+    gc.collect()
 
 
 def use(name: str, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ def launches(monkeypatch):
     return launches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("shape", [(2048, 2048), (2048, 8192), (2048, 512)])
 @pytest.mark.parametrize(("levels", "share", "most"), [(1, 4 / 3, 16), (3, 8 / 3, 32)])

@@ -147,6 +147,7 @@ def test_trains_ends_in_factors_and_saves(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 4])  # between two fits, and right after one
 def test_trainer_resumes_to_the_bit_and_saves(tmp_path: Path, stop: int) -> None:
     def train(path: Path, steps: int, seed: int = 0, **fields: object) -> nn.Module:

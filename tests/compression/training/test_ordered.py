@@ -265,6 +265,7 @@ def converted() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_trainer_shrinks_resumes_to_the_bit_and_saves(tmp_path: Path) -> None:
     def callback() -> OrderedRankTraining:
         return OrderedRankTraining(penalty=1e-3, threshold=0.08)

@@ -71,6 +71,7 @@ def rows(count: int = 24) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
+@pytest.mark.slow
 def test_resuming_is_equal_to_the_bit(tmp_path: Path) -> None:
     whole = converted()
     Trainer(whole, arguments(tmp_path / "a", 6), train_dataset=rows()).train()

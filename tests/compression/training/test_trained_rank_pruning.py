@@ -160,6 +160,7 @@ def arguments(path: Path, steps: int) -> TrainingArguments:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_trainer_resumes_to_the_bit_and_saves(tmp_path: Path) -> None:
     def train(path: Path, steps: int, **fields: object) -> nn.Module:
         torch.manual_seed(0)
