@@ -1,4 +1,7 @@
-"""Ranks by module and subband for a budget of parameters, found before training, or while it goes on (`schedule`)."""
+"""Distributes a budget of parameters as ranks over modules and subbands.
+
+`allocate_ranks` does so before training, `schedule.RankSchedule` during training.
+"""
 
 from .allocate import Allocation, allocate_ranks
 from .report import AllocationReport, ModuleAllocation

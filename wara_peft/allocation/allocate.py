@@ -1,4 +1,8 @@
-"""`allocate_ranks`: from a model, a config and a few batches to the config that spends a budget best."""
+"""`allocate_ranks` takes a model, a config and a few batches, and returns a config whose ranks fit a budget.
+
+It scores the directions of every subband on the batches (`signals`, `blocks`), and then buys units of rank in the
+order of score per parameter until the budget is spent (`greedy`).
+"""
 
 from __future__ import annotations
 
@@ -36,11 +40,12 @@ MAX_BYTES = 2**31
 MAX_RANK = 64
 
 Ranks = int | Mapping[str, int | Mapping[str, int]]
-"""A rank of every subband, or by module name or regular expression an int or ranks by subband."""
+"""One rank for every subband of every module; or a dict whose keys are module names or regular expressions, and whose
+values are one rank for all subbands or a dict of ranks by subband."""
 
 
 class Allocation(NamedTuple):
-    """What `allocate_ranks` returns: a config with a rank for each module and subband, and how it came about."""
+    """The result of `allocate_ranks`: a config with a rank for each module and subband, and a report on its making."""
 
     config: WaRAConfig
     report: AllocationReport
@@ -48,7 +53,14 @@ class Allocation(NamedTuple):
 
 @dataclass(frozen=True)
 class _Target:
-    """A linear layer to be adapted, and the least and the largest rank of each subband that may have one."""
+    """A linear layer that is to be adapted.
+
+    Attributes:
+        layer: the base layer.
+        shape: (m, n), its out features and in features.
+        bands: the subbands that may get a rank, by name.
+        floors, caps: the least and the largest rank of each of these subbands.
+    """
 
     layer: nn.Module
     shape: tuple[int, int]
@@ -57,7 +69,7 @@ class _Target:
     caps: dict[str, int]
 
     def cost(self, name: str) -> int:
-        """Parameters of one pair of that subband: a row of A_s and a column of B_s."""
+        """Count the parameters of one pair of this subband: a row of A_s and a column of B_s."""
         return sum(self.bands[name].shape(*self.shape))
 
 
@@ -78,30 +90,35 @@ def allocate_ranks(
 ) -> Allocation:
     """Spread a budget of parameters over the modules and subbands of an adapter, before training.
 
-    Each pair (a row of A_s, (n_j,), and a column of B_s, (m_j,)) costs m_j + n_j. With G the mean gradient of a
-    weight, the i-th pair of a subband gains σ_i², σ_i being the singular values of S_out,sᵀ G S_in,s: a step along the
-    best r pairs lowers the loss in proportion to Σ_{i≤r} σ_i². Pairs are taken in the order of gain per parameter for
-    as long as they fit. The scaling of a module stays what `config` gives it.
+    A unit of rank is a pair: a row of A_s, (n_j,), and a column of B_s, (m_j,). It costs m_j + n_j parameters. Let G
+    be the mean gradient of a weight, and σ_i the singular values of S_out,sᵀ G S_in,s. Then the i-th pair of subband s
+    gains σ_i², because a gradient step along the best r pairs lowers the loss in proportion to Σ_{i≤r} σ_i². Pairs are
+    taken in the order of gain per parameter for as long as they fit. `config` determines the scaling of every module;
+    the allocation does not change it.
 
-    Batches are run in evaluation mode with all parameters frozen, and the model is left as it was. Equal batches give
-    equal ranks. Where `torch.distributed` is initialised each process passes its own batches, gradients are averaged,
-    and all get the same config.
+    The model runs over the batches in evaluation mode with all parameters frozen, and is left as it was. Equal batches
+    give equal ranks. If `torch.distributed` is initialised, each process passes its own batches, gradients are
+    averaged, and all processes get the same config.
 
     Args:
         model: the base model, without adapters.
-        config: says which modules, and by which wavelet; subbands to which it gives rank 0 stay without. Of
-            `form="subband"`, on linear layers (also quantized ones). For plain LoRA give ranks to `aa0` alone.
+        config: names the modules and the wavelet. It must have `form="subband"` and target linear layers (also
+            quantized ones). A subband to which it gives rank 0 gets no rank. For plain LoRA give a rank only to `aa0`.
         dataloader: gives batches: mappings, passed on as keyword arguments, sequences, as positional ones, or tensors.
-        budget: how many parameters the adapter may have; None takes as many as `like`, or else as `config` has.
-        like: a LoRA whose parameters to count; without `target_modules` of its own, on those of `config`.
+        budget: how many parameters the adapter may have. None takes the number of parameters of the LoRA `like`, or,
+            without `like`, of the adapter that `config` describes.
+        like: a LoRA whose parameters are counted as the budget. If it has no `target_modules`, they are counted on the
+            modules that `config` targets.
         loss_fn: takes the model and a batch and gives the loss, a scalar; None takes `model(**batch).loss`.
         batches: how many batches to use at most.
-        score: "gradient", as above, or "activation": the share of a module's input variance that lies along each
-            direction of a subband, as in EVA (arXiv 2410.07170), but by parameter.
-        min_rank: the least rank of each subband: an int, or as `WaRAConfig.rank_pattern` by module and subband.
-        max_rank: likewise the largest; where it is far below the size of a subband, a randomised SVD does.
-        max_bytes: how much memory the matrices that are summed up may take; if it is less than all need, modules are
-            done in groups, for each of which the batches are run again.
+        score: "gradient" scores pairs as above. "activation" scores each direction of a subband by its share of the
+            module's input variance, as EVA (arXiv 2410.07170) does, but divides it by the pair's parameters.
+        min_rank: the least rank of each subband: an int, or a dict by module and subband like
+            `WaRAConfig.rank_pattern`.
+        max_rank: the largest rank of each subband, in the same format. If it is far below the size of a subband, a
+            randomised SVD replaces the full one.
+        max_bytes: how much memory the matrices of gradients or inputs may take. If all modules together need more,
+            they are scored in groups, and the batches are run once for each group.
 
     Returns:
         A config that names the modules which get a rank, and a report.
@@ -112,10 +129,11 @@ def allocate_ranks(
             or do not reach a target; or an argument is out of range.
         TypeError: a target is no linear layer.
 
-    What it is worth: on a small ViT some points over even ranks, significant after Holm's correction on one task of
-    four where two were the aim; on text nothing, and perhaps a loss. The figures are in docs/ranks.md.
+    Evidence: on a small ViT allocated ranks score some points higher than even ranks. The difference is significant
+    after Holm's correction on one task of four, where two were the aim. On text there is no gain, and perhaps a loss.
+    The figures are in docs/ranks.md.
 
-    Source: gains by gradient and cost as in GoRA (arXiv 2502.12171), by a greedy choice of single pairs.
+    Source: GoRA (arXiv 2502.12171) weighs gradients against cost; the greedy choice of single pairs is ours.
     """
     call = "allocate_ranks(model, config, dataloader)"
     check_argument(call, "model", model, "an nn.Module")
@@ -137,10 +155,12 @@ def allocate_ranks(
         raise ValueError(
             f"budget={budget:,} is less than one pair, the cheapest of which has {cheapest:,} parameters."
         )
+    # A subband can never get more pairs than the whole budget pays for, so no more singular values are computed.
     counts = {
         name: {band: min(target.caps[band], budget // target.cost(band)) for band in target.bands}
         for name, target in targets.items()
     }
+    # The floors are checked before the batches are run: that is the slow part.
     _check_floors(targets, counts, budget)
     spectra = _spectra(model, config, targets, dataloader, loss_fn, batches, score, max_bytes, counts)
     keys = [(name, band) for name, target in targets.items() for band in target.bands]
@@ -235,6 +255,7 @@ def _rank_of(field_name: str, ranks: Ranks, module_name: str, band: str, default
 
 
 def _check_floors(targets: dict[str, _Target], counts: dict[str, dict[str, int]], budget: int) -> None:
+    # Items without gains take their floors only, so `spend` raises exactly if the floors exceed the budget.
     floors = [Item([], target.cost(band), target.floors[band]) for target in targets.values() for band in target.bands]
     spend(floors, budget)
     if not any(count for by_band in counts.values() for count in by_band.values()):
@@ -252,12 +273,16 @@ def _spectra(
     max_bytes: int,
     counts: dict[str, dict[str, int]],
 ) -> dict[str, dict[str, Spectrum]]:
+    # The generator is exhausted here, so that a module which is too large is refused before the model runs.
     groups = list(groups_within(max_bytes, {name: _needed(target, score) for name, target in targets.items()}))
+    # In evaluation mode bitsandbytes may repack 4-bit weights in place, and the model must be left as it was.
     keep_unpacked(model)
     found: dict[str, dict[str, Spectrum]] = {}
     decompose = energies_of_gradient if score == "gradient" else energies_of_inputs
+    # The caller may be under `no_grad` or `inference_mode`, where backward would give no gradients.
     with torch.inference_mode(False), torch.enable_grad(), in_eval_mode(model), with_frozen_parameters(model):
         device = next(model.parameters()).device
+        # Each group of modules needs the same batches again, and a dataloader may shuffle or be exhausted.
         kept = [send_to_device(batch, device) for batch in itertools.islice(dataloader, batches)]
         if not kept:
             raise ValueError("The dataloader gives no batches.")
@@ -266,7 +291,8 @@ def _spectra(
             matrices = (mean_gradients if score == "gradient" else input_covariances)(model, layers, kept, loss_fn)
             for name, matrix in matrices:
                 found[name] = decompose(matrix, config.wavelet, counts[name])
-                take_from_first_process(itertools.chain(*found[name].values()))  # so that all choose alike
+                # Decompositions are rounded differently on different machines, and all must choose the same ranks.
+                take_from_first_process(itertools.chain(*found[name].values()))
     if not any(float(spectrum.energy) for by_band in found.values() for spectrum in by_band.values()):
         what = "gradients" if score == "gradient" else "variances of the inputs"
         raise ValueError(f"All {what} are zero in these batches, and tell nothing of ranks. Pass other batches.")
@@ -274,5 +300,8 @@ def _spectra(
 
 
 def _needed(target: _Target, score: str) -> int:
-    """Bytes, in float32; of the inputs there are two, the sum and what the last batch has added."""
+    """Count the bytes of a target's matrices in float32.
+
+    "activation" needs two matrices, the sum and the last call's summand, with a row and a column more for the mean.
+    """
     return 4 * math.prod(target.shape) if score == "gradient" else 8 * (target.shape[1] + 1) ** 2

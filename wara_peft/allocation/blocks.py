@@ -1,4 +1,4 @@
-"""Spectra of the subbands of a matrix."""
+"""Scores the directions of each subband, from the gradient of a weight or the covariance of a layer's inputs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,29 @@ from ..wavelet import Subband, into_band
 
 
 class Spectrum(NamedTuple):
-    """Of one subband: the largest gains in descending order, and the sum of all, (count,) and (), in float64."""
+    """The gains of one subband's directions, in float64.
+
+    Attributes:
+        gains: the largest gains in descending order, (count,).
+        energy: the sum of all gains of the subband, including the small ones that `gains` omits, ().
+    """
 
     gains: Tensor
     energy: Tensor
 
 
 def energies_of_gradient(gradient: Tensor, wavelet: str, counts: Mapping[str, int]) -> dict[str, Spectrum]:
-    """Squares of the largest singular values of the gradient of each C_s, S_outᵀ G S_in, for ΔW = Σ_s S_out C_s S_inᵀ.
+    """Give the squares of the largest singular values of S_outᵀ G S_in for each subband s.
+
+    With ΔW = Σ_s S_out C_s S_inᵀ and G = ∂loss/∂W, this matrix is the gradient of the coefficients C_s.
 
     Args:
-        gradient: G, (m, n), that of the weight.
+        gradient: G, (m, n), the gradient of the weight.
         wavelet: name of an orthogonal wavelet.
-        counts: how many values of each subband.
+        counts: how many values to give for each subband, by its name.
     """
     found = {}
+    # Several subbands have the same input side (aa1 and da1, for example): G S_in is computed once for them.
     half: dict[tuple[int, str], Tensor] = {}
     for name, count in counts.items():
         band = Subband.named(name)
@@ -40,11 +48,13 @@ def energies_of_gradient(gradient: Tensor, wavelet: str, counts: Mapping[str, in
 
 
 def energies_of_inputs(covariance: Tensor, wavelet: str, counts: Mapping[str, int]) -> dict[str, Spectrum]:
-    """Largest eigenvalues of S_inᵀ C S_in, as shares of the sum of those of all these subbands.
+    """Give the largest eigenvalues of S_inᵀ C S_in for each subband, divided by the sum of all eigenvalues.
+
+    The sum runs over all subbands in `counts`, so that modules with large inputs do not outbid the others.
 
     Args:
-        covariance: C, (n, n), that of the inputs.
-        wavelet, counts: as in `energies_of_gradient`.
+        covariance: C, (n, n), the covariance of the inputs.
+        wavelet, counts: see `energies_of_gradient`.
     """
     found: dict[str, Spectrum] = {}
     by_band: dict[tuple[int, str], Tensor] = {}
@@ -54,6 +64,7 @@ def energies_of_inputs(covariance: Tensor, wavelet: str, counts: Mapping[str, in
         if key not in by_band:
             half = into_band(covariance, wavelet, *key)  # (n, n_j)
             whole = into_band(half.T.contiguous(), wavelet, *key)  # (n_j, n_j)
+            # A covariance has no negative eigenvalues; rounding may give tiny ones.
             by_band[key] = torch.linalg.eigvalsh(whole.double()).clamp(min=0).flip(0)
         found[name] = Spectrum(by_band[key][:count], by_band[key].sum())
     total = torch.stack([spectrum.energy for spectrum in found.values()]).sum()

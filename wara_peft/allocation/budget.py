@@ -1,4 +1,4 @@
-"""Budgets: the parameters of a LoRA to be like, and how a budget shrinks in the course of a training."""
+"""Budgets of parameters: as many as a given LoRA would have, or a number that shrinks in the course of a training."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ from ..layers.parameters import AdaptedModule
 
 
 def lora_parameters_in(model: nn.Module, like: LoraConfig, modules: Mapping[str, nn.Module]) -> int:
-    """Count the parameters that a LoRA would have on a model; without `target_modules` it is counted on `modules`.
+    """Count the parameters that a LoRA would have on a model.
 
     Args:
         model: the base model, or one that has adapters around it.
         like: the LoRA's config.
-        modules: base layers by their names in the base model.
+        modules: base layers by their names in the base model, on which it is counted if it has no `target_modules`.
 
     Raises:
-        ValueError: it adapts what is not linear, or nothing.
+        ValueError: the LoRA adapts a layer that is not linear, or none at all.
     """
     if like.target_modules is None:
         return lora_parameters(like, modules)
     with plain_model(base_model_of(model)) as plain, _without_adapters(plain):
+        # PEFT resolves "all-linear" in place, and the config belongs to the caller.
         like = cast(LoraConfig, _maybe_include_all_linear_layers(copy.deepcopy(like), plain))
         named = dict(plain.named_modules())
     found = {name: module for name, module in named.items() if name and check_target_module_exists(like, name)}
@@ -50,7 +51,10 @@ def lora_parameters_in(model: nn.Module, like: LoraConfig, modules: Mapping[str,
 
 @contextmanager
 def _without_adapters(model: nn.Module) -> Iterator[None]:
-    """Scope in which the layers that adapters have replaced are in their places."""
+    """Scope in which the model has its original layers again, in the places where adapter layers stand.
+
+    PEFT's rules for targets read names and classes of modules, and must see those of the base model.
+    """
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -73,10 +77,10 @@ def _original(module: nn.Module) -> nn.Module:
 
 
 def lora_parameters(like: LoraConfig, modules: Mapping[str, nn.Module]) -> int:
-    """Σ r (m + n) over linear layers, with a LoRA's ranks by name.
+    """Give Σ r (m + n) over linear layers, where r is the rank that the LoRA's config gives to each layer's name.
 
     Raises:
-        ValueError: one is no linear layer.
+        ValueError: one of the modules is no linear layer.
     """
     patterns = like.rank_pattern or {}
     total = 0
@@ -90,7 +94,11 @@ def lora_parameters(like: LoraConfig, modules: Mapping[str, nn.Module]) -> int:
 
 @dataclass(frozen=True)
 class CubicBudget:
-    """b(t) = b_T + (b_0 − b_T)(1 − (t − t_i) / (T − t_i − t_f))³ between steps t_i and T − t_f; constant outside.
+    """A budget that falls from b_0 to b_T along a cubic curve.
+
+        b(t) = b_T + (b_0 − b_T)(1 − (t − t_i) / (T − t_i − t_f))³   for steps t between t_i and T − t_f
+
+    Before t_i it is b_0, and after T − t_f it is b_T.
 
     Attributes:
         first, last: b_0 and b_T.
@@ -107,11 +115,11 @@ class CubicBudget:
 
     @property
     def end(self) -> int:
-        """The step from which on the budget is the last one."""
+        """The first step at which the budget is `last`."""
         return self.total - self.final
 
     def at(self, step: int) -> int:
-        """The budget after that many steps."""
+        """Give the budget after `step` steps."""
         if step <= self.warmup:
             return self.first
         if step >= self.end:

@@ -1,4 +1,4 @@
-"""Spending a budget on units of rank by gain per cost; nothing here knows of models."""
+"""Spends a budget on units of rank in the order of gain per cost; no model or tensor is needed for it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..linear_algebra.greedy import Step
 
 @dataclass(frozen=True)
 class Item:
-    """Something that takes units of rank one after the other.
+    """A subband of a module, for example: it takes units of rank one after the other.
 
     Attributes:
-        gains: what each further unit gains, in descending order; there are no more units than gains.
-        cost: what each of them costs.
-        floor: how many it gets in any case.
+        gains: the gain of each further unit, in descending order; the item takes at most as many units as gains.
+        cost: the cost of one unit.
+        floor: how many units the item gets in any case.
     """
 
     gains: Sequence[float]
@@ -25,15 +25,15 @@ class Item:
 
 
 def spend(items: Sequence[Item], budget: int) -> list[int]:
-    """Number of units of each item that gain much for what they cost, and cost no more than the budget together.
+    """Choose how many units each item gets, so that they gain much and together cost no more than the budget.
 
-    The floors come first; then units in the order of gain / cost, largest first, of which those are left out that no
-    longer fit. Equal ones go by the order of the items. The total gain is less than the optimum by no more than the
-    gain of the first unit that was left out, and is the optimum where all costs are equal. What remains of the budget
-    is less than the cost of any unit that is left.
+    Every item first gets its floor. Then units are taken in the order of gain / cost, largest first; a unit that no
+    longer fits is left out. If two ratios are equal, the earlier item goes first. The total gain is less than the
+    optimum by no more than the gain of the first unit that was left out; if all costs are equal, it is the optimum.
+    The rest of the budget is less than the cost of any unit that is left.
 
     Raises:
-        ValueError: the floors alone cost more.
+        ValueError: the floors cost more than the budget.
     """
     left = budget - sum(item.floor * item.cost for item in items)
     if left < 0:
@@ -43,9 +43,10 @@ def spend(items: Sequence[Item], budget: int) -> list[int]:
 
 
 def units_that_fit(scores: Sequence[float], costs: Sequence[int], budget: int) -> list[bool]:
-    """Which of single units to keep: those of the highest scores that fit into the budget together.
+    """Choose which single units to keep: those with the highest scores that together fit into the budget.
 
-    In the order of scores, largest first and equal ones as they stand, each is taken that still fits.
+    Units are taken in the order of scores, largest first. A unit that no longer fits is passed over, and smaller ones
+    after it may still be taken. If two scores are equal, the earlier unit goes first.
     """
     taken = greedy.spend([[Step(score, cost)] for score, cost in zip(scores, costs, strict=True)], budget)
     return [count > 0 for count in taken]

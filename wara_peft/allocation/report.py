@@ -1,4 +1,4 @@
-"""What `allocate_ranks` has found: ranks and energy by module and subband, as a table and as a picture."""
+"""The report of `allocate_ranks`: ranks and energy by module and subband, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..wavelet import subbands
 
 @dataclass(frozen=True)
 class ModuleAllocation:
-    """One target.
+    """The ranks that one target module got, and the scores that led to them.
 
     Attributes:
-        name, out_features, in_features: the module.
+        name, out_features, in_features: the module's name and shape.
         ranks: the rank of each subband that could have one.
-        energy: of each of these the score that all its directions have together.
-        parameters: numbers that are trained for it.
+        energy: for each of these subbands the sum of the scores of all its directions.
+        parameters: how many numbers are trained for the module.
     """
 
     name: str
@@ -32,13 +32,13 @@ class ModuleAllocation:
 
 @dataclass(frozen=True)
 class AllocationReport:
-    """How a budget has been spent.
+    """How `allocate_ranks` has spent a budget.
 
     Attributes:
-        score: "gradient" or "activation".
+        score: "gradient" or "activation", as in `allocate_ranks`.
         budget: how many parameters there were to spend.
-        wavelet, levels: those of the config.
-        modules: all targets, also those that get no adapter.
+        wavelet, levels: the config's fields.
+        modules: all target modules, also those without any rank, which get no adapter.
     """
 
     score: str
@@ -49,7 +49,7 @@ class AllocationReport:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the adapter has, at most the budget."""
+        """Number of parameters of the adapter, which is at most the budget."""
         return sum(module.parameters for module in self.modules)
 
     @property
@@ -59,7 +59,7 @@ class AllocationReport:
         return [band.name for band in subbands(self.levels) if band.name in used]
 
     def energy_shares(self) -> dict[str, dict[str, float]]:
-        """For each module by name the share of the whole energy that lies in each of its subbands."""
+        """Give, for each module by name, each of its subbands' share of the energy of all modules together."""
         total = sum(sum(module.energy.values()) for module in self.modules)
         return {
             module.name: {name: energy / total if total > 0 else 0.0 for name, energy in module.energy.items()}
@@ -67,7 +67,7 @@ class AllocationReport:
         }
 
     def table(self) -> str:
-        """A row for each module: rank and share of the energy by subband, and the parameters."""
+        """Write a table with one row per module: rank and share of the energy by subband, and the parameters."""
         shares = self.energy_shares()
         rows = [["module", "out x in", *self.subbands, "parameters"]]
         for module in self.modules:
@@ -85,7 +85,7 @@ class AllocationReport:
     __str__ = table
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything here as plain values, for JSON."""
+        """Give all fields and properties as plain values, for JSON."""
         return {**dataclasses.asdict(self), "parameters": self.parameters, "energy_shares": self.energy_shares()}
 
     def plot(self, path: str | os.PathLike[str]) -> None:

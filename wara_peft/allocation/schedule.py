@@ -1,4 +1,4 @@
-"""`RankSchedule`: an adapter that starts large is brought down to a budget while it trains."""
+"""`RankSchedule` starts training with a large adapter, and cuts it down to a budget of parameters while it trains."""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ from .greedy import units_that_fit
 from .sensitivity import Sensitivity
 
 FILE = "rank_schedule.safetensors"
-"""Beside a checkpoint's weights."""
+"""Name of the file that lies beside a checkpoint's weights, and holds the schedule's averages and choice."""
 
 
 class RankSchedule(TrainerCallback):
-    """Brings an adapter down to a budget of parameters in the course of a training, by AdaLoRA's rule.
+    """Cuts an adapter down to a budget of parameters in the course of a training, by AdaLoRA's rule.
 
-    A component is a row of A_s with the column of B_s, of n_j + m_j parameters. Its score is the mean smoothed
-    sensitivity of the row's numbers and that of the column's (see `Sensitivity`): by parameter, so that long
-    components are neither favoured nor held back. The highest are kept, within a budget of parameters that falls as
-    (1 − progress)³ from the adapter's size to `budget`. What is not kept is masked: the column of B_s and its
-    optimizer moments become zero, while the row of A_s stays, so that it grows again from zero, and may be kept next
-    time. From `final` steps before the end on the choice is fixed, and at the end the others are cut: only then do
-    shapes change, in memory, in what is saved and in exports.
+    A component is a row of A_s with its column of B_s; it has n_j + m_j parameters. Its score is the mean smoothed
+    sensitivity of the row's numbers plus that of the column's numbers (see `Sensitivity`). Means make the score
+    independent of the component's length. The components with the highest scores are kept, within a budget that falls
+    as (1 − progress)³ from the adapter's size to `budget`.
 
-    As a callback of transformers' `Trainer`:
+    The other components are masked: their column of B_s and its optimizer moments become zero. Their row of A_s stays,
+    so a masked component grows again from zero, and may be kept at the next choice. In the last `final` steps the
+    choice is fixed. At the end of the training masked components are cut out. Only then do shapes change, in memory,
+    in checkpoints and in exports.
+
+    Use it as a callback of transformers' `Trainer`:
 
         >>> Trainer(model, args, callbacks=[RankSchedule(like=LoraConfig(r=8))], ...)  # doctest: +SKIP
 
-    Checkpoints get a file with the averages, and resuming goes on as if nothing had happened. With
-    `load_best_model_at_end` the choice is made anew from the best checkpoint's averages, if it was open there. In
-    a loop of one's own:
+    Each checkpoint gets a file with the averages, so that a resumed training continues exactly. With
+    `load_best_model_at_end` the schedule goes back to the best checkpoint's averages too, and makes the final choice
+    from them if it was not yet fixed there. Or call it in your own loop:
 
         >>> schedule = RankSchedule(budget=100_000)  # doctest: +SKIP
         >>> schedule.start(model, total_steps)  # doctest: +SKIP
@@ -57,26 +59,26 @@ class RankSchedule(TrainerCallback):
         ...     optimizer.zero_grad()
         >>> schedule.finish()  # doctest: +SKIP
 
-    Under data parallelism gradients are equal on all processes, and so are choices. Parameters that are sharded (FSDP,
-    DeepSpeed's stage 3) are not supported.
+    Under data parallelism (DDP) all processes have the same gradients, and so make the same choices. Sharded
+    parameters (FSDP, DeepSpeed's stage 3) are not supported.
 
     Args:
         budget: how many parameters the adapter may have in the end.
-        like: a LoRA whose parameters to count in place of that; without `target_modules` of its own, on the
+        like: a LoRA whose number of parameters is the budget. If it has no `target_modules`, they are counted on the
             adapter's modules.
-        warmup: steps before the first cut, or, as a float, their share of all steps.
-        final: steps, or their share, for which the choice is fixed.
+        warmup: an int, the number of steps before the first choice; or a float, their share of all steps.
+        final: an int, the number of steps at the end in which the choice is fixed; or a float, their share.
         interval: steps between two choices.
-        beta1, beta2: of the moving averages.
-        adapter_name: the adapter, of `form="subband"`.
+        beta1, beta2: the decay rates of `Sensitivity`'s moving averages.
+        adapter_name: name of the adapter, which must have `form="subband"`.
         state: a file `rank_schedule.safetensors` to resume from; None looks for it in Trainer's checkpoint.
 
     Raises:
-        ValueError: neither or both of `budget` and `like`, or a number out of range. `start` refuses a budget below
-            the cheapest component or not below the adapter's size, another form, sharded parameters, and a schedule
-            longer than the training; `before_step` refuses a step without gradients.
+        ValueError: neither or both of `budget` and `like` are given, or a number is out of range. `start` refuses a
+            budget below the cheapest component or not below the adapter's size, another form, sharded parameters, and
+            a schedule longer than the training; `before_step` refuses a step without gradients.
 
-    Source: AdaLoRA, arXiv 2303.10512; a budget in parameters in place of ranks is ours.
+    Source: AdaLoRA, arXiv 2303.10512; it counts its budget in ranks, and this class counts parameters.
     """
 
     def __init__(
@@ -111,12 +113,13 @@ class RankSchedule(TrainerCallback):
         self._running: _Running | None = None
 
     def start(self, model: nn.Module, total_steps: int) -> None:
-        """Begin: nothing is changed yet.
+        """Begin the schedule; the adapter does not change yet.
 
         Args:
             model: the model with the adapter.
             total_steps: optimizer steps of the whole training.
         """
+        # Called for its checks: the adapter must exist, and must be one whose components can be told apart.
         config_of(model, self.adapter_name)
         layers = layers_of(model, self.adapter_name)
         running = _Running(model, self.adapter_name, layers, self.beta1, self.beta2)
@@ -152,20 +155,21 @@ class RankSchedule(TrainerCallback):
         return self._running
 
     def before_step(self) -> None:
-        """Take in the gradients, between `backward` (and clipping) and the optimizer's step."""
+        """Update the sensitivities from the gradients; call it after `backward` and before the optimizer's step."""
         if not self.running.fixed:
             self.running.sensitivity.update()
 
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Choose and mask, if it is time, after the optimizer's step.
+        """Choose and mask components if a choice is due; call it after the optimizer's step.
 
         Args:
-            optimizer: its moments of what is masked become zero.
+            optimizer: the optimizer, whose moments become zero where a column of B_s is masked; without it they stay.
         """
         running = self.running
         running.step += 1
         budget = running.budget
         if running.fixed:
+            # The optimizer moves masked columns away from zero at every step.
             running.mask()
         elif running.step >= budget.end:
             running.choose(budget.last, optimizer)
@@ -174,28 +178,30 @@ class RankSchedule(TrainerCallback):
             running.choose(budget.at(running.step), optimizer)
 
     def finish(self) -> None:
-        """Cut the adapter to what is kept, and end the schedule."""
+        """Cut the masked components out of the adapter, and end the schedule."""
         running = self.running
-        if not running.fixed:  # the training ended early
+        if not running.fixed:  # the training ended early, or went back to an early checkpoint
             running.choose(running.budget.last, None)
         self._running = None
         keep_components(running.model, self.adapter_name, running.kept_components())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write averages, choice and progress into a safetensors file."""
+        """Write the averages, the choice and the progress into a safetensors file."""
         temporary = Path(f"{os.fspath(path)}.tmp")
+        # A process that is killed while it writes must leave no half of a file under the final name.
         save_file(self.running.tensors(), temporary)
         temporary.replace(path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from what `save` wrote, after `start`.
+        """Continue from a file that `save` wrote; call it after `start`.
 
         Raises:
-            ValueError: the file is of another adapter.
+            ValueError: the file was written for an adapter with other modules or ranks.
         """
         self.running.load(load_file(path), path)
 
-    # Events of transformers' Trainer.
+    # Trainer calls the methods below by these names. Gradients are already clipped at `on_pre_optimizer_step`, and are
+    # still there at `on_optimizer_step`.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.start(model, state.max_steps)
@@ -216,24 +222,28 @@ class RankSchedule(TrainerCallback):
         self.after_step(optimizer)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # One process writes for all, whose choices are equal.
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if args.should_save and folder.is_dir():
             self.save(folder / FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Trainer has already put the best checkpoint's weights into the model, so the averages must go back as well.
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.load(Path(state.best_model_checkpoint, FILE))
         self.finish()
 
 
 class _Running:
-    """A schedule over the components of one adapter, in the order of modules, levels and rows.
+    """The state of a schedule between `start` and `finish`, for the components of one adapter.
+
+    Lists of components are in the order of modules, levels and rows.
 
     Attributes:
-        step: optimizer steps so far.
-        kept: whether each component is, by module and level.
+        step: number of optimizer steps so far.
+        kept: for each module and level a list that says whether each component is kept.
         fixed: whether the choice is final.
-        costs: of every component, in order.
+        costs: the number of parameters of every component.
     """
 
     budget: CubicBudget
@@ -267,7 +277,7 @@ class _Running:
         self.sensitivity = Sensitivity(parameters, beta1, beta2)
 
     def scores(self) -> list[float]:
-        """Of every component the mean over its row of A_s and that over its column of B_s."""
+        """Give every component's score: the mean over its row of A_s plus the mean over its column of B_s."""
         found = []
         for name, level in self.kept:
             rows = self.sensitivity.score(_key(name, "A", level)).flatten(1).mean(1)
@@ -284,7 +294,7 @@ class _Running:
                 moment[:, masked] = 0
 
     def _masked(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Parameters of B with the columns that are not kept."""
+        """Give each parameter of B with a mask, one value a column, that is true for the columns to set to zero."""
         for (name, level), kept in self.kept.items():
             columns = self.sensitivity.parameters[_key(name, "B", level)]
             yield columns, ~torch.tensor(kept, device=columns.device)

@@ -1,4 +1,4 @@
-"""How much the loss depends on parameters, averaged over training steps."""
+"""Measures how much the loss depends on each parameter, averaged over training steps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor
 
 
 class Sensitivity:
-    """Smoothed sensitivity of every number w of some parameters, by AdaLoRA's two moving averages.
+    """Smoothed sensitivity of the loss to every number w in some parameters, by AdaLoRA's two moving averages.
 
         I = |w · ∂L/∂w|,   Ī ← β₁ Ī + (1 − β₁) I,   Ū ← β₂ Ū + (1 − β₂) |I − Ī|,   score = Ī · Ū
 
+    Ī says how much the loss would change without w, to first order, and Ū how uncertain that is from step to step.
+
     Args:
-        parameters: by name.
+        parameters: the parameters, by name.
         beta1, beta2: β₁ and β₂.
 
     Attributes:
@@ -27,11 +29,15 @@ class Sensitivity:
         self.parameters = dict(parameters)
         self.beta1, self.beta2 = beta1, beta2
         self.average = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in parameters.items()}
+        # Averages are float32 also for parameters in 16 bits, where rounding would swallow small changes of them.
         self.deviation = {name: value.clone() for name, value in self.average.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the gradients that the parameters have: none if one is not finite, as when a scaled loss overflows.
+        """Update the averages from the parameters' present gradients.
+
+        If any gradient is not finite, none is used: mixed precision's scaled loss overflows at times, and then the
+        optimizer skips the step too.
 
         Raises:
             ValueError: no parameter has a gradient.
@@ -47,5 +53,5 @@ class Sensitivity:
             self.deviation[name].lerp_((product - self.average[name]).abs(), 1 - self.beta2)
 
     def score(self, name: str) -> Tensor:
-        """Ī · Ū of a parameter, in its shape."""
+        """Give Ī · Ū of a parameter, in its shape."""
         return self.average[name] * self.deviation[name]

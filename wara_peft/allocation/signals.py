@@ -1,6 +1,7 @@
-"""What a model's batches tell of its linear layers: the mean gradient of each weight, or the variance of the inputs.
+"""Runs a model over batches and collects, for its linear layers, the mean gradient of each weight or the covariance
+of the inputs.
 
-Matrices are summed over all processes where there are several.
+If several processes work together (`torch.distributed`), the matrices are summed over all of them.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ def mean_gradients(
     batches: list[Any],
     loss_fn: LossFunction | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The mean over batches of ∂loss/∂W = Σ g xᵀ, (m, n), in float32 or better, of each linear layer.
+    """Give the mean over batches of ∂loss/∂W = Σ g xᵀ, (m, n), in float32 or better, for each linear layer.
 
-    g is the gradient of the layer's output, and x its input: that asks nothing of the weight, which may be quantized.
+    Here g is the gradient of the layer's output, (m,), and x its input, (n,), at each position. The weight itself is
+    not differentiated, so it may be frozen or quantized.
 
     Args:
-        model: in evaluation mode, with all parameters frozen.
-        layers: linear layers, each with (m, n), by name.
+        model: the model, in evaluation mode and with all parameters frozen.
+        layers: linear layers, each with its shape (m, n), by name.
         batches: the batches, on the model's device.
-        loss_fn: gives the loss; None takes that which the model returns.
+        loss_fn: gives the loss; None takes the loss that the model returns.
 
     Raises:
-        ValueError: a loss is no scalar, or a gradient does not come, or is not finite.
+        ValueError: a loss is no scalar, or a gradient is not finite or never reaches a layer.
     """
     device = next(model.parameters()).device
     taps = {name: _Tap(name, shape, device) for name, (_, shape) in layers.items()}
@@ -42,7 +44,9 @@ def mean_gradients(
     try:
         for batch in batches:
             loss = loss_of(model, batch, loss_fn)
-            if loss.requires_grad:  # or nothing that it depends on is a target
+            # Only the hooks make tensors that require gradients: all parameters are frozen. So a loss without them
+            # depends on no target in this batch.
+            if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
@@ -59,7 +63,12 @@ def mean_gradients(
 
 
 class _Tap:
-    """Forward hook of a linear layer, which sums up g xᵀ."""
+    """A forward hook that adds g xᵀ to a sum whenever backward reaches the output of its linear layer.
+
+    Attributes:
+        total: the sum, (m, n).
+        calls: how many gradients have arrived.
+    """
 
     def __init__(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
         self.name = name
@@ -68,8 +77,11 @@ class _Tap:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         inputs: Tensor = args[0].detach()
-        # Where the layer computes, and no less precisely.
+        # The sum lives on the layer's device, since a model may be spread over several, and in the dtype of its
+        # inputs or float32, whichever is wider: many small summands would be lost in 16 bits.
         self.total = self.total.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
+        # `_version` is autograd's count of in-place writes. The hook reads the input only in backward, when a module
+        # after this one may have overwritten it; autograd itself does not watch a detached tensor.
         version = inputs._version
 
         def add(gradient: Tensor) -> None:
@@ -88,9 +100,9 @@ def input_covariances(
     batches: list[Any],
     loss_fn: LossFunction | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The covariance of the inputs, (n, n), of each linear layer; positions that a batch masks do not count.
+    """Give the covariance of the inputs, (n, n), for each linear layer, without the positions that a batch masks.
 
-    Arguments and errors are those of `mean_gradients`.
+    Arguments and errors are the same as those of `mean_gradients`.
     """
     moments = Moments(model, with_mean=True)
     with moments.watching([layer for layer, _ in layers.values()]), torch.no_grad():
@@ -99,16 +111,19 @@ def input_covariances(
             moments.start_batch(kwargs)
             if loss_fn is None:
                 model(*args, **kwargs)
-            else:  # which knows how to call the model; what it returns does not matter
+            else:  # the user's function knows how to call the model; the loss that it returns is not needed
                 loss_fn(model, batch)
     found = moments.of_layers()
     for name, (layer, (_, length)) in layers.items():
         total = found.get(layer, torch.zeros(length + 1, length + 1, device=next(model.parameters()).device))
-        total, calls, _ = _summed(total.clone(), int(layer in found), len(batches))  # layers may share it
+        # Layers that get the same input, such as q, k and v, share one matrix, and the sum is made in place.
+        total, calls, _ = _summed(total.clone(), int(layer in found), len(batches))
         if calls == 0:
             raise ValueError(
                 f"No batch reaches module {name!r}. Pass batches that use it, or leave it out with `exclude_modules`."
             )
+        # The last row and column hold the sums of the inputs and, in the corner, their number. E[xxᵀ] − E[x] E[x]ᵀ is
+        # a difference of close numbers where the mean is large, hence float64.
         total = total.double()
         mean = total[-1, :-1] / total[-1, -1]
         covariance = total[:-1, :-1] / total[-1, -1] - torch.outer(mean, mean)
@@ -116,7 +131,7 @@ def input_covariances(
 
 
 def _summed(total: Tensor, calls: int, count: int) -> tuple[Tensor, int, int]:
-    """The sums over all processes; the matrix is written to."""
+    """Sum a matrix, in place, and two counts over all processes."""
     if processes() == 1:
         return total, calls, count
     counts = torch.tensor([calls, count], device=total.device)

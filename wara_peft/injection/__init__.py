@@ -1,1 +1,1 @@
-"""What the model does when adapters go in and out: targets, tied weights, rollback, files."""
+"""Adds adapters to a model and takes them out: targets, tied weights, merging, rollback, checks of saved adapters."""

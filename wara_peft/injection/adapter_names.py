@@ -1,4 +1,7 @@
-"""Names of adapters, which PEFT looks for in the keys of tensors when it saves one of several."""
+"""Refuses names of adapters with which PEFT would save incomplete files.
+
+PEFT tells the tensors of several adapters apart by searching their keys for the adapters' names.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,16 @@ OF_PARTS = (
     "weight",
     "bias",
 )
-"""Names that PEFT and the layers give to parts of an adapted module."""
+"""Names that PEFT and WaRA's layers give to parts of an adapted module, and that occur in keys."""
 
 
 def check_adapter_name(adapter_name: str) -> None:
-    """Refuse a name that is also that of a part of every adapter.
+    """Refuse an adapter's name that parts of every adapter have too.
 
     Raises:
-        ValueError: it is.
+        ValueError: the name is one of these.
     """
+    # Factors keep their parameters as level0, level1, ... or A_level0, ..., and subbands are called aa2, da1, ...
     if adapter_name in OF_PARTS or re.fullmatch(r"([AB]_)?level\d+|[ad][ad]\d+", adapter_name):
         raise ValueError(
             f"adapter_name={adapter_name!r} is also the name of a parameter or a part of WaRA adapters, and saving "
@@ -45,20 +49,21 @@ def check_adapter_name(adapter_name: str) -> None:
 def check_saved_apart(
     model: nn.Module, configs: Mapping[str, WaRAConfig], adapter_name: str, targets: Mapping[str, nn.Module]
 ) -> None:
-    """Refuse a new adapter if PEFT would leave out, or rename, tensors of it or of another one when it saves them.
+    """Refuse a new adapter if PEFT would omit or rename tensors of this or of another adapter when it saves them.
 
-    Where a model has several adapters, PEFT leaves out of each one's file the keys that have the name of another one
-    between two dots. And it takes an adapter's own name out of the end of its keys, also where a module has it.
+    If a model has several adapters, PEFT omits from each one's file all keys that contain the name of another adapter
+    between two dots. It also removes an adapter's own name from the end of keys, even if the name there is a module's.
 
     Args:
         model: the model, without the new adapter.
         configs: configs of all adapters, the new one included, by name.
-        adapter_name: the new one.
-        targets: the layers and parameters that the new one adapts, by name.
+        adapter_name: the new adapter's name.
+        targets: the layers and parameters that the new adapter adapts, by name.
 
     Raises:
-        ValueError: a name of an adapter is that of a module on the path to what another one saves, or the new
-            adapter's name is that of a module which it saves in full, or a name ends like that of such a module.
+        ValueError: an adapter has the name of a module on the path to a tensor that another adapter saves; the new
+            adapter has the name of a module that it saves in full; or an adapter's name ends like the name of such a
+            module.
     """
     ending = [(name, end) for name in configs for end in names_in_full(configs[adapter_name]) if name.endswith(end)]
     if ending:
@@ -95,12 +100,18 @@ def check_saved_apart(
 
 
 def _path_with(adapter_name: str, names: Iterable[str]) -> str | None:
-    """The first of these names that has the adapter's between two dots where `PeftModel` has the base model."""
+    """Find the first of these names whose key in a `PeftModel` contains the adapter's name between two dots.
+
+    There keys begin with "base_model.model.", so that "model" is on every path.
+    """
     return next((name for name in names if adapter_name in ("model", *name.split("."))), None)
 
 
 def _saved_in_full(model: nn.Module, config: WaRAConfig, targets: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Keys of what PEFT saves besides the factors; those of embeddings too, which it saves if they were resized."""
+    """Give the keys of the tensors that PEFT saves besides the factors.
+
+    They include the keys of all embeddings, because PEFT saves embeddings if the vocabulary was resized.
+    """
     resizable = [layer for layer in embeddings(model) if layer is not None]
     for name, module in model.named_modules():
         original = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module

@@ -1,4 +1,8 @@
-"""New adapters made of several others: exactly, with their factors side by side, or by adding these, or as LoRAs."""
+"""Makes a new adapter from several others.
+
+"cat" puts their factors side by side, which is exact. "linear" adds factors up. All other types are PEFT's: the
+adapters are exported as LoRAs, and PEFT combines these (`peft_combinations`).
+"""
 
 from __future__ import annotations
 
@@ -32,11 +36,14 @@ def combine(
     combination_type: str,
     options: Mapping[str, Any],
 ) -> None:
-    """Add the combination to the tuner; arguments and errors are those of `WaRAModel.add_weighted_adapter`."""
+    """Add a combination of adapters to the tuner.
+
+    Arguments and errors are those of `WaRAModel.add_weighted_adapter`.
+    """
     _check(tuner, adapters, weights, adapter_name, combination_type)
     if options["svd_rank"] is not None:
         check_whole_number("svd_rank", options["svd_rank"])
-    if len(adapters) == 1:  # of which "cat" is the exact multiple, of the same rank
+    if len(adapters) == 1:  # "cat" gives the exact multiple of a single adapter, of the same rank
         combination_type = "cat"
     layers = {
         name: layer
@@ -49,6 +56,8 @@ def combine(
     elif combination_type == "linear":
         _check_equal_layouts(layers, adapters)
     configs = [cast(WaRAConfig, tuner.peft_config[adapter]) for adapter in adapters]
+    # Pairs of one subband can be joined only if all adapters have the same subbands. Otherwise "cat" synthesises the
+    # factors and joins them as the undecomposed pair `aa0`.
     in_subbands = combination_type == "linear" or (
         combination_type == "cat"
         and len({(config.wavelet, config.levels, config.form) for config in configs}) == 1
@@ -64,6 +73,7 @@ def combine(
     config.ensure_weight_tying = any(other.ensure_weight_tying for other in configs)
     config.exclude_modules = suffix_matches(ranks, [name for name, _ in tuner.model.named_modules()])
     tuner.peft_config[adapter_name] = config
+    # Injection makes factors of the right shapes, which are then overwritten.
     tuner.inject_adapter(tuner.model, adapter_name)
     for name, layer in layers.items():
         if as_lora:
@@ -129,7 +139,7 @@ def _check_equal_layouts(layers: dict[str, WaRALayer], adapters: list[str]) -> N
 
 
 def _ranks(layer: WaRALayer, adapters: list[str], in_subbands: bool) -> dict[str, int]:
-    """Ranks of the combination in one layer, by subband."""
+    """Give the ranks of the combination in one layer, by subband."""
     factors = [layer.factors(adapter)[0] for adapter in adapters if adapter in layer.wara_A]
     if not in_subbands:
         return {"aa0": sum(factor.rank for factor in factors)}
@@ -140,7 +150,7 @@ def _ranks(layer: WaRALayer, adapters: list[str], in_subbands: bool) -> dict[str
 
 
 def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bool) -> WaRAConfig:
-    """Config of the combination, whose scaling is 1: the factors hold weights and scalings."""
+    """Make the config of the combination. Its scaling is 1, because weights and scalings go into the factors."""
     single_pair = in_subbands and first.form_object.single_pair(first)
     levels = first.levels if in_subbands else 1
     pattern: dict[str, Any] = {}
@@ -174,7 +184,7 @@ def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bo
 
 
 def _weighted(layer: WaRALayer, adapters: list[str], weights: list[float]) -> list[tuple[str, float]]:
-    """Adapters that this layer has, each with its weight times its scaling."""
+    """List the adapters that this layer has, each with its weight times its scaling."""
     pairs = zip(adapters, weights, strict=True)
     return [(adapter, weight * layer.scaling[adapter]) for adapter, weight in pairs if adapter in layer.wara_A]
 
@@ -214,5 +224,7 @@ def _add_up(layer: WaRALayer, adapters: list[str], weights: list[float], adapter
         for name, parameter in factor.named_parameters():
             parameter.zero_()
             for adapter, weight in _weighted(layer, adapters, weights):
+                # As in PEFT's "linear": the root of the weight goes to either factor, and its sign only to A, so that
+                # an adapter's own product B A gets the whole weight.
                 share = math.copysign(math.sqrt(abs(weight)), weight if side == 0 else 1.0)
                 parameter.add_(layer.factors(adapter)[side].get_parameter(name), alpha=share)

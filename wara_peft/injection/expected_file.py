@@ -1,4 +1,9 @@
-"""A config that came with a saved adapter: made for its modules, if its tensors come, or else for any model."""
+"""Checks an adapter that is being loaded: its config has arrived, and its tensors may follow.
+
+PEFT and transformers first add an adapter with the saved config, and load its tensors later. If the tensors come, the
+model must have the modules that they were saved for. If they never come, the config only serves for a new adapter, and
+any model will do.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +25,11 @@ from .saved_besides_factors import trained_biases
 
 @dataclass(frozen=True)
 class AwaitedAdapter:
-    """An adapter that is in the model, and whose saved tensors may come or not.
+    """An adapter in the model that was added with a saved config, and whose saved tensors may still be loaded.
 
     Attributes:
-        config: the config as it was loaded, with the shapes and hashes of the modules that the tensors belong to.
-            The model writes neither.
+        config: the config as it was loaded, with the shapes and hashes of the modules for which the tensors were
+            saved. The model does not overwrite these two fields.
         trained: names of the model's parameters that trained before the adapter was added.
     """
 
@@ -32,19 +37,19 @@ class AwaitedAdapter:
     trained: list[str]
 
     def check_if_given(self, tuner: Any, adapter_name: str, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
-        """Check a state dict that is being loaded into the tuner if it may have the tensors of the saved adapter.
+        """Check a state dict that is being loaded into the tuner, if it may contain the tensors of the saved adapter.
 
         Args:
             tuner: the tuner that has the adapter.
             adapter_name: the adapter's name.
-            state_dict: what is being loaded.
-            prefix: what keys of the tuner begin with there.
+            state_dict: the state dict that is being loaded.
+            prefix: the beginning of the tuner's keys in the state dict.
 
         Returns:
-            Whether it may have them.
+            Whether the state dict may contain the tensors.
 
         Raises:
-            ValueError: they were saved for a model with other modules, or some are missing.
+            ValueError: the tensors were saved for a model with other modules, or some are missing.
         """
         found = fields_in_model(tuner, adapter_name)
         given = _factors_in(state_dict, tuner, adapter_name, prefix)
@@ -59,26 +64,26 @@ class AwaitedAdapter:
         return True
 
     def check(self, found: Mapping[str, Any]) -> None:
-        """Compare the modules that the saved adapter belongs to with those that have it now.
+        """Compare the modules for which the adapter was saved with the modules that have it now.
 
         Args:
-            found: fields of the config as this model has them.
+            found: fields of the config as this model has found them (`fields_in_model`).
 
         Raises:
-            ValueError: they have other shapes or, where the basis is not saved, other weights.
+            ValueError: modules have other shapes or, if the file lacks the basis (`save_basis=False`), other weights.
         """
         _check_shapes(self.config.module_shapes or {}, found["module_shapes"])
         _check_base_weights(self.config.base_weight_hashes or {}, found["base_weight_hashes"] or {})
 
     def check_tensors(self, given: Collection[str], own: Iterable[str]) -> None:
-        """Compare what is being loaded with what the modules have that the adapter was saved for.
+        """Refuse to load a file that lacks factors of modules for which the adapter was saved.
 
         Args:
-            given: keys of tensors of the adapter's factors that are being loaded.
-            own: keys of those that the model has.
+            given: keys of the adapter's factors that are being loaded.
+            own: keys of the adapter's factors in the model.
 
         Raises:
-            ValueError: one is missing.
+            ValueError: a key is missing.
         """
         modules = tuple(f"{name}." for name in self.config.module_shapes or ())
         missing = [repr(key) for key in own if key.startswith(modules) and key not in given]
@@ -89,17 +94,17 @@ class AwaitedAdapter:
             )
 
     def check_biases(self, missing: Iterable[str]) -> None:
-        """Compare the biases that are being loaded with those that train with the adapter.
+        """Refuse to load a file, or warn, if it lacks biases that train with the adapter.
 
         Args:
-            missing: keys of the latter that are not loaded.
+            missing: keys of biases that train with the adapter and are not being loaded.
 
         Raises:
-            ValueError: one of a layer that the adapter was saved for is missing.
+            ValueError: a layer for which the adapter was saved lacks its bias.
 
         Warns:
-            UserWarning: another one is missing: of a module that was not there when the adapter was saved, or one that
-                wara-peft 0.1.0 did not save, of an attention or of a module of bare parameters.
+            UserWarning: another bias is missing. Its module did not exist when the adapter was saved, or it is one
+                that wara-peft 0.1.0 did not save: a bias of an attention or of a module with bare parameters.
         """
         beside_weights = {f"{name}.base_layer.bias" for name in self.config.module_shapes or {}}
         missing = sorted(missing)
@@ -116,9 +121,10 @@ class AwaitedAdapter:
             )
 
     def warn_if_another(self, found: Mapping[str, Any]) -> None:
-        """Warn of modules that the tensors cannot belong to, where only loading would make such an adapter.
+        """Warn if the adapter's tensors cannot be loaded into this model, though the config says that they will be.
 
-        transformers loads without `load_state_dict`, where `check` is called otherwise.
+        A config with `inference_mode` is meant for loading, since a new adapter with it would not train. `check` runs
+        in `load_state_dict`, which transformers does not call when it loads tensors.
         """
         if self.config.inference_mode:
             try:
@@ -127,13 +133,15 @@ class AwaitedAdapter:
                 warnings.warn(f"{error} A new adapter is made with its config, which does not train (inference_mode).")
 
     def may_be(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], found: Mapping[str, Any]) -> bool:
-        """Whether tensors may be those of the saved adapter, and not a checkpoint of the one in the model.
+        """Say whether tensors may come from the saved adapter, and not from a checkpoint of the adapter in the model.
 
         Args:
-            tensors: what is being loaded, by key.
-            own: what the model has.
-            found: fields of the config as this model has them.
+            tensors: the factors that are being loaded, by key.
+            own: the factors that the model has, by key.
+            found: fields of the config as this model has found them.
         """
+        # Tensors of other shapes cannot come from this model's adapter. If shapes are equal, both are possible; they
+        # come from the saved adapter only if its modules have axes that give factors of equal shapes.
         if any(key in own and own[key].shape != tensor.shape for key, tensor in tensors.items()):
             return True
         saved, here = self.config.module_shapes or {}, found["module_shapes"]
@@ -144,9 +152,10 @@ class AwaitedAdapter:
 
 
 def _factors_in(state_dict: Mapping[str, Tensor], tuner: Any, adapter_name: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors of an adapter's factors in a state dict, by key without the prefix.
+    """Collect the tensors of an adapter's factors from a state dict, by key without the prefix.
 
-    Keys of a file that PEFT has not found in the model come without the adapter's name.
+    PEFT inserts the adapter's name only into those of a file's keys that it finds in the model. All others come
+    without it.
     """
     parts = {f"{prefix}model.{name}.{part}" for name in adapted_layers(tuner.model) for part in TENSOR_PARTS}
     found = {}
@@ -159,13 +168,14 @@ def _factors_in(state_dict: Mapping[str, Tensor], tuner: Any, adapter_name: str,
 
 
 def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]) -> None:
-    """Compare the modules that a saved adapter belongs to with those that it is being loaded into.
+    """Compare the modules for which an adapter was saved with the modules into which it is being loaded.
 
     Args:
-        saved, found: `WaRAConfig.module_shapes` of either.
+        saved, found: `WaRAConfig.module_shapes` of the saved adapter and of this model.
 
     Raises:
-        ValueError: shapes differ, or it belongs to what is left of factorised layers and these are not.
+        ValueError: shapes differ, or the adapter was trained beside factorised layers and these are not factorised in
+            the same way here.
     """
     different = [
         f"{name!r} (saved {tuple(saved[name][1:])}, here {tuple(shape[1:])})"
@@ -197,13 +207,13 @@ def _check_shapes(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]]
 
 
 def _check_base_weights(saved: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Compare the base weights that a saved adapter without its basis belongs to with those of this model.
+    """Compare the base weights from which a saved adapter's basis was computed with those of this model.
 
     Args:
-        saved, found: `WaRAConfig.base_weight_hashes` of either.
+        saved, found: `WaRAConfig.base_weight_hashes` of the saved adapter and of this model.
 
     Raises:
-        ValueError: they differ.
+        ValueError: hashes differ.
     """
     different = [repr(name) for name, value in found.items() if saved.get(name, value) != value]
     if different:

@@ -1,4 +1,4 @@
-"""Checks before a saved adapter is loaded over one in the model: its tensors must mean the same there."""
+"""Checks that the tensors of a saved adapter mean the same in the adapter of the model which they are to overwrite."""
 
 from __future__ import annotations
 
@@ -24,30 +24,31 @@ from ..wavelet import filters
 from .expected_file import AwaitedAdapter
 
 MEANING = ("form", "levels", "grid_pairs", "core", "save_basis")
-"""Fields that say what an adapter's tensors are."""
+"""Fields on which the meaning of an adapter's tensors depends."""
 MEANING_IF_SET = ("grid_size", "num_prefix_tokens")
-"""Fields that say so where both adapters set them; None leaves them to the model."""
+"""Fields on which it depends too, compared only if both adapters set them; with None they come from the model."""
 IN_FULL = ("bias", "modules_to_save", "trainable_token_indices")
-"""Fields that say which tensors of the base model an adapter trains, so that a file holds these and no others."""
+"""Fields that determine which tensors of the base model an adapter trains, and so which ones its file holds."""
 
 
 def check_saved_adapter(
     model: nn.Module, adapter_name: str, path: str | os.PathLike[str], *, warned: bool = False, **hub: Any
 ) -> None:
-    """Compare a saved adapter with the one in the model that is to get its tensors.
+    """Compare a saved adapter with the adapter in the model that is to get its tensors.
 
-    PEFT does not read the saved config where `load_adapter` meets a name that is there, as when `Trainer` resumes or
-    loads its best checkpoint, and in `PeftModel.from_pretrained(..., config=...)`.
+    PEFT itself does not compare the configs. If the model already has an adapter of the name, `load_adapter` does not
+    read the saved config; this happens when `Trainer` resumes or loads its best checkpoint. Neither does
+    `PeftModel.from_pretrained(..., config=...)`.
 
     Args:
         model: the model with the adapter.
         adapter_name: the adapter's name.
-        path: where the saved one is, as `load_adapter` takes it.
-        warned: whether the saved config was read before, so that its warnings have been given.
-        hub: what `load_adapter` was given for the hub, such as `subfolder`.
+        path: path or repository of the saved adapter, as `load_adapter` takes it.
+        warned: whether the saved config was read before, so that its warnings need not be repeated.
+        hub: arguments of `load_adapter` for the hub, such as `subfolder`.
 
     Raises:
-        ValueError: it is of another method, or equal tensors mean something else in one than in the other.
+        ValueError: the saved adapter is of another method, or the same tensors would compute something else in it.
     """
     saved = _saved_config(path, hub, warned)
     if saved is None:
@@ -67,12 +68,12 @@ def check_saved_adapter(
 
 
 def check_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
-    """Compare the keys of tensors that are to be loaded with those that their modules have.
+    """Compare the keys of tensors that are to be loaded with the keys of their modules.
 
-    PEFT loads what it finds of them, and leaves the rest of a module as it was.
+    PEFT would load those tensors whose keys it finds, and leave all other tensors of the module as they were.
 
     Raises:
-        ValueError: a module of the adapter gets more or other tensors than it has, or not all of them.
+        ValueError: a module of the adapter would get more or other tensors than it has, or only some of them.
     """
     given: dict[str, set[str]] = defaultdict(set)
     for key in filter(is_of_a_factor, keys):
@@ -92,10 +93,11 @@ def check_keys(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None
 
 
 def _saved_config(path: str | os.PathLike[str], hub: Mapping[str, Any], warned: bool) -> PeftConfig | None:
-    """The config of a saved adapter, or None if it has none, as PEFT does not need it."""
+    """Read the config of a saved adapter; give None if there is no file, for PEFT does not need one here."""
     directory = Path(path, hub.get("subfolder") or "")
     if directory.is_dir() and not (directory / CONFIG_NAME).is_file():
         return None
+    # `load_adapter` takes further arguments, such as those for loading tensors, which the download does not know.
     hub = {name: value for name, value in hub.items() if name in inspect.signature(hf_hub_download).parameters}
     with warnings.catch_warnings():
         if warned:
@@ -107,6 +109,7 @@ def _saved_config(path: str | os.PathLike[str], hub: Mapping[str, Any], warned: 
 def _differences(saved: WaRAConfig, here: WaRAConfig) -> Iterator[str]:
     pairs = {name: (getattr(saved, name), getattr(here, name)) for name in ("wavelet", *MEANING, *MEANING_IF_SET)}
     for name, (there, own) in pairs.items():
+        # Wavelets have several names ("haar" is "db1"), so their filters are compared.
         same = filters(there) == filters(own) if name == "wavelet" else there == own
         if not same and not (name in MEANING_IF_SET and None in (there, own)):
             yield f"{name}={there!r} there and {own!r} here"

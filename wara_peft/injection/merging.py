@@ -1,4 +1,4 @@
-"""Merging a model's adapters into its weights: what is checked before the first weight is touched, and undoing it."""
+"""Checks before a model's adapters are merged into its weights, and takes merged adapters out again."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from .weight_tying import check_ties, check_token_ties
 
 
 def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Refuse to merge what cannot be merged, or would not compute the same, before the first weight is touched.
+    """Refuse a merge that is impossible, or after which the model would compute something else.
+
+    All layers are checked before the first weight changes.
 
     Args:
         model: the model.
         adapter_names: the adapters to merge; None means the active ones.
 
     Raises:
-        ValueError: an adapter has no ΔW; or a weight cannot take it, cannot be written, was changed since
-            something was merged into it, or is tied to that of a module without the adapter.
+        ValueError: an adapter has no ΔW; ΔW cannot be added to a weight; a weight cannot be written, or was changed
+            after something was merged into it; or a weight is shared with a module that does not have the adapter.
     """
     merged: dict[str, list[str]] = {}
     with plain_model(model) as plain:
@@ -31,6 +33,7 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
             if own:
                 merged[name] = adapters
                 layer.check_mergeable(adapters)
+            # A layer into which all of these are merged already is skipped: its weight will not be written.
             if not set(own) <= set(layer.merged_adapters):
                 layer.check_not_written()
             backend = layer.quantization_backend
@@ -44,13 +47,17 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 
 def unmerge(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Take adapters out of base weights; arguments and errors are those of `WaRAModel.unmerge_adapter`."""
-    # The order is reversed, since of adapters around one layer PEFT merges the outer ones first.
+    """Take adapters out of base weights.
+
+    Arguments and errors are those of `WaRAModel.unmerge_adapter`.
+    """
+    # If adapters of several tuners lie around one layer, PEFT merges the outer ones first, so they come out last.
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)][::-1]
     for layer in layers:
         if isinstance(layer, WaRALayer) and not isinstance(layer.base_layer, BaseTunerLayer):
             layer.check_not_written()
     for layer in layers:
+        # Layers of other methods cannot unmerge single adapters.
         if isinstance(layer, WaRALayer) or adapter_names is None:
             with onload_layer(layer):
                 layer.unmerge(*([adapter_names] if isinstance(layer, WaRALayer) else []))

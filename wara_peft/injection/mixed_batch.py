@@ -1,4 +1,4 @@
-"""Batches in which each sample has an adapter of its own."""
+"""Runs batches in which each sample has its own adapter."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..messages import first_few
 
 @contextmanager
 def mixed_batch(tuner: BaseTuner, adapter_names: list[str], beams: int) -> Iterator[None]:
-    """Scope in which all adapter layers get the names of the batch's adapters.
+    """Scope in which every adapter layer is told, at each call, which adapter each sample of the batch uses.
 
     Args:
         tuner: the tuner around the model.
-        adapter_names: one for each sample, "__base__" for none.
-        beams: how often beam search repeats each sample, except in an encoder, which runs before.
+        adapter_names: the adapter's name for each sample, or "__base__" for no adapter.
+        beams: how often beam search repeats each sample; an encoder runs before it repeats them.
 
     Raises:
         ValueError: the model is training, no layer has an adapter of one of these names, or bare parameters are
@@ -44,9 +44,11 @@ def mixed_batch(tuner: BaseTuner, adapter_names: list[str], beams: int) -> Itera
             f"Cannot pass `adapter_names` to a model with adapted parameters ({first_few(parameters)}), which are the "
             "same for all samples of a batch. Activate one adapter by `set_adapter`, and run a batch for each."
         )
+    # Beam search repeats a sample in consecutive rows.
     repeated = [name for name in adapter_names for _ in range(beams)]
     encoder = getattr(tuner.model, "get_encoder", lambda: None)()
     in_encoder = set() if encoder in (None, tuner.model) else set(encoder.modules())
+    # Layers are called by the model, which passes no `adapter_names` on, so hooks add them to every layer's call.
     handles = []
     try:
         for module in tuner.modules():
@@ -54,6 +56,7 @@ def mixed_batch(tuner: BaseTuner, adapter_names: list[str], beams: int) -> Itera
                 names = list(adapter_names) if module in in_encoder else repeated
                 hook = partial(_pass_adapter_names, adapter_names=names)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        # `generate` runs many forwards in one call, and weights stay the same meanwhile, so factors may be kept.
         with factors_of_one_call(tuner):
             yield
     finally:

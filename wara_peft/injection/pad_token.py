@@ -1,4 +1,8 @@
-"""The token by which a decoder finds where to read its score: a setting of the base model, and not of the adapter."""
+"""Warns of a padding token that will be another one when the adapter is loaded.
+
+A decoder with a score finds by this token where to read the score. It is a setting of the base model, and so is not
+saved with the adapter.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,12 @@ from .saved_besides_factors import base_config_on_disk
 
 
 def warn_of_pad_token(model: nn.Module, config: PeftConfig) -> None:
-    """Warn where an adapter that is saved would be loaded beside a base model that reads its scores elsewhere.
+    """Warn if the base model on disk reads its scores at other tokens than the model whose adapter is being saved.
 
-    Decoders with a `score` read it at the last token that is not `config.pad_token_id`. A trainer may have set that,
-    as TRL's `RewardTrainer` sets it to the end of a text where the tokenizer has no padding token. The base model on
-    disk has another, and reads its scores at other tokens. PEFT saves no setting of the base.
+    A decoder with a `score` reads it at the last token that is not `config.pad_token_id`. A trainer may have changed
+    this setting: if the tokenizer has no padding token, TRL's `RewardTrainer` sets it to the token that ends a text.
+    PEFT saves no settings of the base model. Whoever loads the adapter beside the base model on disk gets the old
+    setting, and other scores.
 
     Args:
         model: the model with the adapter.

@@ -1,4 +1,4 @@
-"""Combinations of adapters that PEFT has for LoRA (SVD, TIES, DARE, pruning), computed by PEFT on exported LoRAs."""
+"""Combines adapters in the ways that PEFT has for LoRA (SVD, TIES, DARE, pruning): PEFT does it on exported LoRAs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..layers.base import WaRALayer
 from ..messages import first_few
 
 OF_FACTORS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-"""Types that work on Â and B̂ apart, so that all adapters need one rank, which the result has too."""
+"""Types that combine all Â, and separately all B̂. All adapters need the same rank, which the result has too."""
 OF_DELTA_WEIGHTS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
-"""Types that build ΔW of a module, and take the result's rank by SVD."""
+"""Types that combine all ΔW of a module, and reduce the result to a rank by SVD."""
 NEW = "combined"
 
 
@@ -33,10 +33,11 @@ def combine_as_lora(
     combination_type: str,
     options: Mapping[str, Any],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What `LoraModel.add_weighted_adapter` makes of the adapters, each as the exact LoRA that `to_lora` gives.
+    """Convert adapters to exact LoRAs, and give what `LoraModel.add_weighted_adapter` makes of these.
 
-    A LoRA model of the adapted layers alone is built for that, whose base weights are zeros that take no memory.
-    Random numbers are drawn as PEFT draws them, so a seed gives what it gives there. Nothing of `model` is changed.
+    The LoRAs are put into a temporary model that has only stand-ins for the adapted layers, with weights of zeros that
+    take no memory. PEFT draws its random numbers as usual, so a seed gives the same result as with LoRA. `model` does
+    not change.
 
     Args:
         model: the model.
@@ -44,11 +45,11 @@ def combine_as_lora(
         adapters, weights, combination_type, options: as in `WaRAModel.add_weighted_adapter`.
 
     Returns:
-        By module A, (rank, n, *kernel), and B, (m, rank), of an update B A whose scaling is 1.
+        For each module A, (rank, n, *kernel), and B, (m, rank). The update is B A, with scaling 1.
 
     Raises:
-        ValueError: a kind of layer or a rank that the type does not take, no density where it needs one, or an adapter
-            that is no LoRA.
+        ValueError: the type does not support a kind of layer or a rank, or needs a density and gets none; or an
+            adapter cannot be converted to LoRA.
     """
     if combination_type != "svd" and options["density"] is None:
         raise ValueError(
@@ -56,13 +57,16 @@ def combine_as_lora(
         )
     _check_layers(layers, combination_type)
     places = {name: str(index) for index, name in enumerate(layers)}
-    names = [f"adapter{index}" for index in range(len(adapters))]  # free of what PEFT refuses in a LoRA's name
+    # The user's names may be ones that PEFT refuses for a LoRA.
+    names = [f"adapter{index}" for index in range(len(adapters))]
     loras = [_lora(model, adapter, places) for adapter in adapters]
     _check_ranks(adapters, [config for config, _ in loras], combination_type)
     if combination_type in OF_DELTA_WEIGHTS:
         _check_sides(layers, options["svd_rank"] or max(config.r for config, _ in loras), combination_type)
     gpus = {value.device for _, tensors in loras for value in tensors.values() if value.is_cuda}
-    with torch.random.fork_rng(gpus):  # the values that LoRA's initialisation draws are replaced
+    # LoRA's initialisation draws values that are overwritten at once. It must not advance the user's random numbers,
+    # which DARE draws from below.
+    with torch.random.fork_rng(gpus):
         host = nn.ModuleList([_stand_in(layer, _some(loras, places[name])) for name, layer in layers.items()])
         host_model: PeftModel = get_peft_model(host, loras[0][0], adapter_name=names[0])
         for name, (config, _) in zip(names[1:], loras[1:], strict=True):
@@ -75,14 +79,14 @@ def combine_as_lora(
     result = {}
     for name, layer in layers.items():
         lora_a, lora_b = (made[f"{PEFT_PREFIX}{places[name]}.{key}"] for key in layer.kind.lora_names)
-        # Where the rank is larger than ΔW's sides, PEFT's SVD may leave rows of A that no column of B meets.
+        # If the rank is larger than a side of ΔW, PEFT's SVD may give A more rows than B has columns.
         rank = min(len(lora_a), lora_b.shape[1])
         result[name] = lora_a[:rank], lora_b[:, :rank].flatten(1)
     return result
 
 
 def _lora(model: nn.Module, adapter: str, places: Mapping[str, str]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The adapter as a LoRA of the layers at these places."""
+    """Convert an adapter to a LoRA of the stand-ins, whose names in the temporary model are `places`."""
     source = adapter_source(model, adapter)
     with torch.no_grad():
         modules = [LoraModule.of(name, source.update(name, source.dtypes[name]), None) for name in source.modules]
@@ -98,14 +102,15 @@ def _lora(model: nn.Module, adapter: str, places: Mapping[str, str]) -> tuple[Lo
 
 
 def _some(loras: Sequence[tuple[LoraConfig, Mapping[str, Tensor]]], place: str) -> Tensor:
-    """A factor of the layer at this place, of whichever adapter."""
+    """Find some factor for the stand-in with this name, of any adapter; its dtype and device serve as examples."""
     prefix = f"{PEFT_PREFIX}{place}."
     return next(value for _, tensors in loras for key, value in tensors.items() if key.startswith(prefix))
 
 
 def _stand_in(layer: WaRALayer, some: Tensor) -> nn.Module:
-    """A layer of the same kind and shape whose weight is one zero, seen from everywhere, beside this tensor."""
+    """Make a layer of the same kind and shape, with the dtype and device of `some`, whose weight is a single zero."""
     shape = layer.shape
+    # PEFT reads the shape and device of the weight. An expanded zero has both, and takes the memory of one number.
     with torch.device("meta"):
         module = shape.kind.stand_in(shape)
     zero = torch.zeros((), dtype=some.dtype, device=some.device)
@@ -136,7 +141,7 @@ def _check_ranks(adapters: Sequence[str], configs: Sequence[LoraConfig], combina
 
 
 def _check_sides(layers: Mapping[str, WaRALayer], rank: int, combination_type: str) -> None:
-    """PEFT gives a convolution the factors of all ranks, also where its ΔW has fewer."""
+    """Refuse a rank above the sides of a convolution's ΔW: PEFT would give it factors that do not fit this rank."""
     sides = {
         name: min(layer.shape.out_features, layer.shape.in_features * math.prod(layer.shape.kernel))
         for name, layer in layers.items()

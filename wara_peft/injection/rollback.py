@@ -1,4 +1,4 @@
-"""Puts a model back as it was when merging fails half way."""
+"""Restores a model if merging fails half way."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..layers.parameters import AdaptedModule
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Put base weights and adapter layers of the model back as they are now if the block raises.
+    """Restore the base weights and adapter layers of the model to their present state if the block raises.
 
-    Layers of WaRA take out what was merged; those of other methods cannot to the bit, so their weights are copied.
+    WaRA's layers can unmerge to the last bit. Layers of other methods cannot, so their weights are copied beforehand.
     """
     ours = [module for module in model.modules() if isinstance(module, MergingLayer)]
     merged_before = [list(layer.merged_adapters) for layer in ours]
@@ -36,7 +36,8 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     ]
     try:
         yield
-    except BaseException:
+    except BaseException:  # also Ctrl-C
+        # `merge_and_unload` may already have replaced adapter layers by their base layers.
         for parent, name, child in places:
             setattr(parent, name, child)
         for layer, before in zip(ours, merged_before, strict=True):
@@ -51,17 +52,18 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _offload(base_layer: nn.Module) -> None:
-    """Offload the weight of a layer that was loaded for merging, and stayed so because merging failed."""
+    """Offload the weight of a layer again if it was loaded for merging and merging failed before it was offloaded."""
     hook = getattr(base_layer, "_hf_hook", None)
     if getattr(hook, "offload", False) and not any(parameter.is_meta for parameter in base_layer.parameters()):
+        # accelerate's hook offloads after a forward; it returns the output that it is given, here an empty one.
         hook.post_forward(base_layer, torch.tensor([]))  # type: ignore[union-attr]
 
 
 class _LayerState:
-    """Keeps what merging changes in an adapter layer of another method, to put it back.
+    """Keeps everything that merging changes in an adapter layer of another method, in order to restore it.
 
-    Merging may add to a weight in place, so its values are copied, to main memory; where accelerate has offloaded a
-    weight, its hook holds the data.
+    Merging may add to a weight in place, so the values are copied to main memory. A weight that accelerate has
+    offloaded has no values here: its hook holds them.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -73,12 +75,14 @@ class _LayerState:
             name: (parameter, parameter.data if parameter.is_meta else parameter.data.to("cpu", copy=True))
             for name, parameter in self.base_layer.named_parameters(recurse=False)
         }
+        # Quantized weights, bitsandbytes' layers (`state`) and accelerate's hooks keep further values as attributes.
         beside: list[Any] = [parameter for parameter, _ in self.parameters.values()]
         beside += [getattr(self.base_layer, name) for name in ("state", "_hf_hook") if hasattr(self.base_layer, name)]
         self.attributes = [(owner, dict(vars(owner))) for owner in beside]
 
     def restore(self) -> None:
         self.layer.base_layer = self.inner
+        # The same parameter objects come back, to which optimizers and tied modules may refer.
         for name, (parameter, data) in self.parameters.items():
             parameter.data = data.to(parameter.device)
             setattr(self.base_layer, name, parameter)

@@ -1,4 +1,4 @@
-"""Biases and embeddings that are saved with an adapter besides its factors, and their keys."""
+"""Finds the biases and embeddings that are saved with an adapter besides its factors, and their keys."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..layers.lookup import AROUND, adapted_layers, without_wrappers
 from ..layers.parameters import AdaptedModule
 
 OF_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Parts of a parameter's name that come from FSDP and checkpointing; keys of a state dict do not have them."""
+"""Parts of a parameter's name that come from FSDP's and checkpointing's wrappers. Keys of a state dict lack them."""
 
 
 def saved_besides_factors(
     model: nn.Module, config: WaRAConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a state dict that are saved with an adapter, and that PEFT does not save, by their keys."""
+    """Select the tensors of a state dict that belong to an adapter and that PEFT itself would not save, by key."""
     biases = trained_biases(model, config, adapter_name, state_dict)
     return biases | _resized_embedding(model, config, state_dict)
 
@@ -33,11 +33,12 @@ def saved_besides_factors(
 def trained_biases(
     model: nn.Module, config: WaRAConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The biases that train with an adapter, from a state dict, by the keys under which they are saved.
+    """Select from a state dict the biases that train with an adapter, by the keys under which they are saved.
 
-    With `bias="wara_only"` these are the parameters that its layers say their biases are, wherever they lie: beside
-    the weight, in a factor of a factorised layer, or in the module that has an adapted parameter. Biases of a layer
-    that other adapters have, and this one does not, get the key that they have where only this one is in the model.
+    With `bias="wara_only"` these are the biases of the adapted layers. Each layer says which parameter its bias is: it
+    may lie beside the weight, in a factor of a factorised layer, or in the module that has an adapted parameter.
+
+    If only other adapters adapt a layer, its bias is saved under the key that it has without these adapters.
     """
     if config.bias == "none":
         return {}
@@ -59,17 +60,17 @@ def trained_biases(
     return {
         _without_others(key, own): value
         for key, value in state_dict.items()
-        if key in keys and not key.startswith(tuple(in_full))  # which PEFT saves as a part of what trains in full
+        if key in keys and not key.startswith(tuple(in_full))  # PEFT saves modules that train in full, with biases
     }
 
 
 def _without_others(key: str, own: set[str]) -> str:
-    """A key without what is around the modules whose names are not among `own`."""
+    """Remove from a key the parts that come from wrappers around modules, except for modules that are in `own`."""
     return AROUND.sub(lambda found: found[0] if key[: found.start()] in own else "", key)
 
 
 def keys_in_model(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the keys that the model has, compiled or not, whatever other adapters have wrapped in it."""
+    """Rename a state dict's keys to the model's own, which `torch.compile` and other adapters may have changed."""
     known = model.state_dict().keys()
     if all(key in known for key in state_dict):
         return dict(state_dict)
@@ -80,10 +81,10 @@ def keys_in_model(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[st
 
 
 def _resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The embedding that PEFT does not save, of two of which one is adapted, if the vocabulary was resized.
+    """Select the second embedding, if only one of the two is adapted and the vocabulary was resized.
 
-    PEFT saves both embeddings of such a model in full, or else only the adapted one. Whoever loads the adapter resizes
-    the base model first, which draws the new rows of the other embedding again, with other values.
+    PEFT saves either both embeddings of such a model in full, or only the adapted one. To load the adapter, the user
+    must first resize the base model. This draws new random rows for the other embedding, so its rows must be saved.
     """
     layers = embeddings(model)
     adapted = [layer for layer in layers if isinstance(layer, WaRALayer)]
@@ -100,7 +101,7 @@ def _resized_embedding(model: Any, config: WaRAConfig, state_dict: Mapping[str, 
 
 
 def _is_resized(model: Any, config: WaRAConfig) -> bool:
-    """Whether the base model's own config, where it is on this machine, tells of another number of tokens."""
+    """Say whether the base model's config on this machine, if there is one, has another size of vocabulary."""
     own: Any = getattr(model, "config", None)
     base = base_config_on_disk(own, config.base_model_name_or_path or getattr(model, "name_or_path", None))
     if base is None:
@@ -110,7 +111,7 @@ def _is_resized(model: Any, config: WaRAConfig) -> bool:
 
 
 def base_config_on_disk(config: Any, name_or_path: str | None) -> Any:
-    """The config with which a base model of transformers was saved; None where it is not on this machine.
+    """Read the config with which a base model of transformers was saved; give None if it is not on this machine.
 
     Args:
         config: the config that the model has now.
@@ -119,6 +120,7 @@ def base_config_on_disk(config: Any, name_or_path: str | None) -> Any:
     if not name_or_path or not isinstance(config, PreTrainedConfig):
         return None
     try:
+        # Saving an adapter must not wait for the network.
         return type(config).from_pretrained(name_or_path, local_files_only=True)
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""What is checked of any adapter before the first module is replaced."""
+"""Checks on the targets of an adapter of any form, made before the first module is replaced."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..messages import first_few
 
 
 def check_ranks(config: WaRAConfig, names: Collection[str]) -> None:
-    """Refuse a config that leaves one of the modules without any rank, or whose patterns would match for ever.
+    """Refuse a config that gives one of the modules no rank at all, or has a pattern whose matching would not end.
 
     Raises:
-        ValueError: it does, or they would.
+        ValueError: the config does, or has one.
     """
     for field_name in ("rank_pattern", "alpha_pattern"):
         check_in_time(field_name, getattr(config, field_name), names)
@@ -35,13 +35,13 @@ def check_ranks(config: WaRAConfig, names: Collection[str]) -> None:
 
 
 def check_factors(targets: Mapping[str, nn.Module]) -> None:
-    """Refuse to adapt a factorised layer as a whole, and its factors too.
+    """Refuse to adapt both a factorised layer as a whole and one of its factors.
 
     Args:
         targets: base layers that are to be adapted, by name.
 
     Raises:
-        ValueError: a factor of such a target is one too, or has an adapter.
+        ValueError: a factor of a target is a target too, or has an adapter already.
     """
     for name, base in targets.items():
         adapted = [
@@ -57,13 +57,15 @@ def check_factors(targets: Mapping[str, nn.Module]) -> None:
 
 
 def names_in_full(config: WaRAConfig) -> tuple[str, ...]:
-    """Names that PEFT compares with the ends of modules' names, to train these in full or some of their rows."""
+    """Give the names of modules that train in full or in some rows; PEFT matches them with ends of modules' names."""
     indices = config.trainable_token_indices
     return (*(config.modules_to_save or ()), *(indices if isinstance(indices, dict) else ()))
 
 
 def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) -> None:
-    """Refuse to adapt what is to train in full, or has rows of tokens that do: PEFT looks only at names of targets.
+    """Refuse to adapt a module that is to train in full, or some of whose rows (tokens) are.
+
+    PEFT itself compares only the names in the config, and so does not see modules inside of others.
 
     Args:
         config: the config.
@@ -71,10 +73,10 @@ def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) 
         targets: names of the modules and parameters that are to be adapted.
 
     Raises:
-        ValueError: a module that is to train in full is a target, or part of one, or has one inside; or two names of
-            layers with rows of tokens mean the same one.
+        ValueError: a module that is to train in full is a target, is part of a target, or contains one; or two names
+            in `trainable_token_indices` mean the same layer.
     """
-    # What is tied to a layer trains in full, or is adapted, with it.
+    # A layer that is tied to another one trains in full, or is adapted, together with it.
     ends = (*names_in_full(config), *(config.modules_to_tie or ()))
     targets = [*targets, *(config.target_modules_to_tie or ())]
     embedding = embeddings(model)[0] if isinstance(config.trainable_token_indices, list) else None
@@ -100,7 +102,7 @@ def check_in_full(config: WaRAConfig, model: nn.Module, targets: Iterable[str]) 
 
 
 def reasons_of_other_forwards(targets: Mapping[str, nn.Module]) -> dict[str, Refusal]:
-    """Why layers whose own forward makes something else than a product cannot be adapted, by name."""
+    """Find the targets whose forward does not just multiply by the weight; give by name why they cannot be adapted."""
     found = {}
     for name, base in targets.items():
         reason = reason_against_adapting(base)
@@ -113,7 +115,7 @@ def reasons_of_other_forwards(targets: Mapping[str, nn.Module]) -> dict[str, Ref
 
 
 def is_all_linear(config: WaRAConfig) -> bool:
-    """Whether a config asks for all linear layers, and so names none of them."""
+    """Say whether a config asks for "all-linear", and so names no layer itself."""
     targets = config.target_modules
     return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
@@ -121,7 +123,9 @@ def is_all_linear(config: WaRAConfig) -> bool:
 def leave_out_refused(
     config: WaRAConfig, refusals: Mapping[str, Refusal], targets: list[str], names: list[str]
 ) -> None:
-    """Resolve "all-linear" to the modules that can be adapted, and warn of what cannot; if nothing can, do nothing.
+    """Resolve "all-linear" to the modules that can be adapted, and warn of those that cannot.
+
+    If no module can be adapted, the config stays: the refusal that follows then gives the reasons as an error.
 
     Args:
         config: the config, which is changed in place.
@@ -147,12 +151,14 @@ def leave_out_refused(
 def warn_of_unmatched(
     config: WaRAConfig, adapted: Iterable[str], named: Iterable[str], modules: Iterable[str]
 ) -> None:
-    """Warn of names and patterns that match nothing: PEFT does so where none matches, and of patterns for modules.
+    """Warn of every name and pattern that matches nothing.
+
+    PEFT itself warns of names only if none of them matches, and does not compare patterns with adapted parameters.
 
     Args:
         config: the config, resolved for the model.
         adapted: names of the modules and parameters that it adapts.
-        named: names that its user has given as `target_modules` or `target_parameters`.
+        named: names that the user has given as `target_modules` or `target_parameters`.
         modules: names of all modules of the model, adapted parameters included.
     """
     adapted = list(adapted)
@@ -180,6 +186,6 @@ def warn_of_unmatched(
 
 
 def targeted_names(config: WaRAConfig) -> set[str]:
-    """The names, in place of a pattern, that a config has for modules and parameters."""
+    """Give the names of target modules and parameters in a config; a pattern or "all-linear" is none."""
     modules = config.target_modules
     return {*(() if modules is None or isinstance(modules, str) else modules), *(config.target_parameters or ())}

@@ -1,4 +1,7 @@
-"""Which bare parameters a config names: found by PEFT's rules for LoRA, and checked before any is replaced."""
+"""Finds the bare parameters that a config targets, by PEFT's rules for LoRA, and checks and adapts them.
+
+A bare parameter is a weight that is not in a layer of its own, such as the stacked matrices of a mixture's experts.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ _LOST = (
 
 @dataclass(frozen=True)
 class NamedParameter:
-    """A bare parameter that a config names.
+    """A bare parameter that a config targets.
 
     Attributes:
-        module_name: the model's name of the module that has it.
-        module: that module, or what adapters have put in its place.
-        name: the parameter's name in the module that has it.
-        inside: where that lies in the module, if it is another one.
-        kind: what the parameter is, if that is not told by its shape.
+        module_name: the name in the model of the module whose forward reads the parameter.
+        module: this module, or the wrapper that adapters have put in its place.
+        name: the parameter's name in the module that owns it.
+        inside: the name, within `module`, of the submodule that owns the parameter; "" if `module` itself owns it.
+        kind: the kind of base layer that the parameter is; None derives it from the parameter's shape.
     """
 
     module_name: str
@@ -49,7 +52,7 @@ class NamedParameter:
 
     @property
     def child_name(self) -> str:
-        """The name that its layer has beside the module."""
+        """The name of the parameter's adapter layer, which is a child of the wrapper around the module."""
         return self.inside or self.name
 
     @property
@@ -58,31 +61,35 @@ class NamedParameter:
 
     @property
     def owner(self) -> nn.Module:
-        """The module that has the parameter."""
+        """The module that owns the parameter."""
         return module_without_adapters(self.module).get_submodule(self.inside)
 
     @property
     def bare(self) -> BareParameter:
-        """The parameter as the weight of a layer."""
+        """The parameter, presented as a layer with a weight."""
         return BareParameter(self.owner, self.name, self.kind, self.inside)
 
 
 def module_without_adapters(module: nn.Module) -> nn.Module:
-    """The module in whose place adapters are."""
+    """Give the original module, without the wrappers that adapters have put around it."""
     while isinstance(module, (BaseTunerLayer, AdaptedModule)):
         module = module.base_layer
     return module
 
 
 def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
-    """The weights of an `nn.MultiheadAttention`, which its forward reads itself: q, k, v in one, and the output's.
+    """List the weights of an `nn.MultiheadAttention`: one for q, k and v together, and one for the output.
+
+    Its forward reads both weights itself, and calls no layer that could be replaced. For other modules the list is
+    empty.
 
     Raises:
-        ValueError: keys or values have another width than queries, so that there is no such weight.
+        ValueError: keys or values have another width than queries, so that q, k and v have no common weight.
     """
     attention = module_without_adapters(module)
     if not isinstance(attention, nn.MultiheadAttention):
         return []
+    # PyTorch sets this private flag where it chooses between one weight for q, k, v and three.
     if not attention._qkv_same_embed_dim:
         raise ValueError(
             f"Target module {module_name!r} is an nn.MultiheadAttention with kdim={attention.kdim} and vdim="
@@ -98,7 +105,8 @@ def projections(module_name: str, module: nn.Module) -> list[NamedParameter]:
 def adapt_parameter(
     parameter: NamedParameter, model: nn.Module, config: WaRAConfig, adapter_name: str, trains: bool
 ) -> None:
-    """Add an adapter to a bare parameter of the model, frozen unless it `trains`."""
+    """Add an adapter to a bare parameter of the model; the adapter is frozen unless `trains`."""
+    # Looked up again: another parameter of the same module may have put the wrapper there by now.
     module = model.get_submodule(parameter.module_name)
     if not isinstance(module, AdaptedModule):
         parent, _, child_name = parameter.module_name.rpartition(".")
@@ -115,28 +123,30 @@ def adapt_parameter(
 
 
 def use_loras_targets(config: WaRAConfig, model: nn.Module) -> dict[str, Refusal]:
-    """Target in the experts of a mixture what LoRA targets there, in place, as PEFT does it with LoRA's config.
+    """Change a config, in place, to target the same parameters in a mixture's experts as PEFT's LoRA would.
 
-    Where transformers keeps in one parameter what were linear layers of each expert, PEFT's LoRA takes "all-linear",
-    and names of those layers such as `w1` or `gate_proj`, for the parameters, router included, and doubles rank and
-    alpha where two layers became one. Asked with a LoRA's config, it says what these are.
+    Recent transformers keep in one parameter the matrices that once were a linear layer in each expert. There PEFT's
+    LoRA reads "all-linear", and names of the former layers such as `w1` or `gate_proj`, as names of these parameters,
+    router included. It doubles rank and alpha where two layers became one parameter. This function hands PEFT a LoRA's
+    config with the same targets, and copies what PEFT makes of it.
 
     Args:
-        config: the config. A saved adapter's names what it adapts already.
+        config: the config. That of a saved adapter already names the parameters, and stays.
         model: the model.
 
     Returns:
-        Why parameters and layers that the config stands for are not targeted, by name: parameters that this form does
-        not adapt, if "all-linear" names them, and linear layers that LoRA leaves out.
+        By name, why some parameters and layers are not targeted: parameters that "all-linear" includes and this form
+        does not adapt, and linear layers that LoRA leaves out.
 
     Raises:
-        ValueError: one of two layers that became one parameter is named without the other.
+        ValueError: the config names one of two layers that became one parameter, but not the other.
     """
     if config.module_shapes is not None:
         return {}
-    # as PEFT imports it, which takes a while, and transformers 5
+    # PEFT itself imports this only when needed: the import is slow, and needs transformers 5.
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+    # With r = alpha = 1 the ranks and alphas in the patterns that PEFT adds are the factors by which to multiply ours.
     lora = LoraConfig(
         r=1,
         lora_alpha=1,
@@ -158,7 +168,7 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> dict[str, Refusal
         found = {parameter.full_name: Refusal(f"{{}}, {reason}") for parameter in named_parameters(config, model)}
         config.target_parameters = named
         return found | lost
-    # New ones: the dicts that the user gave may serve another config or model.
+    # Copies, since the user may use the same dicts in another config.
     config.rank_pattern, config.alpha_pattern = copy.copy(config.rank_pattern), copy.copy(config.alpha_pattern)
     for pattern, times in (lora.rank_pattern or {}).items():
         every = {name: rank * times for name, rank in config.ranks_of("").items()}
@@ -169,7 +179,8 @@ def use_loras_targets(config: WaRAConfig, model: nn.Module) -> dict[str, Refusal
 
 
 def _linear_layers(lora: LoraConfig, model: nn.Module) -> set[str]:
-    """The linear layers of the model that a config targets, by name."""
+    """Give the names of the linear layers of the model that a config targets."""
+    # PEFT resolves "all-linear" in the config that it is given.
     resolved = _maybe_include_all_linear_layers(copy.copy(lora), model)
     return {
         name
@@ -179,13 +190,14 @@ def _linear_layers(lora: LoraConfig, model: nn.Module) -> set[str]:
 
 
 def named_parameters(config: WaRAConfig, model: nn.Module) -> Iterator[NamedParameter]:
-    """The parameters that `target_parameters` names, by full name or by its end, in the model's order."""
+    """Find the parameters that `target_parameters` names, in full or by the end of the name, in the model's order."""
     targets = tuple(config.target_parameters or ())
     if not targets:
         return
     ends = tuple(f".{target}" for target in targets)
     for module_name, module in modules_outside(model, (BaseTunerLayer, AdaptedModule)):
         found = NamedParameter(module_name, module, "")
+        # A parametrized parameter, such as a quantized one, is not among `_parameters`.
         for name in [*found.owner._parameters, *getattr(found.owner, "parametrizations", ())]:
             full_name = f"{module_name}.{name}"
             is_there = found.owner._parameters.get(name, module) is not None
@@ -198,11 +210,12 @@ def check_parameters(config: WaRAConfig, parameters: list[NamedParameter], targe
 
     Args:
         config: the config.
-        parameters: those that it names.
-        targets: names of the modules that it adapts.
+        parameters: the parameters that the config names.
+        targets: names of the modules that the config adapts.
 
     Raises:
-        ValueError: the form or first values do not go with parameters, or one is not there alone to be multiplied by.
+        ValueError: the config's form or `init_weights` does not support parameters, or one of the parameters is none
+            by which its module just multiplies.
     """
     if not parameters:
         return
@@ -218,7 +231,7 @@ def check_parameters(config: WaRAConfig, parameters: list[NamedParameter], targe
 
 
 def _reason_of_config(config: WaRAConfig) -> str | None:
-    """Why a config can adapt no bare parameters."""
+    """Say why a config can adapt no bare parameters; None if it can."""
     if not config.form_object.adapts_parameters or not isinstance(config.init_weights, bool):
         return (
             f"bare parameters, are not adapted by form={config.form!r} with init_weights={config.init_weights!r}: use "
@@ -228,6 +241,7 @@ def _reason_of_config(config: WaRAConfig) -> str | None:
 
 
 def _reason_against(parameter: NamedParameter, targets: list[str]) -> str | None:
+    """Say why a parameter cannot be adapted; None if it can."""
     owner, module_name = parameter.owner, parameter.module_name
     if not module_name:
         return "it belongs to the model itself, and not to one of its modules. Put the model into another module."

@@ -1,4 +1,4 @@
-"""The layers and bare parameters that a config targets in a model, and which of them can be adapted."""
+"""Finds the layers and bare parameters that a config targets in a model, and checks that they can be adapted."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ from .target_parameters import NamedParameter, check_parameters, named_parameter
 
 @dataclass(frozen=True)
 class Injection:
-    """What a model knows of an adapter while it injects it, besides its config.
+    """Facts about an adapter, besides its config, that are needed only while it is injected.
 
     Attributes:
         adapter_name: the adapter's name.
-        named: names of modules and parameters that its user has given.
-        in_state_dict: the modules named by a state dict from which it is injected, in place of the config's targets;
-            None if there is no state dict.
+        named: names of modules and parameters that the user has given.
+        in_state_dict: if the adapter is injected from a state dict, the modules in its keys, which then are the
+            targets; None if there is no state dict.
     """
 
     adapter_name: str = ""
@@ -56,10 +56,11 @@ class Injection:
 
 
 def resolve_targets(model: nn.Module, config: WaRAConfig, injection: Injection) -> None:
-    """Resolve targets in the experts of a mixture as PEFT does for LoRA, and "all-linear" to what can be adapted.
+    """Resolve a config's targets, in place, for a model.
 
-    Modules of "all-linear" that cannot be adapted are left out, with a warning; those that the user names are refused
-    later.
+    Names of layers in a mixture's experts become parameters, as PEFT does it for LoRA. "all-linear" becomes the
+    modules that can be adapted, and all others are left out with a warning. A module that the user names is never left
+    out: if it cannot be adapted, `find_and_check_targets` refuses it later.
     """
     all_linear = is_all_linear(config) and injection.in_state_dict is None
     refusals = use_loras_targets(config, model)
@@ -74,25 +75,26 @@ def resolve_targets(model: nn.Module, config: WaRAConfig, injection: Injection) 
 def check_injection(
     model: nn.Module, config: WaRAConfig, configs: Mapping[str, WaRAConfig], injection: Injection
 ) -> None:
-    """Check all that is known of an adapter before the first module is replaced, and warn.
+    """Check everything about an adapter before the first module is replaced, and give all warnings.
 
     Args:
         model: the model, without the adapter.
         config: the adapter's config, resolved.
         configs: configs of all adapters, this one included, by name.
-        injection: what else is known of it.
+        injection: further facts about the adapter.
 
     Raises:
         TypeError, ValueError: the adapter cannot be added.
     """
     bases = find_and_check_targets(model, config, injection)
     check_saved_apart(model, configs, injection.adapter_name, bases)
+    # A weight may have to be dequantized, so `partial` delays that until a form asks for it.
     targets = {
         name: Target(shape_of(base), partial(_weight_of, base, name, config, model)) for name, base in bases.items()
     }
     config.form_object.check_targets(config, model, targets)
     shapes = {name: target.shape.as_list() for name, target in targets.items()}
-    if targets:  # or else PEFT says that none matches
+    if targets:  # if there are none, PEFT itself raises an error
         warn_of_unmatched(config, shapes, injection.named, [*(name for name, _ in model.named_modules()), *bases])
     if config.module_shapes is not None:
         hashes = config.form_object.base_weight_hashes(config, targets)
@@ -100,11 +102,11 @@ def check_injection(
 
 
 def find_and_check_targets(model: nn.Module, config: WaRAConfig, injection: Injection) -> dict[str, nn.Module]:
-    """The base layers, and bare parameters, that are to be adapted, by name.
+    """Find the base layers and bare parameters that are to be adapted, by name.
 
     Raises:
-        TypeError: one is of a kind that cannot be adapted.
-        ValueError: one cannot be adapted for another reason.
+        TypeError: a target is of a kind that cannot be adapted.
+        ValueError: a target cannot be adapted for another reason.
     """
     modules, parameters = _find_targets(model, config, injection)
     refusals = _refusals(model, config, modules)
@@ -121,7 +123,11 @@ def find_and_check_targets(model: nn.Module, config: WaRAConfig, injection: Inje
 def _find_targets(
     model: nn.Module, config: WaRAConfig, injection: Injection
 ) -> tuple[dict[str, nn.Module], list[NamedParameter]]:
-    """The base layers, by name, and the bare parameters that a config targets; they are of kinds that can be."""
+    """Find the base layers, by name, and the bare parameters that a config targets.
+
+    Raises:
+        TypeError: a base layer is of a kind that cannot be adapted.
+    """
     _maybe_include_all_linear_layers(config, model)
     modules: dict[str, nn.Module] = {}
     parameters: list[NamedParameter] = []
@@ -138,8 +144,9 @@ def _find_targets(
 def _target_modules(
     model: nn.Module, config: WaRAConfig, in_state_dict: Set[str] | None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are targets, by name, except for those that share the input embedding's adapter."""
+    """Find the target modules, by name, except for those that are tied to the input embedding and use its adapter."""
     for name, module in modules_outside(model, (BaseTunerLayer,)):
+        # The model itself, without a name, has no parent in which it could be replaced.
         if not name or BaseTuner._check_tied_module_exists(config, name):
             continue
         if check_target_module_exists(config, name) if in_state_dict is None else name in in_state_dict:
@@ -167,17 +174,17 @@ def _check_kinds(model: nn.Module, config: WaRAConfig, modules: Mapping[str, nn.
 
 
 def _refusals(model: nn.Module, config: WaRAConfig, modules: dict[str, nn.Module]) -> dict[str, Refusal]:
-    """Why some of these base layers cannot be adapted, by name."""
+    """Find the base layers that cannot be adapted; give the reasons by name."""
     refusals = reasons_of_other_forwards(modules) | reasons_never_called(model, modules)
     shapes = {name: shape_of(base) for name, base in modules.items() if name not in refusals}
     return refusals | config.form_object.unsuitable(config, model, shapes)
 
 
 def _weight_of(base_layer: nn.Module, name: str, config: WaRAConfig, model: nn.Module) -> Tensor:
-    """The weight of a target, dequantized, from which the form makes first values.
+    """Give the dequantized weight of a target, from which the form makes first values.
 
     Raises:
-        ValueError: it is quantized, and cannot be dequantized.
+        ValueError: the weight is quantized, and cannot be dequantized.
     """
     needed = f"form={config.form!r} needs the weight of module {name!r}"
     backend = resolve_quantization_backend(base_layer, **get_quantization_kwargs(model))
@@ -188,7 +195,7 @@ def _weight_of(base_layer: nn.Module, name: str, config: WaRAConfig, model: nn.M
         )
     try:
         return base_weight(base_layer, backend)
-    except TypeError as error:  # of backends that cannot dequantize
+    except TypeError as error:  # from backends that cannot dequantize
         raise ValueError(
             f"{needed}: {error} Use form='subband', or a base model that is quantized otherwise."
         ) from error

@@ -1,4 +1,4 @@
-"""Layers whose weight is that of another layer, as output layers share the input embedding's."""
+"""Weight tying: layers that share their weight with another layer, as output layers do with the input embedding."""
 
 from __future__ import annotations
 
@@ -15,18 +15,30 @@ from ..messages import first_few
 
 
 def adapt_embedding_of_tied(model: Any, config: Any, tied: list[str]) -> None:
-    """Target the input embedding, and leave the layers tied to it, which these names mean, to its adapter."""
+    """Change a config to adapt the input embedding, and to let the layers tied to it use the same adapter.
+
+    Args:
+        model: the model.
+        config: the config, which is changed in place.
+        tied: names of the tied layers.
+    """
     config.target_modules_to_tie = {without_wrappers(name) for name in tied}
     embedding = find_parameter_name_by_module(model, model.get_input_embeddings())
     if isinstance(config.target_modules, str):
         config.target_modules = rf"(?:{config.target_modules})|{re.escape(embedding)}"
     else:
-        # Names of tied layers stay, by which PEFT knows on loading that there is something to tie.
+        # The names of tied layers stay in the config: when PEFT loads it, they tell that there are layers to tie.
         config.target_modules = {embedding, *config.target_modules}
 
 
 def train_embedding_of_tied(model: Any, config: Any, tied: list[str]) -> None:
-    """Train the input embedding in full, and let the layers tied to it, which these names mean, use its copy."""
+    """Change a config to train the input embedding in full, and to let the layers tied to it use the trained copy.
+
+    Args:
+        model: the model.
+        config: the config, which is changed in place.
+        tied: names of the tied layers.
+    """
     config.modules_to_tie = {without_wrappers(name) for name in tied}
     embedding = find_parameter_name_by_module(model, model.get_input_embeddings())
     ends = [f".{name}" for name in config.modules_to_tie]
@@ -35,8 +47,13 @@ def train_embedding_of_tied(model: Any, config: Any, tied: list[str]) -> None:
 
 
 def keep_ties_in_replicas(model: nn.Module) -> None:
-    """Have replicas of a model, as `nn.DataParallel` makes them, tie their layers to their own embedding."""
+    """Make replicas of a model, such as those of `nn.DataParallel`, tie their layers to their own embedding.
+
+    A tied layer refers to the embedding outside of its modules and parameters. Replicating copies this reference, so
+    that it would point to the embedding of the original model, on another device.
+    """
     tied = any(layer.tied_to for layer in adapted_layers(model).values())
+    # A replica gets the hooks of the model, and calls them in its own thread, before its forward.
     if tied and _tie_replica not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_tie_replica)
 
@@ -54,10 +71,10 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
 
     Args:
         model: the model.
-        merged: the adapters to merge into each adapted module, by its name.
+        merged: for each adapted module, by name, the adapters to merge.
 
     Raises:
-        ValueError: the weight of such a module is tied to that of one that does not have the same adapters.
+        ValueError: another module shares the weight of one of these modules, and does not have the same adapters.
     """
     users = modules_by_parameter(model, in_every_place=True)
     layers = {name: module for name, module in model.named_modules() if name in merged}
@@ -65,7 +82,8 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
         base = layer.get_base_layer()
         owner = layer.weight_place()[0]
         users_of_weight = users.get(id(getattr(base, "weight", None)), [])
-        # The owner may stand in other places of the model too, where it is called without the adapter.
+        # In its own place the owner lies inside of the adapter layer, so that its name there has wrappers. It may
+        # stand in other places of the model too, where it is called without the adapter.
         own = {
             without_wrappers(user)
             for user in users_of_weight
@@ -74,7 +92,7 @@ def check_ties(model: nn.Module, merged: dict[str, list[str]]) -> None:
         others = [
             repr(other)
             for user in users_of_weight
-            if not user.endswith(".original_module")  # whose place a trained copy has taken
+            if not user.endswith(".original_module")  # never called: PEFT uses a trained copy in its place
             and (other := without_wrappers(user)) not in own
             and not (other in layers and _share_adapters(layer, layers[other], merged[name]))
         ]
@@ -96,7 +114,7 @@ def check_token_ties(model: nn.Module, adapter_names: list[str] | None) -> None:
         adapter_names: the adapters to merge; None means the active ones.
 
     Raises:
-        ValueError: the weight of a module with trained tokens is tied to that of one that has others, or none.
+        ValueError: a module with trained tokens shares its weight with one that has other trained tokens, or none.
     """
     trained = {
         _plain_name(name): module for name, module in model.named_modules() if isinstance(module, TrainableTokensLayer)
@@ -118,12 +136,12 @@ def check_token_ties(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 
 def _plain_name(name: str) -> str:
-    """A module's name without what adapters and trained tokens have put around it."""
+    """Remove from a module's name the parts that come from wrappers of adapters and trained tokens."""
     return re.sub(r"(\.base_layer|\.token_adapter)+$", "", name)
 
 
 def _share_adapters(layer: Any, other: Any, adapter_names: list[str]) -> bool:
-    """Whether the adapters of two layers are one and the same."""
+    """Say whether two layers use the same adapters: one is tied to the other, or both to a third."""
     return all(
         layer.tied_to.get(adapter, layer) is other.tied_to.get(adapter, other)
         for adapter in adapter_names

@@ -1,1 +1,1 @@
-"""Shows what a saved adapter is, in a table and in pictures."""
+"""Describes a saved adapter, as a report and as pictures, without its base model."""

@@ -1,4 +1,4 @@
-"""Pictures of modules × subbands."""
+"""Draws heatmaps with a row for each module and a column for each subband."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def draw_heatmaps(
     subbands: Sequence[str],
     values: Mapping[str, Sequence[Sequence[float]]],
 ) -> None:
-    """Draw heatmaps of modules × subbands beside each other into an image file.
+    """Draw heatmaps of modules × subbands side by side into an image file.
 
-    The file appears, or takes the place of an old one, when it is complete.
+    The file appears, or replaces an old one, only when it is complete.
 
     Args:
         path: the file.
-        title: stands above them.
+        title: the text above all heatmaps.
         modules, subbands: names of the rows and of the columns.
-        values: one heatmap each, by its own title: a row for each module, at least 0.
+        values: for each heatmap, by its title, its values: a list of rows, one for each module. Each is at least 0.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -36,6 +36,7 @@ def draw_heatmaps(
         raise ValueError(f"{str(path)!r} is a folder; name an image file.")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {str(target.parent)!r} to write {target.name!r} into.")
+    # matplotlib is an optional dependency. `Figure`, unlike `pyplot`, needs no display and keeps no global state.
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -47,13 +48,15 @@ def draw_heatmaps(
     for axes, (name, rows) in zip(side_by_side, values.items(), strict=True):
         image = axes.imshow(rows, aspect="auto", vmin=0.0, cmap="viridis")
         axes.set_xticks(range(len(subbands)), subbands)
-        # Names come from elsewhere, and are no mathematics.
+        # matplotlib would read a name with two dollar signs as a formula, and may fail on it.
         axes.set_yticks(range(len(modules)), modules, fontsize=7, parse_math=False)
         axes.set_xlabel("subband (out axis, in axis, level)")
         axes.set_title(name)
         figure.colorbar(image, ax=axes)
+    # Drawing into memory first finds an unknown image format before any file is made.
     drawn = io.BytesIO()
     figure.savefig(drawn, format=target.suffix.removeprefix(".") or None, dpi=120)
+    # In the same folder, since a file can only be renamed atomically within one file system.
     temporary = target.with_name(f".{uuid.uuid4().hex[:8]}.{target.name}")
     try:
         temporary.write_bytes(drawn.getvalue())

@@ -1,4 +1,4 @@
-"""What a saved adapter holds: shapes, ranks, parameters, and where among the subbands its energy lies."""
+"""Reports on a saved adapter: shapes, ranks, numbers of parameters, and how its energy is spread over subbands."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from .heatmaps import draw_heatmaps
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One adapted module.
+    """The report on one adapted module.
 
     Attributes:
-        name, kind, out_features, in_features, groups: what is adapted; of a convolution the in channels of one group.
+        name, kind, out_features, in_features, groups: the module's name, kind and shape. For a convolution
+            `in_features` counts the in channels of one group.
         ranks: rank of each subband.
-        rank: R, the rank of the LoRA that the adapter is.
-        parameters: numbers that are trained for it.
-        lora_parameters: numbers in the LoRA of rank R that it exports to; None for `form="grid"`, which is none.
-        energy: for each subband ‖scaling · B_s A_s‖², the squared Frobenius norm of its coefficients. They add up to
-            ‖ΔW‖² where 2^L divides both lengths and `aa0` has no rank.
-        experts: number of experts of a stack of matrices, each of which has these ranks; 0 for all else.
+        rank: R, the rank of the LoRA that equals the adapter in this module.
+        parameters: how many numbers are trained for the module.
+        lora_parameters: how many numbers the exported LoRA of rank R has; None for `form="grid"`, which cannot be
+            exported as a LoRA.
+        energy: for each subband ‖scaling · B_s A_s‖², the squared Frobenius norm of its coefficients. The energies add
+            up to ‖ΔW‖² if 2^L divides both lengths and `aa0` has no rank.
+        experts: number of experts in a stack of matrices, each of which has these ranks; 0 for other kinds.
     """
 
     name: str
@@ -47,7 +49,14 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """A saved adapter: its settings, its modules, and `others`, the keys of what it holds besides factors."""
+    """The report on a saved adapter.
+
+    Attributes:
+        form, wavelet, levels: fields of its config.
+        base_model: name or path of its base model, if the config has it.
+        modules: the reports on its modules.
+        others: keys of the tensors that it holds besides factors, such as biases.
+    """
 
     form: str
     wavelet: str
@@ -58,12 +67,13 @@ class AdapterReport:
 
     @property
     def rank(self) -> int:
-        """Rank of the LoRA that it exports to: the largest R of its modules, or the next that all groups divide."""
+        """Rank of the exported LoRA, which is the same for all modules: the largest R, rounded up to a multiple of all
+        convolutions' groups."""
         return common_rank((module.rank, module.groups) for module in self.modules)
 
     @property
     def lora_parameters(self) -> int | None:
-        """Numbers in the LoRA that it exports to, whose modules all have that rank; None for `form="grid"`."""
+        """How many numbers the exported LoRA has, whose modules all have the same rank; None for `form="grid"`."""
         if any(module.lora_parameters is None for module in self.modules):
             return None
         return sum((module.lora_parameters or 0) // module.rank * self.rank for module in self.modules)
@@ -75,12 +85,16 @@ class AdapterReport:
         return [band.name for band in subbands(self.levels) if band.name in used]
 
     def energy_shares(self) -> dict[str, float]:
-        """Share of the energy of all modules that lies in each subband; zeros if there is none at all."""
+        """Give each subband's share of the energy of all modules; all shares are zero if ΔW is zero."""
         sums = {name: sum(module.energy.get(name, 0.0) for module in self.modules) for name in self.subbands}
         return _shares(sums)
 
     def level_shares(self) -> dict[str, float]:
-        """The same by level: `approximation` (of the coarsest level), `level 1` ... `level L` (details), `level 0`."""
+        """Give each level's share of the energy of all modules.
+
+        The keys are `approximation` (of the coarsest level L), `level 1` ... `level L` (details), and `level 0` for
+        `aa0`, the undecomposed matrix.
+        """
         sums: dict[str, float] = {}
         for name, share in self.energy_shares().items():
             level = "approximation" if name == f"aa{self.levels}" else f"level {Subband.named(name).level}"
@@ -88,7 +102,7 @@ class AdapterReport:
         return sums
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything here as plain values, for JSON."""
+        """Give all fields and properties as plain values, for JSON."""
         return {
             **dataclasses.asdict(self),
             "rank": self.rank,
@@ -100,7 +114,7 @@ class AdapterReport:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw heatmaps of modules × subbands into an image file: the ranks, and the shares of each module's energy.
 
-        The file appears, or takes the place of an old one, when it is complete.
+        The file appears, or replaces an old one, only when it is complete.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -161,8 +175,12 @@ def _inspect_module(adapter: SavedAdapter, name: str) -> ModuleReport:
 
 
 def _energy(rows: Tensor, columns: Tensor) -> float:
-    """‖B_s A_s‖² = ⟨B_sᵀ B_s, A_s A_sᵀ⟩, from two r × r matrices; of experts the sum over all of them."""
+    """Compute ‖B_s A_s‖² = ⟨B_sᵀ B_s, A_s A_sᵀ⟩ from two r × r matrices, so that the product B_s A_s is never built.
+
+    For a stack of experts it is the sum over all of them.
+    """
     rows, columns = rows.double(), columns.double()
+    # Columns with a third axis belong to experts. Other rows may be kernels of a convolution, (r, n, *kernel).
     if columns.ndim == 2:
         rows = rows.flatten(1)
     return float(((columns.mT @ columns) * (rows @ rows.mT)).sum())

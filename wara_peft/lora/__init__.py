@@ -1,1 +1,1 @@
-"""To LoRA and from LoRA: export, loading, live views, combinations, files of diffusers."""
+"""Converts WaRA adapters to LoRA, and LoRA to WaRA: export, live views, checkpoints, diffusers' files, loading."""

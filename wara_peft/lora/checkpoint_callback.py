@@ -1,4 +1,4 @@
-"""A callback of transformers' `Trainer` that gives each checkpoint an exact LoRA, which loads without this package."""
+"""A callback of transformers' `Trainer` that adds an exact LoRA to each checkpoint; it loads without this package."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ FOLDER = "as_lora"
 
 
 class SaveAsLora(TrainerCallback):
-    """Writes checkpoint-N/as_lora/<adapter>/, an exact LoRA of each WaRA adapter that the checkpoint holds.
+    """Writes an exact LoRA of each WaRA adapter in a checkpoint, to checkpoint-N/as_lora/<adapter>/.
 
-    Any PEFT loads it, in programs that never import `wara_peft`: `PeftModel.from_pretrained(base,
-    "out/checkpoint-100/as_lora/default")`. It is made from the checkpoint's own files, after these are complete, by
-    the process that wrote them, so how the model is distributed does not matter. It lies two levels deep, since
-    `Trainer` takes any folder of a checkpoint with an adapter's file in it for one more adapter when it resumes.
+    PEFT loads this LoRA in programs that never import `wara_peft`: `PeftModel.from_pretrained(base,
+    "out/checkpoint-100/as_lora/default")`. The process that wrote the checkpoint makes the LoRA from its complete
+    files, so the LoRA does not depend on how the model is distributed. It lies two levels deep, because `Trainer`
+    resumes every direct subfolder of a checkpoint that has an adapter's file as one more adapter.
 
     Raises:
-        ValueError: when training begins: the model has no WaRA adapter, one has no ΔW (`form="grid"`), or it is a
-            search for hyper-parameters, whose checkpoints lie elsewhere. When a checkpoint is saved: see
+        ValueError: when training begins: the model has no WaRA adapter, one has no ΔW (`form="grid"`), or the training
+            is a trial of a hyper-parameter search, whose checkpoints lie elsewhere. When a checkpoint is saved: see
             `save_as_lora`.
 
     Example:
@@ -45,7 +45,7 @@ class SaveAsLora(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Find out now what could not be saved later."""
+        """Refuse, before training starts, a model whose checkpoints could not be saved as LoRA."""
         if state.is_hyper_param_search:
             raise ValueError("SaveAsLora is not for hyper-parameter search: train the best run with it.")
         configs = {
@@ -63,9 +63,11 @@ class SaveAsLora(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the LoRAs of the checkpoint that was just saved, in the process that saved it."""
+        # Every process gets this event, and one of them (or one a node) writes.
         if not args.should_save:
             return
         checkpoint = Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        # From files and not from `model`: under FSDP or DeepSpeed a process has only parts of the parameters.
         saved = list(_wara_adapters(checkpoint))
         for name, directory in saved:
             save_as_lora(checkpoint / FOLDER / name, directory)
@@ -77,7 +79,10 @@ class SaveAsLora(TrainerCallback):
 
 
 def _wara_adapters(checkpoint: Path) -> Iterator[tuple[str, Path]]:
-    """Name and directory of each: PEFT saves "default" in the checkpoint itself, others in folders of their names."""
+    """Find the WaRA adapters in a checkpoint: name and directory of each.
+
+    PEFT saves the adapter "default" in the checkpoint itself, and every other one in a folder of its name.
+    """
     folders = sorted(path for path in checkpoint.iterdir() if path.is_dir()) if checkpoint.is_dir() else []
     for directory in (checkpoint, *folders):
         config = directory / CONFIG_NAME

@@ -1,9 +1,9 @@
-"""LoRAs of a diffusion pipeline's components, in one file under the keys by which diffusers loads them.
+"""Writes LoRAs for a diffusion pipeline into one file, under the keys that diffusers loads.
 
-A pipeline is several models, its components. diffusers keeps their LoRAs in `pytorch_lora_weights.safetensors`, each
-key after the name of the component that it is of, and takes no notice of keys without such a name. (What it saves of
-WaRA adapters in a file of that name is read by `disk/component_file.py`.) This is the one module that imports
-diffusers, when it is called.
+A pipeline consists of several models, its components. diffusers keeps their LoRAs in one file,
+`pytorch_lora_weights.safetensors`. Each key begins with the name of its component; diffusers ignores keys without such
+a name. (diffusers saves WaRA adapters in a file of the same name; `disk/component_file.py` reads it.) No other module
+imports diffusers, and this one does so only when it is called.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ TEXT_ENCODER = "text_encoder"
 
 
 def component_of(source: AdapterSource, component: str | None = None) -> str:
-    """The component that an adapter is of, as the class of its base model has it, compared with the one that is named.
+    """Determine to which component of a pipeline an adapter belongs, and check that diffusers can load its LoRA.
 
     Args:
         source: the adapter.
-        component: its name in the pipeline; None asks the class, which says it of UNets, of diffusion transformers
-            and of `CLIPTextModel`.
+        component: the component's name; None derives it from the class of the adapter's base model, which works for
+            UNets, diffusion transformers and `CLIPTextModel`.
 
     Raises:
         ImportError: diffusers is not installed.
-        ValueError: the component cannot be told, or is none that a pipeline loads LoRAs into; the base model is a
-            model of another kind, or several at once; or the adapter holds what diffusers does not load.
+        ValueError: the class does not tell the component; no pipeline loads LoRAs into a component of this name; the
+            class contradicts the name; the adapter has modules of several components; or it holds tensors that
+            diffusers does not load.
     """
     known = sorted(set().union(*_pipelines()))
     if component == "transformer_2":
@@ -47,6 +48,7 @@ def component_of(source: AdapterSource, component: str | None = None) -> str:
             f"component={component!r} is none that a pipeline of diffusers loads a LoRA into; those are "
             f"{', '.join(known)}."
         )
+    # An adapter of a whole pipeline, put into one module, has names such as "unet.down_blocks.0".
     mixed = sorted({name.partition(".")[0] for name in source.modules}.intersection(known))
     if len(mixed) > 1:
         raise ValueError(
@@ -73,7 +75,7 @@ def component_of(source: AdapterSource, component: str | None = None) -> str:
 
 
 def check_together(components: Iterable[str]) -> None:
-    """Refuse components that belong to no one pipeline.
+    """Refuse components that no single pipeline has together.
 
     Raises:
         ValueError: no pipeline loads LoRAs into all of them, or one comes twice.
@@ -93,9 +95,9 @@ def check_together(components: Iterable[str]) -> None:
 
 
 def write_components(directory: Path, loras: Mapping[str, tuple[LoraConfig, Mapping[str, Tensor]]]) -> None:
-    """Write LoRAs, by component, into a directory, which is there, as `pytorch_lora_weights.safetensors`.
+    """Write LoRAs, by component, as `pytorch_lora_weights.safetensors` into an existing directory.
 
-    The config of each is in the file's metadata (`lora_adapter_metadata`), from which diffusers makes it again.
+    The file's metadata (`lora_adapter_metadata`) holds the config of each LoRA, from which diffusers restores it.
     """
     mixin = _lora_base()
     tensors: dict[str, Tensor] = {}
@@ -105,6 +107,7 @@ def write_components(directory: Path, loras: Mapping[str, tuple[LoraConfig, Mapp
         if component.startswith(TEXT_ENCODER):
             keys = _of_text_encoder(keys)
         tensors |= mixin.pack_weights(keys, component)
+        # The metadata is JSON, which has no sets.
         fields = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
         metadata |= mixin.pack_weights(fields, component)
     mixin.write_lora_layers(
@@ -119,7 +122,10 @@ def write_components(directory: Path, loras: Mapping[str, tuple[LoraConfig, Mapp
 
 
 def _of_text_encoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The keys that diffusers has for text encoders: its own converter knows those of attention alone."""
+    """Rename keys to diffusers' own for text encoders.
+
+    diffusers' converter renames only the keys of attention, so all others are renamed here.
+    """
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
     converted: dict[str, Tensor] = convert_state_dict_to_diffusers(state_dict)
@@ -132,7 +138,10 @@ def _of_text_encoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kind(source: AdapterSource) -> tuple[str | None, str | None]:
-    """What kind of component the base model's class is, and which one, as far as the class tells."""
+    """Say what the class of the base model tells: the beginning of the component's name, and the name itself.
+
+    Each is None if the class does not tell it.
+    """
     if source.config.task_type is not None:
         raise ValueError(
             f"The adapter was trained for the task {source.config.task_type}, and a diffusion pipeline has no "
@@ -141,6 +150,7 @@ def _kind(source: AdapterSource) -> tuple[str | None, str | None]:
     if source.base_class is None:
         return None, None
     name, module = source.base_class
+    # transformers names models with a head after their task, as in "BertForSequenceClassification".
     if re.search("For[A-Z]", name) and module.startswith("transformers."):
         raise ValueError(
             f"The adapter is of {name}, a model with a head for its task, and no component of a diffusion pipeline. "
@@ -151,11 +161,13 @@ def _kind(source: AdapterSource) -> tuple[str | None, str | None]:
     if module.startswith("diffusers.models.transformers."):
         return "transformer", "transformer"
     if module.startswith("transformers."):
+        # A class such as T5EncoderModel is text_encoder in some pipelines, and text_encoder_2 or _3 in others.
         return TEXT_ENCODER, TEXT_ENCODER if name == "CLIPTextModel" else None
     return None, None
 
 
 def _check_loadable(source: AdapterSource, component: str) -> None:
+    """Refuse an adapter of which diffusers would load nothing, or only a part."""
     if source.others:
         others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
         raise ValueError(
@@ -176,7 +188,8 @@ def _check_loadable(source: AdapterSource, component: str) -> None:
 
 
 def _pipelines() -> list[set[str]]:
-    """The components that each of diffusers' kinds of pipelines loads LoRAs into."""
+    """List, for each of diffusers' kinds of pipelines, the components into which it loads LoRAs."""
+    # diffusers has no public list. `_lora_loadable_modules` is the one that its own loaders go by.
     base = _lora_base()
     from diffusers.loaders import lora_pipeline
 

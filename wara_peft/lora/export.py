@@ -1,4 +1,4 @@
-"""WaRA adapters as LoRA adapters: a copy of the synthesised factors, or the best approximation of a lower rank."""
+"""Exports WaRA adapters as LoRA adapters: exactly, from the synthesised factors, or approximated at a lower rank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .diffusers_files import check_together, component_of, write_components
 Model = nn.Module | str | os.PathLike[str]
 FileFormat = Literal["peft", "diffusers"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for `--max-lora-rank`."""
+"""The values that vLLM accepts for `--max-lora-rank`."""
 
 
 def to_lora(
@@ -45,21 +45,24 @@ def to_lora(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Convert a WaRA adapter to LoRA: lora_A = Â of shape `(R, n, *kernel)`, lora_B = scaling · B̂ of shape (m, R).
 
-    With `rank=None` ΔW = lora_B lora_A exactly. With a rank the product is the nearest to ΔW in Frobenius norm, found
-    by QR of both factors and an SVD of the R × R core, at a cost of O((m + n) R²); ΔW is not built. There is one
-    `r = lora_alpha` for all modules; smaller factors are filled up with zeros. Fully trained modules
-    (`modules_to_save`), trained biases and tokens go along, and from a directory embeddings that PEFT saved in full.
+    With `rank=None` lora_B lora_A equals ΔW exactly. With a rank the product is the nearest matrix to ΔW in Frobenius
+    norm. It is computed by QR of both factors and an SVD of the R × R core, at a cost of O((m + n) R²); ΔW itself is
+    never built. The LoRA has one `r = lora_alpha` for all modules; smaller factors are filled up with zeros. Modules
+    that trained in full (`modules_to_save`), trained biases and tokens are included, and, if the adapter is read from
+    a directory, embeddings that PEFT saved in full.
 
     Args:
         model: a model with WaRA adapters (from `get_peft_model`, or with adapters added by transformers), or the path
             of a saved adapter, for which the base model is not needed.
-        rank: None is exact; an int is the rank of every module, and where ΔW has less, that one, exactly; a float in
-            (0, 1] keeps that share of each module's ‖ΔW‖², with the smallest rank that does, and r is the largest of
-            these. In a convolution with groups each group gets its share of the rank.
-        adapter_name: the adapter to convert. A path may also be that of the directory above it.
-        dtype: dtype of the factors; None keeps the adapter's. They are computed in this one or the adapter's,
+        rank: None converts exactly. An int is the rank of every module; a module whose ΔW has a lower rank stays
+            exact. A float in (0, 1] gives each module the smallest rank that keeps this share of its ‖ΔW‖², and r is
+            the largest of these ranks. In a convolution with groups each group gets its share of the rank.
+        adapter_name: the adapter to convert. If `model` is a path, it may also be the directory that contains the
+            adapter's directory of this name.
+        dtype: dtype of the factors; None keeps the adapter's. The factors are computed in this dtype or the adapter's,
             whichever is wider, and rounded once.
-        strict: raise, in place of a warning, if the adapter holds what engines that serve LoRA do not take.
+        strict: raise an error, where the default is a warning, if the adapter holds something that engines which serve
+            LoRA do not accept.
         track: wraps the loop over module names, to show progress.
 
     Returns:
@@ -67,7 +70,7 @@ def to_lora(
 
     Raises:
         ValueError: the model has no adapter of that name, `rank` is out of range, the adapter has no ΔW
-            (`form="grid"`), or under `strict` there is something that engines do not take; for a path, see
+            (`form="grid"`), or, with `strict`, it holds something that engines do not accept; for a path, see
             `SavedAdapter`.
         TypeError: the adapter is not a WaRA adapter, or `rank` or `dtype` is of the wrong type.
     """
@@ -89,19 +92,19 @@ def save_as_lora(
     """Save a WaRA adapter as a LoRA checkpoint that PEFT, or a pipeline of diffusers, loads.
 
     Args:
-        path: directory to write to, made if it is not there. Its files appear when they are complete; other files in
-            it are left alone.
-        model: as in `to_lora`; with `format="diffusers"` also several, by component.
+        path: directory to write to; it is made if it does not exist. The files appear only when they are complete.
+            Other files in the directory stay.
+        model: as in `to_lora`; with `format="diffusers"` also a dict of several models, by component.
         rank, adapter_name, dtype, strict: as in `to_lora`, whose errors apply; nothing is written then.
         format: "peft" writes `adapter_model.safetensors` and `adapter_config.json`; "diffusers" (which must be
             installed) `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(path)`.
-        component: with `format="diffusers"`, which model of the pipeline the adapter is of, such as "unet",
-            "transformer" or "text_encoder". None asks the class of the base model.
+        component: with `format="diffusers"`, the model of the pipeline to which the adapter belongs, such as "unet",
+            "transformer" or "text_encoder". None derives it from the class of the base model.
 
     Raises:
         ValueError: `path` is a file, or the adapter's own directory, or `format` and `component` do not fit; for
             `format="diffusers"` also what `component_of` in `wara_peft.lora.diffusers_files` raises.
-        TypeError: an argument is of another kind, as where two are swapped; see also `to_lora`.
+        TypeError: an argument is of the wrong type, for example because two are swapped; see also `to_lora`.
 
     Example:
         >>> save_as_lora("my-lora", {"unet": unet, "text_encoder": "my-text-adapter"}, format="diffusers")
@@ -122,7 +125,7 @@ def save_as_lora(
 
 
 def write_loras(directory: Path, loras: Sequence[Lora]) -> None:
-    """Write one LoRA in PEFT's format, or those of a pipeline's components, into a directory, which is there.
+    """Write one LoRA in PEFT's format, or those of a pipeline's components in diffusers', into an existing directory.
 
     Raises:
         ValueError: the components do not belong together.
@@ -137,8 +140,8 @@ def write_loras(directory: Path, loras: Sequence[Lora]) -> None:
 
 
 def write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
-    """Write what `to_lora` returns into a directory, which is there."""
-    # Tied modules that train in full are one tensor with two names, which safetensors does not take.
+    """Write a LoRA in PEFT's format, as `to_lora` returns it, into an existing directory."""
+    # Tied modules that train in full are one tensor with two names, which safetensors refuses to write.
     owner = {id_tensor_storage(value): key for key, value in state_dict.items()}
     apart = {
         key: value if owner[id_tensor_storage(value)] == key else value.clone() for key, value in state_dict.items()
@@ -156,9 +159,9 @@ class LoraErrors(NamedTuple):
 
 @torch.no_grad()
 def lora_error(model: Model, rank: int | float, adapter_name: str = "default") -> LoraErrors:
-    """How far a LoRA that `to_lora` makes with this rank is from the adapter.
+    """Measure how far the LoRA that `to_lora` makes with this rank is from the adapter.
 
-    √(Σ_{i > rank} σ_i²) / √(Σ_i σ_i²) over the singular values σ_i of ΔW; zero where ΔW is zero.
+    The error is √(Σ_{i > rank} σ_i²) / √(Σ_i σ_i²), with the singular values σ_i of ΔW; it is zero if ΔW is zero.
 
     Args:
         model, rank, adapter_name: as in `to_lora`, whose errors apply.
@@ -169,15 +172,19 @@ def lora_error(model: Model, rank: int | float, adapter_name: str = "default") -
 
 
 class Lora(NamedTuple):
-    """What `to_lora` returns, and how far it is from the adapter, apart from rounding."""
+    """A LoRA as `to_lora` returns it, with its error.
+
+    Attributes:
+        error: how far the LoRA is from the adapter, apart from rounding to `dtype`.
+    """
 
     config: LoraConfig
     state_dict: dict[str, Tensor]
     error: LoraErrors
     rounded: bool
-    """Whether `dtype` is less than that of the adapter."""
+    """Whether the factors were rounded to a narrower dtype than the adapter's."""
     component: str | None
-    """Which model of a diffusion pipeline it is of, if it is to be written in diffusers' format."""
+    """The model of a diffusion pipeline to which the LoRA belongs; None in PEFT's format."""
 
 
 @torch.no_grad()
@@ -192,7 +199,7 @@ def convert(
     component: str | None = None,
     track: Track = no_progress_bar,
 ) -> Lora:
-    """`to_lora` and `lora_error` at once: each tensor is read once, and decomposed once, if a rank is given."""
+    """Do the work of `to_lora` and `lora_error` at once, so that each tensor is read and decomposed only once."""
     if rank is not None:
         _check_rank(rank)
     if dtype is not None and dtype not in FLOATS.values():
@@ -208,6 +215,7 @@ def convert(
         _tell_what_engines_refuse(source, strict)
     for text in source.warnings:
         warnings.warn(text)
+    # PEFT's config has one rank. It is known only after all modules are decomposed, if `rank` is a share.
     modules = _modules(source, rank, dtype, track)
     common = common_rank((part.rank, part.update.groups) for part in modules)
     state_dict = dict(source.others)
@@ -237,11 +245,12 @@ def _errors(modules: list[LoraModule]) -> LoraErrors:
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
-    """Smallest `--max-lora-rank` with which vLLM serves a LoRA of that rank; None if there is none."""
+    """Give the smallest `--max-lora-rank` with which vLLM serves a LoRA of this rank; None if there is none."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
+    """Warn of parts of the adapter that engines which serve LoRA do not accept; raise an error if `strict`."""
     refused = []
     kinds: dict[str, list[str]] = {}
     for name, kind in ((name, shape.kind) for name, shape in source.modules.items()):
@@ -278,6 +287,7 @@ def _check_rank(rank: int | float) -> None:
 def _lora_config(source: AdapterSource, rank: int) -> LoraConfig:
     config = source.config
     target_modules, target_parameters = loras_targets(source.modules)
+    # With lora_alpha = r LoRA's own scaling is 1: the factor B holds WaRA's scaling.
     return LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -1,4 +1,7 @@
-"""A LoRA of a live model's WaRA adapter, whose tensors stay the same ones and take the present values when asked."""
+"""A LoRA of a live model's WaRA adapter that can be refreshed in place.
+
+Its tensors stay the same objects; `refresh` copies the adapter's present values into them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,13 @@ from .export import to_lora, write_lora
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer's LoRA lies in the view: its layer, its rank in the model, and PEFT's tensors by key."""
+    """One layer's part of a view.
+
+    Attributes:
+        layer: the adapted layer in the model.
+        rank: the layer's rank when the view was made. The tensors may be padded to a larger common rank.
+        tensors: the view's tensors for this layer, A and B, by PEFT's keys.
+    """
 
     layer: WaRALayer
     rank: int
@@ -30,7 +39,7 @@ class _Place:
 
 
 class LoraView:
-    """The exact LoRA that a live WaRA adapter is; see `lora_view`, which makes it.
+    """The exact LoRA of a live WaRA adapter; `lora_view` makes it.
 
     Attributes:
         config: the `LoraConfig`, with r = lora_alpha = R, so that LoRA's scaling is 1.
@@ -41,7 +50,7 @@ class LoraView:
         self._adapter_name = adapter_name
         source = adapter_source(model, adapter_name)
         self.config, tensors = to_lora(model, None, adapter_name)
-        # What trains in full comes as the model's own tensors, which do not wait for a refresh.
+        # Tensors that train in full are the model's own ones here. Copies keep the values of the last refresh.
         self._others = {key: tensors[key].clone() for key in source.others}
         self._tensors = tensors | self._others
         self._places: dict[str, _Place] = {}
@@ -53,17 +62,18 @@ class LoraView:
                 self._places[name] = _Place(layer, layer.total_rank(adapter_name), own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The LoRA as of the last refresh, with PEFT's keys; the tensors are the same ones every time."""
+        """Give the LoRA as of the last refresh, with PEFT's keys; every call gives the same tensors."""
         return dict(self._tensors)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the adapter's present values into the view's tensors.
 
-        lora_A = Â and lora_B = scaling · B̂, as `to_lora` has them, but not checked to be finite, which would wait for
-        the device. Modules trained in full, biases and tokens come along. For adapters of `form="subband"` in float32
-        or better on linear layers and embeddings whose axes 2^L divides nothing is allocated; elsewhere one factor at
-        a time is made and copied.
+        lora_A = Â and lora_B = scaling · B̂, as in `to_lora`. They are not checked to be finite, because a check would
+        wait for the device. Modules trained in full, biases and tokens are refreshed too.
+
+        Nothing is allocated for adapters of `form="subband"` in float32 or better on linear layers and embeddings
+        whose axes 2^L divides. In all other cases one factor at a time is made and copied.
 
         Raises:
             RuntimeError: the adapter was deleted, or has another rank now. The view is as it was.
@@ -75,6 +85,7 @@ class LoraView:
                     f"Adapter {self._adapter_name!r} is not there any more in module {name!r}, or not with its rank "
                     f"of {place.rank}. Make a new view with lora_view(model, {self._adapter_name!r})."
                 )
+        # All layers are checked before the first is written, so that a refused refresh leaves the view as it was.
         for name, place in self._places.items():
             self._write(name, place)
         if self._others:
@@ -83,7 +94,8 @@ class LoraView:
 
     def _write(self, name: str, place: _Place) -> None:
         layer, (lora_a, lora_b) = place.layer, place.tensors.values()
-        if layer.shape.kernel or layer.kind.is_parameter:  # groups and experts lie apart, see LoraModule
+        # PEFT lays out the factors of grouped convolutions and of experts differently, which LoraModule knows.
+        if layer.shape.kernel or layer.kind.is_parameter:
             update = layer.low_rank_update(self._adapter_name)
             values = LoraModule.of(name, update, None).tensors(self.config.r, lora_a.dtype)
             for target, value in zip((lora_a, lora_b), values.values(), strict=True):
@@ -91,6 +103,7 @@ class LoraView:
             return
         factor_a, factor_b = layer.factors(self._adapter_name)
         factor_a.synthesise_into(lora_a[: place.rank])
+        # Rows and columns beyond the layer's rank are padding, and have been zero from the start.
         columns = lora_b[:, : place.rank]
         factor_b.synthesise_into(columns)
         columns.mul_(layer.scaling[self._adapter_name])
@@ -98,7 +111,7 @@ class LoraView:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Save the LoRA as of the last refresh as a checkpoint that PEFT, and engines that serve LoRA, load.
 
-        Both files appear when they are complete, in a directory that is made if it is not there.
+        The directory is made if it does not exist. Both files appear only when they are complete.
 
         Raises:
             ValueError: the path is a file.
@@ -109,11 +122,11 @@ class LoraView:
 
 @on_plain_model
 def lora_view(model: nn.Module, adapter_name: str = "default") -> LoraView:
-    """The exact LoRA of a live WaRA adapter, to be refreshed in place, for example after each optimizer step.
+    """Make the exact LoRA of a live WaRA adapter, which is refreshed in place, for example after each optimizer step.
 
-    lora_A = Â of shape `(R, n, *kernel)` and lora_B = scaling · B̂ of shape (m, R), as `to_lora` gives them, but in
-    tensors that stay: whoever holds the state dict (a hotswap, an engine that rolls out, a graph) sees new values
-    after `refresh()`. The model is not touched, and goes on training.
+    lora_A = Â of shape `(R, n, *kernel)` and lora_B = scaling · B̂ of shape (m, R), as in `to_lora`. The view keeps its
+    tensors: a user of its state dict (a hotswap, an engine for rollouts, a CUDA graph) sees the new values after
+    `refresh()`. The view does not change the model, which may go on training.
 
     Args:
         model: a model with WaRA adapters, from `get_peft_model` or with adapters added by transformers.

@@ -1,4 +1,4 @@
-"""A saved LoRA as a WaRA adapter, which computes the same and goes on training with subbands beside it."""
+"""Loads a saved LoRA as a WaRA adapter, which computes the same as the LoRA and can train further with subbands."""
 
 from __future__ import annotations
 
@@ -29,29 +29,34 @@ def load_lora(
 ) -> PeftModel:
     """Add a WaRA adapter of `form="subband"` whose undecomposed pair `aa0` is a saved LoRA.
 
-    ΔW = scaling · (B A + Σ_s S_out,s B_s A_s S_in,sᵀ) with LoRA's A, B and scaling in every module, also by its
-    patterns and with rsLoRA, and new pairs of the subbands s, whose product is zero until they train. Modules that the
-    LoRA trained in full, biases and tokens are loaded too.
+    ΔW = scaling · (B A + Σ_s S_out,s B_s A_s S_in,sᵀ)
+
+    A, B and scaling are the LoRA's in every module, also if they come from its patterns or rsLoRA. A_s and B_s are new
+    pairs of the subbands s, and their product is zero until they train. Modules that the LoRA trained in full, biases
+    and tokens are loaded too.
 
     Args:
         model: the base model of the LoRA, or a `PeftModel` with WaRA adapters of it, which gets one more.
         path: the LoRA's directory (`adapter_config.json`, `adapter_model.safetensors`).
-        adapter_name: name of the new adapter. In a `PeftModel` it is not activated, as by `add_adapter`.
-        fields: of `WaRAConfig`: `r` or `subband_ranks` are the ranks of the subbands beside the LoRA, and all of them
-            0 give the LoRA alone; `wavelet`, `levels` and others. All but these come from the LoRA.
+        adapter_name: name of the new adapter. In a `PeftModel` it is not activated, just as with `add_adapter`.
+        fields: fields of `WaRAConfig`, such as `wavelet` and `levels`. `r` or `subband_ranks` are the ranks of the
+            subbands beside the LoRA; if all of them are 0, the adapter is only the LoRA. All fields that are not given
+            here come from the LoRA.
 
     Returns:
         The model with the adapter. It trains, unless `inference_mode=True` is given.
 
     Raises:
         FileNotFoundError: the directory or one of the files is missing.
-        ValueError: it is no LoRA, or one that computes something else (DoRA and other variants, convolutions with
-            groups, dilation or another padding mode than zeros, base weights that its initialisation changed); its
-            file does not fit its config or the model; or `fields` sets what the LoRA says. Nothing is changed then.
-        TypeError: the LoRA adapts modules of a kind that WaRA does not.
+        ValueError: the directory holds no LoRA, or one that WaRA cannot compute (DoRA and other variants, convolutions
+            with groups, dilation or another padding mode than zeros, base weights that its initialisation changed);
+            its file does not fit its config or the model; or `fields` sets a field that the LoRA determines. Nothing
+            is changed then.
+        TypeError: the LoRA adapts modules of a kind that WaRA does not adapt.
 
     Warns:
-        UserWarning: names what the LoRA has and WaRA does not, or patterns between which a lost order decides.
+        UserWarning: the LoRA has settings that WaRA does not have, or two of its patterns match one module and their
+            order in training is unknown.
     """
     call = "load_lora(model, path, adapter_name)"
     check_argument(call, "model", model, "an nn.Module")
@@ -66,12 +71,14 @@ def load_lora(
         _check_targets(targets, shapes)
         tied = _tied_to(targets, base) if config.ensure_weight_tying else set()
         state_dict = saved.state_dict(shapes, tied, _in_full(config, base), _shapes_in(base))
+    # All checks are done; only now the model changes.
     _warn_of_lost_order(saved, targets)
     if isinstance(adapted, PeftModel):
         adapted.add_adapter(adapter_name, config)
     else:
         adapted = get_peft_model(model, config, adapter_name)
-    # The LoRA is the undecomposed matrix; subbands beside it keep their first values.
+    # The LoRA's tensors replace those of `aa0`. The subbands' first values go along, because an adapter refuses to
+    # load only some of a module's tensors.
     own = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
     set_peft_model_state_dict(adapted, own | state_dict, adapter_name)
     return adapted
@@ -88,7 +95,7 @@ def _config(lora: LoraConfig, fields: dict[str, Any]) -> WaRAConfig:
         )
     if fields.get("init_weights", True) is False:
         raise ValueError("init_weights=False would change what the LoRA computes. Leave it out.")
-    # How the LoRA began no longer matters.
+    # First values are irrelevant for a LoRA that has been trained.
     trained = copy.copy(lora)
     trained.init_lora_weights = True
     trained.eva_config = trained.corda_config = trained.lora_ga_config = None
@@ -103,7 +110,7 @@ def _config(lora: LoraConfig, fields: dict[str, Any]) -> WaRAConfig:
 
 
 def _check_targets(targets: Mapping[str, nn.Module], shapes: Mapping[str, ModuleShape]) -> None:
-    """Refuse what LoRA computes in another way than WaRA, or keeps in another shape."""
+    """Refuse targets on which LoRA computes differently from WaRA, or has factors of another shape."""
     for name, target in targets.items():
         if shapes[name].kind.is_parameter:
             raise ValueError(f"{name!r} is a bare parameter, whose LoRA cannot be loaded; adapt it by `WaRAConfig`.")
@@ -134,7 +141,7 @@ def _warn_of_lost_order(saved: SavedLora, names: Iterable[str]) -> None:
 
 
 def _tied_to(targets: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
-    """Names of layers with the weight of an embedding that is a target, which are none themselves."""
+    """Find the layers that share the weight of a target embedding and are no targets themselves; give their names."""
     users = modules_by_parameter(model)
     embeddings = [target for target in targets.values() if kind_of(target).has_vocabulary]
     tied = {without_wrappers(user) for target in embeddings for user in users[id(target.weight)]}
@@ -142,7 +149,7 @@ def _tied_to(targets: Mapping[str, nn.Module], model: nn.Module) -> set[str]:
 
 
 def _in_full(config: WaRAConfig, model: nn.Module) -> set[str]:
-    """Names of what `modules_to_save` trains, which PEFT compares with the ends of modules' names."""
+    """Give the keys of all tensors that `modules_to_save` trains; like PEFT, compare its names with ends of names."""
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -152,6 +159,7 @@ def _in_full(config: WaRAConfig, model: nn.Module) -> set[str]:
 
 
 def _shapes_in(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of parameters and buffers by the names that they have without adapters."""
+    """Give the shapes of parameters and buffers, by the names that they have in the model without adapters."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    # Under DeepSpeed's stage 3 a parameter is empty between uses, and `ds_shape` is the shape of the whole.
     return {without_wrappers(name): tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}

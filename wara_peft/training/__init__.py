@@ -1,1 +1,1 @@
-"""What concerns the training of an adapter: first values, optimizer groups, scale, components."""
+"""Helpers for training: first values from data, optimizer groups, a temporary scale, cutting of components."""

@@ -1,4 +1,4 @@
-"""Components of an adapter: a row of A_s with the column of B_s, the unit by which its rank grows and shrinks."""
+"""Cuts an adapter to some of its components. A component is a row of A_s with its column of B_s, one unit of rank."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from ..layers.lookup import adapted_layers, base_model_of, layers_of, wara_confi
 from ..wavelet import Subband
 
 Kept = Mapping[str, Mapping[str, Sequence[int]]]
-"""Indices of components, by module and subband."""
+"""Indices of components, by module and by subband."""
 
 
 def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
-    """As `wara_config`, of an adapter whose components can be told apart.
+    """Give an adapter's config, as `wara_config` does, and refuse an adapter whose components cannot be told apart.
 
     Raises:
-        ValueError: its subbands have no pairs of their own, it is of bare parameters, or see `wara_config`.
+        ValueError: the adapter's form has no separate pairs for each subband, it adapts bare parameters, or see
+            `wara_config`.
     """
     config = wara_config(model, adapter_name)
     if not config.form_object.keeps_subbands:
@@ -43,13 +44,14 @@ def config_of(model: nn.Module, adapter_name: str) -> WaRAConfig:
 
 
 def parameters_of_component(layer: WaRALayer, adapter_name: str, level: int) -> int:
-    """Parameters of a component of that level: n_j times the kernel's size, and m_j."""
+    """Count the parameters of a component of this level: n_j times the kernel's size for its row, plus m_j."""
+    # One parameter holds the rows of all subbands of a level, since these have the same length.
     rows, columns = (factor.get_parameter(f"level{level}") for factor in layer.factors(adapter_name))
     return rows[0].numel() + len(columns)
 
 
 def subband_of(factor: SubbandFactor, row: int, level: int) -> tuple[str, int]:
-    """The subband that a row of a level's parameter belongs to, and its index among the subband's own."""
+    """Find the subband to which a row of a level's parameter belongs, and the row's index within that subband."""
     for name, rank in factor.ranks.items():
         if Subband.named(name).level == level:
             if row < rank:
@@ -61,22 +63,22 @@ def subband_of(factor: SubbandFactor, row: int, level: int) -> tuple[str, int]:
 @on_plain_model
 @torch.no_grad()
 def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
-    """Cut an adapter to some of its components, in place: ΔW is what it would be with the others zero.
+    """Cut an adapter to some of its components, in place. ΔW becomes what it would be if all others were zero.
 
-    Each module's scaling stays what it is. A module without components loses the adapter, and its base layer comes
-    back if it has no other one. The tuner gets another config for it, so that the adapter saves, loads, exports and
-    merges as any other. Parameters are new ones: an optimizer made before does not know them.
+    The scaling of each module stays the same. A module that keeps no component loses the adapter; if it has no other
+    adapter, its base layer comes back. The adapter gets a new config with the new ranks, so that it saves, loads,
+    exports and merges like any other. Its parameters are new tensors: an optimizer made before does not update them.
 
     Args:
         model: a model with the adapter.
-        adapter_name: its name.
-        kept: for each module, by its name in the config, and for each subband, indices of components in the order in
-            which they shall stand. What is left out is cut.
+        adapter_name: the adapter's name.
+        kept: for each module, by its name in the config, and for each subband, the indices of the components to keep,
+            in their new order. All others are cut.
 
     Raises:
         ValueError: the adapter is merged, has another form, or nothing would be left; or a module, subband or index
             does not exist or comes twice. Nothing is changed then.
-        TypeError: it is no WaRA adapter.
+        TypeError: the adapter is no WaRA adapter.
     """
     config = config_of(model, adapter_name)
     layers = layers_of(model, adapter_name)
@@ -88,8 +90,11 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
     changed = config.with_ranks(ranks, [name for name, _ in base_model_of(model).named_modules()])
     gone = [layer.get_base_layer() for name, layer in layers.items() if not any(ranks[name].values())]
     if changed.bias == "wara_only" and any(getattr(base, "bias", None) is not None for base in gone):
-        changed.bias = "all"  # or those that have trained would not be saved
+        # "wara_only" saves the biases of adapted layers. A layer that loses the adapter keeps its trained bias, which
+        # only "all" saves.
+        changed.bias = "all"
     shapes, biased = changed.module_shapes or {}, changed.biased_modules
+    # Layers note how the model has resolved the config; the changed config needs such a note too.
     found = {
         "module_shapes": shapes,
         "base_weight_hashes": None,
@@ -101,13 +106,14 @@ def keep_components(model: nn.Module, adapter_name: str, kept: Kept) -> None:
         if any(ranks[name].values()):
             _cut(layer, adapter_name, changed, kept[name])
     for name, layer in adapted_layers(model, adapter_name).items():
+        # A tied layer uses the factors of another layer, and has no entry of its own in `ranks`.
         source = layer.tied_to.get(adapter_name, layer)
         if not any(ranks[source.module_name].values()):
             _take_out(model, name, layer, adapter_name)
             continue
         layer.in_model[adapter_name] = in_model
         if source is not layer:
-            layer.tie_again(source)
+            layer.tie_again(source)  # its references are still to the old factors
 
 
 def _check(layers: dict[str, WaRALayer], adapter_name: str, kept: Kept) -> None:
@@ -131,6 +137,7 @@ def _check(layers: dict[str, WaRALayer], adapter_name: str, kept: Kept) -> None:
 
 def _cut(layer: WaRALayer, adapter_name: str, config: WaRAConfig, kept: Mapping[str, Sequence[int]]) -> None:
     old = layer.factors(adapter_name)
+    # A scale that the user has set by `set_scale` outlives the cut, though r and alpha change.
     scaled_by = layer.scaling[adapter_name] / layer.initial_scaling(adapter_name)
     ranks = config.ranks_of(layer.module_name)
     parts = layer.forms[adapter_name].create(config, layer.module_name, layer.shape, ranks)

@@ -1,4 +1,4 @@
-"""First values of A_s from data: the directions in which the inputs of a layer are largest, for each subband."""
+"""Initialises A_s from data: for each subband, the directions in which the inputs of a layer are largest."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from ..wavelet import Subband, into_band
 def initialize_from_data(
     model: nn.Module, dataloader: Iterable[Any], adapter_name: str = "default", show_progress_bar: bool = True
 ) -> None:
-    """Give A_s the directions of a subband in which the inputs are largest, for `init_weights="activation"`.
+    """Set each A_s to the directions of its subband in which the inputs are largest, for `init_weights="activation"`.
 
-    With inputs X of shape (N, n) over all batches, the rows of A_s are the top right-singular vectors of X S_in,s, of
-    shape (N, n_j): among all orthonormal A_s those that keep most of ‖A_s S_in,sᵀ Xᵀ‖. B_s is zero and stays it. Call
-    it once, before training, in one process or with the same batches in each.
+    Let X, of shape (N, n), be a layer's inputs over all batches. The rows of A_s become the top right-singular vectors
+    of X S_in,s, of shape (N, n_j). No other matrix with as many orthonormal rows has a larger ‖A_s S_in,sᵀ Xᵀ‖. B_s
+    stays zero, so the model still computes the same. Call the function once, before training, in one process or with
+    the same batches in each.
 
-    Only XᵀX, of shape (n, n), is kept of the inputs, once for layers that share them. Positions that a batch's
-    `attention_mask` leaves out do not count; in the decoder of an encoder-decoder model those that its
-    `decoder_attention_mask` leaves out, and of the encoder's result, which cross-attention sees, again the former.
+    The function keeps only XᵀX, of shape (n, n), and one such matrix for all layers that share their inputs. Positions
+    that a batch's `attention_mask` masks are not counted. In the decoder of an encoder-decoder model
+    `decoder_attention_mask` decides, except for the encoder's output that cross-attention reads, where
+    `attention_mask` does.
 
     Args:
         model: a model with a new adapter of `init_weights="activation"`.
@@ -41,8 +43,8 @@ def initialize_from_data(
         show_progress_bar: whether to show how many batches are done.
 
     Raises:
-        ValueError: there is no such adapter, it is not of that kind or has been trained, no batch reached one of its
-            layers, or the inputs of one are not finite. Nothing is changed then.
+        ValueError: there is no such adapter, its `init_weights` is another or it has been trained, no batch reached
+            one of its layers, or the inputs of a layer are not finite. Nothing is changed then.
     """
     call = "initialize_from_data(model, dataloader)"
     check_argument(call, "model", model, "an nn.Module")
@@ -57,6 +59,7 @@ def initialize_from_data(
             model(*args, **kwargs)
     grams = cast(dict[WaRALayer, Tensor], moments.of_layers())
     _check_inputs(layers, grams)
+    # All directions are found before the first A is written, so that an error leaves the adapter as it was.
     found = {layer: _top_directions(layer.factors(adapter_name)[0], grams[layer]) for layer in layers}
     with torch.no_grad():
         for layer, directions in found.items():
@@ -99,7 +102,7 @@ def _check_inputs(layers: list[WaRALayer], grams: dict[WaRALayer, Tensor]) -> No
 
 
 def _top_directions(factor: SubbandFactor, gram: Tensor) -> dict[str, Tensor]:
-    """For each subband the eigenvectors of S_inᵀ XᵀX S_in with the largest eigenvalues, (at most r_s, n_j)."""
+    """Give for each subband the eigenvectors of S_inᵀ XᵀX S_in with the largest eigenvalues, (at most r_s, n_j)."""
     largest_first: dict[tuple[int, str], Tensor] = {}
     found = {}
     for name, rank in factor.ranks.items():
@@ -108,6 +111,7 @@ def _top_directions(factor: SubbandFactor, gram: Tensor) -> dict[str, Tensor]:
         if key not in largest_first:
             half = into_band(gram, factor.axis.wavelet, *key)  # XᵀX S_in, (n, n_j)
             whole = into_band(half.T, factor.axis.wavelet, *key)  # (n_j, n_j)
+            # `eigh` gives eigenvalues in ascending order, and eigenvectors as columns.
             largest_first[key] = torch.linalg.eigh(whole).eigenvectors.flip(1).T
         found[name] = largest_first[key][:rank]
     return found

@@ -1,4 +1,4 @@
-"""Parameter groups for any optimizer, in which B learns faster than A."""
+"""Makes parameter groups for an optimizer, in which B gets a higher learning rate than A."""
 
 from __future__ import annotations
 
@@ -16,33 +16,36 @@ GROUP_OF_PART = {"wara_A": "A", "wara_B": "B", "wara_core": "core", "wara_gain":
 def optimizer_groups(
     model: nn.Module, lr: float, lr_ratio: float, *, weight_decay: float = 0.0, lr_embedding: float = 1e-6
 ) -> list[dict[str, Any]]:
-    """Groups of what trains in a model with WaRA adapters, with the learning rates of LoRA+ (arXiv 2402.12354).
+    """Sort all parameters that train in a model with WaRA adapters into groups, with the rates of LoRA+.
 
-    They are those of `peft.optimizers.create_loraplus_optimizer`, which knows LoRA's parameters by their names:
+    The rates are those of `peft.optimizers.create_loraplus_optimizer`, which finds only LoRA's parameters, because it
+    looks for their names. The groups are:
 
-    - "A": A_s of all layers but embeddings, at the rate lr;
-    - "B": B_s of the same, at lr · lr_ratio;
+    - "A": A_s of all layers except embeddings, at the rate lr;
+    - "B": B_s of the same layers, at lr · lr_ratio;
     - "core", "gain": cores of `form="tiny"` and gains of `form="grid"`, at lr;
     - "embedding": A_s and B_s of embeddings, at lr_embedding;
-    - "full": what trains in full (`modules_to_save`, tokens), at lr;
+    - "full": modules and tokens that train in full (`modules_to_save`, `trainable_token_indices`), at lr;
     - "vector": biases, norms and other parameters of one dimension, at lr · lr_ratio and without weight decay.
 
-    What trains is what has `requires_grad`: of several adapters those that are active. Groups without parameters are
-    left out, and each group may be changed by its name before an optimizer gets them.
+    A parameter trains if it has `requires_grad`; among several adapters these are the active ones. Groups without
+    parameters are left out. Each group has a "name", by which it can be found and changed before an optimizer gets it.
 
     Args:
         model: a model with WaRA adapters.
         lr: learning rate of A.
-        lr_ratio: that of B, divided by lr. LoRA+ wants at least 1, and more for harder tasks.
-        weight_decay: of all groups but "vector".
+        lr_ratio: learning rate of B divided by that of A. LoRA+ wants at least 1, and more for harder tasks.
+        weight_decay: weight decay of all groups except "vector".
         lr_embedding: learning rate of adapters of embeddings.
 
     Returns:
-        Groups for the first argument of an optimizer, in which every trained parameter is once. With `Trainer`:
+        Groups for the first argument of an optimizer; every trained parameter is in exactly one. With `Trainer`:
         `optimizers=(AdamW(groups), None)`, or `optimizer_cls_and_kwargs=(AdamW, {"params": groups})`.
 
     Raises:
         ValueError: a rate is negative or not finite, or no WaRA adapter of the model trains.
+
+    Source: LoRA+, arXiv 2402.12354.
     """
     check_argument("optimizer_groups(model, lr, lr_ratio)", "model", model, "an nn.Module")
     given = {"lr": lr, "lr_ratio": lr_ratio, "weight_decay": weight_decay, "lr_embedding": lr_embedding}
@@ -72,7 +75,7 @@ def optimizer_groups(
 
 
 def _of_adapters(model: nn.Module) -> dict[nn.Parameter, str]:
-    """The group of each parameter of an adapter."""
+    """Map each parameter of the adapters to the name of its group."""
     return {
         parameter: "embedding" if layer.kind.has_vocabulary else group
         for layer in adapted_layers(model).values()

@@ -1,4 +1,4 @@
-"""Scaling an adapter up or down for a while, as PEFT's helper does for LoRA."""
+"""Scales adapters up or down for a while, as PEFT's `rescale_adapter_scale` does for LoRA."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ..layers.lookup import adapted_layers
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Scope in which the scaling of all WaRA adapters is `multiplier` times what it was before.
 
-    A scaling that is changed inside, as by `set_scale`, stays as it is then. So do adapters that are added or deleted.
+    If the scaling of an adapter is changed inside the scope, by `set_scale` for example, the changed value stays after
+    it. Adapters that are added or deleted inside stay added or deleted.
 
-    `peft.helpers.rescale_adapter_scale` looks only for LoRA's layers, and refuses a model that has none. With a
-    multiplier in [0, 1] this is WiSE-FT, as there.
+    `peft.helpers.rescale_adapter_scale` looks only for LoRA's layers, and refuses a model that has none. A multiplier
+    in [0, 1] moves the model between the base and the adapted one, as WiSE-FT does.
 
     Args:
         model: a model with WaRA adapters, not merged.
@@ -41,5 +42,6 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     finally:
         for layer, scaling in before.items():
             for name, value in scaling.items():
+                # Another value was set inside the scope, or the adapter was deleted there.
                 if layer.scaling.get(name) == value * multiplier:
                     layer.scaling[name] = value
