@@ -29,7 +29,7 @@ myst_heading_anchors = 3
 # cannot read; the last ones are internal, and no page describes them.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|transformers|peft|collections|os|pathlib|numpy|matplotlib)\..+"),
-    ("py:class", r"wara_peft\.(forms\.base\.Form|layer\.WaRALayer|attention\.projected\.ProjectedAttention)"),
+    ("py:class", r"wara_peft\.(forms\.base\.Form|layers\.base\.WaRALayer|attention\.projected\.ProjectedAttention)"),
 ]
 
 DOCS = Path(__file__).parent
