@@ -1,1 +1,1 @@
-"""Runs batches through a model, in one process or several, and sums up moments of what its layers are given."""
+"""Runs batches through a model, in one process or several, and sums up moments XᵀX of the inputs of its layers."""

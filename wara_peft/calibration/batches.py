@@ -1,4 +1,4 @@
-"""Running a model over batches for what they tell about it."""
+"""Running a model over batches to measure it: modes, arguments, losses and gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, which leaves dropout out; each module goes back to its own mode."""
+    """Context in which all modules are in evaluation mode, without dropout. Each then goes back to its own mode."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -25,7 +25,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as arguments of a model: mappings as keyword arguments, sequences and tensors as positional ones."""
+    """A batch as arguments of a model: a mapping gives keyword arguments, a list, tuple or tensor positional ones."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
@@ -33,7 +33,7 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def with_frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """No parameter is trained; each goes back to what it was."""
+    """Context in which no parameter requires gradients. Each then gets its own `requires_grad` back."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:
@@ -45,10 +45,10 @@ def with_frozen_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def loss_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Tensor:
-    """What `loss_fn(model, batch)` gives, or without one the `loss` of what the model returns for a batch.
+    """The result of `loss_fn(model, batch)`, or, without a `loss_fn`, the `loss` in the model's output for a batch.
 
     Raises:
-        ValueError: the model returns none, or the loss is no scalar.
+        ValueError: the model's output has no loss, or the loss is no scalar.
     """
     loss: Any
     if loss_fn is not None:
@@ -68,9 +68,12 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Tenso
 
 
 def with_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
-    """A layer's output, to return in its place from a forward hook, whose gradient is handed over in backward."""
+    """Have `receive` called with the gradient of a layer's output; return the output that takes its place.
+
+    A forward hook of the layer calls this, and returns its result.
+    """
     if not output.requires_grad:
-        # A copy, since what follows may change it in place, which autograd refuses for a leaf.
+        # The copy is no leaf. Autograd refuses to change a leaf in place, as later layers may do.
         output = output.requires_grad_().clone()
     if output.requires_grad:  # not so under `no_grad`
         output.register_hook(receive)  # type: ignore[no-untyped-call]
@@ -78,10 +81,10 @@ def with_gradient(output: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
 
 
 def groups_within(max_bytes: int, needed: Mapping[str, int]) -> Iterator[list[str]]:
-    """Names, in their order, in groups that need no more memory than this together.
+    """Split names, in their order, into groups that need no more than `max_bytes` of memory each.
 
     Raises:
-        ValueError: one of them needs more by itself.
+        ValueError: one name needs more by itself.
     """
     group: list[str] = []
     size = 0

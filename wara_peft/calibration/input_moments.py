@@ -1,4 +1,4 @@
-"""XᵀX of the inputs of layers, over batches."""
+"""Moments XᵀX of the inputs X of layers, summed up over batches."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 @dataclass(eq=False)
 class _Moment:
-    """XᵀX of the layers that get one tensor right after each other, as q, k and v do.
+    """One moment XᵀX for all layers that get the same tensor right after each other, as q, k and v do.
+
+    The first of these layers leads, and the others follow it. XᵀX is computed when the leader is called.
 
     Attributes:
-        leader: the first of them, at whose calls it grows.
-        total: the sum over all calls.
-        latest: what the last call added.
-        calls: number of calls.
-        followed: the layers that have been called with the leader's last input too.
+        leader: the layer that leads.
+        total: the sum over all calls of the leader.
+        latest: the part of `total` that the leader's last call added.
+        calls: number of calls of the leader.
+        followed: the layers that were called with the leader's last input after it.
     """
 
     leader: nn.Module
@@ -31,12 +33,12 @@ class _Moment:
 
 
 class Moments:
-    """XᵀX of the inputs X, of shape (N, n), of layers.
+    """Moments XᵀX of the inputs X, of shape (N, n), of layers. Positions that a batch's mask leaves out do not count.
 
     Args:
         model: the model that has the layers.
-        with_mean: a column of ones stands to the right of X, so that the last row of XᵀX has the sums over the inputs
-            and their number.
+        with_mean: whether X gets a column of ones at the right. The last row of XᵀX then holds the sums over the
+            inputs and their number.
     """
 
     def __init__(self, model: nn.Module, with_mean: bool = False) -> None:
@@ -51,7 +53,7 @@ class Moments:
 
     @contextmanager
     def watching(self, layers: Iterable[nn.Module]) -> Iterator[None]:
-        """While it lasts, take the input of each layer whenever it is called, and what the encoder returns."""
+        """Context in which each call of a layer adds its input to the moments, and the encoder's output is kept."""
         handles = [layer.register_forward_pre_hook(self.add) for layer in layers]
         if self.encoder is not None:
             handles.append(self.encoder.register_forward_hook(self.keep_encoded))
@@ -76,8 +78,10 @@ class Moments:
     def add(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         inputs: Tensor = args[0]
         moment = self._of.get(layer)
+        # `_latest` holds the tensor, so no other tensor can take its place in memory and be mistaken for it.
         if self._latest is not None and self._latest[0] is inputs:
             latest = self._latest[1]
+            # A new layer joins only after the leader's first call: it has not seen the inputs of earlier ones.
             joins = moment is None and latest.calls == 1
             if joins or (moment is latest and layer is not latest.leader):
                 self._of[layer] = latest
@@ -87,6 +91,7 @@ class Moments:
             moment = self._of[layer] = _Moment(layer)
         elif layer is not moment.leader:
             moment = self._leave(layer)
+        # The next call of the leader adds an input that these layers have not been given.
         self._let_go(moment)
         rows = self._counted(layer, inputs)
         moment.latest = rows.T @ rows
@@ -96,20 +101,20 @@ class Moments:
         self._latest = inputs, moment
 
     def _leave(self, layer: nn.Module) -> _Moment:
-        """Give a layer that no longer goes with its moment one of its own, of what it has seen so far."""
+        """Let a layer stop following: it gets its own moment, the sum over the inputs that it has seen."""
         shared = self._of[layer]
         seen = shared.total if layer in shared.followed else shared.total - shared.latest
         own = self._of[layer] = _Moment(layer, seen, calls=shared.calls)
         return own
 
     def _let_go(self, moment: _Moment) -> None:
-        """Have the layers leave that have not followed the last call."""
+        """Make the layers leave that did not follow the leader's last call."""
         for layer, other in list(self._of.items()):
             if other is moment and layer is not moment.leader and layer not in moment.followed:
                 self._leave(layer)
 
     def _counted(self, layer: nn.Module, inputs: Tensor) -> Tensor:
-        """The positions that count, as rows, in float32 or better."""
+        """The inputs at all positions that count, as rows of a matrix, in float32 or better."""
         counting = self.counting(layer, inputs)
         if counting is not None:
             inputs = inputs[counting]
@@ -118,13 +123,16 @@ class Moments:
         return torch.cat((rows, rows.new_ones(len(rows), 1)), 1) if self.with_mean else rows
 
     def counting(self, layer: nn.Module, inputs: Tensor) -> Tensor | None:
-        """Which positions of a layer's input the batch does not mask, or None where it masks none of these."""
+        """A boolean for each position of a layer's input: whether it counts. None if all count."""
+        # Layers of a decoder see the decoder's tokens, but for keys and values of its cross-attention: these see the
+        # encoder's output, so the encoder's mask is theirs.
         mask = self._mask
         if self.encoder is not None and layer not in self._in_encoder and not self._is_encoded(inputs):
             mask = self._decoder_mask
         return mask.bool() if mask is not None and mask.shape == inputs.shape[:-1] else None
 
     def _is_encoded(self, inputs: Tensor) -> bool:
+        # Models may pass on a view of the encoder's output, which is another object over the same memory.
         encoded = self._encoded
         return encoded is not None and inputs.shape == encoded.shape and inputs.data_ptr() == encoded.data_ptr()
 
@@ -139,5 +147,5 @@ def _encoder(model: nn.Module) -> nn.Module | None:
     base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return None
-    encoder = base.get_encoder()
+    encoder = base.get_encoder()  # transformers gives the model itself if it finds no encoder in it
     return None if encoder is base else cast(nn.Module, encoder)

@@ -1,4 +1,4 @@
-"""Several processes that work together: how many there are, and values on which they agree to the last bit."""
+"""Processes that work together through torch.distributed: their number, and values that are equal in all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def processes() -> int:
 
 
 def take_from_first_process(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors, in place, by those of the first process; rounding may differ between machines."""
+    """Overwrite tensors, in place, by those of the first process, so that all processes go on with equal values.
+
+    Each could compute them by itself, but rounding may differ between machines.
+    """
     if processes() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, 0)

@@ -1,4 +1,4 @@
-"""Layers whose weight is a product of smaller matrices; they know nothing of how they came about."""
+"""Layers whose weight is made of smaller matrices. They do not know the methods of compression that make them."""
 
 from .dense_sparse_linear import DenseSparseLinear, StraightThroughLinear
 from .dictionary_linear import DictionaryLinear

@@ -1,4 +1,4 @@
-"""What factorised layers have in common."""
+"""Base classes of factorised layers, and functions to make such layers from dense ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Factorized(nn.Module):
         out_features: m.
 
     Attributes:
-        sizes: names of the attributes that tell how large these tensors are; a saved model lists their values.
+        sizes: names of the attributes that give the sizes of these tensors. A saved model lists their values.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -34,8 +34,9 @@ class Factorized(nn.Module):
 
     @torch.no_grad()
     def dense(self) -> nn.Linear:
-        """`nn.Linear` of the same weight and bias, device, dtype and mode; the layer itself stays as it is."""
+        """`nn.Linear` with the same weight, bias, device, dtype and mode. The layer itself stays as it is."""
         bias = cast(Tensor | None, self.bias)
+        # On the meta device, `nn.Linear` draws no values that would be thrown away.
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight.detach().clone(memory_format=torch.contiguous_format))
         if bias is not None:
@@ -51,8 +52,8 @@ class DownThenUp(nn.Module):
     """A layer that maps down to r features, or channels, and up again.
 
     Attributes:
-        down: has no bias.
-        up: has the bias of the whole.
+        down: the first layer, without bias.
+        up: the second layer, with the bias of both.
         rank: r.
     """
 
@@ -67,13 +68,13 @@ class DownThenUp(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map as the one layer of the same weight does, (..., n) to (..., m)."""
+        """Compute the output of the dense layer that has this weight and bias, (..., n) to (..., m)."""
         result: Tensor = self.up(self.down(x))
         return result
 
     @torch.no_grad()
     def set_matrices(self, up: Tensor, down: Tensor) -> None:
-        """Set factors (m, r) and (r, n), in which n counts each place of a kernel."""
+        """Set the factors (m, r) and (r, n). A convolution has n in channels times places of the kernel."""
         self.up.weight.copy_(up.view_as(self.up.weight))
         self.down.weight.copy_(down.view_as(self.down.weight))
 
@@ -88,7 +89,7 @@ def svd_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def in_place_of(module: Any, made: Made) -> Made:
-    """Give a layer the bias and the mode of the module that it stands for, and train of it what trained there."""
+    """Give a new layer the bias, mode and `requires_grad` of the module that it replaces, and return it."""
     bias = cast(nn.Parameter | None, made.bias)
     for parameter in made.parameters():
         parameter.requires_grad_(module.weight.requires_grad)

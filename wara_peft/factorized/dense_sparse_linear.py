@@ -1,4 +1,4 @@
-"""A linear layer in blocks of rows, each a small dense basis times sparse coefficients, and its training form."""
+"""A linear layer in blocks of rows, each a dense basis times sparse coefficients, and a layer for its training."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from .sparse_rows import SparseRows, check_nonzeros, pack_bits
 
 
 class DenseSparseLinear(SparseRows):
-    """A linear layer whose blocks of p rows are W_b = D_b S_b: D_b, (p, k), is dense, each column of S_b has s values.
+    """A linear layer whose weight consists of blocks of p rows, W_b = D_b S_b.
 
-    There are m k + (m/p) n s numbers and (m/p) n ⌈k/8⌉ bytes for places, where W has m n numbers. Coefficients are
-    made dense anew in each forward. After Chand et al., "DSFormer", arXiv 2312.13211.
+    The basis D_b, (p, k), is dense. Each column of the coefficients S_b, (k, n), has s values, and zeros elsewhere.
+    There are m k + (m/p) n s numbers and (m/p) n ⌈k/8⌉ bytes for places, where W has m n numbers. Each forward makes
+    the coefficients dense again. Source: Chand et al., "DSFormer", arXiv 2312.13211.
 
     Args:
         in_features: n.
         out_features: m.
-        block: p, rows of a block, a divisor of m.
-        atoms: k, columns of a basis.
-        nonzeros: s, values in each column of coefficients, at most k.
-        bias: whether there is b.
+        block: p, number of rows of a block, a divisor of m.
+        atoms: k, number of columns of a basis.
+        nonzeros: s, number of values in each column of coefficients, at most k.
+        bias: whether the layer has a bias b.
         device, dtype: as in `nn.Linear`.
 
     Attributes:
-        bases: (m/p, p, k).
-        values: (m/p · n, s), of each column of each S_b from top to bottom.
+        bases: D_b of all blocks, (m/p, p, k).
+        values: (m/p · n, s), the values of each column of each S_b, from top to bottom.
         support: (m/p · n, ⌈k/8⌉) bytes; bit j % 8 of byte j // 8 says whether there is a value in row j.
 
     Raises:
-        ValueError: numbers out of their range.
+        ValueError: `block`, `atoms` or `nonzeros` is out of its range.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("block", "atoms", "nonzeros")
@@ -69,6 +70,7 @@ class DenseSparseLinear(SparseRows):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
+        # One product with the coefficients of all blocks side by side; W itself is not built.
         blocks = len(self.bases)
         together = self.coefficients.transpose(0, 1).flatten(1)  # (n, m/p · k)
         hidden = (x @ together.to(x.dtype)).view(*x.shape[:-1], blocks, self.atoms)
@@ -85,15 +87,15 @@ class DenseSparseLinear(SparseRows):
 
 
 class StraightThroughLinear(nn.Module):
-    """A linear layer that computes with its factorisation, whose gradient goes to its dense weight as it is.
+    """A linear layer that computes with a factorisation Ŵ of its weight W, and passes the gradient of Ŵ on to W.
 
-    y = Ŵ x + b with Ŵ = D S of `factors`, and ∂loss/∂W := ∂loss/∂Ŵ: the optimizer moves W, and `factors`, which get no
-    gradient, are fitted to W anew from time to time (see `compression.StraightThroughFactorizer`).
+    y = Ŵ x + b with Ŵ from `factors`, and ∂loss/∂W := ∂loss/∂Ŵ. The optimizer moves W. The factors get no gradient:
+    `compression.StraightThroughFactorizer` fits them to W from time to time.
 
     Args:
         weight: W, (m, n).
         bias: b, (m,), or None.
-        factors: without a bias.
+        factors: the layer that has Ŵ, without a bias.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, factors: DenseSparseLinear) -> None:
@@ -110,7 +112,7 @@ class StraightThroughLinear(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second, whose gradient goes to the first."""
+    """Returns `approximation`, and passes its gradient on to `weight`."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, approximation: Tensor) -> Tensor:

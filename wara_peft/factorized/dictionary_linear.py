@@ -1,4 +1,4 @@
-"""A linear layer as a dictionary and sparse coefficients."""
+"""A linear layer whose weight is sparse coefficients times a dictionary."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from .sparse_rows import SparseRows, check_nonzeros, pack_bits, unpack_bits
 class DictionaryLinear(SparseRows):
     """A linear layer whose weight's rows are sparse combinations of atoms: y = C (D x) + b.
 
-    D, (k, n), is dense, and each row of C, (m, k), has s numbers that are not zero. Their places are kept as bits: on
-    disk there are k n + s m numbers and m ⌈k/8⌉ bytes. C is made dense anew in each forward.
+    The atoms are the rows of the dictionary D, (k, n), which is dense. Each row of the coefficients C, (m, k), has s
+    numbers that are not zero. Bits keep their places: on disk there are k n + s m numbers and m ⌈k/8⌉ bytes. Each
+    forward makes C dense again.
 
     Args:
         in_features: n.
         out_features: m.
-        atoms: k.
-        nonzeros: s, at most k.
-        bias: whether there is b.
+        atoms: k, number of atoms.
+        nonzeros: s, number of values in each row of C, at most k.
+        bias: whether the layer has a bias b.
         device, dtype: as in `nn.Linear`.
 
     Attributes:
-        down: `nn.Linear(n, k)` without bias, D.
-        values: (m, s), what is not zero in C, row by row from left to right.
+        down: `nn.Linear(n, k)` without bias, whose weight is D.
+        values: (m, s), the values of C, row by row from left to right.
         support: (m, ⌈k/8⌉) bytes; bit j % 8 of byte j // 8 says whether there is a value in column j.
 
     Raises:
-        ValueError: numbers of atoms or values out of their range.
+        ValueError: `atoms` or `nonzeros` is out of its range.
     """
 
     def __init__(
@@ -58,21 +59,22 @@ class DictionaryLinear(SparseRows):
         return functional.linear(self.down(x), self.coefficients, self.bias)
 
     def appended(self, left: Tensor, right: Tensor) -> DictionaryLinear:
-        """The layer with left · right, (m, R) and (R, n), added to its weight: exactly, as R more atoms.
+        """A layer whose weight is this layer's weight + left · right, with `left` (m, R) and `right` (R, n).
 
-        Each row then has s + R values. Numbers are new ones, in the dtype of these; the bias is the same parameter.
+        The sum is exact: `right` becomes R more atoms, and each row of C has s + R values. The new layer has new
+        tensors in the dtypes of this layer. Its bias is the same parameter.
         """
         down, values = self.down.weight.detach(), self.values.detach()
         places = unpack_bits(self.support, self.atoms)
         everywhere = places.new_ones(left.shape)
         return self._with(
             torch.cat((down, right.to(down))),
-            torch.cat((values, left.to(values)), 1),  # row by row, what is new lies to the right of all there is
+            torch.cat((values, left.to(values)), 1),  # values go from left to right, and the new atoms are the last
             torch.cat((places, everywhere), 1),
         )
 
     def without_last(self, units: int) -> DictionaryLinear:
-        """The layer without its last atoms: bit by bit what `appended` was called of."""
+        """The layer without its last `units` atoms. This undoes `appended`, bit by bit."""
         atoms, nonzeros = self.atoms - units, self.nonzeros - units
         return self._with(
             self.down.weight.detach()[:atoms].clone(),
@@ -81,6 +83,7 @@ class DictionaryLinear(SparseRows):
         )
 
     def _with(self, down: Tensor, values: Tensor, places: Tensor) -> DictionaryLinear:
+        # On the meta device no values are drawn that would be thrown away.
         made = DictionaryLinear(self.in_features, self.out_features, len(down), values.shape[1], False, device="meta")
         made.down.weight = nn.Parameter(down, self.down.weight.requires_grad)
         made.values = nn.Parameter(values, self.values.requires_grad)

@@ -1,4 +1,4 @@
-"""Convolutions as two smaller ones: from all channels to a few, and from these to all."""
+"""Convolutions as two smaller ones: the first goes from all channels to a few, the second from these to all."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def require_conv(module: nn.Module) -> Convolution:
     """The layer itself, if it is a convolution that can be factorised.
 
     Raises:
-        TypeError: not a convolution.
-        ValueError: it has groups, a weight that is no plain parameter, or a forward of its own; the message tells of
-            the layer as "it".
+        TypeError: the layer is not a convolution.
+        ValueError: the layer has groups, a weight that is no plain parameter, or a forward of its own. The message
+            calls the layer "it", so that callers can put its name before.
     """
     if not isinstance(module, CONVOLUTIONS):
         raise TypeError(f"{type(module).__name__} is no nn.Conv1d, nn.Conv2d or nn.Conv3d.")
@@ -31,16 +31,19 @@ def require_conv(module: nn.Module) -> Convolution:
             f"its weight is a {type(module.weight).__name__} of dtype {module.weight.dtype}, quantized or not a plain "
             "parameter. Factorise before you quantize, shard or parametrize, or leave it out."
         )
+    # A subclass with its own forward may compute something else with the weight.
     if type(module).forward not in [kind.forward for kind in CONVOLUTIONS]:
         raise ValueError(f"{type(module).__name__} has a forward of its own. Leave it out.")
     return module
 
 
 class LowRankConv(DownThenUp):
-    """A convolution to r channels, then one of kernel size 1: rank r of the weight as a matrix (m, n · kernel).
+    """A convolution to r channels, and then one of kernel size 1 to m channels.
+
+    Together they are a convolution whose weight, as a matrix (m, n · kernel), has rank r.
 
     Args:
-        like: a convolution whose sizes, stride, padding, device and dtype are taken; its values are not.
+        like: a convolution that gives sizes, stride, padding, device and dtype. Its values are not used.
         rank: r, at most min(m, n · kernel).
 
     Attributes:
@@ -48,7 +51,7 @@ class LowRankConv(DownThenUp):
         up: r channels to m, with the bias.
 
     Raises:
-        ValueError: a rank out of its range.
+        ValueError: the rank is out of its range.
     """
 
     def __init__(self, like: Convolution, rank: int) -> None:
@@ -63,13 +66,13 @@ class LowRankConv(DownThenUp):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the one convolution, `(m, n, *kernel)`."""
+        """The weight of the one convolution that computes the same, `(m, n, *kernel)`."""
         product: Tensor = self.up.weight.flatten(1) @ self.down.weight.flatten(1)
         return product.view(self.shape)
 
     @torch.no_grad()
     def dense(self) -> Convolution:
-        """The one convolution; the layer itself stays as it is."""
+        """The one convolution that computes the same. The layer itself stays as it is."""
         conv = _conv(
             self.down, self.down.in_channels, self.up.out_channels, self.down.kernel_size, self.bias is not None
         )
@@ -98,7 +101,7 @@ def _conv(
         cast(Any, like.padding if padding is None else padding),
         cast(Any, like.dilation if dilation is None else dilation),
         bias=bias,
-        # Padding that is not of zeros is done by the convolution that has the kernel.
+        # The convolution that has the kernel pads. One of kernel size 1 needs no padding.
         padding_mode="zeros" if kernel == (1,) * len(kernel) else like.padding_mode,
         device=like.weight.device,
         dtype=like.weight.dtype,
@@ -108,13 +111,13 @@ def _conv(
 
 @torch.no_grad()
 def factorize_conv(module: nn.Module, rank: int) -> LowRankConv:
-    """Two convolutions for one, by the truncated SVD of its weight (m, n · kernel); the module stays as it is.
+    """Two convolutions for one, by the truncated SVD of its weight (m, n · kernel). The module stays as it is.
 
-    ‖W − W_r‖²_F = Σ_{i>r} σ_i² of that matrix, with √σ in each factor. The bias is kept.
+    Each factor takes the roots √σ_i of the r largest singular values, so ‖W − W_r‖²_F = Σ_{i>r} σ_i². The bias stays.
 
     Raises:
-        TypeError: not a convolution.
-        ValueError: a wrong rank, groups, or a weight that is no plain parameter.
+        TypeError: the module is not a convolution.
+        ValueError: the rank is out of its range, or the module has groups or a weight that is no plain parameter.
     """
     conv = require_conv(module)
     made = LowRankConv(conv, rank)

@@ -1,4 +1,4 @@
-"""A linear layer as the product of two, and how to make one out of a linear layer."""
+"""A linear layer as the product of two smaller ones, and a function that makes it from a linear layer."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class LowRankLinear(DownThenUp, Factorized):
         in_features: n.
         out_features: m.
         rank: r, at most min(m, n).
-        bias: whether there is b.
+        bias: whether the layer has a bias b.
         device, dtype: as in `nn.Linear`.
 
     Attributes:
-        down: `nn.Linear(n, r)` without bias, V.
-        up: `nn.Linear(r, m)`, U and b.
+        down: `nn.Linear(n, r)` without bias, whose weight is V.
+        up: `nn.Linear(r, m)`, with weight U and bias b.
 
     Raises:
-        ValueError: a rank out of its range.
-        TypeError: a rank that is no int.
+        ValueError: the rank is out of its range.
+        TypeError: the rank is no int.
     """
 
     def __init__(
@@ -54,8 +54,9 @@ class LowRankLinear(DownThenUp, Factorized):
     def reset_parameters(self, weight_variance: float | None = None) -> None:
         """Draw factors whose product has entries of this variance; None means that of `nn.Linear`, 1/(3n).
 
-        V keeps the variance of its input, U makes up for the rest; the bias is drawn as that of an `nn.Linear(n, m)`.
+        V keeps the variance of its input, and U makes up for the rest. The bias is drawn as in `nn.Linear(n, m)`.
         """
+        # An entry of the product is a sum of r products, and U(-a, a) has variance a²/3.
         n = self.in_features
         variance = 1 / (3 * n) if weight_variance is None else weight_variance
         bounds = math.sqrt(3 / n), math.sqrt(3 * variance * n / self.rank)
@@ -66,15 +67,18 @@ class LowRankLinear(DownThenUp, Factorized):
 
     @property
     def weight(self) -> Tensor:
-        """The product U V, of shape (m, n), for code that looks at a linear layer's weight, as PyTorch's own
-        Transformer layers do in eval mode, and T5."""
+        """The product U V, (m, n).
+
+        Some code looks at a linear layer's weight: PyTorch's own Transformer layers in eval mode, and T5.
+        """
         product: Tensor = self.up.weight @ self.down.weight
         return product
 
     def appended(self, left: Tensor, right: Tensor) -> LowRankLinear:
-        """The layer with left · right, (m, R) and (R, n), added to its weight: exactly, as R more units of rank.
+        """A layer whose weight is this layer's weight + left · right, with `left` (m, R) and `right` (R, n).
 
-        Its factors are new ones, rounded to the dtype of these; the bias is the same parameter.
+        The sum is exact: `left` and `right`, in the dtype of the factors, become R more units of rank. The new layer
+        has new factors. Its bias is the same parameter.
 
         Raises:
             ValueError: r + R is more than min(m, n).
@@ -83,11 +87,12 @@ class LowRankLinear(DownThenUp, Factorized):
         return self._with(torch.cat((up, left.to(up)), 1), torch.cat((down, right.to(down))))
 
     def without_last(self, units: int) -> LowRankLinear:
-        """The layer without its last units of rank: bit by bit what `appended` was called of."""
+        """The layer without its last `units` of rank. This undoes `appended`, bit by bit."""
         kept = self.rank - units
         return self._with(self.up.weight.detach()[:, :kept].clone(), self.down.weight.detach()[:kept].clone())
 
     def _with(self, up: Tensor, down: Tensor) -> LowRankLinear:
+        # On the meta device no values are drawn that would be thrown away.
         made = LowRankLinear(self.in_features, self.out_features, len(down), bias=False, device="meta")
         made.up.weight = nn.Parameter(up, self.up.weight.requires_grad)
         made.down.weight = nn.Parameter(down, self.down.weight.requires_grad)
@@ -96,13 +101,13 @@ class LowRankLinear(DownThenUp, Factorized):
 
 
 def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
-    """The rank as an int: a float is the fraction of the break-even m n / (m + n), rounded down, at least 1.
+    """The rank as an int. A float is a fraction of the break-even rank m n / (m + n), rounded down to at least 1.
 
-    At the break-even the two factors have as many weights as the layer.
+    At the break-even rank the two factors have as many weights as the layer.
 
     Raises:
-        ValueError: an int below 1, or a float outside of (0, 1].
-        TypeError: neither of the two.
+        ValueError: the rank is an int below 1, or a float outside of (0, 1].
+        TypeError: the rank is neither an int nor a float.
     """
     meaning = "the fraction of the break-even rank m·n/(m+n) of a layer with n inputs and m outputs"
     check_whole_number("rank", rank, fraction=meaning)
@@ -112,7 +117,7 @@ def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
 
 
 def linear_shape(module: nn.Linear | Conv1D | LowRankLinear) -> tuple[int, int]:
-    """(in, out) features."""
+    """The numbers of inputs and of outputs, (n, m)."""
     return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
@@ -125,9 +130,9 @@ def require_linear(module: nn.Module) -> nn.Linear | Conv1D:
     """The layer itself, if it is a linear layer that can be factorised.
 
     Raises:
-        TypeError: not a linear layer.
-        ValueError: a weight that is quantized or a subclass of tensor, or a subclass of `nn.Linear` that computes
-            something else; the message tells of the layer as "it".
+        TypeError: the layer is not a linear layer.
+        ValueError: the weight is quantized or a subclass of tensor, or the layer's class has a forward of its own. The
+            message calls the layer "it", so that callers can put its name before.
     """
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise TypeError(f"{type(module).__name__} is not an nn.Linear or a Conv1D, and only these can be factorised.")
@@ -150,7 +155,7 @@ def check_values(weight: Tensor) -> None:
     """Refuse a weight that has no SVD.
 
     Raises:
-        ValueError: it is on the meta device, or not finite.
+        ValueError: the weight is on the meta device, or not finite.
     """
     if weight.is_meta:
         raise ValueError("its weight is on the meta device, without values. Load the model first, or use 'random'.")
@@ -160,25 +165,26 @@ def check_values(weight: Tensor) -> None:
 
 @torch.no_grad()
 def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd") -> LowRankLinear:
-    """Return two linear layers for one; the module itself stays as it is.
+    """Return two linear layers for one. The module itself stays as it is.
 
-    "svd" takes the r largest singular values, W ≈ (U_r √Σ_r)(√Σ_r V_rᵀ), which no matrix of rank r comes closer to
-    in the Frobenius norm (Eckart and Young): ‖W − W_r‖²_F = Σ_{i>r} σ_i². "random" draws factors as
-    `LowRankLinear` does, to train from scratch. Both keep the bias. The SVD runs in float64.
+    "svd" takes the r largest singular values, W_r = (U_r √Σ_r)(√Σ_r V_rᵀ). No matrix of rank r is closer to W in the
+    Frobenius norm (Eckart and Young): ‖W − W_r‖²_F = Σ_{i>r} σ_i². The SVD runs in float64. "random" draws factors as
+    `LowRankLinear` does, to train from scratch. Both keep the bias.
     Source: Cahyawijaya et al., "Greenformers", arXiv 2108.10808.
 
     Args:
         module: `nn.Linear`, or transformers' `Conv1D` with its transposed weight.
-        rank: r, or a fraction of the break-even m n / (m + n). Ranks at which nothing is saved are done all the same.
+        rank: r, or a fraction of the break-even m n / (m + n). Ranks at which nothing is
+            saved are allowed.
         solver: "svd" or "random".
 
     Returns:
         The factorised layer, with the device, dtype, mode and `requires_grad` of the module.
 
     Raises:
-        TypeError: not a linear layer, or a rank that is no number.
-        ValueError: a wrong rank or solver, a weight that is quantized, a subclass of tensor, not loaded or not finite,
-            or a subclass of `nn.Linear` that computes something else.
+        TypeError: the module is not a linear layer, or the rank is no number.
+        ValueError: the rank or solver is wrong; the weight is quantized, a subclass of tensor, not loaded or not
+            finite; or the module's class has a forward of its own.
     """
     check_solver(solver)
     module = require_linear(module)

@@ -1,4 +1,4 @@
-"""A linear layer as low-rank factors and a sparse matrix, which trains without a dense tensor being kept."""
+"""A linear layer as the sum of low-rank factors and a sparse matrix. In training it keeps no dense weight."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from .base import Factorized
 class LowRankPlusSparseLinear(Factorized):
     """A linear layer of a low-rank and a sparse part: y = W x + b with W = (α/r) B A + S.
 
-    S has values in fixed places alone, so that there are r (m + n) + s weights where W has m n. W is built anew in
-    forward and in backward and kept in neither: for backward there are x, A, B, the values and their places. B starts
-    at zero, so that W = S at first. Source: Han et al., "SLTrain", arXiv 2406.02214.
+    S has values only in s fixed places, so there are r (m + n) + s weights where W has m n. Forward and backward each
+    build W and throw it away: only x, A, B, the values and their places are kept for backward. B starts at zero, so
+    that W = S at first. Source: Han et al., "SLTrain", arXiv 2406.02214.
 
     Args:
         in_features: n.
         out_features: m.
         rank: r, at least 1.
-        nonzeros: s, how many values S has; r (m + n) + s must be less than m n.
+        nonzeros: s, number of values of S; r (m + n) + s must be less than m n.
         alpha: α, a whole number, so that no dtype rounds it.
-        bias: whether there is b.
-        seed: of the places, drawn uniformly on the CPU; the same seed gives the same places on every device. None
-            takes the first ones, for a layer whose places are loaded.
+        bias: whether the layer has a bias b.
+        seed: seed with which the places are drawn, uniformly and on the CPU: it gives the same places on every device.
+            None takes the first places, for a layer whose places are loaded.
         device, dtype: as in `nn.Linear`.
 
     Attributes:
         down: A, (r, n).
         up: B, (m, r).
-        values: (s,), what is not zero in S.
-        indices: (s,), their places in the flattened S, in ascending order: int32, or int64 from 2³¹ places on. They
-            are saved, as no random generator promises the same places in all its versions.
+        values: (s,), the values of S.
+        indices: (s,), places of the values in the flattened S, in ascending order: int32, or int64 from 2³¹ places on.
+            They are saved, since no random generator promises the same places in all its versions.
         alpha: α, int64, of no dimension.
 
     Raises:
-        ValueError: sizes out of their range.
+        ValueError: a size is out of its range.
     """
 
     sizes = ("rank", "nonzeros")
@@ -91,7 +91,7 @@ class LowRankPlusSparseLinear(Factorized):
         return len(self.values)
 
     def reset_parameters(self) -> None:
-        """Draw A and the values of S as `nn.Linear` draws W, from U(±1/√n), b too, and set B to zero."""
+        """Draw A, the values of S and b from U(±1/√n), as `nn.Linear` draws W. Set B to zero."""
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.down, -bound, bound)
         nn.init.zeros_(self.up)
@@ -101,7 +101,7 @@ class LowRankPlusSparseLinear(Factorized):
 
     @property
     def weight(self) -> Tensor:
-        """W of shape (m, n), dense and differentiable, for merging and for code that looks at a layer's weight."""
+        """W, (m, n), dense and differentiable. It is for merging and for code that looks at a layer's weight."""
         return _dense(self.down, self.up * self._scaling, self.values, self.indices)
 
     @property
@@ -109,7 +109,7 @@ class LowRankPlusSparseLinear(Factorized):
         return self.alpha.to(self.up.dtype) / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., n) to (..., m), under autocast in its dtype."""
+        """Map (..., n) to (..., m). Under autocast the result has autocast's dtype."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -117,6 +117,7 @@ class LowRankPlusSparseLinear(Factorized):
         result: Tensor = _Product.apply(x, *parts, self._scaling)  # type: ignore[no-untyped-call]
         return result if self.bias is None else result + self.bias.to(result.dtype)
 
+    # Without this check, places that come twice would load and compute without an error: their values would add up.
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         indices = state_dict.get(f"{prefix}indices")
         if isinstance(indices, Tensor) and not indices.is_meta:
@@ -125,10 +126,10 @@ class LowRankPlusSparseLinear(Factorized):
 
 
 def check_places(name: str, indices: Tensor, nonzeros: int, places: int) -> None:
-    """Refuse a support that is not one of the layer.
+    """Refuse places that a layer with these sizes cannot have.
 
     Raises:
-        ValueError: another number of places, or places that are out of range, double or out of order.
+        ValueError: `indices` has another number of places, or places that are out of range, double or out of order.
     """
     if indices.shape != (nonzeros,):
         raise ValueError(
@@ -145,12 +146,12 @@ def check_places(name: str, indices: Tensor, nonzeros: int, places: int) -> None
 
 def _dense(down: Tensor, scaled_up: Tensor, values: Tensor, indices: Tensor) -> Tensor:
     product = scaled_up @ down
-    # Each place gets one value at most, so the order of additions does not matter.
+    # Each place gets one value at most. So the result is the same in every run, whatever the order of additions.
     return product.flatten().index_add(0, indices, values).view_as(product)
 
 
 class _Product(torch.autograd.Function):
-    """y = x Wᵀ for W = s B A + S; W and its gradient are there for a moment each."""
+    """y = x Wᵀ with W = scaling · B A + S. W and its gradient exist for a moment each, and are not saved."""
 
     @staticmethod
     def forward(
@@ -158,6 +159,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, down, up, values, indices)
         ctx.scaling = scaling
+        # Autocast would compute W itself in half precision; `x` has autocast's dtype already.
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x, _dense(down, up * scaling, values, indices).to(x.dtype))
 
@@ -172,7 +174,7 @@ class _Product(torch.autograd.Function):
             if needs_x:
                 of_x = gradient @ _dense(down, scaled_up, values, indices).to(gradient.dtype)
             if any(needs_factors):
-                # (m, n), of W
+                # the gradient of W, (m, n), over all positions of the batch
                 of_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).to(down.dtype)
                 if needs_factors[0]:
                     of_down = scaled_up.T @ of_weight

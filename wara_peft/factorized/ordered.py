@@ -1,4 +1,4 @@
-"""A low-rank layer whose components have an order: the first b of them are the layer at rank b."""
+"""A low-rank layer whose components have an order: its first b components are a layer of rank b."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from .resizing import set_values
 
 
 class OrderedLowRankLinear(LowRankLinear):
-    """`LowRankLinear` whose first b components are the layer at rank b: y = U[:, :b] (V[:b] x) + b.
+    """`LowRankLinear` whose first k components are a layer of rank k: y = U[:, :k] (V[:k] x) + b.
 
-    Trained with ordered dropout (see `compression.OrderedRankTraining`) it can be cut to any rank without a
-    decomposition. `load_state_dict` takes any rank. After Horváth et al., "Maestro", arXiv 2308.14929.
+    Component i is column i of U with row i of V. If the layer is trained with ordered dropout, see
+    `compression.OrderedRankTraining`, it can be cut to any rank without a decomposition. `load_state_dict` takes a
+    state of any rank. Source: Horváth et al., "Maestro", arXiv 2308.14929.
 
     Attributes:
-        limit: in training mode the first so many components count alone; None is all. In evaluation mode all count.
+        limit: number of components that count in training mode, from the first on; None means all. In evaluation mode
+            all components count.
     """
 
     limit: int | None = None
@@ -33,7 +35,7 @@ class OrderedLowRankLinear(LowRankLinear):
 
     @torch.no_grad()
     def cut(self, rank: int) -> None:
-        """Keep the first components alone, in place, in the same parameters; a rank of more than there are keeps all.
+        """Keep only the first `rank` components, in place and in the same parameters. A larger rank keeps all.
 
         Raises:
             ValueError: the rank is less than 1.
@@ -43,20 +45,21 @@ class OrderedLowRankLinear(LowRankLinear):
             self._set_rank(rank, self.down.weight.data[:rank].clone(), self.up.weight.data[:, :rank].clone())
 
     def settle(self) -> None:
-        """Become the plain layer that it is in evaluation mode, with the same parameters."""
+        """Become a plain `LowRankLinear`, with the same parameters."""
+        # The object changes its class, so that whoever holds the module or hooks on it need not be told.
         self.__dict__.pop("limit", None)
         kind: Any = LowRankLinear
         self.__class__ = kind
 
     def _set_rank(self, rank: int, down: Tensor, up: Tensor) -> None:
-        """Be of another rank, with these values in the same parameters."""
+        """Change the rank: give the same parameters these values, which have other shapes."""
         set_values(self.down.get_parameter("weight"), down)
         set_values(self.up.get_parameter("weight"), up)
         self.rank = self.down.out_features = self.up.in_features = rank
         self.limit = None
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A checkpoint's rank is what it had come to.
+        # A checkpoint that was saved after a cut has a lower rank than a layer as training starts with it.
         down = state_dict.get(f"{prefix}down.weight")
         if isinstance(down, Tensor) and down.dim() == 2 and len(down) != self.rank:
             rank, like = len(down), self.down.weight.data

@@ -1,4 +1,4 @@
-"""Parameters that change their shape and stay the parameters that an optimizer knows."""
+"""Parameters that change their shape. They stay the same objects, so that an optimizer still knows them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def set_values(parameter: nn.Parameter, values: Tensor) -> None:
-    """Give a parameter values of another shape, of its dtype and device; its gradient is forgotten."""
-    # While a graph is alive, as that of the last loss is, autograd keeps the node that takes in gradients, which
-    # expects the old shape. A change of dtype makes it forget the node.
+    """Give a parameter values of another shape, in its own dtype and on its device. Its gradient is forgotten."""
+    # As long as some graph is alive, such as that of the last loss, autograd keeps the node that accumulates the
+    # parameter's gradient. That node expects the old shape. A change of dtype makes autograd forget it.
     other = torch.float32 if parameter.dtype == torch.float16 else torch.float16
     parameter.data = parameter.data.new_empty(0, dtype=other)
     parameter.data = values

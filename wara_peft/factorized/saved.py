@@ -1,4 +1,4 @@
-"""Factorised layers in a checkpoint: known by the names and shapes of their tensors alone."""
+"""Factorised layers in a checkpoint. Only names and shapes of tensors tell which layers to make."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Dense = nn.Linear | Conv1D | Convolution
 
 
 class Kind(NamedTuple):
-    """How a kind of layer is told by its tensors, and made again.
+    """How to recognise a kind of factorised layer by its tensors, and how to make such a layer.
 
     Attributes:
-        parts: names of the tensors that it has in any case.
-        bias: the name of its bias.
-        make: from the layer that it replaces, the shapes of its parts and whether there is a bias to a layer of such
-            inner sizes.
+        parts: names of the tensors that every layer of this kind has.
+        bias: name of the bias.
+        make: function that makes a layer. It takes the layer to replace, the shapes of the parts, and whether there is
+            a bias.
     """
 
     parts: frozenset[str]
@@ -82,30 +82,32 @@ CONVOLUTION_KINDS: dict[type[nn.Module], Kind] = {
     ),
 }
 SPATIAL = ("vertical.weight", "horizontal.weight")
-"""Tensors of a kind of layer that only 0.1.0 had: a convolution along the height, then one along the width."""
+"""Tensors of a kind of layer that only 0.1.0 had: a convolution along the height, and then one along the width."""
 FACTORIZED = (*LINEAR_KINDS, *CONVOLUTION_KINDS)
 
 
 def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
-    """Replace linear layers, in place, by the factorised ones that a checkpoint has in their stead.
+    """Replace dense layers, in place, by the factorised layers that a checkpoint has for them.
 
     Args:
-        model: a model without values (their devices and dtypes are those of the default).
-        shapes: of each of the checkpoint's tensors by key. The prefix of a model's base may be there or not.
+        model: a model without values. New layers have the default device and dtype.
+        shapes: shapes of the checkpoint's tensors, by key. Keys may have or lack the prefix of the model's base model.
 
     Returns:
         Names of the layers replaced.
 
     Raises:
-        ValueError: the shapes of factors do not fit the layer or each other, the layer is there dense too, or it is of
-            a kind that only 0.1.0 had.
+        ValueError: the shapes of factors do not fit the layer or each other, the checkpoint has the layer's dense
+            weight too, or the layer is of a kind that only 0.1.0 had.
     """
     prefix = getattr(model, "base_model_prefix", "")
     replaced = []
     bases: dict[int, nn.Parameter] = {}
+    # A layer that stands in several places has a name for each, and has to be replaced in each.
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)):
             continue
+        # Checkpoints of the base model lack the prefix that a model with a head has, and the other way round.
         for key in dict.fromkeys((name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")):
             factorised = _of(key, layer, shapes)
             if factorised is not None:
@@ -120,7 +122,7 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
 
 
 def kinds_and_sizes(model: nn.Module) -> dict[str, dict[str, object]]:
-    """Kind and sizes of each factorised layer of a model, by name."""
+    """Kind and sizes of each factorised layer of a model, by the layer's name."""
     found: dict[str, dict[str, object]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         for kind in FACTORIZED:

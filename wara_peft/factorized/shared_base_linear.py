@@ -1,4 +1,4 @@
-"""A linear layer as a dense base that several layers share, times sparse coefficients of its own."""
+"""A linear layer whose weight is a dense base, which several layers share, times sparse coefficients of its own."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from .sparse_rows import pack_bits, scatter_values, unpack_bits
 
 
 class SharedBaseLinear(Factorized):
-    """A linear layer y = U (V x) + b, or, transposed, y = Vᵀ (Uᵀ x) + b, whose base U other layers have too.
+    """A linear layer y = U (V x) + b, or, if transposed, y = Vᵀ (Uᵀ x) + b, whose base U other layers have too.
 
-    U, (d, r), is one parameter of all of them, to which their gradients add up; V, (r, c), is the layer's own, and has
-    values in some places alone. V is made dense anew in each forward.
+    U, (d, r), is one parameter of a group of layers, and their gradients add up in it. The coefficients V, (r, c),
+    belong to this layer only, and have values only in some places. Each forward makes V dense again.
     Sources: FiPS, arXiv 2411.09816; with dense V and transposed, Basis Sharing, arXiv 2410.03765.
 
     Args:
-        base: U, shared by passing the same parameter to several layers.
-        columns: c, the layer's inputs, or, transposed, its outputs.
-        transposed: whether d are its inputs in place of its outputs.
-        bias: whether there is b.
-        group: a number from 1 on, the same for all layers of the base and another one for those of other bases.
+        base: U. Layers that get the same parameter share it.
+        columns: c, number of the layer's outputs if it is transposed, and otherwise of its inputs.
+        transposed: whether d is the number of inputs. Otherwise it is the number of outputs.
+        bias: whether the layer has a bias b.
+        group: number of the group, from 1 on: the same for all layers of one base, and different for other bases.
 
     Attributes:
         base: U.
-        values: what V has in its places, row by row from left to right; all places at first.
+        values: the values of V, row by row from left to right. At first V has a value in every place.
         support: (r, ⌈c/8⌉) bytes; bit j % 8 of byte j // 8 says whether there is a value in column j.
-        group: zeros of shape (group, 1 + transposed), by which a checkpoint tells what belongs together: it holds the
-            base once.
+        group: zeros of shape (group, 1 + transposed). A checkpoint holds the base once; the shape of this buffer tells
+            which layers have it, and which are transposed.
     """
 
     _tied_weights_keys: Mapping[str, str] = {}
-    """Transformers leaves these out of what it saves."""
+    """Transformers does not save tensors with these names, as they are tied to others. `tie_bases` sets it."""
     sizes = ("rank", "places", "number", "transposed")
 
     def __init__(
@@ -60,12 +60,12 @@ class SharedBaseLinear(Factorized):
 
     @property
     def places(self) -> int:
-        """How many values V has."""
+        """Number of values of V."""
         return len(self.values)
 
     @property
     def number(self) -> int:
-        """Of the group."""
+        """Number of the group."""
         return len(self.group)
 
     @property
@@ -86,11 +86,11 @@ class SharedBaseLinear(Factorized):
 
     @torch.no_grad()
     def prune(self, kept: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Keep some of the values, with the optimizer's moments of them, in place, in the same parameter.
+        """Keep some of the values and the optimizer's moments of them, in place and in the same parameter.
 
         Args:
-            kept: booleans, as many as there are values.
-            optimizer: that trains them.
+            kept: booleans, one for each value.
+            optimizer: the optimizer that trains the values.
         """
         state = {} if optimizer is None else optimizer.state.get(self.values, {})
         for key, value in state.items():
@@ -101,7 +101,7 @@ class SharedBaseLinear(Factorized):
         set_values(self.values, self.values.data[kept])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # A state may have been pruned further, or less.
+        # The layer whose state this is may have been pruned further, or less, than this one.
         values = state_dict.get(f"{prefix}values")
         if isinstance(values, Tensor) and values.dim() == 1 and len(values) != len(self.values):
             set_values(self.values, self.values.data.new_empty(len(values)))
@@ -119,6 +119,7 @@ def tie_bases(model: nn.Module) -> None:
             layer._tied_weights_keys = {} if is_owner else {"base": "base"}
             if not is_owner:
                 ties[f"{name}.base"] = f"{owner}.base"
+    # transformers collects this mapping when it makes a model, before the layers were replaced.
     known: Any = getattr(model, "all_tied_weights_keys", None)
     if isinstance(known, dict):
         known.update(ties)

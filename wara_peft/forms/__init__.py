@@ -1,4 +1,4 @@
-"""Each form of WaRA is one class: how its parts are made, what they compute, what is saved, how adapters combine."""
+"""Forms of WaRA. Each is one class that says how an adapter's parts are made, saved and combined, and what they do."""
 
 from .base import Form, Parts, Settings, Target
 from .factor_cache import factors_of_one_call

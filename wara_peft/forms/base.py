@@ -1,4 +1,4 @@
-"""What a form is: one class that says how an adapter's parts are made, saved, put together and combined."""
+"""The base class of forms, which says how an adapter's parts are made, saved, put together and combined."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .experts import ExpertsFactor
 from .factors import SubbandFactor
 
 Parts = Mapping[str, Any]
-"""An adapter's parts in one module, by the name of the layer's container that holds them: `wara_A`, `wara_B`, …"""
+"""An adapter's parts in one module. The keys name the layer's containers that hold them: `wara_A`, `wara_B`, …"""
 
 
 class Settings(Protocol):
@@ -46,8 +46,8 @@ class Target:
     """A module that is about to be adapted.
 
     Attributes:
-        shape: its shape.
-        weight: gives its weight, (m, n), dequantized.
+        shape: the module's shape.
+        weight: returns the module's weight, (m, n), dequantized. It is a function, for most forms need no weight.
     """
 
     shape: ModuleShape
@@ -55,18 +55,20 @@ class Target:
 
 
 class Form:
-    """What all forms share. A form has no state: what belongs to an adapter is in its config and its parts.
+    """Base class of all forms, with the behaviour that most of them share. A form has no state.
+
+    All that belongs to an adapter is in its config and its parts.
 
     Attributes:
         name: the form's name in the config.
-        own_fields: fields of the config that have a meaning in this form alone.
-        linear_only: whether it adapts linear layers alone.
+        own_fields: fields of the config that have a meaning only in this form.
+        linear_only: whether it adapts only linear layers.
         adapts_parameters: whether it adapts bare parameters, such as the weights of experts.
-        factors_are_parts: whether the parts `wara_A` and `wara_B` are what hands out Â and B̂, as they stand.
+        factors_are_parts: whether the parts `wara_A` and `wara_B` hand out Â and B̂, so that no layer asks `factors`.
         has_delta_weight: whether the adapter is a change of the layer's weight.
-        initialisations: values of `init_weights` beside True and False.
-        keeps_subbands: whether adapters of equal wavelet and levels combine within their subbands.
-        not_combined: why some combination types do not work, by type.
+        initialisations: values that `init_weights` may have beside True and False.
+        keeps_subbands: whether a combination of adapters with equal wavelet and levels has their subbands too.
+        not_combined: the combination types that do not work, each with the reason.
     """
 
     name: str
@@ -85,46 +87,46 @@ class Form:
         """Refuse fields of a config that contradict each other.
 
         Raises:
-            ValueError: they do.
+            ValueError: two fields contradict each other.
         """
 
     def single_pair(self, settings: Settings) -> str | None:
-        """The setting by which one pair serves all subbands, so that they have one rank; None where there is none."""
+        """The setting, in words, by which all subbands share one pair and one rank; None if each has its own."""
         return None
 
     def subbands(self, settings: Settings) -> tuple[Subband, ...]:
-        """All subbands that may have a rank, in the order of their ranks."""
+        """All subbands that may have a rank, in the order in which `ranks` lists them."""
         return subbands(settings.levels)
 
     def ranks(self, settings: Settings, rank: int, chosen: Mapping[str, int]) -> dict[str, int]:
-        """The rank of each subband: `chosen`, or else `rank`, or 0 for the undecomposed matrix."""
+        """The rank of each subband: that in `chosen`, or else `rank`, but 0 for the undecomposed matrix."""
         return {band.name: rank if band.level else 0 for band in self.subbands(settings)} | dict(chosen)
 
     def total_rank(self, settings: Settings, ranks: Mapping[str, int]) -> int:
         """R, the number of channels between A and B."""
         return sum(ranks.values())
 
-    # The modules that it is to adapt.
+    # The modules that an adapter is going to adapt.
 
     def unsuitable(
         self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
     ) -> dict[str, Refusal]:
-        """Why this form cannot adapt some of these modules, by name.
+        """The modules that this form cannot adapt, by name, each with the reason.
 
         Args:
             settings: the config.
             model: the model.
-            shapes: of the modules, by name.
+            shapes: shapes of the modules that are asked about, by name.
         """
         return {}
 
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        """Check all targets before the first is replaced, and warn of what will work but badly.
+        """Check all targets before the first one is replaced. Warn about targets that would learn badly.
 
         Args:
             settings: the config.
             model: the model.
-            targets: by name.
+            targets: the modules, by name.
 
         Raises:
             ValueError: a target cannot be adapted.
@@ -136,11 +138,11 @@ class Form:
         _warn_about_two_outputs(targets)
 
     def base_weight_hashes(self, settings: Settings, targets: Mapping[str, Target]) -> dict[str, str] | None:
-        """Hashes, by name, of base weights from which a saved adapter makes its basis again; None if it does not."""
+        """Hashes of base weights by module, if a saved adapter makes its basis again from them; otherwise None."""
         return None
 
     def context(self, settings: Settings, model: nn.Module, module_name: str) -> Any:
-        """What `create` has to know of the model around a module."""
+        """Facts about the model around a module, in the form in which `create` takes them."""
         return None
 
     # An adapter's parts.
@@ -152,17 +154,17 @@ class Form:
 
         Args:
             settings: the config.
-            module_name: the module, for errors.
-            shape: its shape.
+            module_name: name of the module, for errors.
+            shape: the module's shape.
             ranks: the rank of each subband.
-            context: what `context` has found, or None outside of a model.
+            context: the result of `context`, or None outside of a model.
         """
         raise NotImplementedError
 
     def initialise(self, parts: Parts, init_weights: bool | str) -> None:
-        """Draw A_s as LoRA draws A, with fan-in n_j, and set B_s to zero, or draw it too if `init_weights` is False.
+        """Draw A_s as LoRA draws A, with fan-in n_j. Set B_s to zero, or draw it too if `init_weights` is False.
 
-        Then ‖row of Â‖² is about 1/3, as in LoRA, and ΔW = 0.
+        The squared norm of a row of Â is then about 1/3, as in LoRA. With B_s = 0, ΔW = 0.
         """
         for rows in _to_fill(parts["wara_A"]):
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
@@ -173,18 +175,18 @@ class Form:
                 nn.init.kaiming_uniform_(columns, a=math.sqrt(5))
 
     def may_be_loaded(self, parts: Parts) -> bool:
-        """Whether values that come from the base layer's weight may still come from the file of a saved adapter."""
+        """Whether a saved adapter's file may still bring the values that are made from the base layer's weight."""
         return False
 
     def needs_weight(self, parts: Parts) -> bool:
-        """Whether values have to be made from the base layer's weight."""
+        """Whether some values of the parts are missing and have to be made from the base layer's weight."""
         return False
 
     def fill(self, parts: Parts, module_name: str, shape: ModuleShape, weight: Tensor) -> None:
-        """Make them, from the weight, (m, n).
+        """Make the missing values of the parts from the base layer's weight, (m, n).
 
         Raises:
-            ValueError: it is not there, or not finite.
+            ValueError: the weight is on the meta device, in parts elsewhere, or not finite.
         """
 
     def factors(self, parts: Parts) -> tuple[SubbandFactor, SubbandFactor]:
@@ -192,7 +194,7 @@ class Form:
         return parts["wara_A"], parts["wara_B"]
 
     def between(self, hidden: Tensor, parts: Parts) -> Tensor:
-        """What happens to x Âᵀ, (..., R), before it meets B̂, in forms without ΔW."""
+        """Change x Âᵀ, (..., R), before B̂ is applied. Forms without ΔW do this; others are not asked."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -202,41 +204,43 @@ class Form:
         return {name: (factor_a.subband(name), factor_b.subband(name)) for name in factor_a.subbands}
 
     def saved(self, parts: Parts) -> dict[str, Tensor]:
-        """The tensors that a saved adapter has of these parts, by key, without module and adapter.
+        """The tensors of these parts in a saved adapter. Keys have no module name and no adapter name in them.
 
-        What trains is an `nn.Parameter`.
+        Tensors that train are `nn.Parameter`s.
         """
         tensors: dict[str, Tensor] = {}
         for container, part in parts.items():
             if isinstance(part, nn.Parameter):
                 tensors[container] = part
             elif isinstance(part, nn.Module):
-                state = part.state_dict(keep_vars=True)
+                state = part.state_dict(keep_vars=True)  # without `keep_vars` parameters would come as plain tensors
                 tensors |= {f"{container}.{name}": tensor for name, tensor in state.items()}
         return tensors
 
     def with_values(self, parts: Parts, tensors: Mapping[str, Tensor]) -> Parts:
-        """The parts with other tensors, which have the keys and shapes of `saved`."""
+        """The parts with other values: `tensors` has the keys of `saved`, and replaces their tensors."""
         for container, part in parts.items():
             if isinstance(part, nn.Module):
                 own = {name: tensors[f"{container}.{name}"] for name in part.state_dict()}
+                # With `assign` the part takes the tensors themselves, and so their dtype and device.
                 part.load_state_dict(own, assign=True)
         bare = {name: nn.Parameter(tensors[name]) for name, part in parts.items() if isinstance(part, nn.Parameter)}
         return {**parts, **bare}
 
 
 def _to_fill(factor: nn.Module) -> list[Tensor]:
-    """The values of a factor's parameters, to be drawn in place: those of all experts as rows of one matrix."""
+    """The values of a factor's parameters, to be drawn in place. Rows of all experts are one matrix."""
+    # `nn.init` takes the fan-in from all dimensions but the first, and would count the experts' rows to it.
     values = [parameter.detach() for parameter in factor.parameters()]
     return [value.flatten(0, 1) for value in values] if isinstance(factor, ExpertsFactor) else values
 
 
 def warn_about_levels(settings: Settings, axes: Mapping[str, Mapping[str, int]]) -> None:
-    """Warn, once, of axes on which filters wrap around.
+    """Warn, in one warning, about axes on which filters wrap around.
 
     Args:
         settings: the config.
-        axes: lengths of the axes that are transformed, by module and by the axis's name.
+        axes: for each module the lengths of the axes that are transformed, by the axis's name.
     """
     too_many = []
     for name, lengths in axes.items():

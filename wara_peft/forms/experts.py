@@ -1,4 +1,4 @@
-"""The factor of the weights of many experts: one pair of every subband for each expert, all in one transform."""
+"""The factor of the weights of many experts. Each expert has its own pair for every subband; all share a transform."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .factors import IN_DIM, SubbandFactor
 class ExpertsFactor(SubbandFactor):
     """Coefficients of one side of all subbands of all experts; calling it gives Â or B̂ of every expert.
 
-    Rows of all experts are just more rows of one transform, which takes the experts as a dimension that stays.
+    One transform handles all experts: they are a further dimension, which `synthesis` leaves as it is.
 
     Args:
-        wavelet, levels, length, ranks, dim: as in `SubbandFactor`; the ranks are those of each expert.
+        wavelet, levels, length, ranks, dim: as in `SubbandFactor`. Each expert has these ranks.
         experts: number of experts E.
 
     Shapes:
@@ -41,6 +41,7 @@ class ExpertsFactor(SubbandFactor):
 
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
         """The factor of every expert, computed in `dtype`; None means the parameters' dtype."""
+        # `synthesis` allows further dimensions only with `dim=1`, so columns of B̂ are transformed as rows.
         order = (1, 2, 0) if self.dim == IN_DIM else (2, 1, 0)  # to (R_j, d_j, E)
         rows = [None if rows is None else rows.to(dtype or rows.dtype).permute(order) for rows in self.coefficients()]
         result = synthesis(rows, self.axis, IN_DIM)  # (R, length, E)

@@ -1,14 +1,16 @@
-"""How long a synthesised factor is kept: for the length of a scope, and no longer.
+"""A cache of synthesised factors: a factor is kept for the length of a scope, and no longer.
 
-There are two kinds of scopes. A user opens `frozen_factors` over a model, and promises that nothing changes inside: a
-factor is kept from its first use on, and is not checked. The library opens one around each call that PEFT makes of a
-model, such as a `generate`, and promises nothing. There a factor is kept from its second use without gradients on,
-which a plain forward does not reach, and every use checks that the tensors that it was made from are the same objects,
-of the same version, in the same storage.
+There are two kinds of scopes. A user opens `frozen_factors` over a model, and promises that nothing changes inside.
+There a factor is kept from its first use on, and is not checked.
 
-Some writers leave no such trace. Fused optimizers are noticed by a hook after every optimizer's step. Writes through
-`.data` or a NumPy view, and those of kernels and collectives that PyTorch's autograd does not know, go unseen until
-the call ends, unless `torch.autograd.graph.increment_version` tells.
+The library opens the other scope around each call that PEFT makes of a model, such as `generate`. Nobody promises that
+the weights stay as they are. So a factor is kept only from its second use without gradients on, which a plain forward
+does not reach. Every use checks that the factor's tensors are the same objects, of the same version, in the same
+storage.
+
+Some writers change a tensor and leave its version as it is. Fused optimizers do; a hook that runs after every
+optimizer's step notices them. Writes through `.data` or a NumPy view, and by kernels and collectives that PyTorch's
+autograd does not know, are not seen before the call ends. `torch.autograd.graph.increment_version` makes them seen.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+# Threads may run one model. The lock guards counters that are read and then written.
 _change = threading.Lock()
 _steps = 0
-"""How many steps optimizers have made, in any thread."""
+"""Number of steps that optimizers have made, in any thread."""
 
 
 def _count_step(*_: Any) -> None:
@@ -40,16 +43,16 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class Keeping:
-    """What one factor keeps inside `frozen_factors`, and how often it may have changed.
+    """The cache of one factor: it holds the factor inside `frozen_factors`, and counts possible changes.
 
     Attributes:
-        changes: counts what may change a factor and leave no trace at its tensors: forwards with gradients, moves,
-            casts, loads, limits.
+        changes: number of events so far that may change the factor and leave no trace at its tensors: forwards with
+            gradients, moves, casts and loads.
     """
 
     def __init__(self) -> None:
         self.changes = 0
-        self._scopes = 0  # that are open, in any thread
+        self._scopes = 0  # number of open `frozen_factors`, in any thread
         self._frozen: _Frozen | None = None
 
     def enter(self) -> None:
@@ -63,16 +66,16 @@ class Keeping:
             self._frozen = self._frozen if self._scopes else None
 
     def changed(self) -> None:
-        """Forget what is kept; if a scope is open, the next use synthesises the factor again."""
+        """Forget the kept factor. If a scope is open, the next use synthesises it again."""
         with _change:
             self.changes += 1
             self._frozen = _Frozen() if self._scopes else None
 
     def get(self, sources: Callable[[], Sequence[Tensor]], synthesise: Callable[[], Tensor]) -> Tensor:
-        """The factor, kept or made now.
+        """The factor: the kept one if it is still right, otherwise a new one.
 
         Args:
-            sources: gives the tensors that the factor is made from, or none of them if they are not all known.
+            sources: returns the tensors that the factor is made from, or an empty sequence if some are not known.
             synthesise: makes the factor.
 
         Raises:
@@ -87,7 +90,7 @@ class Keeping:
             return frozen.tensor
         if torch.compiler.is_compiling():  # a graph synthesises its factors itself, and must leave nothing here
             return synthesise()
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # a kept factor has no graph; and a training step is likely to follow
             self.changes += 1
             return synthesise()
         call = _call.get()
@@ -97,6 +100,7 @@ class Keeping:
         unchanged = False
         if made is not None and made.changes == self.changes and made.steps == _steps:
             now = sources()
+            # A plain loop, for this runs for each factor and each token that is generated.
             unchanged = len(now) == len(made.traces)
             for (tensor, version, address), current in zip(made.traces, now, strict=False):
                 if current is not tensor or current._version != version or current.data_ptr() != address:
@@ -104,7 +108,7 @@ class Keeping:
                     break
             if unchanged and made.tensor is not None:
                 return made.tensor
-        # These are noted before the factor is made, so that the next use sees what another thread writes meanwhile.
+        # These are noted before the factor is made: if another thread writes meanwhile, the next use notices.
         changes, steps, traces = self.changes, _steps, _traces(sources())
         factor = synthesise()
         if traces:
@@ -115,7 +119,7 @@ class Keeping:
         """Refuse gradients inside `frozen_factors`.
 
         Raises:
-            RuntimeError: they are enabled there.
+            RuntimeError: such a scope is open, and gradients are enabled.
         """
         if self._frozen is not None and torch.is_grad_enabled():
             raise RuntimeError(
@@ -125,7 +129,7 @@ class Keeping:
 
 
 class _Frozen:
-    """A factor's tensor inside `frozen_factors`, None until its first use there."""
+    """Holds a factor inside `frozen_factors`: `tensor` is None until the factor's first use there."""
 
     tensor: Tensor | None = None
 
@@ -135,7 +139,7 @@ _Trace = tuple[Tensor, int, int]
 
 
 def _traces(tensors: Sequence[Tensor]) -> list[_Trace] | None:
-    """Record what a later look needs to notice a change of these tensors; None if it cannot be noticed."""
+    """Version and address of each tensor, by which a later use notices changes; None if changes cannot be noticed."""
     try:
         return [(tensor, tensor._version, tensor.data_ptr()) for tensor in tensors]
     except RuntimeError:  # inference tensors have no version, and tensors of torch.func and fake ones no storage
@@ -143,12 +147,12 @@ def _traces(tensors: Sequence[Tensor]) -> list[_Trace] | None:
 
 
 class _Made(NamedTuple):
-    """Holds a factor that a call has made, and how to notice that the factor is stale.
+    """A factor that a call has made, with the facts by which a later use notices that the factor is stale.
 
     Attributes:
-        changes, steps: how often the factor had changed, and optimizers had stepped, before.
-        traces: of the tensors that it was made from.
-        tensor: the factor, once it was used twice.
+        changes, steps: `Keeping.changes` and `_steps` at the time when the factor was made.
+        traces: traces of the tensors that the factor was made from.
+        tensor: the factor, or None if it was used only once so far.
     """
 
     changes: int
@@ -158,7 +162,7 @@ class _Made(NamedTuple):
 
 
 class _Call:
-    """Stands for one call of a model, and holds the factors that were made in it."""
+    """One call of a model. It holds the factors that were made in it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -166,17 +170,19 @@ class _Call:
 
     @cached_property
     def can_keep(self) -> bool:
-        """Whether parameters tell that they were changed: those that FSDP2 gathers for each forward do not."""
+        """Whether factors may be kept in this call: not with FSDP2, whose gathered parameters tell no change."""
+        # FSDP is not imported here: a model can only have its modules if somebody else has imported it.
         fsdp = sys.modules.get("torch.distributed.fsdp")
         return fsdp is None or not any(isinstance(module, fsdp.FSDPModule) for module in self.model.modules())
 
 
+# A context variable, so that calls in other threads and coroutines have factors of their own.
 _call: ContextVar[_Call | None] = ContextVar("wara_peft_call", default=None)
 
 
 @contextmanager
 def factors_of_one_call(model: nn.Module) -> Iterator[None]:
-    """Scope of one call of a model, in this thread: inside, factors are kept from their second use on."""
+    """Scope of one call of a model, in this thread. Inside, factors are kept from their second use on."""
     if torch.compiler.is_compiling():  # a graph keeps nothing
         yield
         return
@@ -185,5 +191,5 @@ def factors_of_one_call(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        if _call.get() is call:  # another thread may finish a generator that this one has left
+        if _call.get() is call:  # a generator that was left inside the scope may be finished by another thread
             _call.set(before)

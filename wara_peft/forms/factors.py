@@ -1,11 +1,12 @@
 """Modules that hold the subband factors of one side of a weight and hand out its low-rank factor Â or B̂.
 
-With subbands s = (p q j), coefficients C_s = B_s A_s, A_s of shape (r_s, n_j) and B_s of shape (m_j, r_s):
+A subband s = (p q j) has the band p of the out axis and q of the in axis at level j. Its coefficients are
+C_s = B_s A_s, with A_s of shape (r_s, n_j) and B_s of shape (m_j, r_s):
 
     ΔW / scaling = Σ_s (S^out_{j,p} B_s)(A_s S^in_{j,q}ᵀ) = B̂ Â,    Â: (R, n),  B̂: (m, R),  R = Σ_s r_s.
 
 Rows of Â and columns of B̂ stand in the same order: coarsest level first, level 0 last, and within a level aa, ad, da,
-dd. A level's rows are one parameter, named `level0` ... `levelL`; a level without ranks has none.
+dd. All rows of level j are one parameter, `level{j}`. A level without ranks has no parameter.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ OUT_DIM = 0
 
 
 class SubbandFactor(nn.Module):
-    """Coefficients of one side of all subbands; calling it gives Â (`dim=1`) or B̂ (`dim=0`), synthesised anew.
+    """Coefficients of one side of all subbands. Calling it gives Â (`dim=1`) or B̂ (`dim=0`).
+
+    The result is synthesised in every call, outside of the scopes of `factor_cache`.
 
     Args:
         wavelet: name of an orthogonal wavelet.
         levels: number of decomposition levels L.
         length: length of the axis: in_features for Â, out_features for B̂.
-        ranks: rank of each subband by name, those of rank 0 may be left out.
+        ranks: rank of each subband by name; subbands of rank 0 may be left out.
         dim: 1 for Â, 0 for B̂.
         kernel: with `dim=1` the kernel size of a convolution, whose dimensions follow the channel axis untransformed.
 
@@ -58,6 +61,7 @@ class SubbandFactor(nn.Module):
         self.ranks = {band.name: ranks[band.name] for band in subbands(levels) if ranks.get(band.name, 0)}
         self.axis = Axis(wavelet, length, tuple(self._letters(level) for level in range(levels + 1)))
         self.keeping = Keeping()
+        # `frozen_factors` checks no tensor, so loading has to say that values change.
         self.register_load_state_dict_pre_hook(_changed)
         self._create_parameters()
 
@@ -90,7 +94,7 @@ class SubbandFactor(nn.Module):
 
     @property
     def rank_dim(self) -> int:
-        """Dimension of the parameters along which their rows, or columns, are counted."""
+        """Dimension of the parameters along which the rank is counted: rows of A_s, columns of B_s."""
         return 1 - self.dim
 
     @property
@@ -116,7 +120,7 @@ class SubbandFactor(nn.Module):
         return rows
 
     def coefficients(self) -> list[Tensor | None]:
-        """For each level the rows that `synthesis` takes, or None."""
+        """For each level its rows, or None if it has none, in the form in which `synthesis` takes them."""
         return [self._rows(level) if bands else None for level, bands in enumerate(self.axis.bands)]
 
     def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -131,15 +135,15 @@ class SubbandFactor(nn.Module):
         synthesis_into(out, self.coefficients(), self.axis, self.dim)
 
     def sources(self) -> tuple[Tensor, ...]:
-        """The tensors that the factor is made from; none if a parametrization has taken one away."""
+        """The tensors that the factor is made from; an empty tuple if a parametrization has replaced one."""
         return () if self._modules else tuple(self._parameters.values())  # type: ignore[arg-type]  # none is None
 
     def forward(self, positions: Tensor | None = None) -> Tensor:
         """Â, of shape (R, length, *kernel), or B̂, of shape (length, R).
 
         Args:
-            positions: with `dim=1`, integers of shape (N,): give these columns of Â alone, of shape (R, N), from the
-                coefficients that they need. For embeddings, whose axis is a whole vocabulary.
+            positions: integers of shape (N,), with `dim=1`. The result has only these columns of Â, (R, N), and only
+                the coefficients that they need are read. Embeddings use it, for their axis is a whole vocabulary.
 
         Raises:
             RuntimeError: inside `frozen_factors` while gradients are enabled.
@@ -152,15 +156,18 @@ class SubbandFactor(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> SubbandFactor:
         super()._apply(fn, recurse)
         self.keeping.changed()
-        self.axis.constants.clear()  # they stay on the device that this factor may have left
+        self.axis.constants.clear()  # this factor may have left their device, and would hold them there for nothing
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles made inside a scope are not part of it."""
+        """A copy or pickle that is made inside a scope is no part of the scope, and gets no kept factor."""
         return {**self.__dict__, "keeping": Keeping()}
 
     def _replicate_for_data_parallel(self) -> SubbandFactor:
-        """Nor are replicas on other devices, which would get the factor of the first."""
+        """A replica on another device gets no kept factor either, for that lies on the first device.
+
+        `nn.DataParallel` calls this private method for each module and forward.
+        """
         replica: SubbandFactor = super()._replicate_for_data_parallel()
         replica.keeping = Keeping()
         return replica
@@ -175,13 +182,14 @@ def _changed(factor: SubbandFactor, *_: Any) -> None:
 
 
 class TiedFactor(nn.Module):
-    """Another layer's factor, for a layer whose weight is tied to that layer's.
+    """The factor of a layer whose weight is tied to another layer's: it hands out the other layer's factor.
 
     It has no parameters of its own, so both layers train, save and load the same numbers.
 
     Args:
-        source: the other layer's factor: Â for Â and B̂ for B̂, or, if `transposed`, B̂ for Â and Â for B̂.
-        transposed: whether this layer keeps the weight as the other's transpose, as a linear layer an embedding's.
+        source: the other layer's factor: Â for Â and B̂ for B̂. If `transposed`, B̂ for Â and Â for B̂.
+        transposed: whether this layer's weight is the transpose of the other's, as a linear layer's may be of an
+            embedding's.
     """
 
     def __init__(self, source: SubbandFactor, transposed: bool) -> None:
@@ -222,7 +230,7 @@ class TiedFactor(nn.Module):
         return tensor.T if self.transposed else tensor
 
     def _in_source(self, name: str) -> str:
-        """The source's name of a subband: ad1 of a matrix is da1 of its transpose."""
+        """The name that a subband has in the source: ad1 of a matrix is da1 of its transpose."""
         band = Subband.named(name)
         return Subband(band.in_band, band.out_band, band.level).name if self.transposed else name
 
@@ -231,14 +239,15 @@ class TiedFactor(nn.Module):
 def frozen_factors(model: nn.Module) -> Iterator[None]:
     """Scope in which each WaRA factor of `model` is synthesised once, on first use, and then reused.
 
-    For serving unmerged adapters: outside of it factors are synthesised anew in every forward, so that no change of a
-    weight goes unseen. Inside, changes of the adapters' values go unseen, but those by `load_state_dict`; forwards
-    that ask for gradients are refused with a RuntimeError, and switching, moving or casting adapters works. Scopes
-    nest, also those of several threads over one model, in any order; leaving the last one, also by an exception,
-    leaves nothing behind.
+    It is meant for serving unmerged adapters. Outside of it a forward synthesises every factor, so that no change of a
+    weight goes unseen. Inside, changes of the adapters' values go unseen, except those by `load_state_dict`.
+    Switching, moving or casting adapters works. Forwards that ask for gradients are refused with a RuntimeError.
+
+    Scopes nest, also those of several threads over one model, in any order. When the last one is left, also by an
+    exception, no factor stays behind.
 
     Args:
-        model: any module; adapters that it has on entry take part.
+        model: any module. The adapters that it has on entry take part.
 
     Example:
         >>> with torch.inference_mode(), wara_peft.frozen_factors(model):  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""`form="grid"`: a pair of factors for each subband of the patch tokens of a vision model."""
+"""`form="grid"`: each subband of a vision model's patch tokens has its own pair of factors."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ _NOT_COMBINED = (
 
 
 class GridFactor(nn.Module):
-    """One side of the pairs: `weight` of shape (R, n) for A with `dim=1`, of shape (m, R) for B with `dim=0`.
+    """One side of the pairs of all subbands: A, (R, n), with `dim=1`, or B, (m, R), with `dim=0`, in one parameter.
+
+    It has no wavelet of its own: this form transforms tokens, and not features.
 
     Args:
         length: n or m.
-        ranks: rank of each subband by name, in the order of `grid_subbands`; those of rank 0 may be left out.
+        ranks: rank of each subband by name, in the order of `grid_subbands`; subbands of rank 0 may be left out.
         dim: 1 for A, 0 for B.
-        shared: one pair serves all subbands, whose ranks are then equal, and R is the rank of one.
+        shared: whether one pair serves all subbands. Their ranks are then equal, and R is the rank of one of them.
     """
 
     def __init__(self, length: int, ranks: Mapping[str, int], dim: int, shared: bool = False) -> None:
@@ -58,7 +60,10 @@ class GridFactor(nn.Module):
 
 
 class GridForm(Form):
-    """result = base(x) + scaling · Σ_s B_s P_s(A_s x), P_s being the parts of a wavelet transform over the patches."""
+    """result = base(x) + scaling · Σ_s B_s P_s(A_s x). P_s takes the subband s of the tokens on their grid of patches.
+
+    P_s mixes tokens, so no change ΔW of the weight computes the same.
+    """
 
     name = "grid"
     own_fields = ("grid_pairs", "grid_size", "num_prefix_tokens")
@@ -89,11 +94,11 @@ class GridForm(Form):
     def unsuitable(
         self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
     ) -> dict[str, Refusal]:
-        """Say which modules see tokens that lie on no grid."""
+        """The modules whose tokens lie on no grid, each with the reason."""
         return reasons_off_grid(model, shapes)
 
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        if settings.module_shapes is None:  # a saved adapter has been trained with its number
+        if settings.module_shapes is None:  # not so for a saved adapter: it was trained with its `num_prefix_tokens`
             check_prefix(model, targets, settings)
         known = {name: known_size(model, name, settings) for name in targets}
         sizes = {name: size for name, size in known.items() if size is not None}
@@ -113,7 +118,7 @@ class GridForm(Form):
         self, settings: Settings, module_name: str, shape: ModuleShape, ranks: Mapping[str, int], context: Any = None
     ) -> Parts:
         shared = self.single_pair(settings) is not None
-        # Outside of a model there is only what the config says.
+        # Outside of a model only the config tells anything about the grid.
         grid = context or TokenGrid(
             settings.grid_size, settings.num_prefix_tokens, fixed=settings.grid_size is not None
         )
@@ -128,7 +133,7 @@ class GridForm(Form):
         return parts
 
     def initialise(self, parts: Parts, init_weights: bool | str) -> None:
-        """As every form; gains start at one."""
+        """Draw A and B as other forms do, and set gains to one."""
         super().initialise(parts, init_weights)
         if "wara_gain" in parts:
             nn.init.ones_(parts["wara_gain"])
@@ -139,7 +144,7 @@ class GridForm(Form):
 
     @torch.no_grad()
     def coefficients(self, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """A_s and B_s; of a shared pair a subband's gain is part of B_s."""
+        """A_s and B_s of each subband. If all share a pair, the gain of a subband is multiplied into its B_s."""
         factor_a, factor_b = parts["wara_A"], parts["wara_B"]
         if "wara_gain" in parts:
             gains = zip(factor_a.ranks, parts["wara_gain"], strict=True)

@@ -1,9 +1,9 @@
-"""Grids seen while a model runs: the shapes of what its convolutions put out, and the positions that it is handed.
+"""Grids of tokens, observed while a model runs: from outputs of its convolutions and from positions of patches.
 
-Tokens of images are the places of a feature map, row by row, which a convolution has made just before: the embedding
-of patches, a stage's embedding, the reduction of keys and values, a UNet's residual block. So a layer's number of
-tokens tells its grid, whatever the image's size and the stage. Transformers that get patches instead of images are
-handed their positions (`img_ids` in Flux and its kin).
+The tokens of an image are the places of a feature map, row by row. A convolution makes this map just before: it embeds
+patches, starts a stage, reduces keys and values, or is part of a UNet's residual block. Hooks note the size of each
+map under its number of places. So a layer's number of tokens tells its grid, whatever the image's size and the stage.
+Transformers that get patches in place of images are handed the patches' positions (`img_ids` in Flux and its kin).
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
 class SeenGrids:
-    """Layouts of token sequences by their number of tokens: of each number the latest, or None where it is no grid.
+    """The latest layout for each number of tokens that was seen, or None if the tokens formed no grid.
 
-    Numbers are in the order in which they were last seen, and never forgotten: a checkpointed layer runs again when
-    its convolution does not. It then finds its grid, unless the model has meanwhile seen another of as many places.
+    Numbers stand in the order in which they were last seen, and stay: gradient checkpointing runs a layer again in
+    backward, but not its convolution. The layer then finds its grid, unless another grid of as many places has come
+    between.
     """
 
     def __init__(self) -> None:
         self.layouts: dict[int, Layout | None] = {}
-        self.by_positions = False  # whether transformers that are handed positions are watched too
+        self.by_positions = False  # whether hooks look at positions too
 
     def find(self, tokens: int, prefixes: Iterable[int]) -> Layout | None:
-        """The layout of a sequence, its patches after one of these numbers of prefix tokens: the latest that fits."""
+        """The latest layout that fits a sequence whose patches come after one of these numbers of prefix tokens."""
         fitting = {tokens - prefix: prefix for prefix in prefixes}
         for number in reversed(list(self.layouts)):
             layout = self.layouts[number]
@@ -44,27 +45,30 @@ class SeenGrids:
         return None
 
     def _see(self, tokens: int, layout: Layout) -> None:
-        """Note the layout of that number of tokens, if its grid has as many places as tokens come after the prefix."""
+        """Note a layout under its number of tokens; note None if grid and prefix have another number of places."""
         prefix, rows, columns = layout
         self.layouts.pop(tokens, None)  # so that it is the last
         self.layouts[tokens] = layout if prefix + rows * columns == tokens else None
 
     def start(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the model: a graph of torch.compile that is for one grid must not look at older ones."""
+        """Forward pre-hook of the model. It forgets all grids in a graph of torch.compile, which is made for one grid.
+
+        With older grids in sight, a graph would be compiled again after each new one.
+        """
         if torch.compiler.is_compiling():
             self.layouts = {}
 
     def see_output(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of a convolution whose output is (batch, channels, ..., rows, columns)."""
         if isinstance(output, Tensor):
-            # index: to torch.compile lengths are constants of a graph
+            # `index` makes lengths plain ints, which torch.compile takes as constants of a graph.
             *frames, rows, columns = (index(length) for length in output.shape[2:])
             self._see(math.prod(frames) * rows * columns, (0, rows, columns))
 
     def see_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Forward pre-hook of a transformer that takes `img_ids`, (tokens, 3 or more): something, row, column, …
+        """Forward pre-hook of a transformer that takes `img_ids`, (tokens, 3 or more), with row and column in 1 and 2.
 
-        In its blocks of joint tokens the text of `txt_ids` comes before the image.
+        In its blocks of joint tokens the text, with positions `txt_ids`, comes before the image.
         """
         given = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
         positions, text = given.get("img_ids"), given.get("txt_ids")
@@ -80,14 +84,19 @@ class SeenGrids:
 
 
 def observe_grids(model: nn.Module, by_positions: bool = True) -> SeenGrids | None:
-    """Watch a model from the first call on, and return what is seen; None where nothing would tell.
+    """Register hooks that observe the grids of a model, and return the `SeenGrids` that they fill.
+
+    A model that is observed already gets no second hooks.
 
     Args:
         model: the model.
-        by_positions: whether to watch transformers that are handed positions; torch.compile cannot trace that.
+        by_positions: whether to observe positions too. torch.compile cannot trace these hooks.
+
+    Returns:
+        The grids; None if the model has no convolution and is handed no positions.
     """
     at_root = next(iter(_watchers(model).values()), None)
-    if at_root is not None and (at_root.by_positions or not by_positions):  # so all that counts is watched
+    if at_root is not None and (at_root.by_positions or not by_positions):  # all hooks are there
         return at_root
     watched = {
         module: _watchers(module)
@@ -110,22 +119,23 @@ def observe_grids(model: nn.Module, by_positions: bool = True) -> SeenGrids | No
 
 
 def stop_observing(model: nn.Module) -> None:
-    """Take out the hooks of `observe_grids`."""
+    """Remove the hooks of `observe_grids`."""
     for module in model.modules():
         for key in _watchers(module):
+            # No handles were kept, so the hooks are taken out of the dictionaries that PyTorch has them in.
             module._forward_hooks.pop(key, None)
             module._forward_pre_hooks.pop(key, None)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _is_handed_positions(module: nn.Module) -> bool:
-    """Whether it is a transformer of diffusers that gets patches with their positions."""
+    """Whether a module is a transformer of diffusers that gets patches with their positions."""
     of_diffusers = isinstance(getattr(module, "config", None), Mapping)
     return of_diffusers and "img_ids" in inspect.signature(type(module).forward).parameters
 
 
 def _watchers(module: nn.Module) -> dict[int, SeenGrids]:
-    """Who sees with hooks of a module, by the hook's key."""
+    """The `SeenGrids` that hooks of a module fill, by the hook's key. `__self__` is the owner of a bound method."""
     hooks = {**module._forward_hooks, **module._forward_pre_hooks}
     owners = {key: getattr(hook, "__self__", None) for key, hook in hooks.items()}
     return {key: owner for key, owner in owners.items() if isinstance(owner, SeenGrids)}

@@ -1,4 +1,4 @@
-"""`form="shared"`: one pair of factors for the approximation and the diagonal detail of one level."""
+"""`form="shared"`: the approximation and the diagonal detail of one level share one pair of factors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .subband import SubbandForm
 
 
 class SharedFactor(SubbandFactor):
-    """One side of the pair that `aa1` and `dd1` share: a single parameter `level1` of r rows, and R = 2r."""
+    """One side of the pair that `aa1` and `dd1` share: one parameter `level1` of r rows, used twice: R = 2r."""
 
     def _create_parameters(self) -> None:
         self.level1 = self._empty(len(self.axis.bands[1]) // 2, self.axis.sizes[1])
@@ -26,7 +26,7 @@ class SharedFactor(SubbandFactor):
 
 
 class SharedForm(SubbandForm):
-    """ΔW / scaling = S_out,a B A S_in,aᵀ + S_out,d B A S_in,dᵀ; the subbands `ad1` and `da1` are zero."""
+    """ΔW / scaling = S_out,a B A S_in,aᵀ + S_out,d B A S_in,dᵀ. The subbands `ad1` and `da1` are zero."""
 
     name = "shared"
     initialisations: tuple[str, ...] = ()

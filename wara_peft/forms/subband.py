@@ -1,4 +1,4 @@
-"""`form="subband"`: a pair of factors for each subband of ΔW."""
+"""`form="subband"`: each subband of ΔW has its own pair of factors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class SubbandForm(Form):
         }
 
     def initialise(self, parts: Parts, init_weights: bool | str) -> None:
-        """As every form, or, with "orthogonal", orthonormal rows of each A_s."""
+        """Draw A_s and B_s as other forms do; "orthogonal" then gives each A_s orthonormal rows.
+
+        "activation" needs batches of data, so `training.initialization` sets its values later.
+        """
         super().initialise(parts, init_weights)
         if init_weights == "orthogonal":
             factor_a = parts["wara_A"]

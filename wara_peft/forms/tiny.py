@@ -1,11 +1,12 @@
-"""Tiny-WaRA: factors fixed from the base weight's own subbands, and a small trained core between them.
+"""`form="tiny"`, Tiny-WaRA: fixed factors from the base weight's own subbands, and a small trained core between them.
 
-With the truncated SVD C_s ≈ U_s Σ_s V_sᵀ of each subband C_s of the base weight W,
+The truncated SVD C_s ≈ U_s Σ_s V_sᵀ of each subband C_s of the base weight W gives
 
     A_s = √Σ_s V_sᵀ,   B_s = U_s √Σ_s,        ΔW / scaling = Σ_s S_out,s (B_s R_s A_s) S_in,sᵀ,
 
-and only R_s trains, of shape (r_s, r_s) or diagonal, zero at the start. Â is that of the basis; B̂ is the basis' own
-times the block-diagonal matrix of the cores, so that everything which serves `form="subband"` serves this form too.
+Only the core R_s trains. It has shape (r_s, r_s), or is diagonal, and is zero at the start. All A_s and B_s of a layer
+are its basis. Â is synthesised from the A_s. B̂ is synthesised from the B_s and multiplied by the block-diagonal matrix
+of the cores. So all code that uses Â and B̂ of `form="subband"` works with this form too.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from .factors import IN_DIM, OUT_DIM, SubbandFactor
 
 
 class Basis(nn.Module):
-    """The fixed A_s and B_s of a layer: buffers, so that nothing makes them trainable, of float32 or better.
+    """The fixed A_s and B_s of a layer. They are buffers, so that nothing makes them trainable, in float32 or better.
 
     Args:
         levels: number of decomposition levels L.
-        shape: (m, n).
-        ranks: rank of each subband by name; those of rank 0 may be left out.
-        saved: whether they are part of the state dict.
+        shape: shape (m, n) of the base weight.
+        ranks: rank of each subband by name; subbands of rank 0 may be left out.
+        saved: whether A_s and B_s are part of the state dict.
 
     Shapes:
         Buffers `A_level{j}`: (R_j, n_j), and `B_level{j}`: (m_j, R_j), as `SubbandFactor` keeps its parameters.
@@ -42,7 +43,8 @@ class Basis(nn.Module):
 
     def __init__(self, levels: int, shape: tuple[int, int], ranks: Mapping[str, int], saved: bool) -> None:
         super().__init__()
-        # Not a number until values come, from the base weight or from a file; `filled` once that is certain.
+        # Buffers hold NaN until values come, from the base weight or from a file. So it makes no difference who loads
+        # the file. `filled` is True once it is certain that values have come.
         self.filled = False
         self.may_be_loaded = False
         self.saved = saved
@@ -55,22 +57,22 @@ class Basis(nn.Module):
 
     @property
     def has_values(self) -> bool:
-        """Whether they have come. Once they have, this does not look at them again."""
+        """Whether values have come. Once they have, buffers are not looked at again, which would wait for the GPU."""
         if self.filled or torch.compiler.is_compiling():
             return True
         self.filled = not any(buffer.isnan().any() for buffer in self.buffers())
         return self.filled
 
     def rows(self, dim: int, level: int) -> Tensor:
-        """All rows of A's level with `dim=1`, all columns of B's with `dim=0`."""
+        """All rows of A_s at a level with `dim=1`, all columns of B_s at a level with `dim=0`."""
         rows: Tensor = getattr(self, f"{'A' if dim == IN_DIM else 'B'}_level{level}")
         return rows
 
     def _apply(self, fn: Any, recurse: bool = True) -> Basis:
-        """Move and cast, but lose nothing.
+        """Move and cast the buffers, but lose no value or digit.
 
-        A cast to less than float32 leaves the dtype as it is. A move to the meta device, where PEFT sends an adapter
-        whose base weight is offloaded, leaves the values where they are.
+        A cast to less than float32 leaves the dtype as it is. PEFT sends an adapter whose base weight is offloaded to
+        the meta device; such a move leaves the values where they are.
         """
 
         def without_loss(tensor: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ class Basis(nn.Module):
 
 
 class Core(nn.Module):
-    """The trained R_s of a layer: one parameter a subband, named by it, of shape (r_s, r_s), or (r_s,) if diagonal."""
+    """The trained R_s of a layer: for each subband a parameter with its name, (r_s, r_s), or (r_s,) if diagonal."""
 
     def __init__(self, ranks: Mapping[str, int], diagonal: bool) -> None:
         super().__init__()
@@ -100,11 +102,11 @@ class Core(nn.Module):
         return self._cores()[0].dtype
 
     def _cores(self) -> list[Tensor]:
-        """One of each subband; a replica for another device has them as attributes, and no parameters."""
+        """R_s of each subband. They are read as attributes, for replicas of `nn.DataParallel` have no parameters."""
         return [getattr(self, name) for name in self.subbands]
 
     def forward(self, columns: Tensor) -> Tensor:
-        """B̂ of the basis, (m, R), times the block-diagonal matrix of the cores, in the dtype of B̂."""
+        """The basis' B̂, `columns`, (m, R), times the block-diagonal matrix of the cores, in the dtype of `columns`."""
         cores = [core.to(columns.dtype) for core in self._cores()]
         if self.diagonal:
             return columns * torch.cat(cores)
@@ -114,7 +116,7 @@ class Core(nn.Module):
 
 
 class TinyFactor(SubbandFactor):
-    """One side of a basis with its core, which hands out Â or B̂ in the core's dtype and has no parameters itself."""
+    """One side of a basis with its core. It hands out Â or B̂ in the core's dtype, and has no parameters of its own."""
 
     def __init__(
         self, wavelet: str, levels: int, length: int, ranks: Mapping[str, int], dim: int, basis: Basis, core: Core
@@ -123,10 +125,14 @@ class TinyFactor(SubbandFactor):
         self._made_of = (basis, core)  # in a tuple, so that they are not registered as parts of this module too
 
     def _create_parameters(self) -> None:
-        """The basis has them."""
+        """Create none: the basis has the tensors."""
 
     def made_of(self, basis: Basis, core: Core) -> TinyFactor:
-        """This factor, made of these, which in a replica of the layer for another device are not those of before."""
+        """This factor, made of `basis` and `core`.
+
+        A replica of the layer on another device has a basis and a core of its own, which its copy of this factor does
+        not know yet.
+        """
         if self.basis is not basis or self.core is not core:
             self._made_of = (basis, core)
         return self
@@ -160,7 +166,7 @@ class TinyFactor(SubbandFactor):
 
 
 class TinyForm(Form):
-    """ΔW / scaling = Σ_s S_out,s (B_s R_s A_s) S_in,sᵀ, of which only R_s trains."""
+    """ΔW / scaling = Σ_s S_out,s (B_s R_s A_s) S_in,sᵀ. Only the cores R_s train."""
 
     name = "tiny"
     own_fields = ("core", "save_basis", "base_weight_hashes")
@@ -173,7 +179,7 @@ class TinyForm(Form):
     def unsuitable(
         self, settings: Settings, model: nn.Module, shapes: Mapping[str, ModuleShape]
     ) -> dict[str, Refusal]:
-        """Say which modules have fewer singular values in a subband than its rank."""
+        """The modules that have fewer singular values in a subband than its rank, each with the reason."""
         sentence = (
             "form='tiny' takes as many singular vectors as the rank, and there are fewer in {}. A smaller rank for "
             "them is given by `r`, `subband_ranks` or `rank_pattern`."
@@ -188,7 +194,7 @@ class TinyForm(Form):
         return found
 
     def check_targets(self, settings: Settings, model: nn.Module, targets: Mapping[str, Target]) -> None:
-        """Check the weights that a basis is made from."""
+        """Check the base weights too, but only those from which a basis is made."""
         for name, target in targets.items():
             if not _comes_with_the_adapter(settings, name, target.shape):
                 _check_weight(name, target.weight(), target.shape)
@@ -235,7 +241,7 @@ class TinyForm(Form):
 
     @torch.no_grad()
     def coefficients(self, parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-        """A_s and B_s R_s."""
+        """A_s and B_s R_s of each subband."""
         matrices = {
             name: core.diag() if core.ndim == 1 else core for name, core in parts["wara_core"].named_parameters()
         }
@@ -245,7 +251,7 @@ class TinyForm(Form):
 
 
 def _comes_with_the_adapter(settings: Settings, module_name: str, shape: ModuleShape) -> bool:
-    """Whether the config is that of a saved adapter whose file brings this module's basis, if it is loaded."""
+    """Whether the config belongs to a saved adapter whose file, when it is loaded, brings this module's basis."""
     return settings.save_basis and (settings.module_shapes or {}).get(module_name) == shape.as_list()
 
 
@@ -264,15 +270,14 @@ def _check_weight(name: str, weight: Tensor, shape: ModuleShape) -> None:
 
 @torch.no_grad()
 def fill_from_weight(factor_a: TinyFactor, factor_b: TinyFactor, weight: Tensor) -> None:
-    """Set a basis to √Σ Vᵀ and U √Σ of the truncated SVD, in float64, of PyWavelets' subbands of a weight.
+    """Set a basis to √Σ Vᵀ and U √Σ of the truncated SVD, in float64, of the subbands of a weight.
 
-    A basis that is saved comes from a randomised SVD where its rank is far below the size; one that has to be made
-    again from the same weight, and come out the same, from a full one.
+    A basis that is saved comes from a randomised SVD if its rank is far below the size. A basis that is not saved is
+    made again from the same weight and has to come out the same, so it always comes from a full SVD.
 
     Args:
-        factor_a, factor_b: the factors of the basis.
-        weight: (m, n), of any floating dtype. The largest entry of each column of U is made positive, so that the
-            same weight gives the same basis again.
+        factor_a, factor_b: the two factors, which have one basis.
+        weight: (m, n), of any floating dtype.
     """
     basis = factor_a.basis
     basis.filled = True
@@ -282,13 +287,15 @@ def fill_from_weight(factor_a: TinyFactor, factor_b: TinyFactor, weight: Tensor)
     for name, rank in factor_a.ranks.items():
         u, s, v = largest_singular(torch.from_numpy(bands[name]).to(device), rank, exact=not basis.saved)
         root = s.sqrt()
+        # An SVD leaves signs open. The largest entry of each column of U is made positive, so that the same weight
+        # gives the same basis again.
         sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # (1, rank)
         factor_b.subband(name).copy_(u * sign * root)
         factor_a.subband(name).copy_((v * sign * root).T)
 
 
 def _decompose(weight: Tensor, wavelet: str, levels: int) -> dict[str, np.ndarray]:
-    """PyWavelets' subbands of a matrix by name, with `aa0`, the matrix itself."""
+    """Subbands of a matrix by name, as PyWavelets computes them; `aa0` is the matrix itself."""
     approximation = weight.to("cpu", torch.float64).numpy()
     bands = {"aa0": approximation}
     for level in range(1, levels + 1):
@@ -301,5 +308,6 @@ def _decompose(weight: Tensor, wavelet: str, levels: int) -> dict[str, np.ndarra
 def weight_hash(weight: Tensor) -> str:
     """SHA-256 of a weight's dtype, shape and values."""
     digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    # Bytes are hashed through a view as uint8, for NumPy has no bfloat16.
     digest.update(weight.detach().to("cpu").contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

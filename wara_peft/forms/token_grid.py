@@ -1,4 +1,7 @@
-"""Where the tokens of a model's layers lie: grid size and prefix tokens, as its config, parameters and inputs tell."""
+"""Grid size and prefix tokens of a model's layers, from its config, its parameters and the grids seen as it runs.
+
+The tokens of a layer are prefix tokens, such as a class token, and then the patches of a grid, row by row.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ PREFIX_PARAMETERS = (
     "register_tokens",
     "reg_token",
 )
-"""Names under which vision models keep the embeddings of tokens that come before the patches."""
+"""Names of the parameters in which vision models keep the embeddings of prefix tokens."""
 OTHER_ORDERS = {
     "convnext": "its linear layers see feature maps of four dimensions. Use form='subband'.",
     "convnextv2": "its linear layers see feature maps of four dimensions. Use form='subband'.",
@@ -38,33 +41,33 @@ OTHER_ORDERS = {
     "vit_mae": "it shuffles its patches. Use form='subband', or load the encoder's weights into the model that it is "
     "made for (vit).",
 }
-"""Types of models whose tokens lie in another order than on a grid, or on a grid that nothing tells."""
+"""Types of models whose tokens are in another order than a grid's, or whose grid cannot be found, with the reason."""
 WITHOUT_PATCHES = re.compile(
     r"add_[qkv]_proj|to_add_out|encoder_hid_proj|.*context.*|caption_.*|(text|txt)_.*", re.IGNORECASE
 )
-"""Names that diffusers' models give to modules which see text alone."""
+"""Names that diffusers' models give to modules which see only text."""
 
 
 _OF_CONDITIONS = ("diffusers.models.embeddings", "diffusers.models.normalization")
-"""Files of diffusers whose modules, but for those that embed patches, see steps, classes, or pooled text."""
+"""Files of diffusers whose modules see steps, classes or pooled text, except those that embed patches."""
 _CONDITIONED = ("time_emb_proj", "proj_out_1")
-"""Names of layers elsewhere in diffusers that see the same."""
+"""Names of layers in other files of diffusers that see steps, classes or pooled text."""
 _POOLS = re.compile(r"(Pooler|PoolerLayer|PoolingHead)$")
-"""Names of transformers' classes that make one vector of all tokens."""
+"""Names of classes of transformers that make one vector of all tokens."""
 _CLASSIFIES = re.compile(r"For(Image|Audio|Video)Classification")
-"""Names of those whose layers outside of their base model see that vector."""
+"""Names of classes of transformers whose layers outside of the base model see one vector of all tokens."""
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """What is known of a layer's tokens.
+    """All that is known about the tokens of a layer.
 
     Args:
-        size: rows and columns of patches at the image size that the model is made for, or None.
-        prefix: number of tokens before the patches, or None.
-        fixed: no other size is right, because the user has named this one; `seen` can only contradict it.
-        square: whether other sizes are taken for squares where nothing tells.
-        seen: what the model's own modules make of its inputs as it runs, or None where none tells.
+        size: rows and columns of patches at the image size that the model is made for, or None if unknown.
+        prefix: number of tokens before the patches, or None if unknown.
+        fixed: whether the user has set `size`. Then no other size is right, and `seen` can only contradict it.
+        square: whether patches of another number than `size` has may be taken for a square.
+        seen: the grids that are seen while the model runs, or None if no module of it tells a grid.
     """
 
     size: tuple[int, int] | None = None
@@ -76,10 +79,10 @@ class TokenGrid:
     def split(self, tokens: int) -> Layout | None:
         """Prefix tokens, rows and columns of a sequence of that many tokens, or None if it fits no grid.
 
-        What the model has been seen to make goes first. If nothing has been seen it is the known size, or a square.
-        Where the prefix is not known it is what a fixed size leaves, or else none or one.
+        Grids that were seen count first. If none was seen, the known size is tried, and then a square. If the prefix
+        is not known, it is the number of tokens that a fixed size leaves over; with no fixed size 0 and 1 are tried.
 
-        A fixed size fits nothing where the model has been seen to make another grid of as many patches.
+        A fixed size fits no sequence for which the model was seen to make another grid of as many patches.
         """
         if self._tells is not None and not self.fixed:
             return self._tells.find(tokens, (0, 1) if self.prefix is None else (self.prefix, 0))
@@ -97,17 +100,17 @@ class TokenGrid:
         return None
 
     def contradicted_by(self, prefix: int, tokens: int) -> tuple[int, ...] | None:
-        """Rows and columns that the model has been seen to make of so many tokens, if the size is another one."""
+        """The rows and columns that were seen for this number of tokens, if they are not those of `size`."""
         found = None if self._tells is None else self._tells.find(tokens, (prefix,))
         return None if found is None or found[1:] == self.size else found[1:]
 
     @property
     def _tells(self) -> SeenGrids | None:
-        """What the model has been seen to make, where that counts."""
+        """The grids that were seen, or None if none was seen so far."""
         return self.seen if self.seen is not None and self.seen.layouts else None
 
     def __str__(self) -> str:
-        """What fits, for messages."""
+        """The layouts that fit, in words for messages."""
         before = "0 or 1" if self.prefix is None else str(self.prefix)
         known = [] if self.size is None else ["{} x {}".format(*self.size)]
         if self.square and not self.fixed:
@@ -119,12 +122,14 @@ class TokenGrid:
 
 
 def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGrid:
-    """What is known of the tokens of one module.
+    """All that is known about the tokens of one module. From now on hooks observe the model's grids too.
 
-    The size comes from `grid_size`, or while the model runs from its convolutions and positions, which are watched
-    from now on; before it has run, from the sizes of image and patch in the nearest config around the module. In a
-    model without a config other sizes are squares. The prefix comes from `num_prefix_tokens`, or from class,
-    distillation and register tokens among the parameters of the config's model.
+    The size comes from `grid_size`. Without that it comes from the convolutions and positions while the model runs.
+    Before the model has run it comes from the sizes of image and patch in the nearest config around the module. In a
+    model without a config, patches are taken for a square.
+
+    The prefix comes from `num_prefix_tokens`. Without that the class, distillation and register tokens among the
+    parameters of the model that has this config are counted.
     """
     model_config = _surroundings(model, module_name)[1]
     prefix = config.num_prefix_tokens
@@ -136,22 +141,22 @@ def token_grid(model: nn.Module, module_name: str, config: Settings) -> TokenGri
 
 
 def known_size(model: nn.Module, module_name: str, config: Settings) -> tuple[int, int] | None:
-    """Rows and columns of a module's patches, as far as they are known before the model runs."""
+    """Rows and columns of a module's patches if they are known before the model runs, otherwise None."""
     return config.grid_size or _size(_surroundings(model, module_name)[1])
 
 
 def _counted_prefix(model: nn.Module, module_name: str) -> int | None:
-    """Number of prefix tokens among the parameters of the model around a module that has the nearest config."""
+    """Number of prefix tokens in the model that has the nearest config around a module, by its parameters."""
     around, model_config = _surroundings(model, module_name)
     scope = [module for module in around if model_config is None or _config_of(module) is model_config]
     return _prefix_tokens(scope[-1] if scope else model)
 
 
 def check_prefix(model: nn.Module, module_names: Iterable[str], config: Settings) -> None:
-    """Refuse a `num_prefix_tokens` that is not what a model of transformers has before its patches.
+    """Refuse a `num_prefix_tokens` that is not the number which a model of transformers has before its patches.
 
     Raises:
-        ValueError: it is not, in one of these modules.
+        ValueError: one of these modules is part of a model with another number.
     """
     given = config.num_prefix_tokens
     for name in module_names if given is not None else ():
@@ -166,10 +171,10 @@ def check_prefix(model: nn.Module, module_names: Iterable[str], config: Settings
 
 
 def reasons_off_grid(model: nn.Module, module_names: Iterable[str]) -> dict[str, Refusal]:
-    """Why the tokens of some modules lie on no grid, by name.
+    """The modules whose tokens lie on no grid, by name, each with the reason.
 
-    They are part of a causal or other language model, or of a model whose layers see windows or patches in another
-    order, or they see only text, or no tokens at all.
+    Such a module may be part of a language model, or of a model whose layers see windows or patches in another order.
+    Or it sees only text, or no tokens at all.
     """
     found = {}
     for name in module_names:
@@ -181,7 +186,7 @@ def reasons_off_grid(model: nn.Module, module_names: Iterable[str]) -> dict[str,
 
 
 def _reason_of_module(model: nn.Module, module_name: str, around: list[nn.Module], config: Any) -> str | None:
-    """Why a module of a model that has patches sees none of them, if that is so."""
+    """Why a module sees no patches though its model has some; None if it sees them."""
     of_transformers = hasattr(config, "model_type")
     if not of_transformers and (_sees_text_alone(around[0], module_name) or _sees_conditions(around, module_name)):
         return (
@@ -197,7 +202,7 @@ def _reason_of_module(model: nn.Module, module_name: str, around: list[nn.Module
 
 
 def _sees_text_alone(parent: nn.Module, module_name: str) -> bool:
-    """Whether no patch comes to a module of a diffusion model: keys and values of cross-attention, a text stream."""
+    """Whether a module of a diffusion model sees no patch: keys and values of cross-attention, or a stream of text."""
     parts = module_name.split(".")
     if getattr(parent, "is_cross_attention", False) is True and parts[-1] in ("to_k", "to_v"):
         return True
@@ -205,14 +210,14 @@ def _sees_text_alone(parent: nn.Module, module_name: str) -> bool:
 
 
 def _sees_conditions(around: list[nn.Module], module_name: str) -> bool:
-    """Whether a module of a diffusion model sees an embedding of its step, class or pooled text."""
+    """Whether a module of a diffusion model sees embeddings of steps, classes or pooled text."""
     kinds = [type(module) for module in around]
     embeds = any(kind.__module__ in _OF_CONDITIONS and "PatchEmbed" not in kind.__name__ for kind in kinds)
     return embeds or module_name.rpartition(".")[2] in _CONDITIONED
 
 
 def _sees_whole_images(model: nn.Module, module_name: str) -> bool:
-    """Whether a module comes after the patches have become one vector: in a pooler, or a head."""
+    """Whether a module sees one vector for all patches, as a pooler's and a head's layers do."""
     parts = module_name.split(".")
     module = model.get_submodule(module_name)
     for depth, child in enumerate(parts):
@@ -228,7 +233,8 @@ def _sees_whole_images(model: nn.Module, module_name: str) -> bool:
 
 
 def _surroundings(model: nn.Module, module_name: str) -> tuple[list[nn.Module], Any]:
-    """The modules around one, nearest first, and the nearest config that one of them has."""
+    """The modules around one, nearest first, and the nearest config that one of them has, or None."""
+    # A `ModuleList` is only a container; the module that has it is the real parent.
     around = [module for module in _around(model, module_name) if not isinstance(module, nn.ModuleList)]
     return around, next((found for module in around if (found := _config_of(module)) is not None), None)
 
@@ -241,13 +247,13 @@ def _around(model: nn.Module, module_name: str) -> Iterator[nn.Module]:
 
 
 def _config_of(module: nn.Module) -> Any:
-    """A config of transformers, or one of diffusers, which is a mapping."""
+    """A module's config, if it is one of transformers or of diffusers, whose configs are mappings."""
     config = getattr(module, "config", None)
     return config if hasattr(config, "model_type") or isinstance(config, Mapping) else None
 
 
 def _reason_of_model(around: list[nn.Module], config: Any) -> str | None:
-    """Why no layer of the model that has the config sees patches in the order of their grid, if that is so."""
+    """Why no layer of the model that has this config sees patches in the order of their grid; None if some do."""
     where = "form='grid' cannot adapt module {}"
     causal = [
         type(module).__name__
@@ -287,7 +293,8 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 
 def _prefix_tokens(model: nn.Module) -> int | None:
-    """Number of prefix tokens that the model has embeddings for, or None where it has none by a known name."""
+    """Number of prefix tokens for which the model has embeddings; None if none has a known name."""
+    # The keys are the last parts of names, so a token that stands in several places of the model counts once.
     found = {
         name.rpartition(".")[2]: parameter.shape[1] if parameter.ndim == 3 else 1
         for name, parameter in model.named_parameters()

@@ -1,12 +1,13 @@
-"""The wavelet over the grid of patch tokens: subbands of the tokens, each with a low-rank pair of its own.
+"""The wavelet transform over the grid of patch tokens: each subband of the tokens has its own low-rank pair.
 
-Tokens are `prefix` tokens, then H x W patches, row by row. With P_s = synthesis ∘ analysis restricted to the subband s
-of the 2-D transform over the grid,
+A sequence is `prefix` tokens, and then H x W patches, row by row. P_s takes the subband s of the patches: it is
+synthesis ∘ analysis of the 2-D transform over the grid, restricted to that subband. Then
 
     result = base(x) + scaling · Σ_s B_s P_s(A_s x),        Σ_s P_s = I at every size,
 
-P_s acts on tokens and A_s, B_s on features, so x is projected to R channels first and only these are moved through
-the wavelet. P_s of the subband (p q j) is separable, P^H_{j,p} ⊗ P^W_{j,q}: two small matrices for each channel.
+P_s acts on tokens, and A_s and B_s act on features. So x is projected to R channels first, and only these channels go
+through the wavelet. P_s of the subband s = (p q j) is separable, P^H_{j,p} ⊗ P^W_{j,q}: it takes two small matrices
+for each channel.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ def grid_subbands(levels: int) -> tuple[Subband, ...]:
 
 
 class _Derived:
-    """Declares an attribute that is no field, for the reason that `wavelet.layout._Derived` gives."""
+    """Declares an attribute of `TokenMixing` that must be no field. `wavelet.layout._Derived` gives the reason."""
 
     constants: Constants
 
 
 @dataclass(frozen=True)
 class TokenMixing(_Derived):
-    """Σ_s of P_s on the channels of each subband: what happens between A and B.
+    """Applies P_s to the channels of each subband s, between A and B.
 
     Args:
-        module_name: the layer, for errors.
-        grid: what is known of its tokens.
+        module_name: name of the layer, for errors.
+        grid: all that is known about the layer's tokens.
         wavelet: name of an orthogonal wavelet.
         channels: the subband of each channel, in the order of `grid_subbands`.
     """
@@ -58,11 +59,11 @@ class TokenMixing(_Derived):
         object.__setattr__(self, "constants", Constants())
 
     def __call__(self, hidden: Tensor, gain: Tensor | None = None) -> Tensor:
-        """Move channels through the wavelet.
+        """Apply P_s to each channel.
 
         Args:
-            hidden: (batch, tokens, R), A x.
-            gain: (3L + 1, r), where all subbands share the R = r channels: what each contributes of each.
+            hidden: A x, (batch, tokens, R).
+            gain: (3L + 1, r), given if all subbands share R = r channels. It weighs each channel in each subband.
 
         Returns:
             (batch, tokens, R) in the dtype of `hidden`, computed in float32 or better. Prefix tokens keep the
@@ -76,6 +77,7 @@ class TokenMixing(_Derived):
             wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             if gain is not None:
                 wide = wide.repeat(1, 1, len(gain))
+            # Channels of the coarsest subband come first. Prefix tokens have no place on the grid, and get only these.
             coarsest = sum(band.out_band == band.in_band == "a" for band in self.channels)
             before = F.pad(wide[:, :prefix, :coarsest], (0, wide.shape[2] - coarsest))
             mixed = torch.cat((before, self._mix(wide[:, prefix:], rows, columns)), 1)
@@ -125,16 +127,17 @@ class TokenMixing(_Derived):
 def _projections(
     device: torch.device, dtype: torch.dtype, wavelet: str, length: int, channels: tuple[tuple[int, str], ...]
 ) -> tuple[Tensor]:
-    """P_{j,band} of an axis for each channel, (R, length, length), of the level and band of each."""
+    """P_{j,band} of an axis for each channel, (R, length, length). `channels` has the level and band of each."""
     different = tuple(dict.fromkeys(channels))
     table = torch.tensor(_projection_table(wavelet, length, different), dtype=dtype, device=device)
     places = torch.tensor([different.index(channel) for channel in channels], device=device)
     return (table.index_select(0, places),)
 
 
+# torch.compile cannot trace PyWavelets. It calls this function while it compiles, and keeps the result.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _projection_table(wavelet: str, length: int, bands: tuple[tuple[int, str], ...]) -> list[Any]:
-    """P_{j,band} of each level and band, by PyWavelets and in float64, whatever mode torch is in."""
+    """P_{j,band} for each level and band. PyWavelets computes them in float64, whatever mode torch is in."""
     table = []
     sizes = axis_sizes(length, max(level for level, _ in bands))
     for level, band in bands:

@@ -1,1 +1,1 @@
-"""Singular values, norms of what follows in an order of components, and greedy choices of these; plain tensors."""
+"""Singular values, norms of the tails of ordered components, and a greedy choice of steps, on plain tensors."""

@@ -18,9 +18,9 @@ class Decomposition:
     right: Tensor
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The pair (A, B) of that rank, (rank, n) and (m, rank), whose product is nearest to ΔW in Frobenius norm.
+        """The pair (A, B) of shapes (rank, n) and (m, rank) whose product B A is nearest to ΔW in the Frobenius norm.
 
-        The root of each singular value goes to either side. Beyond the rank of ΔW rows and columns are zero.
+        Each of the two takes the root of every singular value. Rows and columns beyond the rank of ΔW are zero.
         """
         roots = self.values[:rank].sqrt()
         factor_a = self.left.new_zeros(rank, self.right.shape[1])
@@ -48,15 +48,16 @@ def decompose(factor_a: Tensor, factor_b: Tensor) -> Decomposition:
 
 
 def rank_for_energy(decompositions: Sequence[Decomposition], share: float) -> int:
-    """Smallest rank, one for all groups, whose truncation keeps that share of ‖ΔW‖² (up to float64 rounding)."""
+    """Smallest rank, the same for all groups of a module, whose truncation keeps this share of ‖ΔW‖²."""
     squares = sum(part.values.square() for part in decompositions)
     assert isinstance(squares, Tensor)
     kept = squares.cumsum(0)
+    # The sum is rounded; without this margin, share=1 could ask for ranks that hold only rounding errors.
     short_of_it = kept < share * kept[-1] * (1 - torch.finfo(kept.dtype).eps * len(kept))
     return min(int(short_of_it.sum()) + 1, len(kept))
 
 
 def truncation_energy(decompositions: Sequence[Decomposition], rank: int) -> tuple[float, float]:
-    """‖ΔW − truncation‖² and ‖ΔW‖² of a module whose groups are each truncated to that rank."""
+    """‖ΔW − truncation‖² and ‖ΔW‖² of a module if each of its groups is truncated to this rank."""
     lost = sum(float(part.values[rank:].square().sum()) for part in decompositions)
     return lost, sum(float(part.values.square().sum()) for part in decompositions)

@@ -1,13 +1,15 @@
 """Orthogonal wavelets with periodised boundaries: filters, the layout of axes and subbands, 1-D transforms of rows.
 
-Axis length d, synthesis filters (lo, hi) from PyWavelets, d_0 = d and d_j = ceil(d_{j-1} / 2). Lo_j and Hi_j, both of
-shape (d_{j-1}, d_j), upsample by two, filter circularly and trim to d_{j-1}. Then
+An axis of length d has d_0 = d samples at level 0 and d_j = ceil(d_{j-1} / 2) at level j. PyWavelets gives the
+synthesis filters (lo, hi). The matrices Lo_j and Hi_j, both of shape (d_{j-1}, d_j), upsample by two, filter
+circularly with lo or hi, and trim to d_{j-1}. The synthesis matrices of level j,
+for its approximation (a) and its detail (d), are
 
     S_{j,a} = Lo_1 ... Lo_{j-1} Lo_j,        S_{j,d} = Lo_1 ... Lo_{j-1} Hi_j,        S_0 = I.
 
-Every signal handled here lies in one band: a row of level j is multiplied by S_{j,a} or S_{j,d}, whichever its `Axis`
-says. That is what low-rank factors of subbands need, and all rows of a level then share one pass. Nothing here knows
-of modules or of PEFT.
+Every row that is transformed here lies in one band: its `Axis` says whether a row of level j is multiplied by S_{j,a}
+or by S_{j,d}. Low-rank factors of subbands need no more, and all rows of a level share one pass. Nothing in this
+folder knows modules or PEFT.
 
 Source of the boundary handling: PyWavelets, mode "periodization".
 """

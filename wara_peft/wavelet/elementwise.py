@@ -1,4 +1,4 @@
-"""Synthesis by elementwise operations: it computes single samples, or writes into a tensor that is given."""
+"""Synthesis by elementwise operations. It computes single samples, or writes into a tensor that the caller gives."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .layout import Axis
 
 
 def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor) -> Tensor:
-    """Samples at some positions of `synthesis` with `dim=1`, level 0 and all: (R, N).
+    """The samples that `synthesis` with `dim=1` has at N positions, rows of level 0 included: (R, N).
 
-    It gathers the coefficients q - s and the taps of its phase for each position, see `filters`.
+    For each position this gathers the coefficients q - s and the taps of the phase p, as `filters` defines them.
     """
     last = axis.last_level_at_once
     finer, coarser = axis.split(last) if last else (axis, None)
@@ -24,6 +24,7 @@ def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor
         bands = finer.bands[level]
         if not bands:
             continue
+        # The rows of the level at which the axis is split may all come from coarser levels.
         sample = next(rows for rows in coefficients[level:] if rows is not None)
         (taps,) = _taps(axis.constants, sample, sample.dtype, axis.wavelet, bands, level)  # (R_j, shifts, 2^j)
         shifts = torch.arange(taps.shape[1], device=positions.device)[:, None]
@@ -43,7 +44,10 @@ def samples(coefficients: Sequence[Tensor | None], axis: Axis, positions: Tensor
 
 
 def writes_in_place(out: Tensor, coefficients: Sequence[Tensor | None], axis: Axis) -> bool:
-    """Whether `synthesise_into` can serve: matrices of one dtype, of float32 or better, on an axis that none trims."""
+    """Whether `synthesise_into` can be used: matrices of one dtype, float32 or float64, on an axis that 2^L divides.
+
+    `synthesise_into` adds up in the dtype of `out`, and would lose digits in less than float32.
+    """
     rows = [part for part in coefficients if part is not None]
     return (
         axis.length % 2**axis.levels == 0
@@ -53,10 +57,11 @@ def writes_in_place(out: Tensor, coefficients: Sequence[Tensor | None], axis: Ax
 
 
 def synthesise_into(out: Tensor, coefficients: Sequence[Tensor | None], axis: Axis) -> None:
-    """`synthesis` with `dim=1`, level 0 and all, written into `out`, (R, d), without a tensor in between.
+    """Write `synthesis` with `dim=1`, rows of level 0 included, into `out`, (R, d), without a tensor in between.
 
-    With blocks of 2^j samples each shift s adds a tap times coefficients that lie s blocks before, to the samples of
-    all blocks at once. Where the offset is b more than whole blocks, the last b samples of each block are one further.
+    Samples are seen as blocks of 2^j. For each shift s, one operation on all blocks adds a tap times the coefficient
+    that lies s blocks before. If the offset o is b more than a multiple of 2^j, the last b samples of each block take
+    coefficients that lie one further.
     """
     start = 0
     for level in range(axis.levels, -1, -1):
@@ -76,6 +81,7 @@ def synthesise_into(out: Tensor, coefficients: Sequence[Tensor | None], axis: Ax
             phase = (first + rest) % step
             for shift in range(taps.shape[1] if end > first else 0):
                 tap = taps[:, shift, None, phase : phase + end - first]
+                # Two slices are the rotation of the coefficients by `behind`; `roll` would allocate.
                 behind = (shift - ahead) % size
                 for to, at, length in ((behind, 0, size - behind), (0, size - behind, behind)):
                     if length:

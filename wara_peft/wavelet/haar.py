@@ -1,8 +1,8 @@
-"""One level of Haar: each coefficient becomes two neighbours, itself and itself again with the sign of its band.
+"""One level of Haar: each coefficient becomes two neighbours, of which the second has the sign of the band.
 
     (S c)[2i] = c[i] / √2,      (S c)[2i + 1] = ± c[i] / √2,      + in band a, - in band d.
 
-One product with a broadcast pair of numbers for each row, and one more operation for the adjoint.
+Synthesis is one product with a broadcast pair of numbers for each row. The adjoint takes one operation more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .layout import Axis
 
 
 def serves(rows: Tensor, axis: Axis) -> bool:
-    """Whether the axis has one level of Haar, and rows a dtype in which a sum of two needs no wider one."""
+    """Whether the axis has one level of Haar, and the rows a dtype in which a sum of two numbers is precise enough."""
     one_level = not any(axis.bands[2:])
     return one_level and axis.wavelet in ("haar", "db1") and rows.dtype in (torch.float32, torch.float64)
 
@@ -35,9 +35,9 @@ def synthesise(rows: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
-    """Transpose of `synthesise`: for each level the rows of that level, or None where it has none."""
+    """Transpose of `synthesise`. For each level it returns the rows, or None if the level has none."""
     (pair,) = _pairs(axis.constants, signal, signal.dtype, axis.wavelet, axis.bands[1], dim)
-    if axis.length % 2:
+    if axis.length % 2:  # synthesis trimmed one sample, and the transpose of trimming appends a zero
         signal = F.pad(signal, (0, 1) if dim == 1 else (0, 0, 0, 1))
     first, second = signal.unflatten(dim, (axis.sizes[1], 2)).unbind(dim + 1)
     of_first, of_second = pair.unsqueeze(dim).unbind(dim + 1)

@@ -1,4 +1,4 @@
-"""The layout of axes and subbands: sizes, names, and which row lies in which band."""
+"""The layout of axes and subbands: their sizes and names, and the band of each row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Subband:
     @classmethod
     @cache
     def named(cls, name: str) -> Subband:
-        """The subband of that name, which is not checked."""
+        """The subband with this name, such as `ad1`. The name is not checked."""
         return cls(name[0], name[1], int(name[2:]))
 
     @property
@@ -61,7 +61,10 @@ def subbands(levels: int) -> tuple[Subband, ...]:
 
 
 class _Derived:
-    """Declares what follows from an axis's fields, and is no field: Dynamo of PyTorch 2.9 passes fields to `Axis`."""
+    """Declares the attributes of `Axis` that are computed from its fields.
+
+    They must be no fields: Dynamo of PyTorch 2.9 passes every field to `Axis`.
+    """
 
     sizes: tuple[int, ...]
     rows: int
@@ -72,30 +75,31 @@ class _Derived:
     constants: Constants
 
 
-# If all subbands of a level have the same rank, its letters, one for each subband or band, are among these.
+# Letters of the blocks of a level whose subbands all have the same rank: one for each subband, or one for each run of
+# subbands in one band.
 _EQUAL_RANKS = {"a", "d", "ad"}
 _COARSEST, _FINER = {*_EQUAL_RANKS, "adad", "aadd"}, {*_EQUAL_RANKS, "dad", "add"}
 
 
 @dataclass(frozen=True)
 class Axis(_Derived):
-    """Rows of a factor in the wavelet domain of one axis.
+    """The layout of a factor's rows in the wavelet domain of one axis.
 
     Args:
         wavelet: name of an orthogonal wavelet.
         length: length d of the axis.
-        bands: for each level j = 0 ... L a string with one letter a row, "a" or "d": the band in which that row lies.
-            Rows of level 0 are not transformed; their letters only count them.
+        bands: for each level j = 0 ... L a string with one letter, "a" or "d", for each row: the band in which the row
+            lies. Rows of level 0 are not transformed; their letters only count them.
 
     Attributes:
-        sizes: the sizes (d_0, ..., d_L) of its levels.
+        sizes: the sizes (d_0, ..., d_L) of the levels.
         rows: number of rows of all levels.
-        transformed_rows: rows of level 1 and coarser.
-        last_level_at_once: the level at which the axis is to be split so that none but its first level trims, or 0
-            where none does: a level of odd length is trimmed, after which coarser ones have no equivalent filter.
-        runs: for each level its bands, each with the number of rows that lie in it side by side.
-        block_width: number of rows of a block where all levels are laid out as ranks that are equal lay them out, in
-            few blocks of one band each; 0 elsewhere.
+        transformed_rows: number of rows of level 1 and coarser.
+        last_level_at_once: the last level that one equivalent filter can reach, or 0 if it reaches all. A level of odd
+            length is trimmed, and levels beyond it have no equivalent filter; so the axis is split there.
+        runs: for each level its runs of neighbouring rows in one band: the band and the number of rows.
+        block_width: number of rows of a block, if equal ranks of the subbands gave the layout: it then consists of few
+            blocks, each in one band. 0 for any other layout.
         constants: the constant tensors that transforms of this axis use.
     """
 
@@ -104,7 +108,8 @@ class Axis(_Derived):
     bands: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        # Computed once: every forward of every factor reads them.
+        # These are computed once, for every forward of every factor reads them. The dataclass is frozen, so
+        # only `object.__setattr__` can write them.
         sizes = axis_sizes(self.length, self.levels)
         transformed = sum(map(len, self.bands[1:]))
         odd = (level for level in range(1, len(sizes)) if sizes[level] % 2 and any(self.bands[level + 1 :]))
@@ -125,10 +130,11 @@ class Axis(_Derived):
         return len(self.bands) - 1
 
     def split(self, level: int) -> tuple[Axis, Axis]:
-        """The axis as two, one after the other: levels 0 ... `level`, and those beyond it. They share its constants.
+        """Split the axis into a finer one, of the levels 0 ... `level`, and a coarser one, of `level` ... L.
 
-        What comes out of the coarser one, whose level 0 is this `level`, is what the finer one has at that level: the
-        coarser rows, now in band a, and then its own.
+        Level 0 of the coarser axis is `level` of this axis. The rows that its synthesis returns are the rows of the
+        finer axis at `level`: first the coarser ones, which now lie in band a, then those of `level` itself. Both axes
+        share the constants of this one.
         """
         coarser = Axis(self.wavelet, self.sizes[level], self.bands[level:])
         joined = "a" * coarser.transformed_rows + self.bands[level]
@@ -136,7 +142,7 @@ class Axis(_Derived):
         return finer._with_constants_of(self), coarser._with_constants_of(self)
 
     def repeated(self, times: int) -> Axis:
-        """The axis with so many rows for each one. It shares the constants."""
+        """The axis with `times` rows for each of its rows. It shares the constants of this axis."""
         bands = tuple("".join(band * times for band in bands) for bands in self.bands)
         return Axis(self.wavelet, self.length, bands)._with_constants_of(self)
 

@@ -1,4 +1,4 @@
-"""What modes of PyTorch and kinds of tensors do to operations."""
+"""Questions about the mode that PyTorch is in, such as autocast or a trace, and about the kind of a tensor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 
 def autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[Any]:
-    """Context in which operations keep the dtype of their tensors, on the device of the first of these.
+    """Context that turns autocast off on the device of the first tensor, so that operations keep their dtype.
 
-    Autocast would change the dtype of some operations, and refuse a mixture for others.
+    Autocast would change the dtype of some operations, and refuse a mixture of dtypes in others.
     """
+    # Every forward of every factor asks this. The private function answers for all devices in one call.
     if not torch._C._is_any_autocast_enabled():
         return nullcontext()
     device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("meta"))
@@ -22,7 +23,7 @@ def autocast_off(tensors: Sequence[Tensor | None]) -> AbstractContextManager[Any
 
 
 def is_autocast_on(device: torch.device) -> bool:
-    """Whether autocast is on for a device, of any type."""
+    """Whether autocast is on for a device. The device may be of any type, also of one that has no autocast."""
     return (
         torch._C._is_any_autocast_enabled()
         and torch.amp.is_autocast_available(device.type)
@@ -32,10 +33,11 @@ def is_autocast_on(device: torch.device) -> bool:
 
 def is_transformed() -> bool:
     """Whether a tracer records operations or torch.func transforms them."""
+    # PyTorch has no public function for the second question.
     return torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is what it seems: no fake or other subclass, and not inside of a graph, trace or transform."""
+    """Whether a tensor is an ordinary one: of no subclass (as fake tensors are), in no graph, trace or transform."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter)
     return plain and not torch.compiler.is_compiling() and not is_transformed()

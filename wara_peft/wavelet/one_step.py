@@ -1,13 +1,14 @@
-"""Transforms of all levels in one step: every sample is a weighted sum of coefficients, of whatever level.
+"""Transforms of all levels in one step: every sample is a weighted sum of coefficients of one level or another.
 
-For axes on which no level but the first trims, so that a length of d' = 2^L d_L is cut to d at the very end; there
-each level has one equivalent filter. Rows of one band that lie side by side share its taps. With the coefficients of
-all levels as a table whose rows are such blocks, all sums are one `torch.nn.functional.embedding_bag`: one kernel, for
-any wavelet and number of levels, and in float32 or better inside.
+These transforms serve axes on which no level but the first trims. There each level has one equivalent filter, and a
+length of d' = 2^L d_L is cut to d at the very end. A block is a group of neighbouring rows in one band, which share
+the taps of that band. The coefficients of all levels are one table, whose rows hold the coefficients of one block at
+one place. Then `torch.nn.functional.embedding_bag` computes all sums at once. It is one kernel for any wavelet and
+number of levels, and adds up in float32 or better.
 
-The places in the table and the taps take 8 bytes (of float32) for each of up to F taps of each block at each sample.
-So layouts of few blocks only are transformed in this way, those that equal ranks make, whose blocks are the same ones
-whatever the rank is: see `Axis.block_width`. All factors of the same length share them.
+Places in the table and taps take 8 bytes (with float32) for each of up to F taps of each block at each sample. So only
+layouts of few blocks are transformed in this way, namely those that equal ranks make (see `Axis.block_width`). Their
+blocks do not depend on the rank, so all factors of the same length share places and taps.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def serves(rows: Tensor, axis: Axis) -> bool:
     """Whether rows are transformed in one step: plain tensors in few blocks, on a device and of a dtype with a kernel.
 
-    torch.func cannot see into it.
+    Tensors must be plain, since torch.func cannot transform that kernel.
     """
     return axis.block_width > 0 and rows.device.type in DEVICES and rows.dtype in DTYPES and is_plain(rows)
 
 
 def synthesise(coefficients: list[Tensor | None], axis: Axis, dim: int) -> Tensor:
-    """`synthesis` of the rows of level 1 and coarser, of which there is one: (R, d) with `dim=1`, (d, R) with `dim=0`.
+    """`synthesis` of the rows of level 1 and coarser: (R, d) with `dim=1`, (d, R) with `dim=0`.
+
+    At least one level must have rows.
 
     Args:
         coefficients: as in `synthesis`, without further dimensions.
@@ -43,7 +46,8 @@ def synthesise(coefficients: list[Tensor | None], axis: Axis, dim: int) -> Tenso
     """
     width = axis.block_width
     levels = [rows for rows in reversed(coefficients[1:]) if rows is not None]
-    # Coefficients of a block one after the other where that transposes and joins levels at once; else as they lie.
+    # The table has one block after the other if one `cat` can then both transpose and join levels. Otherwise blocks
+    # alternate, as the coefficients lie in memory. Either way there is one copy at most.
     by_block = dim == 1 and len(levels) > 1
     if by_block:
         table = torch.cat([block.T for rows in levels for block in rows.split(width)])
@@ -60,11 +64,11 @@ def synthesise(coefficients: list[Tensor | None], axis: Axis, dim: int) -> Tenso
 
 
 def decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
-    """Transpose of `synthesise`: for each level the rows of that level, or None where it has none.
+    """Transpose of `synthesise`. For each level it returns the rows, or None if the level has none.
 
     Args:
         signal: (R, d) with `dim=1`, (d, R) with `dim=0`.
-        axis, dim: as in `synthesis`. What the axis says of level 0 does not matter.
+        axis, dim: as in `synthesis`. Rows of level 0 are ignored.
     """
     width = axis.block_width
     table = (signal.T if dim == 1 else signal).reshape(-1, width)  # (d · blocks, width)
@@ -86,12 +90,12 @@ def decompose(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
 
 
 def _blocks(axis: Axis) -> tuple[str, ...]:
-    """The band of each block of level 1 and coarser; the same whatever rank all subbands have."""
+    """For each level the band of each block; level 0 has none. The rank of the subbands does not change the result."""
     return ("", *(letters[:: axis.block_width] for letters in axis.bands[1:]))
 
 
 def _levels_with_rows(bands: tuple[str, ...]) -> list[int]:
-    """From level 1 on, coarsest first."""
+    """The levels from 1 on that have rows, coarsest first."""
     return [level for level in range(len(bands) - 1, 0, -1) if bands[level]]
 
 
@@ -99,7 +103,7 @@ def _levels_with_rows(bands: tuple[str, ...]) -> list[int]:
 def _synthesis_sums(
     device: torch.device, dtype: torch.dtype, wavelet: str, length: int, blocks: tuple[str, ...], by_block: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each block at each sample: places in the table, their taps, and where each sum starts in these two."""
+    """Places in the table and their taps, for each block at each sample, and the start of each sum in these two."""
     sizes = axis_sizes(length, len(blocks) - 1)
     places, taps, before = [], [], 0
     for level in _levels_with_rows(blocks):
@@ -119,7 +123,7 @@ def _synthesis_sums(
 def _adjoint_sums(
     device: torch.device, dtype: torch.dtype, wavelet: str, length: int, blocks: tuple[str, ...], dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each coefficient of each block: places in the signal, their taps, and where each sum starts in these two."""
+    """Places in the signal and their taps, for each coefficient of each block, and the start of each sum."""
     sizes = axis_sizes(length, len(blocks) - 1)
     all_blocks = sum(map(len, blocks))
     places, taps, counts, before = [], [], [], 0
@@ -128,7 +132,8 @@ def _adjoint_sums(
         filters = [equivalent_filter(wavelet, band, level)[0] for band in letters]
         first = np.arange(size)[:, None] * step - offset(wavelet, level)
         needed = (first + np.arange(len(filters[0]))) % (size * step)  # (d_j, K_j)
-        inside = needed < length  # the last sample is trimmed where d is odd
+        # If d is odd, the last sample was trimmed. Its tap becomes 0, and its place any that exists.
+        inside = needed < length
         own_places = np.minimum(needed, length - 1) * all_blocks
         order = 0 if dim == 1 else 1  # blocks of coefficients, or coefficients of blocks
         places.append(np.stack([own_places + before + block for block in range(len(letters))], order).ravel())
@@ -142,6 +147,7 @@ def _tensors(
     device: torch.device, dtype: torch.dtype, places: np.ndarray, taps: np.ndarray, counts: np.ndarray
 ) -> tuple[Tensor, Tensor, Tensor]:
     starts = np.cumsum(counts) - counts
+    # int32 halves the memory of the places; `embedding_bag` wants places and starts to have the same dtype.
     return (
         torch.tensor(places.ravel(), dtype=torch.int32, device=device),
         torch.tensor(taps.ravel(), dtype=dtype, device=device),

@@ -1,4 +1,4 @@
-"""Synthesis of rows, and its adjoint, which is its gradient."""
+"""Synthesis of rows, and its adjoint, which is the gradient of synthesis."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Coefficients = Sequence[Tensor | None]
 def synthesis(coefficients: Coefficients, axis: Axis, dim: int) -> Tensor:
     """Transform rows from the wavelet domain to the axis: row i of level j becomes S_{j, bands[j][i]} times itself.
 
-    Linear, and differentiable any number of times; its gradient is `adjoint`, and it saves nothing for backward.
+    It is linear, and differentiable any number of times. Its gradient is `adjoint`. No tensor is saved for backward.
 
     Args:
-        coefficients: for each level j = 0 ... L the rows of that level, or None where it has none: shape (R_j, d_j)
+        coefficients: for each level j = 0 ... L the rows of that level, or None if it has none: shape (R_j, d_j)
             with `dim=1`, (d_j, R_j) with `dim=0`. Any floating dtype, any device. With `dim=1` further dimensions may
             follow, such as those of a convolution's kernel, and stay as they are.
         axis: the layout of the rows.
@@ -46,7 +46,7 @@ def synthesis(coefficients: Coefficients, axis: Axis, dim: int) -> Tensor:
 
 
 def synthesis_at(coefficients: Coefficients, axis: Axis, positions: Tensor) -> Tensor:
-    """Some columns of `synthesis(coefficients, axis, dim=1)`, from the coefficients that these columns need alone.
+    """Some columns of `synthesis(coefficients, axis, dim=1)`. Only the coefficients that they need are read.
 
     Args:
         coefficients, axis: as in `synthesis`, with `dim=1`.
@@ -65,10 +65,10 @@ def synthesis_at(coefficients: Coefficients, axis: Axis, positions: Tensor) -> T
 
 @torch.no_grad()
 def synthesis_into(out: Tensor, coefficients: Coefficients, axis: Axis, dim: int) -> None:
-    """`synthesis(coefficients, axis, dim)`, without gradients, written into a tensor that is there.
+    """Write `synthesis(coefficients, axis, dim)`, without gradients, into a tensor that exists already.
 
-    In float32 or better nothing is allocated where 2^L divides the axis and no further dimensions follow; elsewhere
-    the result is made and copied.
+    If the dtype is float32 or float64, 2^L divides the length of the axis and no further dimensions follow, nothing is
+    allocated. Otherwise the result is made and copied.
 
     Args:
         out: of the shape of the result, contiguous or not.
@@ -95,7 +95,7 @@ def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
         axis, dim: as in `synthesis`.
 
     Returns:
-        For each level the rows of that level, or None where it has none, as `synthesis` takes them.
+        For each level its rows, or None if it has none, in the form in which `synthesis` takes them.
     """
     with autocast_off([signal]):
         if _needs_node([signal]):
@@ -104,7 +104,7 @@ def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
 
 
 def into_band(rows: Tensor, wavelet: str, level: int, band: str) -> Tensor:
-    """S_{level,band}ᵀ times each row: (R, d) becomes (R, d_level); level 0 leaves it as it is."""
+    """S_{level,band}ᵀ times each row: (R, d) becomes (R, d_level). Level 0 leaves the rows as they are."""
     axis = Axis(wavelet, rows.shape[1], ("",) * level + (band * len(rows),))
     result = adjoint(rows, axis, dim=1)[level]
     assert result is not None
@@ -112,7 +112,10 @@ def into_band(rows: Tensor, wavelet: str, level: int, band: str) -> Tensor:
 
 
 def _needs_node(tensors: Coefficients) -> bool:
-    """Whether gradients are to be recorded; from tracers and torch.func a node would hide the operations."""
+    """Whether a node of the autograd graph is needed: gradients are recorded, and no tracer or torch.func is at work.
+
+    A node would hide its operations from a tracer and from torch.func.
+    """
     recorded = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return recorded and not is_transformed()
 
@@ -120,8 +123,8 @@ def _needs_node(tensors: Coefficients) -> bool:
 class _Transform(torch.autograd.Function):
     """`synthesis`, or `adjoint` if `transposed`, as a node of the autograd graph that saves no tensor.
 
-    The backward of each is the other. Forward takes the context: with a separate `setup_context` a call takes 20 to 40
-    microseconds longer.
+    The backward of either is the other one. `forward` takes the context itself: with a separate `setup_context` a call
+    takes 20 to 40 microseconds longer.
     """
 
     @staticmethod
@@ -140,14 +143,14 @@ class _Transform(torch.autograd.Function):
 
 def _synthesise(coefficients: Coefficients, axis: Axis, dim: int) -> Tensor:
     sample = next(rows for rows in coefficients if rows is not None)
-    if sample.ndim > 2:
+    if sample.ndim > 2:  # the transforms take matrices, so the elements of a kernel become rows
         kernel = sample.shape[2:]
         flat = [None if rows is None else _fold_kernel(rows) for rows in coefficients]
         return _unfold_kernel(_synthesise(flat, axis.repeated(kernel.numel()), dim), kernel)
     if not axis.transformed_rows:
         return sample
     level = axis.last_level_at_once
-    if level:
+    if level:  # coarser levels have no equivalent filter down to the axis: transform them to `level` first
         axis, coarser = axis.split(level)
         coefficients = [*coefficients[:level], _synthesise(coefficients[level:], coarser, dim)]
     untransformed, *transformed = coefficients
