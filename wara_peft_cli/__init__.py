@@ -1,4 +1,4 @@
-"""The command line `wara-peft`: it imports `wara_peft`, and so PyTorch and PEFT, only when a command needs them."""
+"""The command `wara-peft`. It imports `wara_peft`, which imports PyTorch and PEFT, only when a subcommand needs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .interruption import INTERRUPTED, PROGRAM, STATUS
 
 
 def main() -> None:
-    """Entry point of the installed command, which can be interrupted while it still imports its own files."""
+    """Run the installed command. Ctrl-C gives one line of text, even while the command still imports its files."""
     try:
         from .app import app
 

@@ -1,7 +1,7 @@
-"""The commands of `wara-peft`, each of which is a file of its own, and its `--version`.
+"""Puts together the commands of `wara-peft`, each of which has its own file, and the option `--version`.
 
-A command imports what it needs when it runs. So what one of them uses cannot stop the others, and help and usage
-errors do not wait for PyTorch and PEFT.
+A command imports the libraries that it needs when it runs. So a library that is missing or broken stops only the
+commands that use it, and help texts and usage errors do not wait for PyTorch and PEFT.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Export, merge and inspect WaRA adapters without the base model in memory, or run a program that loads them.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False,  # `failures_in_a_line` prints errors, and the whole traceback with --debug
     rich_markup_mode=None,
 )
 
@@ -34,8 +34,8 @@ def _show_version(wanted: bool) -> None:
 def _version() -> str:
     """Read `__version__` in the source of `wara_peft`.
 
-    Importing that takes seconds, and the metadata of an editable install have the version that was installed, which
-    may be older than the one that runs.
+    Importing `wara_peft` would take seconds. The metadata of an editable install hold the version that was installed,
+    which may be older than the source that runs.
     """
     source = Path(__file__).parents[1] / "wara_peft" / "__init__.py"
     return source.read_text(encoding="utf-8").partition('\n__version__ = "')[2].partition('"')[0]
@@ -54,4 +54,5 @@ app.command(no_args_is_help=True, epilog=export.EXAMPLES)(export.export)
 app.command(epilog=merge.EXAMPLES)(merge.merge)
 app.command(epilog=compress.EXAMPLES)(compress.compress)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
+# Options that stand after PROGRAM belong to the program, and not to `run`.
 app.command(epilog=run.EXAMPLES, context_settings={"allow_interspersed_args": False})(run.run)

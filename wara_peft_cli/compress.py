@@ -1,4 +1,4 @@
-"""`wara-peft compress`: a model made smaller by factorising its linear layers."""
+"""`wara-peft compress`: makes a model smaller by factorising its linear layers."""
 
 from __future__ import annotations
 

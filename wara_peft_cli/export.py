@@ -1,4 +1,4 @@
-"""`wara-peft export`: a WaRA adapter as a LoRA, exactly or with a lower rank."""
+"""`wara-peft export`: writes a WaRA adapter as a LoRA, exactly or with a lower rank."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write an adapter as a LoRA checkpoint, exactly or with a lower rank."""
-    if not adapters:  # a single word is taken for OUT
+    # The adapters have a default, so typer gives a single word to OUT. The user meant the adapter, and OUT is missing.
+    if not adapters:
         context.fail("Missing argument 'OUT'.")
     if rank is not None and energy is not None:
         raise typer.BadParameter("give --rank or --energy, not both.")
@@ -73,6 +74,7 @@ def export(
         names: list[str | None] = [*component] if component else [None] * len(sources)
         kept = energy if rank is None else rank
         to_format = partial(convert, rank=kept, dtype=torch_dtype(dtype), strict=strict, format=format)
+        # The directory is claimed before adapters are converted, so an OUT that exists costs no minutes of work.
         with written_at_once(path, "replace" if overwrite else "refuse", inputs=sources) as directory:
             loras = [
                 to_format(source, component=name, track=progress_bar("Exporting"))

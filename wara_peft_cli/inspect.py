@@ -1,4 +1,4 @@
-"""`wara-peft inspect`: what a saved adapter or a compressed model has."""
+"""`wara-peft inspect`: shows ranks, sizes and energies of a saved adapter, or of a compressed model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def inspect(
 ) -> None:
     """Show an adapter's ranks, and its energy by subband and level, or the ranks and losses of a compressed model."""
     with failures_in_a_line(debug):
+        # A directory with a model's config and without an adapter's is taken for a compressed model.
         if (adapter / "config.json").is_file() and not (adapter / "adapter_config.json").is_file():
             _inspect_compressed(adapter, plot, as_json)
             return
@@ -47,6 +48,7 @@ def inspect(
 
 
 def _inspect_compressed(path: Path, plot: Path | None, as_json: bool) -> None:
+    """Show what compressing did, or only the layers' present sizes if the directory has no report."""
     from wara_peft.compression.disk.model import saved_layers, saved_report
 
     if plot is not None:

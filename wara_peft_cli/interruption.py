@@ -1,6 +1,6 @@
-"""What Ctrl-C makes the command say and return, in a file that imports nothing, as Ctrl-C may come at any time."""
+"""The message and exit status after Ctrl-C. This file imports nothing, as Ctrl-C may come during any import."""
 
 PROGRAM = "wara-peft"
 INTERRUPTED = "interrupted; nothing was written."
 STATUS = 130
-"""The exit status by which shells know a program that SIGINT ended: 128 and the signal's number."""
+"""Shells expect this exit status of a program that SIGINT ended: 128 plus the signal's number, 2."""

@@ -1,4 +1,4 @@
-"""`wara-peft merge`: an adapter added to the checkpoint of its base model."""
+"""`wara-peft merge`: adds an adapter to the checkpoint of its base model."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def merge(
             overwrite=overwrite,
             track=progress_bar("Merging"),
         )
+        # A compressed base stays compressed, and transformers alone cannot load its factorised layers.
         compressed = (path / "compression.json").is_file()
         loader = "wara_peft.compression.load_compressed" if compressed else "from_pretrained"
         print_message(f"Wrote {path}; load it with {loader}.")

@@ -1,7 +1,7 @@
-"""Arguments and options of the commands, and what reads their values.
+"""Arguments and options that several commands have, and functions that read their values.
 
-Names that `wara_peft` knows too are written out here, as importing them takes seconds: tests/cli/test_options.py
-compares them with its tables.
+`wara_peft` has tables of some of these names (solvers, allocations, costs). They are repeated here, because importing
+`wara_peft` takes seconds; tests/cli/test_options.py checks that both are the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DTYPES = {
     "fp16": "float16",
     "float16": "float16",
 }
-"""PyTorch's name of each dtype, by the names that `--dtype` takes."""
+"""By each name that `--dtype` takes, PyTorch's name of the dtype."""
 
 
 def _dtype(value: str) -> str:
@@ -37,24 +37,28 @@ def _dtype(value: str) -> str:
 
 
 def torch_dtype(name: str | None) -> torch.dtype | None:
-    """The dtype of that name in PyTorch."""
+    """The dtype that has this name in PyTorch; None stays None."""
     import torch
 
     return None if name is None else getattr(torch, name)
 
 
 def check_device(value: str) -> None:
-    """Raise a usage error if PyTorch has no such device; a command calls it, as parsing must not import PyTorch."""
+    """Raise a usage error if PyTorch has no such device.
+
+    A command calls this function when it runs. As a parser of the option it would import PyTorch for every help text.
+    """
     import torch
 
     try:
+        # Only making a tensor finds all mistakes: torch.device accepts "cuda" on a machine without a GPU.
         torch.empty(0, device=value)
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"{value!r}: {str(error).splitlines()[0]}", param_hint="'--device'") from error
 
 
 def read_budget(value: str) -> float | int | str:
-    """A share if it has a point, a number of parameters if it has digits alone, else bytes."""
+    """Read a budget: digits are a number of parameters, another number is a share, other text is a size in bytes."""
     if re.fullmatch(r"\d+", value):
         return int(value)
     try:
@@ -73,10 +77,16 @@ Debug = Annotated[bool, typer.Option("--debug", help="On failure show the whole 
 
 
 def local_directory(path: Path, weights: bool = False) -> Path:
-    """The directory itself, or what the Hub has under that name, downloaded, without pickles.
+    """The directory itself if it exists, else a directory with the files of the Hub's repository of this name.
+
+    Pickles are not downloaded.
+
+    Args:
+        path: a directory, or the name of a repository on the Hub.
+        weights: whether a model is wanted; else an adapter.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: there is no such directory, and the Hub gives no repository of this name.
     """
     if path.exists():
         return path
@@ -84,12 +94,13 @@ def local_directory(path: Path, weights: bool = False) -> Path:
         raise FileNotFoundError(f"There is no {'model' if weights else 'adapter'} directory {str(path)!r}.")
     from huggingface_hub import snapshot_download
 
+    # These patterns leave out pickles, and weights in formats that are never read here.
     patterns = (
         ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"] if weights else ["adapter_*", "pytorch_lora_*"]
     )
     try:
         return Path(snapshot_download(str(path), allow_patterns=patterns, ignore_patterns=["*/*", "*.bin"]))
-    except Exception as error:  # huggingface_hub raises many kinds, and so does what it asks by
+    except Exception as error:  # huggingface_hub raises errors of many kinds, and so does the HTTP library below it
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"There is no directory {str(path)!r}, and the Hub gave nothing of that name: {reason}"

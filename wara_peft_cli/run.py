@@ -1,4 +1,4 @@
-"""`wara-peft run`: a program that cannot be edited, in processes that know WaRA."""
+"""`wara-peft run`: runs a program that does not import `wara_peft`, so that its PEFT can load WaRA adapters."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 from .interruption import PROGRAM
 from .terminal import failures_in_a_line
 
+# Python imports the file `sitecustomize.py` in this folder when it starts, if the folder is on PYTHONPATH.
 STARTUP = str(Path(__file__).parent / "startup")
 PYTHON_ENDINGS = (".py", ".pyw", ".pyc", ".pyz")
 EXAMPLES = f"""Examples:\n
@@ -36,12 +37,14 @@ def run(
 
 
 def execute(words: list[str], environment: Mapping[str, str]) -> NoReturn:
-    """Become the program, so that its exit code, signals and tracebacks are its own.
+    """Replace this process by the program, so that exit code, signals and tracebacks are the program's own.
 
     Raises:
-        OSError: the system cannot start it.
+        OSError: the system cannot start the program.
     """
-    for name in ("SIGPIPE", "SIGXFSZ"):  # Python ignores these, and what it starts would go on ignoring them
+    # Python ignores these signals, and a program inherits which signals are ignored. A program that is not Python
+    # expects that a closed pipe ends it.
+    for name in ("SIGPIPE", "SIGXFSZ"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
@@ -51,20 +54,21 @@ def execute(words: list[str], environment: Mapping[str, str]) -> NoReturn:
 
 
 def command(program: str, arguments: Sequence[str], is_module: bool) -> list[str]:
-    """The command line to execute: this Python with a script or module, or any other program as it is.
+    """The command line to execute: this Python with a script or module, or another program as it is.
 
-    A Python script is a file with an ending of Python's, a folder or zip file with `__main__.py`, or a file without
-    an ending that may not be executed. A bare name without such an ending is a command of this Python's environment
-    or on the PATH before it is a file in the working directory.
+    These count as Python scripts: a file with an ending in `PYTHON_ENDINGS`, a folder or zip file with `__main__.py`,
+    and a file that has no ending and may not be executed. A bare name without such an ending is looked up first beside
+    this Python, then on the PATH, and only then in the working directory.
 
     Raises:
-        FileNotFoundError: there is neither a script nor a command of that name, or a folder has no `__main__.py`.
-        PermissionError: the file is no Python program, and may not be executed.
+        FileNotFoundError: there is neither a script nor a command of this name, or a folder has no `__main__.py`.
+        PermissionError: the file is not a Python program, and may not be executed.
     """
     if is_module:
         return [sys.executable, "-m", program, *arguments]
     path = Path(program)
     if os.path.basename(program) == program and not (path.is_file() and program.endswith(PYTHON_ENDINGS)):
+        # Programs of this Python's environment, such as accelerate, are found even if it is not activated.
         places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         found = shutil.which(program, path=places)
         if found is not None:
@@ -88,7 +92,10 @@ def command(program: str, arguments: Sequence[str], is_module: bool) -> list[str
 
 
 def environment(before: Mapping[str, str]) -> dict[str, str]:
-    """The environment in which Python, and every Python that it starts, imports `wara_peft` right after `peft`."""
+    """An environment in which every Python imports `wara_peft` right after `peft`.
+
+    Programs hand their environment on, so this holds for all processes below the first one.
+    """
     others = [path for path in before.get("PYTHONPATH", "").split(os.pathsep) if path and path != STARTUP]
     return {**before, "PYTHONPATH": os.pathsep.join([STARTUP, *others])}
 
@@ -101,9 +108,10 @@ def _begins_as_another_program(path: Path) -> bool:
 
 
 def _why_it_cannot_start(program: str, error: OSError) -> str:
+    """Say what the system's error means for a program that `command` has found."""
     if error.errno == errno.ENOEXEC:
         reason = "it is neither a binary of this system, nor does its first line name an interpreter (#!/bin/sh)"
-    elif error.errno == errno.ENOENT:  # the program itself was there a moment ago
+    elif error.errno == errno.ENOENT:  # `command` has found the program, so something else is missing
         reason = "the interpreter that its first line names is missing"
     else:
         reason = str(error.strerror)

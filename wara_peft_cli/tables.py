@@ -1,4 +1,4 @@
-"""Tables of what an adapter has, and of what compressing did."""
+"""Prints reports as tables: the modules and energies of an adapter, and the layers of a compressed model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def print_compression(report: CompressionReport, now: Mapping[str, Mapping[str, object]] | None = None) -> None:
-    """What compressing did, and where a layer has another rank since, as by merging an adapter, that rank."""
+    """Print what compressing did to each layer.
+
+    Args:
+        report: the report that was made when the model was compressed.
+        now: the present sizes of each layer. Merging an adapter changes ranks; a rank that has changed is shown too.
+    """
     table = Table(Column("layer", overflow="fold"), "out x in", "rank", "parameters", "before", "lost")
     for layer in report.layers:
         values = "" if layer.nonzeros is None else f", {layer.nonzeros} values a row"
@@ -38,6 +43,7 @@ def print_compression(report: CompressionReport, now: Mapping[str, Mapping[str, 
 
 
 def print_adapter(report: AdapterReport) -> None:
+    """Print an adapter's modules, and how its energy is shared among subbands and levels."""
     print_message(
         f"form={report.form}, wavelet={report.wavelet}, levels={report.levels}, base model: {report.base_model}"
     )
@@ -68,4 +74,5 @@ def print_adapter(report: AdapterReport) -> None:
 
 
 def pairs(values: Mapping[str, object]) -> str:
+    """Write a mapping in one line, as in "aa1:4 dd1:2"."""
     return " ".join(f"{name}:{value}" for name, value in values.items())

@@ -1,6 +1,7 @@
-"""Other ways to spend few parameters on attention, to compare WaRA with: plain PyTorch modules, useful alone.
+"""Attention and pooling modules with few parameters, to compare WaRA with; they are plain PyTorch modules.
 
-Batch first, `key_padding_mask` True = padding, `need_weights` as in `nn.MultiheadAttention`.
+All take the batch as the first dimension. In a `key_padding_mask` True stands for padding. `need_weights` says whether
+attention weights are returned, as in `nn.MultiheadAttention`.
 """
 
 from ..factorized import LowRankLinear, factorize_linear

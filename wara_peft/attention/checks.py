@@ -1,4 +1,4 @@
-"""What the modules of this package check of their arguments."""
+"""Checks of arguments that the attention and pooling modules share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ..arguments import check_whole_number
 
 
 def padding_positions(key_padding_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Return which positions are padding as booleans of shape (batch, length), True = padding, or None for no mask.
+    """Check a padding mask, and return it as booleans of shape (batch, length), True = padding; None stays None.
 
     Args:
-        key_padding_mask: booleans, or floats with -inf at padding and 0 elsewhere (`nn.TransformerEncoderLayer` turns
-            its mask into such), of shape (batch, length).
+        key_padding_mask: a mask of shape (batch, length): booleans, or floats with -inf at padding and 0 elsewhere.
+            `nn.TransformerEncoderLayer` turns boolean masks into floats before it calls its attention.
         batch, length: the shape that the mask must have.
 
     Raises:
-        ValueError: there are no positions at all, the mask has another shape or dtype or other float values, or a
-            row is padding from end to end. The values are not checked while `torch.compile` traces.
+        ValueError: the length is 0, the mask has another shape or dtype or other float values, or all positions of a
+            row are padding. The values are not checked while `torch.compile` traces.
     """
     if length == 0:
         raise ValueError("The sequence has length 0, so there is nothing to attend to; pass at least one token.")
@@ -38,7 +38,7 @@ def padding_positions(key_padding_mask: Tensor | None, batch: int, length: int) 
             f"key_padding_mask has dtype {key_padding_mask.dtype}; pass booleans, True where a position is padding "
             "(for a tokenizer's attention_mask that is `attention_mask == 0`)."
         )
-    # Looking at values would break the graph of torch.compile.
+    # A branch that depends on a tensor's values would break the graph of torch.compile.
     if not torch.compiler.is_compiling():
         if key_padding_mask.is_floating_point() and not bool((padding | (key_padding_mask == 0)).all()):
             raise ValueError(
@@ -54,6 +54,6 @@ def padding_positions(key_padding_mask: Tensor | None, batch: int, length: int) 
 
 
 def check_positive(**sizes: int) -> None:
-    """Refuse the first of the sizes that is no int of at least 1."""
+    """Raise an error for the first size that is not an int of at least 1; it is named by its keyword."""
     for name, size in sizes.items():
         check_whole_number(name, size)

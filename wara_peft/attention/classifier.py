@@ -1,4 +1,4 @@
-"""Text classifiers around an attention pooling: the frame in which poolings are compared."""
+"""Text classifiers that differ only in their attention pooling, so that poolings can be compared."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from .lama import Context, LowRankMultiHeadPooling
 
 
 class Pooling(Protocol):
-    """What the classifiers need of a pooling, which is an `nn.Module`: `LowRankMultiHeadPooling`, or one called alike.
+    """The interface of a pooling that the classifiers use. `LowRankMultiHeadPooling` has it.
+
+    A pooling is an `nn.Module` that turns a sequence of states (B, T, d) into k vectors (B, k, d) for each text.
 
     Attributes:
-        embed_dim: d, width of the states (B, T, d) that it pools.
-        num_heads: k, number of the vectors (B, k, d) that it makes of them.
+        embed_dim: d, the width of the states.
+        num_heads: k, the number of vectors for each text.
     """
 
     embed_dim: int
@@ -27,16 +29,16 @@ class Pooling(Protocol):
 
 
 class PoolingHead(nn.Module):
-    """A pooling and an MLP on its flattened result: logits = W_2 relu(W_1 [s_1 … s_k] + b_1) + b_2, with dropout.
+    """A pooling, then an MLP on the k pooled vectors: logits = W_2 relu(W_1 [s_1 … s_k] + b_1) + b_2, with dropout.
 
     Args:
-        pooling: maps states (B, T, d) to (B, k, d).
+        pooling: the module that maps states (B, T, d) to (B, k, d).
         num_classes: number of logits.
         mlp_size: width of the hidden layer.
-        dropout: applied before each of the two linear layers.
+        dropout: probability of the dropout before each of the two linear layers.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size is below 1.
     """
 
     def __init__(self, pooling: Pooling, num_classes: int, mlp_size: int = 512, dropout: float = 0.4) -> None:
@@ -58,10 +60,10 @@ class PoolingHead(nn.Module):
         need_weights: bool = False,
         **pooling_inputs: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """Classify states (B, T, d); masks and errors are the pooling's.
+        """Classify states (B, T, d). The pooling checks the mask, and raises its errors.
 
         Args:
-            pooling_inputs: what else the pooling takes.
+            pooling_inputs: further tensors that this kind of pooling takes.
 
         Returns:
             Logits (B, num_classes), and the pooling's weights (B, k, T) or None.
@@ -76,13 +78,14 @@ class RecurrentClassifier(nn.Module):
     Args:
         vocab_size: number of tokens.
         num_classes: number of logits.
-        pooling: of width d = 2 h for h units of the GRU in each direction.
+        pooling: the pooling; its width d is even, and the GRU has d/2 units in each direction.
         embed_dim: width of the embedding.
-        mlp_size, dropout: of the `PoolingHead`; dropout is applied to the embeddings too.
+        mlp_size: width of the `PoolingHead`'s hidden layer.
+        dropout: probability of the dropout in the `PoolingHead`, and of that of the embeddings.
         padding_idx: token whose embedding stays zero.
 
     Raises:
-        ValueError: a size below 1, or a pooling of odd width.
+        ValueError: a size is below 1, or the pooling's width is odd.
     """
 
     def __init__(
@@ -113,15 +116,15 @@ class RecurrentClassifier(nn.Module):
 
         Args:
             tokens: integers (B, T).
-            key_padding_mask: (B, T), True = padding, which must stand at the end: the backward direction starts at
-                each text's own last token.
+            key_padding_mask: (B, T), True = padding. Padding must stand at the end, because the GRU's backward
+                direction starts at the last token of each text.
             need_weights: whether to return the pooling's weights.
 
         Returns:
             Logits (B, num_classes), and the weights (B, k, T) or None.
 
         Raises:
-            ValueError: padding before a token, or as the pooling.
+            ValueError: padding stands before a token, or the pooling refuses the mask.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens has shape {tuple(tokens.shape)}; it must be (batch, length).")
@@ -137,6 +140,7 @@ class RecurrentClassifier(nn.Module):
             return hidden
         if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
             raise ValueError("key_padding_mask has padding before a token; pad the texts on the right.")
+        # Packed, each text ends at its last token for the GRU. PyTorch wants the lengths on the CPU.
         packed = nn.utils.rnn.pack_padded_sequence(
             embedded, (~padding).sum(1).cpu(), batch_first=True, enforce_sorted=False
         )
@@ -145,29 +149,29 @@ class RecurrentClassifier(nn.Module):
         ]
 
     def _pooling_inputs(self, embedded: Tensor) -> dict[str, Tensor]:
-        """What the pooling takes beside the states."""
+        """The tensors that the pooling takes besides the states, by the names of its arguments."""
         return {}
 
 
 class LAMAClassifier(RecurrentClassifier):
     """Embedding → bidirectional GRU → `LowRankMultiHeadPooling` → MLP, with the paper's sizes as defaults.
 
-    The paper trains it with cross entropy alone; `orthogonality_penalty` of the weights can be added.
+    The paper trains it with only cross entropy as loss; `orthogonality_penalty` of the weights can be added.
     Source: Mehta et al., "Low Rank Factorization for Compact Multi-Head Self-Attention", arXiv 1912.00835.
 
     Args:
         vocab_size: number of tokens.
         num_classes: number of logits.
         embed_dim: width of the embedding.
-        hidden_size: units of the GRU in each direction, so that d is twice that.
-        num_heads: k.
+        hidden_size: number of the GRU's units in each direction; the states' width d is twice this number.
+        num_heads: k, the number of the pooling's heads.
         mlp_size: width of the MLP's hidden layer.
-        dropout: applied to embeddings and before each linear layer of the MLP.
-        context: as in `LowRankMultiHeadPooling`; for "mean_input", the mean of the embedded tokens.
+        dropout: probability of the dropout of embeddings, and of that before each linear layer of the MLP.
+        context: see `LowRankMultiHeadPooling`; "mean_input" uses the mean of the embedded tokens.
         padding_idx: token whose embedding stays zero.
 
     Raises:
-        ValueError: a size below 1, or with "mean_input" an embedding that is not as wide as the states.
+        ValueError: a size is below 1, or with "mean_input" the embedding is not as wide as the states.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Low-rank multi-head attention pooling (LAMA)."""
+"""Low-rank multi-head attention pooling (LAMA): attention weights from bilinear scores of rank one."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ class LowRankMultiHeadPooling(nn.Module):
         f_t = tanh(Pᵀc ∘ Qᵀu_t) ∈ R^k,   f̂_t = f_t / max(‖f_t‖₂, eps)
         A = softmax over t of f̂_t,   S = A H
 
-    Before the tanh, head i scores a position by cᵀ(p_i q_iᵀ)u_t: 2dk parameters in P and Q, where k full bilinear
-    heads have kd². As f_t is normalised across heads, a single head keeps nothing but the sign of its score: use two
-    or more. Source: Mehta et al., "Low Rank Factorization for Compact Multi-Head Self-Attention", arXiv 1912.00835.
+    h_t is the state at position t, H all states, c a context vector. Before the tanh, head i scores position t by
+    cᵀ(p_i q_iᵀ)u_t, where p_i and q_i are columns of P and Q. P and Q have 2dk parameters together; k heads with full
+    bilinear forms have kd². f_t is normalised across heads, so a single head would keep only the sign of its score:
+    use two or more.
+    Source: Mehta et al., "Low Rank Factorization for Compact Multi-Head Self-Attention", arXiv 1912.00835.
 
     Args:
         embed_dim: d, width of the states.
         num_heads: k.
-        context: "learned" makes c a parameter; "mean_input" takes the mean of the input embeddings for it, so that
-            each text asks its own question.
-        eps: least norm to divide f_t by (the dtype's smallest normal number, where that is larger).
+        context: "learned" makes c a parameter; "mean_input" makes c the mean of the input embeddings, so that each
+            text has its own context.
+        eps: the least norm by which f_t is divided. If the dtype's smallest normal number is larger, that is used.
 
     Attributes:
         P, Q: parameters (d, k).
-        context: parameter (d,), None for "mean_input".
-        transform: `nn.Linear(d, d)`, W and b.
+        context: the parameter c of shape (d,), or None for "mean_input".
+        transform: `nn.Linear(d, d)` with W and b.
 
     Raises:
-        ValueError: a size below 1, an unknown `context` or an `eps` that is not positive.
+        ValueError: a size is below 1, `context` is unknown, or `eps` is not positive.
     """
 
     context: nn.Parameter | None
@@ -61,7 +63,7 @@ class LowRankMultiHeadPooling(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: P and Q as Xavier, the context of unit expected norm."""
+        """Draw all parameters again: P and Q by Xavier's rule, c with an expected squared norm of one."""
         self.transform.reset_parameters()
         nn.init.xavier_uniform_(self.P)
         nn.init.xavier_uniform_(self.Q)
@@ -69,15 +71,16 @@ class LowRankMultiHeadPooling(nn.Module):
             nn.init.normal_(self.context, std=1 / math.sqrt(self.embed_dim))
 
     def scores(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """The heads' bilinear scores cᵀ(p_i q_iᵀ)u_t, before any nonlinearity but that of u_t.
+        """The heads' bilinear scores cᵀ(p_i q_iᵀ)u_t; the tanh and the normalisation of f_t come later.
 
         Args:
-            hidden: (B, T, d).
-            context: c, of shape (d,), or (B, d) for a context of each sequence.
+            hidden: the states (B, T, d).
+            context: c, of shape (d,), or of shape (B, d) if each sequence has its own context.
 
         Returns:
             Scores of shape (B, T, k).
         """
+        # cᵀ(p_i q_iᵀ)u_t = (cᵀp_i)(q_iᵀu_t), so no d × d matrix of a head is ever made.
         projected = torch.tanh(self.transform(hidden)) @ self.Q  # (B, T, k)
         return (context @ self.P).unsqueeze(-2) * projected
 
@@ -93,16 +96,18 @@ class LowRankMultiHeadPooling(nn.Module):
 
         Args:
             hidden: H, the encoder's states (B, T, d).
-            key_padding_mask: (B, T), True = padding: weight exactly zero, no gradient, whatever is stored there.
+            key_padding_mask: (B, T), True = padding. Padding gets a weight of exactly zero and no gradient, whatever
+                values (NaN too) `hidden` has there.
             need_weights: whether to return the attention weights.
-            inputs: for "mean_input", the encoder's input embeddings (B, T, d), whose mean over the tokens that are no
-                padding is the context; None takes the mean of `hidden`.
+            inputs: for "mean_input", the encoder's input embeddings (B, T, d). Their mean over the positions without
+                padding is the context. None takes the mean of `hidden`.
 
         Returns:
             The pooled states S of shape (B, k, d), and the weights A of shape (B, k, T) or None.
 
         Raises:
-            ValueError: a wrong shape or mask, a sequence that is all padding, or `inputs` with a learned context.
+            ValueError: a shape or the mask is wrong, a sequence is all padding, or `inputs` is given though the
+                context is learned.
         """
         if inputs is not None and self.context is not None:
             raise ValueError("inputs is given, but the context is learned; leave it out or use context='mean_input'.")
@@ -113,7 +118,7 @@ class LowRankMultiHeadPooling(nn.Module):
         else:
             context = self._mean(hidden if inputs is None else self._checked(inputs, hidden), padding)
         scores = torch.tanh(self.scores(hidden, context))
-        # In float16 the default of eps would be zero.
+        # In float16 the default of eps would round to zero, and a position with scores of zero would give NaN.
         scores = F.normalize(scores, dim=-1, eps=max(self.eps, torch.finfo(scores.dtype).tiny))
         return weighted_sum(hidden, scores, padding, need_weights)
 
@@ -127,7 +132,7 @@ class LowRankMultiHeadPooling(nn.Module):
 
     @staticmethod
     def _mean(states: Tensor, padding: Tensor | None) -> Tensor:
-        """Mean over the positions that are no padding, (B, d)."""
+        """The mean over the positions that are not padding, of shape (B, d)."""
         if padding is None:
             return states.mean(1)
         count = (~padding).sum(1, keepdim=True)  # (B, 1)

@@ -1,4 +1,4 @@
-"""Attention of linear cost in the length (Linformer)."""
+"""Attention whose cost grows linearly with the length of the sequence (Linformer)."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ class LinformerAttention(ProjectedAttention):
 
         head_i = softmax(Q_i (E_iᵀ K_i)ᵀ / √(d/h)) (F_iᵀ V_i),   E_i, F_i ∈ R^{n×k}
 
-    Time and memory grow with L·k where those of full attention grow with L². Shorter inputs use the first rows of E
-    and F; at padding keys and values are zero. Weights are of shape (B, L, k): they tell of mixtures, not of
-    positions. As a mixture holds later positions too, there is no causal form.
+    Time and memory grow with L·k; those of full attention grow with L². Inputs shorter than n use the first rows of E
+    and F. Keys and values at padding are set to zero. The attention weights have the shape (B, L, k): they belong to
+    mixtures, not to positions. A mixture holds later positions too, so there is no causal form.
     Source: Wang et al., "Linformer", arXiv 2006.04768.
 
     Args:
         embed_dim: d.
         num_heads: h, a divisor of d.
-        max_length: n, the most keys that it can take.
+        max_length: n, the largest number of keys.
         k: number of mixtures, at most n.
-        sharing: "none", each head has its own E and F: 2 h n k parameters; "headwise", the heads share them: 2 n k;
-            "key-value", F is E as well: n k; "layerwise", and all layers share it: give the first layer's `E` to the
-            others as `projection`.
+        sharing: how many matrices E and F there are. "none": each head has its own E and F, 2 h n k parameters.
+            "headwise": all heads share one E and one F, 2 n k. "key-value": E also serves as F, n k. "layerwise": all
+            layers share this E too; give the first layer's `E` to the others as `projection`.
         dropout: probability of dropping an attention weight in training.
         bias: whether the projections have biases.
-        projection: with "layerwise", the parameter of an earlier layer to share; None makes a new one.
+        projection: with "layerwise", the `E` of an earlier layer, to be shared; None makes a new one.
 
     Attributes:
         q_proj, k_proj, v_proj, out_proj: `nn.Linear(d, d)`.
-        E, F: parameters (h, n, k) for "none", else (n, k); F is None where E serves for both.
+        E, F: parameters of shape (h, n, k) for "none", else (n, k); F is None if E serves as F.
 
     Raises:
-        ValueError: sizes out of their range, an unknown sharing, or a `projection` of another shape or without
-            "layerwise".
+        ValueError: a size is out of its range, `sharing` is unknown, or `projection` has another shape or is given
+            without "layerwise".
     """
 
     q_proj: nn.Linear
@@ -85,13 +85,18 @@ class LinformerAttention(ProjectedAttention):
         own_values = sharing in ("none", "headwise")
         self.register_parameter("F", nn.Parameter(torch.empty(shape)) if own_values else None)
         self._reset_projections()
+        # A shared E keeps the values that it has.
         for length_projection in (None if projection is not None else self.E, self.F):
             if length_projection is not None:
-                # As in the paper's theorem: it keeps inner products in expectation.
+                # With this variance E Eᵀ is the identity in expectation, which the paper's theorem needs.
                 nn.init.normal_(length_projection, std=1 / math.sqrt(k))
 
     def _reset_projections(self) -> None:
-        """As in `nn.MultiheadAttention`: Xavier for the three stacked, biases zero."""
+        """Draw weights as `nn.MultiheadAttention` does, and set biases to zero.
+
+        PyTorch has one weight (3d, d) for queries, keys and values, and draws it by Xavier's rule. So the bound here
+        is that of the stacked weight, √(6 / (3d + d)), not that of a (d, d) weight.
+        """
         bound = math.sqrt(6 / (4 * self.embed_dim))
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.uniform_(projection.weight, -bound, bound)

@@ -1,4 +1,4 @@
-"""Multi-head attention with factorised projections (Low-Rank Transformer)."""
+"""Multi-head attention whose four projections are products of two small factors (Low-Rank Transformer)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class LowRankMultiheadAttention(ProjectedAttention):
 
         head_i = softmax((U_q V_q x)_i (U_k V_k y)_iᵀ / √(d/h)) (U_v V_v z)_i,   output = U_o V_o [head_1 … head_h] + b
 
-    It fits where PyTorch's own attention fits, in `nn.TransformerEncoderLayer` too. Biases start at zero, and the
-    products U V with the variance that `nn.MultiheadAttention` gives its weights.
+    This module can replace PyTorch's attention, also inside `nn.TransformerEncoderLayer`. Biases start at zero. The
+    products U V start with the variance that `nn.MultiheadAttention` gives its weights.
     Source: Cahyawijaya et al., "Greenformers", arXiv 2108.10808 (Low-Rank Transformer: Winata et al., ICASSP 2020).
 
     Args:
@@ -29,7 +29,7 @@ class LowRankMultiheadAttention(ProjectedAttention):
         q_proj, k_proj, v_proj, out_proj: `LowRankLinear`.
 
     Raises:
-        ValueError: sizes, rank or dropout out of their range.
+        ValueError: a size, the rank or the dropout is out of its range.
     """
 
     q_proj: LowRankLinear
@@ -48,9 +48,10 @@ class LowRankMultiheadAttention(ProjectedAttention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Draw all parameters again."""
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            projection.reset_parameters(weight_variance=1 / (2 * self.embed_dim))  # Xavier, of the three stacked
+            # PyTorch draws one stacked weight (3d, d) for the three, by Xavier's rule: its variance is 2 / (3d + d).
+            projection.reset_parameters(weight_variance=1 / (2 * self.embed_dim))
         self.out_proj.reset_parameters()
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             if projection.up.bias is not None:
@@ -63,14 +64,14 @@ class LowRankMultiheadAttention(ProjectedAttention):
         """Factorise the four projections of PyTorch's attention, each by `factorize_linear`.
 
         Raises:
-            ValueError: as `factorize_linear`, or a module that is not batch first, has keys or values of another width
-                than queries, or appends biases or zeros to keys and values.
+            ValueError: `factorize_linear` refuses a projection, or the module is not batch first, has keys or values
+                of another width than queries, or appends biases or zeros to keys and values.
         """
         if not module.batch_first:
             raise ValueError("the attention has batch_first=False; make it with batch_first=True.")
         if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
             raise ValueError("the attention has kdim, vdim, add_bias_kv or add_zero_attn, which are not supported.")
-        with torch.device("meta"):  # only a frame for the factors that follow
+        with torch.device("meta"):  # all four projections are replaced below, so none needs memory here
             attention = cls(module.embed_dim, module.num_heads, rank, module.dropout, module.in_proj_bias is not None)
         names = ("q_proj", "k_proj", "v_proj")
         biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
@@ -91,6 +92,7 @@ class LowRankMultiheadAttention(ProjectedAttention):
         mask = None
         if attn_mask is not None:
             mask = self._checked_mask(attn_mask, batch * count, length, size)
+            # In the caller's boolean mask True forbids attention, as in `nn.MultiheadAttention`; here True allows it.
             mask = ~mask if mask.dtype == torch.bool else mask.to(heads.queries.dtype)
             mask = mask.view(batch, count, length, size) if mask.dim() == 3 else mask
         elif is_causal:
@@ -105,6 +107,7 @@ class LowRankMultiheadAttention(ProjectedAttention):
 
     @staticmethod
     def _checked_mask(attn_mask: Tensor, batch_heads: int, length: int, size: int) -> Tensor:
+        """Return the mask, or raise an error if its shape or dtype is wrong."""
         if attn_mask.shape not in ((length, size), (batch_heads, length, size)):
             raise ValueError(
                 f"attn_mask has shape {tuple(attn_mask.shape)}; it must be (L, T) = {(length, size)} or "

@@ -1,4 +1,4 @@
-"""What the attention poolings share: states without padding, the weighted sum, and a penalty on its weights."""
+"""Parts of attention poolings: zeros at padding, the weighted sum of states, and a penalty on attention weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .checks import padding_positions
 def without_padding(hidden: Tensor, key_padding_mask: Tensor | None, embed_dim: int) -> tuple[Tensor, Tensor | None]:
     """Return the states with zeros at padding, and the padding as booleans (B, T) or None.
 
-    A weight of zero alone would not do: zero times a NaN or an infinity, which padding may hold, is NaN, in the
-    forward and in the gradient.
+    An attention weight of zero is not enough. Padding may hold NaN or infinity, and zero times these is NaN, in the
+    result and in the gradient.
 
     Raises:
-        ValueError: `hidden` is not (B, T, embed_dim), or as `padding_positions`.
+        ValueError: `hidden` is not of shape (B, T, embed_dim), or `padding_positions` refuses the mask.
     """
     if hidden.dim() != 3 or hidden.shape[-1] != embed_dim:
         raise ValueError(
@@ -28,11 +28,11 @@ def without_padding(hidden: Tensor, key_padding_mask: Tensor | None, embed_dim: 
 def weighted_sum(
     hidden: Tensor, scores: Tensor, padding: Tensor | None, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Return A H with A = softmax over time of the scores, exactly zero at padding.
+    """Return A H, where A is the softmax of the scores over time, with exact zeros at padding.
 
     Args:
-        hidden: (B, T, d), without padding.
-        scores: (B, T, k).
+        hidden: H, states (B, T, d) with zeros at padding, as `without_padding` returns them.
+        scores: (B, T, k), one score for each position and head.
         padding: booleans (B, T) or None.
         need_weights: whether to return A too.
 
@@ -47,9 +47,10 @@ def weighted_sum(
 
 
 def orthogonality_penalty(weights: Tensor) -> Tensor:
-    """Penalty on heads that look at the same places: the mean over the batch of ‖A Aᵀ − I‖²_F.
+    """A penalty on heads that attend to the same positions: the mean over the batch of ‖A Aᵀ − I‖²_F.
 
-    Nothing adds it unasked: `loss = cross_entropy(logits, labels) + coefficient * orthogonality_penalty(weights)`.
+    No module adds it to a loss; a training loop has to:
+    `loss = cross_entropy(logits, labels) + coefficient * orthogonality_penalty(weights)`.
     Source: Lin et al., "A Structured Self-attentive Sentence Embedding", arXiv 1703.03130, equation 8.
 
     Args:

@@ -1,4 +1,4 @@
-"""Multi-head attention around four projections of any kind, called as `nn.MultiheadAttention` is."""
+"""Multi-head attention with the interface of `nn.MultiheadAttention`, around four projections of any kind."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Heads(NamedTuple):
 
 
 class ProjectedAttention(nn.Module):
-    """What `LowRankMultiheadAttention` and `LinformerAttention` share: checks, heads, the weighted sum.
+    """Base class of multi-head attentions: it checks shapes, splits states into heads, and computes the weighted sum.
 
-    A subclass makes `q_proj`, `k_proj`, `v_proj` and `out_proj`, and says in `_keys_and_mask` what is attended to.
+    A subclass makes `q_proj`, `k_proj`, `v_proj` and `out_proj`. Its `_keys_and_mask` returns the keys and values that
+    queries attend to, and the mask.
 
     Args:
         embed_dim: d, width of queries, keys and values, a multiple of `num_heads`.
@@ -30,7 +31,7 @@ class ProjectedAttention(nn.Module):
         dropout: probability of dropping an attention weight in training.
 
     Raises:
-        ValueError: a size below 1, `embed_dim` not a multiple of `num_heads`, or a dropout outside of [0, 1).
+        ValueError: a size is below 1, `embed_dim` is not a multiple of `num_heads`, or `dropout` is not in [0, 1).
     """
 
     q_proj: nn.Module
@@ -39,7 +40,8 @@ class ProjectedAttention(nn.Module):
     out_proj: nn.Module
 
     batch_first = True
-    # PyTorch's Transformer layers have a fused kernel for their own attention; by these they see that it does not fit.
+    # `nn.TransformerEncoderLayer` has a fused kernel that reads the weights of `nn.MultiheadAttention`, and would not
+    # call this module. With these values of two of that class's attributes it does not use the kernel.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -72,18 +74,19 @@ class ProjectedAttention(nn.Module):
             query: (B, L, d), or (L, d) without a batch.
             key, value: (B, T, d), or (T, d).
             key_padding_mask: (B, T) or (T,), True = padding (or floats, -inf = padding, else 0).
-            need_weights: whether to return the weights; without them `scaled_dot_product_attention` is used.
+            need_weights: whether to return the weights; if not, the faster `scaled_dot_product_attention` is used.
             attn_mask: (L, T) or (B·h, L, T), booleans with True = may not attend, or floats to be added to the scores.
             average_attn_weights: whether returned weights are averaged over heads.
-            is_causal: without an `attn_mask`, position i attends to positions up to i; with one it is no more than a
-                hint, and the mask decides.
+            is_causal: whether position i attends only to positions up to i. With an `attn_mask` this is only a hint,
+                and the mask decides.
 
         Returns:
-            The output, of the shape of the query, and the weights (B, L, S), or (B, h, L, S) unless averaged, or None;
-            S is the number of things attended to. Without a batch there is no B in either.
+            The output, which has the query's shape, and the weights or None. The weights are (B, L, S) if averaged,
+            else (B, h, L, S); S is the number of keys that `_keys_and_mask` returned. B is missing from both if the
+            query has no batch.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit, or a sequence that is all padding.
+            ValueError: shapes or dtypes do not fit, or a sequence is all padding.
         """
         batched = query.dim() == 3
         if not batched:
@@ -102,6 +105,7 @@ class ProjectedAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
+            # `scaled_dot_product_attention` does not return its weights, so they are computed here step by step.
             scores = heads.queries @ keys.transpose(-2, -1) / self.head_dim**0.5  # (B, h, L, S)
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -121,7 +125,8 @@ class ProjectedAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return keys and values (B, h, S, d/h) to attend to, and a mask that broadcasts to (B, h, L, S), or None.
 
-        In the mask True means "attend", as `scaled_dot_product_attention` has it; floats are added to the scores.
+        In a boolean mask True means "attend", as in `scaled_dot_product_attention`, and not as in
+        `nn.MultiheadAttention`, where it forbids. A mask of floats is added to the scores.
         """
         raise NotImplementedError
 

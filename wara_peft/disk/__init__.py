@@ -1,1 +1,1 @@
-"""An adapter on disk, checkpoints, merging shard by shard, directories that appear whole; nothing read is trusted."""
+"""Reads saved adapters and checkpoints, merges them shard by shard, writes directories; trusts nothing it reads."""

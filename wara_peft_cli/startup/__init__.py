@@ -1,1 +1,1 @@
-"""A folder that `wara-peft run` puts on PYTHONPATH, so that every Python below it starts with its `sitecustomize`."""
+"""`wara-peft run` puts this folder on PYTHONPATH, so that each Python below it runs the `sitecustomize` here."""

@@ -1,9 +1,10 @@
-"""Reading a saved adapter by itself, without its base model, and without trusting it.
+"""Reads a saved adapter without its base model, and without trusting the adapter's files.
 
-An adapter directory holds `adapter_config.json`, whose `module_shapes` give the dimensions, and
-`adapter_model.safetensors`; or, if diffusers saved it, `pytorch_lora_weights.safetensors` with both. Names, shapes and
-ranks are compared from the file's header before anything is allocated, values when they are read. Pickles are never
-opened.
+PEFT saves an adapter as a directory with two files: `adapter_config.json`, whose `module_shapes` give the dimensions
+of the adapted layers, and `adapter_model.safetensors`. Diffusers saves one file, `pytorch_lora_weights.safetensors`,
+which holds the tensors and, in its metadata, the config. `SavedAdapter` compares names, shapes and ranks with the
+config from the file's header, before it allocates anything, and checks values when it reads them. It never opens a
+pickle, which could run any code.
 """
 
 from __future__ import annotations
@@ -40,24 +41,26 @@ class SavedAdapter:
 
     Args:
         path: the directory that holds `adapter_config.json` and `adapter_model.safetensors`, or, without these,
-            `pytorch_lora_weights.safetensors` of diffusers.
-        component: which one of a pipeline's components to read, where diffusers saved several in one file.
+            the file `pytorch_lora_weights.safetensors` that diffusers wrote.
+        component: the component of a pipeline ("unet", "text_encoder") whose adapter to read, if diffusers saved the
+            adapters of several components in one file.
 
     Attributes:
         config: its `WaRAConfig`.
         modules: the `ModuleShape` of each adapted module by name, in natural order, layer 2 before layer 10.
-        others: shape and dtype of what else it holds (fully trained modules, biases, tokens, embeddings) by key,
-            without PEFT's prefix.
-        unmentioned: those keys of `others` that the config does not explain.
-        component: the component that it is of, where the file says so.
+        others: shape and dtype of all other tensors in the file (fully trained modules, biases, tokens, embeddings),
+            by key without PEFT's prefix.
+        unmentioned: the keys of `others` that the config does not explain.
+        component: the component of a pipeline that the adapter belongs to, if the file names it.
 
     Raises:
-        FileNotFoundError: there is no such directory, or a file is missing.
-        ValueError: the adapter is not a WaRA adapter, is saved as a pickle or without its basis, cut short, lacks
-            something that its config promises, or contradicts itself.
+        FileNotFoundError: there is no such directory, or a file is missing, or the tensors are saved as a pickle.
+        ValueError: the adapter is not a WaRA adapter, was saved without its basis, is cut short, lacks something that
+            its config promises, or contradicts itself.
 
     Warns:
-        UserWarning: it holds what its config does not mention, or no biases where its config says that they train.
+        UserWarning: the file holds tensors that the config does not mention, or holds no biases though the config says
+            that biases train.
     """
 
     def __init__(self, path: str | os.PathLike[str], component: str | None = None) -> None:
@@ -91,10 +94,10 @@ class SavedAdapter:
         return self.config.ensure_weight_tying and any(shape.kind.has_vocabulary for shape in self.modules.values())
 
     def check_has_delta_weight(self, module: str) -> None:
-        """Refuse an adapter whose change of the output no weight can make.
+        """Refuse an adapter if no change of a layer's weight (ΔW) has the adapter's effect.
 
         Raises:
-            ValueError: it has a form without ΔW.
+            ValueError: the adapter's form has no ΔW.
         """
         if not self._form.has_delta_weight:
             raise ValueError(
@@ -104,29 +107,32 @@ class SavedAdapter:
             )
 
     def _parts(self, module: str) -> Parts:
-        """The parts of an adapted module's adapter, on the CPU."""
+        """The parts (factors and basis) that form the adapter of a module, on the CPU."""
         keys = self._contents.factors[module]
         values = {key.removeprefix(f"{module}."): value for key, value in zip(keys, self._read(keys), strict=True)}
         return self._form.with_values(self._contents.parts(module), values)
 
     def factors(self, module: str) -> tuple[SubbandFactor, SubbandFactor]:
-        """The modules that hand out Â and B̂ of an adapted module, on the CPU.
+        """The two modules that compute the factors Â and B̂ of an adapted module from its subbands, on the CPU.
 
         Raises:
-            ValueError: a value is not finite, or the adapter has no ΔW.
+            ValueError: a value in the file is not finite, or the adapter has no ΔW.
         """
         self.check_has_delta_weight(module)
         return self._form.factors(self._parts(module))
 
     @torch.no_grad()
     def coefficients(self, module: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """A_s, (r_s, n_j, *kernel), and scaling · B_s, (m_j, r_s), of each subband of an adapted module."""
+        """The trained factors of each subband s of an adapted module, by the subband's name.
+
+        The first is A_s, of shape (r_s, n_j, *kernel); the second is scaling · B_s, of shape (m_j, r_s).
+        """
         scale = self.scaling(module)
         pairs = self._form.coefficients(self._parts(module))
         return {name: (rows, columns * scale) for name, (rows, columns) in pairs.items()}
 
     def rank(self, module: str) -> int:
-        """R of an adapted module: the rank of its adapter between x and the result."""
+        """R of an adapted module: the rank of its Â and B̂, to which all subbands contribute."""
         return self._form.total_rank(self.config, self.config.ranks_of(module))
 
     def dtype(self, module: str) -> torch.dtype:
@@ -135,7 +141,7 @@ class SavedAdapter:
         return functools.reduce(torch.promote_types, dtypes)
 
     def scaling(self, module: str) -> float:
-        """Factor of B̂ Â in an adapted module."""
+        """The number by which an adapted module multiplies B̂ Â."""
         return scaling(self.config.alpha_of(module), self.rank(module), self.config.use_rslora)
 
     def parameters(self, module: str) -> int:
@@ -153,7 +159,7 @@ class SavedAdapter:
 
         Args:
             module: its name.
-            dtype: dtype to compute in; None means that of the file.
+            dtype: dtype to compute in; None means the dtype of the parameters in the file.
             device: device of the result.
         """
         shape, factors = self.modules[module], self.factors(module)
@@ -162,11 +168,11 @@ class SavedAdapter:
             return update_of(shape, factor_a, factor_b * self.scaling(module))
 
     def token_indices(self, key: str) -> list[int]:
-        """The tokens whose rows are kept under one of the keys in `others`."""
+        """The indices of the tokens whose trained rows the tensor `others[key]` holds."""
         return self._contents.token_indices(key)
 
     def other(self, key: str) -> Tensor:
-        """The tensor of one of the keys in `others`."""
+        """Read the tensor that `others` lists under this key."""
         return next(iter(self._read([key])))
 
     def _read(self, keys: Iterable[str]) -> list[Tensor]:
@@ -182,13 +188,13 @@ def read_config(directory: Path, method: str, config_class: type[_Config]) -> _C
     """The config of the adapter in a directory.
 
     Args:
-        directory: the adapter's.
-        method: its method's name, which in capitals is PEFT's type.
-        config_class: the method's class of configs.
+        directory: the adapter's directory.
+        method: name of the adapter's method; in capitals it is the `peft_type` in the config.
+        config_class: the class of the method's configs.
 
     Raises:
-        FileNotFoundError: there is no such directory, or no config.
-        ValueError: it is another method's, or broken.
+        FileNotFoundError: there is no such directory, or it has no config.
+        ValueError: the config is broken, or belongs to another method.
     """
     if not directory.is_dir():
         is_file = ": it is a file; name the directory that it lies in" if directory.exists() else ""
@@ -200,9 +206,10 @@ def read_config(directory: Path, method: str, config_class: type[_Config]) -> _C
 
 
 def _what_else(directory: Path) -> str:
-    """Say what a directory without an adapter's config holds instead."""
+    """A sentence for an error: what a directory without an adapter's config holds instead; empty if unknown."""
     folders = [repr(str(file.parent)) for file in sorted(directory.glob(f"*/{CONFIG_NAME}"))]
-    if folders:  # PEFT saves adapters of other names than "default" so, and Trainer its checkpoints
+    # PEFT saves an adapter that is not named "default" in a folder of its name; Trainer saves checkpoints in folders.
+    if folders:
         return f" Adapters lie in {first_few(folders)}: name one of these."
     if (directory / MODEL_CONFIG).is_file():
         return f" {str(directory)!r} is the directory of a model, not of an adapter."
@@ -210,25 +217,25 @@ def _what_else(directory: Path) -> str:
 
 
 def parse_config(fields: dict[str, Any], path: Path, method: str, config_class: type[_Config]) -> _Config:
-    """The config of these fields, which were read from that path; see `read_config`."""
+    """Make a config from the fields that were read from a path. `read_config` documents arguments and errors."""
     if fields.get("peft_type") != method.upper():
         found = fields.get("peft_type")
         remedy = " `PeftModel.from_pretrained` loads it as it is." if found in [*PeftType.__members__] else ""
         raise ValueError(f"{str(path)!r} is not of a {method} adapter: its peft_type is {found!r}.{remedy}")
     try:
         config = config_class.from_peft_type(**fields)
-    except Exception as error:  # whatever a damaged config leads to
+    except Exception as error:  # a damaged config can fail anywhere in PEFT's code, with any error
         raise ValueError(f"{str(path)!r}: {type(error).__name__}: {error}") from error
     assert isinstance(config, config_class)
     return config
 
 
 def open_weights(directory: Path) -> TensorFile:
-    """The file of an adapter's tensors.
+    """Open the file of an adapter's tensors.
 
     Raises:
-        FileNotFoundError: it is missing, or a pickle.
-        ValueError: it is broken.
+        FileNotFoundError: the file is missing, or the tensors are saved as a pickle.
+        ValueError: the file is broken.
     """
     path = directory / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -244,7 +251,7 @@ def open_weights(directory: Path) -> TensorFile:
 
 
 def read_finite(file: TensorFile, keys: Iterable[str]) -> list[Tensor]:
-    """The tensors of these keys, which are without PEFT's prefix.
+    """Read the tensors of these keys, which are given without PEFT's prefix.
 
     Raises:
         ValueError: a value is not finite.
@@ -253,6 +260,7 @@ def read_finite(file: TensorFile, keys: Iterable[str]) -> list[Tensor]:
     tensors = file.read(PEFT_PREFIX + key for key in keys)
     for key, tensor in zip(keys, tensors, strict=True):
         if not torch.isfinite(tensor).all():
+            # One NaN in a factor would spread over a whole weight, and show only much later, in the model's outputs.
             raise ValueError(
                 f"{str(file.path)!r} is broken: {key!r} holds values that are not finite. Use an earlier checkpoint."
             )

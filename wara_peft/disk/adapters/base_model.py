@@ -1,4 +1,4 @@
-"""The model that an adapter belongs to, without its weights: which parameters it has, and what PEFT does to them."""
+"""Builds an adapter's base model without weights, to learn its parameters and what PEFT does to them."""
 
 from __future__ import annotations
 
@@ -33,22 +33,24 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""The class with which PEFT's `AutoPeftModel...` loads the base of an adapter of each task type."""
+"""For each task type, the auto class with which PEFT's `AutoPeftModel...` loads the base model."""
 
 
 def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[str, str]) -> PreTrainedModel:
-    """The model that an adapter was trained on, built from the base's config on the meta device.
+    """Build the model that an adapter was trained on from the base's config, on the meta device.
 
-    Its class is the one that the adapter's config names or its task type stands for, or else the base's own.
+    The task type in the adapter's config is asked first for the model's class, then the config's `auto_mapping`, then
+    the base's `architectures`. The first of these classes that has all `parameters` is used.
 
     Args:
-        checkpoint: the base model's.
+        checkpoint: the base model's checkpoint.
         saved: the adapter.
-        parameters: names that the model must have, and for what the adapter holds in full its key.
+        parameters: names of parameters that the model must have. The value is the adapter's key of a parameter that
+            the adapter holds in full, or "" for one that it changes by factors or rows.
 
     Raises:
         FileNotFoundError: the base has no config.
-        ValueError: its config cannot be used, or no class has parameters of these names.
+        ValueError: the base's config cannot be used, or no class has parameters of these names.
     """
     skeleton = Skeleton(checkpoint, len(parameters))
     with skeleton.blamed():
@@ -66,6 +68,7 @@ def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[st
             labels = _labels(saved, parameters, shapes)
             if labels is None:
                 return model
+            # The base's config may have another number of labels than the adapter's head: build the model with it.
             skeleton.config.num_labels = labels
             return skeleton.make(model_class)
         problems.append(f"{model_class.__name__} has no {first_few(missing)}")
@@ -74,6 +77,10 @@ def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[st
 
 
 def _model_classes(config: PreTrainedConfig, saved: SavedAdapter) -> list[type[PreTrainedModel]]:
+    """The classes of transformers that may be the model's, the most likely first, each one once.
+
+    Names come from files that are not trusted, so a name counts only if transformers has a model class of that name.
+    """
     mapping = saved.config.auto_mapping
     names = [mapping.get("base_model_class") if isinstance(mapping, dict) else None, *(config.architectures or [])]
     found = [getattr(transformers, str(name), None) for name in names]
@@ -85,7 +92,10 @@ def _model_classes(config: PreTrainedConfig, saved: SavedAdapter) -> list[type[P
 
 
 def _labels(saved: SavedAdapter, parameters: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> int | None:
-    """Number of labels for which the adapter has trained a head in full, if that is not the base config's."""
+    """The number of labels of the adapter's head, if the adapter holds a head in full with more or fewer labels.
+
+    None means that the base config's number is right, or that the shapes leave more than one answer.
+    """
     if saved.config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
         return None
     in_full = {name: saved.others[key].shape for name, key in parameters.items() if key}
@@ -96,15 +106,16 @@ def _labels(saved: SavedAdapter, parameters: dict[str, str], shapes: dict[str, t
 
 
 class AdaptedModel:
-    """What PEFT makes of the model and an adapter's config: what trains, what is saved, and which weights go together.
+    """What PEFT saves and wraps if it puts an adapter on a model.
 
-    PEFT itself is asked, with a small adapter on the meta device. Which weights it ties depends on the model, and not
-    on `ensure_weight_tying` alone.
+    This class does not repeat PEFT's rules. It lets PEFT put a small adapter with the same settings on a copy of the
+    model on the meta device, and looks at the result: which weights PEFT ties depends on the model too, not only on
+    `ensure_weight_tying`.
 
     Attributes:
-        saved: names of the parameters, in the model, that PEFT saves besides the adapter.
-        owned: names of the parameters that the adapter changes through the modules that PEFT has wrapped. All others
-            it changes by loading new values into them, which all parameters tied to them then have too.
+        saved: the model's names of the parameters that PEFT saves besides the adapter's factors.
+        owned: names of the parameters that the adapter changes through modules that PEFT has wrapped. PEFT loads new
+            values into all other parameters, and parameters that are tied to one of these get its new values too.
 
     Raises:
         ValueError: PEFT cannot put the adapter on the model.
@@ -115,9 +126,11 @@ class AdaptedModel:
         names = [name for name, _ in model.named_modules()]
         ties = config.ensure_weight_tying and _may_tie(config)
         targets = config.target_modules if ties and not isinstance(config.target_modules, str) else None
-        # By its names of embeddings, which may be those of tied layers alone, PEFT knows that it has something to tie.
+        # PEFT looks for tied weights only if a target has a name that it knows as an embedding's. `modules` below may
+        # lack that name, because `module_shapes` does not list layers that are tied to another one. So it is added.
         embeddings = [name for name in targets or () if is_name_of_embedding(name)]
         modules, parameters = loras_targets(saved.modules)
+        # Two fields are copied, as PEFT may change them in place and the saved config must stay as it was read.
         small = WaRAConfig(
             r=1,
             target_modules=[*modules, *embeddings],
@@ -132,6 +145,7 @@ class AdaptedModel:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 wrapped = PeftModel(copy.deepcopy(model), small, low_cpu_mem_usage=True)
+                # With its default, "auto", PEFT would add the base weights of embeddings that are targets.
                 state_dict = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
         except Exception as error:
             name = type(model).__name__
@@ -142,7 +156,7 @@ class AdaptedModel:
 
 
 def _may_tie(config: WaRAConfig) -> bool:
-    """Whether PEFT looks for tied weights: it does so where the config names an embedding by one of two names."""
+    """Whether PEFT looks for tied weights: it does so if the config names a module in `EMBEDDING_LAYER_NAMES`."""
     targets = config.target_modules
     if isinstance(targets, str):
         named = any(match_target_against_key(targets, name) for name in EMBEDDING_LAYER_NAMES)
@@ -152,11 +166,12 @@ def _may_tie(config: WaRAConfig) -> bool:
 
 
 def is_name_of_embedding(module_name: str) -> bool:
-    """Whether PEFT takes a module of this name for an embedding, and so looks for what is tied to it."""
+    """Whether PEFT takes a module of this name for an embedding, and so looks for layers that are tied to it."""
     return module_name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
 
 
 def _owned(wrapped: nn.Module) -> Iterator[str]:
+    """The model's names of parameters and buffers in the modules that PEFT has wrapped."""
     for name, module in wrapped.named_modules():
         inner = name.removeprefix(PEFT_PREFIX)
         if isinstance(module, WaRALayer):

@@ -1,8 +1,8 @@
-"""WaRA adapters in `pytorch_lora_weights.safetensors`, into which diffusers saves adapters of any kind.
+"""Reads WaRA adapters from `pytorch_lora_weights.safetensors`, the file in which diffusers saves any kind of adapter.
 
-`save_lora_adapter` of a model writes one adapter's keys as they are; `save_lora_weights` of a pipeline, which training
-scripts call, those of several components, each key after its component's name. Both put the configs into the file's
-metadata, from where alone they can be known: files without are refused.
+A model's `save_lora_adapter` writes one adapter, with its keys as they are. A pipeline's `save_lora_weights`, which
+training scripts call, writes the adapters of several components, and puts the component's name before each key. Both
+put the adapters' configs into the file's metadata. There is no other place for them, so a file without is refused.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ METADATA_KEY = "lora_adapter_metadata"
 
 
 class ComponentFile(TensorFile):
-    """The tensors of one adapter in a file of diffusers, under the keys that PEFT would save them by.
+    """The tensors of one adapter in a file of diffusers, under the keys that PEFT would give them.
 
     Args:
         path: the file.
-        component: which one to read, where the file has several.
+        component: the component whose adapter to read, if the file has several.
 
     Attributes:
         config: the fields of the adapter's config.
-        component: the component's name, or None where the file has no names.
+        component: the component's name, or None if the file does not name components.
 
     Raises:
-        ValueError: the file is no complete one, has no configs, or not just the one component that is asked for.
+        ValueError: the file is not complete, has no configs, does not have the component that is asked for, or has
+            several components and none is asked for.
     """
 
     def __init__(self, path: Path, component: str | None) -> None:
@@ -51,7 +52,7 @@ class ComponentFile(TensorFile):
 
 
 def _configs(name: str, metadata: dict[str, str]) -> dict[str | None, dict[str, Any]]:
-    """The configs in a file's metadata, by component."""
+    """The fields of each config in a file's metadata, by component; None is the key if there are no components."""
     try:
         fields = json.loads(metadata[METADATA_KEY])
     except (KeyError, ValueError, RecursionError) as error:
@@ -61,6 +62,8 @@ def _configs(name: str, metadata: dict[str, str]) -> dict[str | None, dict[str, 
         ) from error
     if not isinstance(fields, dict):
         raise ValueError(f"{METADATA_KEY!r} in the metadata of {name!r} is not a JSON object.")
+    # Every config has a `peft_type`. Without a component before it, the file is of a single model; with components,
+    # their names are the parts before ".peft_type".
     if "peft_type" in fields:
         return {None: fields}
     components = [key.removesuffix(".peft_type") for key in fields if key.endswith(".peft_type")]
@@ -77,6 +80,10 @@ def _configs(name: str, metadata: dict[str, str]) -> dict[str | None, dict[str, 
 def _component(
     configs: dict[str | None, dict[str, Any]], component: str | None, name: str
 ) -> tuple[str | None, dict[str, Any]]:
+    """Choose the component to read, and its config.
+
+    A file without names of components holds one adapter, which is read whichever component is asked for.
+    """
     held = " and ".join(map(repr, configs)) or "none"
     if None not in configs and component is not None and component not in configs:
         raise ValueError(f"{name!r} holds adapters of {held}, not of {component!r}.")

@@ -1,4 +1,4 @@
-"""What an adapter's file must hold by its config, compared with what it does hold, by the header alone."""
+"""Compares the tensors that an adapter's config promises with those in its file, by reading only the file's header."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from ..checkpoints.tensors import FLOATS, INTEGERS, TensorFile, TensorInfo
 
 PEFT_PREFIX = "base_model.model."
 TOKENS = "trainable_tokens_delta"
-"""PEFT's name for the rows of `trainable_token_indices`."""
+"""The last part of the key under which PEFT saves the rows of the tokens in `trainable_token_indices`."""
 HEADS = {("SEQ_CLS", "TOKEN_CLS"): ("classifier", "score"), ("QUESTION_ANS",): ("qa_outputs",)}
-"""Names that PEFT adds to `modules_to_save`, by task type."""
+"""By task type, the names of heads that PEFT adds to `modules_to_save`."""
 PEFT_INTERNAL = re.compile(r"\.(modules_to_save|original_module)\.")
-"""In keys that PEFT saves twice with `bias="all"`: the biases of a module that is trained in full."""
+"""Matches keys that carry PEFT's inner names. With `bias="all"` PEFT saves the biases of a module that is trained in
+full twice: under the module's name, and under these inner names."""
 
 
 class Contents:
-    """The tensors of an adapter's file, sorted by what they are; a subclass says which an adapted module has.
+    """The tensors of an adapter's file, sorted into factors of adapted modules and other tensors.
+
+    A subclass says which factors a module has in its method (WaRA or LoRA).
 
     Args:
         config: the adapter's configuration, of WaRA or LoRA.
@@ -40,20 +43,22 @@ class Contents:
 
     Attributes:
         modules: the adapted modules by name.
-        factors: shapes of each adapted module's tensors by key, without PEFT's prefix.
-        trained: the keys of those that train.
-        others: shape and dtype of what else there is, by key.
-        unmentioned: those of `others` that the config does not explain.
+        tensors: shape and dtype of every tensor in the file, by key without PEFT's prefix.
+        factors: for each adapted module, the shapes of the tensors of its adapter, by key without PEFT's prefix.
+        trained: for each adapted module, the keys in `factors` whose tensors train.
+        others: shape and dtype of all tensors that are not in `factors`, by key.
+        unmentioned: the keys of `others` that the config does not explain.
 
     Raises:
         ValueError: the file lacks something, or holds what it must not.
 
     Warns:
-        UserWarning: the file holds what the config does not mention, or no biases where they train.
+        UserWarning: the file holds tensors that the config does not mention, or no biases though biases train.
     """
 
     parts_of_layers: tuple[str, ...]
-    """Names of parts that hold a layer's factors. A key with one that the config does not explain is refused."""
+    """Names of the parts that hold a layer's factors. If a key has such a name and the config does not explain it,
+    the file is refused."""
 
     def __init__(self, config: WaRAConfig | LoraConfig, modules: dict[str, ModuleShape], file: TensorFile) -> None:
         self.config, self.modules = config, modules
@@ -71,12 +76,12 @@ class Contents:
         raise NotImplementedError
 
     def _check_dtypes(self, file: TensorFile) -> dict[str, TensorInfo]:
-        """What is in the file, by key without PEFT's prefix."""
+        """Shape and dtype of every tensor in the file, by key without PEFT's prefix, after a check of the dtypes."""
         found = {}
         for key, info in file.tensors.items():
             if not key.startswith(PEFT_PREFIX):
                 raise ValueError(f"{self.name} has the key {key!r}, which does not start with {PEFT_PREFIX!r}.")
-            # A module that trains in full may count, as the batches of a batch norm.
+            # A module that trains in full may have integers: a batch norm counts its batches.
             self._check_dtype(key, info, (*FLOATS, *INTEGERS))
             found[key.removeprefix(PEFT_PREFIX)] = info
         return found
@@ -86,7 +91,7 @@ class Contents:
             raise ValueError(f"{self.name} has {key!r} of dtype {info.dtype}; one of {', '.join(FLOATS)} is allowed.")
 
     def _check_keys(self) -> dict[str, TensorInfo]:
-        """Compare what is in the file with what the config says; returns what is not a factor."""
+        """Check the file's keys and shapes against the config, and return the tensors that are not factors."""
         expected = {key: shape for of_module in self.factors.values() for key, shape in of_module.items()}
         missing = [repr(key) for key in expected if key not in self.tensors]
         if missing:
@@ -111,7 +116,7 @@ class Contents:
         return others
 
     def _check_promises(self) -> None:
-        """What the config says is trained besides the adapter must be in the file."""
+        """Check that the file has the modules, tokens and biases that train besides the adapter by its config."""
         lacking = [repr(name) for name in self.config.modules_to_save or () if not self._is_saved(name)]
         if lacking:
             raise ValueError(
@@ -139,14 +144,14 @@ class Contents:
         names: tuple[str, ...] = (name,)
         for task_types, heads in HEADS.items():
             if self.config.task_type in task_types and name in heads:
-                names = heads  # PEFT adds all of them to the config, and the model has one
+                names = heads  # PEFT adds all these names to the config, but a model has a head of only one of them
         return any(_is_part_of(key, names) for key in self.others if not PEFT_INTERNAL.search(key))
 
     def _check_biases(self) -> None:
         """Check that the file has the biases that the config names.
 
-        A config of 0.1.0 names none. Then only the base model knows which there are; but layers of one kind all have
-        theirs, or none has.
+        A config that version 0.1.0 saved has no `biased_modules`, so which layers have a bias can only be guessed: a
+        bias is missing if a layer lacks it that the same layer of another block has.
         """
         in_full = tuple(self.config.modules_to_save or ())
         there = {parameter_of(key) for key in self.others if key.endswith(".bias") and not _is_part_of(key, in_full)}
@@ -179,21 +184,24 @@ class Contents:
             )
 
     def token_indices(self, key: str) -> list[int]:
-        """The tokens whose rows are kept under one of the keys in `others`."""
+        """The indices of the tokens whose trained rows the tensor `others[key]` holds."""
         indices = self.config.trainable_token_indices
         if isinstance(indices, dict):
             module = key.removesuffix(f".token_adapter.{TOKENS}")
             named = [rows for name, rows in indices.items() if f".{module}".endswith(f".{name}")]
-            # A layer that is tied to one that is named has its tokens.
+            # The config need not name a layer that is tied to the embedding. It has the tokens of the named layer.
             return (named or list(indices.values()))[0]
         return indices or []
 
     def _looks_like_a_factor(self, key: str) -> bool:
-        """Whether a key is that of a factor: it ends in a part's name, after which a parameter's may follow."""
+        """Whether a key ends in the name of a part that holds factors, or in such a name and a parameter's name."""
         return any(part in self.parts_of_layers for part in key.split(".")[-2:])
 
     def _is_known(self, key: str) -> bool:
-        """Whether the config, or PEFT's habit of saving embeddings, explains a key that is not a factor."""
+        """Whether the config explains a key that is not a factor's, or the key is an embedding's weight.
+
+        PEFT saves the embeddings' weights without being told so, if they are targets or the vocabulary was resized.
+        """
         if _is_part_of(key, tuple(self.config.modules_to_save or ())):
             return True
         parameter = key.rpartition(".")[2]
@@ -210,14 +218,15 @@ class WaRAContents(Contents):
     """The tensors of a WaRA adapter's file.
 
     Attributes:
-        modules: of convolutions with the kernel size, which only the file knows.
+        modules: the adapted modules by name. The config does not hold kernel sizes, so those of convolutions are
+            taken from the file.
     """
 
     config: WaRAConfig
     parts_of_layers = TENSOR_PARTS
 
     def parts(self, module: str) -> Parts:
-        """The parts of an adapted module's adapter by the config, on the meta device."""
+        """The parts that the adapter of a module has by its config, on the meta device."""
         config = self.config
         with torch.device("meta"):
             return config.form_object.create(config, module, self.modules[module], config.ranks_of(module))
@@ -230,6 +239,7 @@ class WaRAContents(Contents):
         return shapes, [key for key, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
 
     def _with_kernel(self, name: str, shape: ModuleShape) -> ModuleShape:
+        """A module's shape with the kernel size, read from the shape of one of its factors A in the file."""
         if not any(self.config.ranks_of(name).values()):
             raise ValueError(f"The config beside {self.name} gives module {name!r} no rank.")
         dimensions = shape.kind.kernel_dimensions
@@ -249,7 +259,10 @@ def _of_one_kind(module: str) -> str:
 
 
 def _is_part_of(key: str, names: tuple[str, ...]) -> bool:
-    """Whether a key belongs to a module of one of these names, or to a part of it; PEFT compares the ends of names."""
+    """Whether a key belongs to a module of one of these names, or to a module inside one.
+
+    As PEFT does, it takes a name for a module's if the module's full name ends in it.
+    """
     return any(key[: dot.start()].endswith(names) for dot in re.finditer(r"\.", key))
 
 
@@ -259,15 +272,19 @@ def _module_of(key: str) -> str:
 
 
 def parameter_of(key: str) -> str:
-    """The model's name for what is kept in full under a key, or for that whose rows of single tokens are."""
+    """The model's name of the parameter (or buffer) whose values, or rows of single tokens, a key holds."""
     return re.sub(r"(\.token_adapter)?\.base_layer\.", ".", key).replace(f".token_adapter.{TOKENS}", ".weight")
 
 
 def module_shapes(config: WaRAConfig, path: Path) -> dict[str, ModuleShape]:
-    """The adapted modules that a config, read from that path, describes, in natural order.
+    """The adapted modules that a config describes, in natural order: layer 2 comes before layer 10.
+
+    Args:
+        config: the adapter's.
+        path: the file that it was read from, to be named in errors.
 
     Raises:
-        ValueError: there are none, or the description is broken.
+        ValueError: the config describes no modules, or a description is broken.
     """
     where = f"module_shapes in {str(path)!r}"
     if not config.module_shapes:
@@ -287,4 +304,5 @@ def module_shapes(config: WaRAConfig, path: Path) -> dict[str, ModuleShape]:
 
 
 def _natural_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
+    """A sort key for items of a dict by their names, in which runs of digits compare as numbers."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", item[0])]

@@ -1,6 +1,7 @@
-"""Reading a LoRA as PEFT saves it, to go on as a WaRA adapter. Nothing of it is trusted, as in `adapter`.
+"""Reads a LoRA that PEFT has saved, so that it can be trained further as a WaRA adapter; its files are not trusted.
 
-LoRA's A and B of a module are the pair of the subband `aa0`, whose parameters are `wara_A.level0` and `wara_B.level0`.
+A module's lora_A and lora_B become the two factors of the subband `aa0`, which is the whole matrix without a wavelet
+transform. WaRA names these parameters `wara_A.level0` and `wara_B.level0`.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ VARIANTS = (
     "kasa_config",
     "megatron_config",
 )
-"""Fields of `LoraConfig` with which it adapts other than modules, or adds other than scaling · x Aᵀ Bᵀ to a result."""
+"""Fields of `LoraConfig` that make a variant of LoRA, which adds something other than scaling · x Aᵀ Bᵀ to a module's
+result, or adapts something other than modules. A LoRA with one of them is refused."""
 CHANGING_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Beginnings of values of `init_lora_weights` with which the weights below the LoRA are no longer the base model's."""
+"""Beginnings of the values of `init_lora_weights` with which PEFT changes the base model's weights before training.
+Such a LoRA does not fit the unchanged base model."""
 
 LARGEST = sys.float_info.max
+"""Bound for alphas: comparing with it refuses infinity, NaN, and ints that no float can hold."""
 
 
 class SavedLora:
@@ -53,9 +57,9 @@ class SavedLora:
         config: its `LoraConfig`.
 
     Raises:
-        FileNotFoundError: there is no such directory, or a file is missing.
-        ValueError: it is no LoRA, is saved as a pickle or cut short, or is a variant that WaRA does not have.
-        TypeError: one of its ranks is no int.
+        FileNotFoundError: there is no such directory, or a file is missing, or the tensors are saved as a pickle.
+        ValueError: the adapter is not a LoRA, is cut short, or is a variant that WaRA does not have.
+        TypeError: a rank in its config is not an int.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -99,19 +103,20 @@ class SavedLora:
         in_full: Set[str],
         model_shapes: Mapping[str, tuple[int, ...]],
     ) -> dict[str, Tensor]:
-        """All of its tensors, under the keys of a WaRA adapter.
+        """All tensors of the LoRA, under the keys of a WaRA adapter.
 
         Args:
-            modules: the modules of the model that it is for, of convolutions with the kernel size.
-            tied: names of layers that share an embedding's adapter, of which PEFT saves it once more.
-            in_full: names of all that `modules_to_save` means in the model.
+            modules: the modules of the model that the LoRA's config targets, with the kernel sizes of convolutions.
+            tied: names of layers that share an embedding's adapter. PEFT saves the adapter under their names as well.
+            in_full: keys of all parameters and buffers in the modules that `modules_to_save` matches in the model.
             model_shapes: shapes of the model's parameters and buffers by name.
 
         Raises:
-            ValueError: a tensor is missing, one too many, of another shape or not finite.
+            ValueError: the LoRA was trained on another base model, or a tensor is missing, is one too many, has
+                another shape, or is not finite.
 
         Warns:
-            UserWarning: see `Contents`.
+            UserWarning: the file holds tensors that the config does not mention, or no biases though biases train.
         """
         self._check_base(modules, model_shapes)
         contents = _LoraContents(self.config, modules, tied, self._file)
@@ -121,12 +126,15 @@ class SavedLora:
         for module, shape in modules.items():
             for name, lora_name in zip(("wara_A.level0", "wara_B.level0"), shape.kind.lora_names, strict=True):
                 tensor = values.pop(f"{module}.{lora_name}")
-                # B of a convolution has a kernel of one.
+                # LoRA's B of a convolution is a weight with a kernel of size one, and WaRA's is a matrix.
                 values[f"{module}.{name}"] = tensor.flatten(1) if name.startswith("wara_B") else tensor
         return {PEFT_PREFIX + key: value for key, value in values.items()}
 
     def _check_base(self, modules: dict[str, ModuleShape], model_shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse a LoRA whose modules the model lacks, or has in other sizes."""
+        """Refuse a LoRA if the model lacks its modules, or has them in other sizes.
+
+        This runs before the exact comparison in `Contents`, to name the likely mistake: another base model.
+        """
         held: dict[str, dict[str, tuple[int, ...]]] = {}
         for key, info in self._file.tensors.items():
             module, found, name = key.removeprefix(PEFT_PREFIX).partition(".lora_")
@@ -139,7 +147,7 @@ class SavedLora:
         for module, shape in modules.items():
             rows, columns = (held.get(module, {}).get(name, ()) for name in shape.kind.lora_names)
             if len(rows) < 2 or len(columns) < 2 or rows[0] != columns[1]:
-                continue  # the file itself is damaged
+                continue  # the file itself is damaged, which `Contents` reports
             there, here = (columns[0], *rows[1:]), (shape.out_features, shape.in_features, *shape.kernel)
             if there != here:
                 sizes.append(f"{module!r} (there {there}, here {here})")
@@ -162,7 +170,7 @@ class SavedLora:
     def _check_others(
         self, contents: Contents, in_full: Set[str], model_shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
-        """What is kept in full must have its place in the model, and be all of a module."""
+        """Check that the model has each tensor that is not a factor, and that the file has whole modules."""
         missing = [repr(name) for name in sorted(in_full - contents.others.keys())]
         if missing:
             raise ValueError(
@@ -175,6 +183,7 @@ class SavedLora:
             name = parameter_of(key)
             if name not in model_shapes:
                 raise ValueError(f"{contents.name} has {key!r}, and the model has no {name!r}.")
+            # Rows of single tokens share only the other dimensions with the embedding.
             rows = 1 if key.endswith(f".{TOKENS}") else 0
             if info.shape[rows:] != model_shapes[name][rows:]:
                 raise ValueError(
@@ -190,10 +199,11 @@ class _LoraContents(Contents):
     parts_of_layers = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     def __init__(self, config: LoraConfig, modules: dict[str, ModuleShape], tied: Set[str], file: TensorFile) -> None:
-        self.tied = tied
+        self.tied = tied  # before `super`, whose checks read it
         super().__init__(config, modules, file)
 
     def _check_dtypes(self, file: TensorFile) -> dict[str, TensorInfo]:
+        """Leave out the copies of an embedding's adapter that PEFT saves under the names of tied layers."""
         found = super()._check_dtypes(file)
         repeated = tuple(f"{name}.{part}" for name in self.tied for part in self.parts_of_layers)
         return {key: info for key, info in found.items() if not key.startswith(repeated)}

@@ -1,4 +1,4 @@
-"""Merging a saved adapter into a checkpoint on disk, shard by shard, for models larger than memory."""
+"""Merges a saved adapter into its base model's checkpoint on disk, shard by shard, for models larger than memory."""
 
 from __future__ import annotations
 
@@ -36,29 +36,30 @@ def merge_checkpoint(
     overwrite: bool = False,
     track: Track = no_progress_bar,
 ) -> None:
-    """Write a plain transformers checkpoint in which W + ΔW stands for each adapted weight W.
+    """Write a plain transformers checkpoint in which each adapted weight W is replaced by W + ΔW.
 
-    Each sum is made in float32 or better and rounded once, as in `merge_and_unload`. At any time about one shard and
-    one layer's ΔW are in memory. Files are as in the base: the same shards and keys, with modules that the adapter
-    trained in full, biases and tokens in their places; config, tokenizer and generation settings are copied.
-    Parameters that the base's checkpoint lacks, such as a new classification head, go into its last shard.
+    Each sum is computed in float32 or better and rounded once, as `merge_and_unload` does. At any time about one shard
+    and one layer's ΔW are in memory. The new checkpoint has the same shards and keys as the base. Modules that the
+    adapter trained in full, biases and tokens replace the base's values. Config, tokenizer and generation settings
+    are copied. Parameters that the base's checkpoint lacks, such as a new classification head, go into the last shard.
 
     Args:
-        base: directory of the base model, with safetensors, as `save_pretrained` writes it.
+        base: directory of the base model with safetensors files, as `save_pretrained` writes it.
         adapter: directory of the saved adapter.
         path: directory to write; it is empty until it is complete.
-        dtype: dtype of all floating-point tensors; None keeps each one's.
+        dtype: dtype of all floating-point tensors; None keeps the dtype of each tensor.
         device: where ΔW and the sums are computed.
         overwrite: replace `path` if it is there.
         track: wraps the loop over all tensors, to show progress.
 
     Raises:
         FileNotFoundError: a directory or file is missing, or there are only pickles, which are not opened.
-        ValueError: the adapter does not fit the base, a target's weight is converted or fused on loading, tied to
-            another that the adapter does not change alike, quantized or not in the checkpoint, or a value is not
-            finite in its dtype. Nothing is written then.
+        ValueError: the adapter does not fit the base; or a target's weight is converted or fused on loading, is tied
+            to a weight that the adapter does not change in the same way, is quantized, or is not in the checkpoint; or
+            a value is not finite in its dtype. Nothing is written then.
     """
     _check_order(Path(base), Path(adapter))
+    # All checks come before the directory is made: `_Plan` reads headers and configs, but no weights of the base.
     checkpoint, saved = Checkpoint(Path(base)), SavedAdapter(adapter)
     plan = _Plan(checkpoint, saved)
     with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base, adapter)) as directory:
@@ -73,6 +74,7 @@ def merge_checkpoint(
 
 
 def _check_order(base: Path, adapter: Path) -> None:
+    """Refuse the two directories if they were given in the wrong order."""
     holds = [{name for name in (CONFIG_NAME, ADAPTER_CONFIG) if (path / name).is_file()} for path in (base, adapter)]
     if holds == [{ADAPTER_CONFIG}, {CONFIG_NAME}]:
         raise ValueError(
@@ -82,13 +84,15 @@ def _check_order(base: Path, adapter: Path) -> None:
 
 @dataclass(frozen=True)
 class _Change:
-    """What happens to one parameter: new values, then new rows, then ΔW, of which at least one is there.
+    """What a merge does to one parameter: it puts new values, then new rows of tokens, then adds ΔW.
+
+    At least one of these three happens.
 
     Attributes:
-        parameter: its name in the model.
-        module: the adapted module.
-        values: the adapter's key of a tensor in full.
-        rows: the adapter's key of the rows of single tokens.
+        parameter: the parameter's name in the model.
+        module: the adapted module whose ΔW is added, or None.
+        values: the adapter's key of the tensor with the new values, or "".
+        rows: the adapter's key of the tensor with the new rows, or "".
     """
 
     parameter: str
@@ -98,12 +102,12 @@ class _Change:
 
 
 class _Plan:
-    """Which tensors of a checkpoint an adapter changes, found and checked before anything is written.
+    """The changes that a merge makes to a checkpoint's tensors, all checked before anything is written.
 
     Attributes:
-        model: the model, without its weights, whose parameters the adapter names.
-        changes: by the checkpoint's key what happens to its tensor.
-        added: what happens to parameters that the checkpoint lacks.
+        model: the model that the adapter was trained on, without its weights.
+        changes: the change of each tensor that changes, by its key in the checkpoint.
+        added: the changes that put values into parameters which the checkpoint lacks.
     """
 
     def __init__(self, checkpoint: Checkpoint, saved: SavedAdapter) -> None:
@@ -118,9 +122,11 @@ class _Plan:
                 "call merge_and_unload."
             )
         changes = self._changes_by_parameter()
+        # The class of the model is found by these names: the first class that has all of them.
         needed = {name: change.values for name, change in changes.items() if not self._may_be_missing(change)}
         self.model = empty_model(checkpoint, saved, needed)
         self.parameters = self.model.state_dict()
+        # By a parameter's name, all names of it in the model: more than one if its weight is tied.
         self._tied = {
             name: names for names in names_by_parameter(self.model, in_every_place=True).values() for name in names
         }
@@ -144,6 +150,7 @@ class _Plan:
             self._place(change, [keys_of.get(name, []) for name in self._tied_to(change.parameter)])
 
     def _changes_by_parameter(self) -> dict[str, _Change]:
+        """Collect all that the adapter's file does to each parameter, by the parameter's name."""
         parameters = {name: shape.parameter_of(name) for name, shape in self.saved.modules.items()}
         changes = {parameter: _Change(parameter, name) for name, parameter in parameters.items()}
         for key in self.saved.others:
@@ -154,10 +161,19 @@ class _Plan:
         return changes
 
     def _may_be_missing(self, change: _Change) -> bool:
-        """Whether it puts values of which the adapter's config says nothing."""
+        """Whether the model may lack the parameter, because the adapter's config mentions nothing that changes it.
+
+        PEFT ignores such values when it loads them into a model without that parameter.
+        """
         return change.values in self.saved.unmentioned and change.module is None and not change.rows
 
     def _place(self, change: _Change, keys_by_parameter: list[list[str]]) -> None:
+        """Record a change under the checkpoint's keys of its weight, or as an addition if there are none.
+
+        Args:
+            change: the change of one weight.
+            keys_by_parameter: for each of the weight's names in the model, the keys that transformers loads as it.
+        """
         keys = [key for keys in keys_by_parameter for key in keys]
         needs_weight = change.module is not None or bool(change.rows and not change.values)
         if max(map(len, keys_by_parameter)) > 1 or (needs_weight and not keys):
@@ -167,6 +183,7 @@ class _Plan:
                 "renamed on loading; load the model and use `merge_and_unload`."
             )
         if not keys:
+            # The dtype "" stands for any: the adapter's tensor is written in its own dtype.
             self._check_fit(change, TensorInfo(tuple(self.parameters[change.parameter].shape), ""))
             self.added.append(change)
         for key in keys:
@@ -174,11 +191,15 @@ class _Plan:
             self.changes[key] = change
 
     def _tied_to(self, parameter: str) -> list[str]:
-        """The parameters that share one weight with this one, itself included."""
+        """The names of all parameters that share one weight with this parameter, its own name included."""
         return self._tied.get(parameter, [parameter])
 
     def _once_for_tied(self, changes: list[_Change]) -> list[_Change]:
-        """One change for each weight; refused if parameters tied to it would not all change alike without merging."""
+        """Join the changes of tied parameters, so that each weight has one change.
+
+        In an unmerged model PEFT can adapt one of two tied layers and leave the other. One merged weight cannot do
+        that, so changes that differ between tied parameters are refused.
+        """
         by_parameter = {change.parameter: change for change in changes}
         chosen = {}
         for change in changes:
@@ -201,15 +222,16 @@ class _Plan:
         return list(chosen.values())
 
     def _remedy(self, tied: list[str]) -> str:
+        """Say what a user can do about tied parameters that only partly change."""
         untie = "Untie them in the base model (`tie_word_embeddings=False`)"
-        # PEFT looks for adapters to tie where these names are targets.
+        # `ensure_weight_tying` has an effect only if PEFT knows a tied layer's name as an embedding's.
         peft_ties = any(is_name_of_embedding(name.rpartition(".")[0]) for name in tied)
         if self.saved.config.ensure_weight_tying or not peft_ties:
             return f"{untie}."
         return f"{untie}, or train the adapter with `ensure_weight_tying=True`."
 
     def _alike(self, changes: list[_Change]) -> bool:
-        """Whether changes of one weight are one and the same: one ΔW at most, and equal values and rows."""
+        """Whether changes of tied parameters can be joined: at most one has a ΔW, and values and rows are equal."""
         values = [change.values for change in changes if change.values]
         rows = [change.rows for change in changes if change.rows]
         return (
@@ -222,6 +244,7 @@ class _Plan:
         return len(keys) < 2 or all(torch.equal(self.saved.other(key), self.saved.other(keys[0])) for key in keys[1:])
 
     def _check_fit(self, change: _Change, found: TensorInfo) -> None:
+        """Check the shape and dtype of the checkpoint's tensor against all that the change puts into it."""
         expected = [] if change.module is None else [self.saved.weight_shape(change.module)]
         if change.values:
             expected.append(self.saved.others[change.values].shape)
@@ -250,7 +273,7 @@ class _Plan:
             )
 
     def merged(self, key: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-        """The tensor to write for a key of the checkpoint, in `dtype` if it is a floating-point one."""
+        """The tensor to write for a key of the checkpoint; `dtype` applies to it if it is a floating-point tensor."""
         tensor = self.checkpoint.read(key)
         own = tensor.dtype
         new = dtype if dtype is not None and own.is_floating_point else own
@@ -268,12 +291,13 @@ class _Plan:
             rows = torch.tensor(self.saved.token_indices(change.rows), device="cpu")
             tensor = tensor.index_copy(0, rows, self.saved.other(change.rows).to(own))
         if change.module is not None:
+            # ΔW and the sum are computed in float32 at least, so only the result is rounded to the weight's dtype.
             wide = torch.promote_types(own, torch.float32)
             tensor = self.saved.update(change.module, wide, device).dense().add_(tensor.to(device, wide))
         return _rounded(change.parameter, _finite(change.parameter, tensor), new).cpu()
 
     def new_tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """What the checkpoint lacks, by the model's own names."""
+        """The tensors to write that the checkpoint lacks, by the model's names of them."""
         tensors = {change.parameter: self.saved.other(change.values) for change in self.added}
         return {
             name: _rounded(name, tensor, dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype)
@@ -282,7 +306,7 @@ class _Plan:
 
 
 def _joined(one: _Change, other: _Change) -> _Change:
-    """All that happens to a weight, of whose names one is adapted at most."""
+    """One change with all that two changes of a weight do; at most one of them has a ΔW."""
     if other.module is not None:
         one, other = other, one
     return replace(one, values=one.values or other.values, rows=one.rows or other.rows)
@@ -295,7 +319,11 @@ def _finite(parameter: str, tensor: Tensor) -> Tensor:
 
 
 def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a dtype that holds all its values."""
+    """Convert a tensor to a dtype.
+
+    Raises:
+        ValueError: a finite value is too large for the dtype.
+    """
     rounded = tensor.to(dtype)
     if dtype != tensor.dtype and not torch.equal(rounded.isfinite(), tensor.isfinite()):
         raise ValueError(f"{key!r} gives values that are not finite in {dtype}. Give a wider dtype.")
@@ -303,10 +331,10 @@ def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_config(base: Path, directory: Path, plan: _Plan, dtype: torch.dtype | None) -> None:
-    """Change in the copied config what the merge has changed."""
+    """Write the base's config with the dtype, and the class and labels of a new head, that the merge has changed."""
     config = read_json(base / CONFIG_NAME)
     if dtype is not None:
-        config.pop("torch_dtype", None)
+        config.pop("torch_dtype", None)  # the name of `dtype` in configs that an older transformers wrote
         config["dtype"] = str(dtype).removeprefix("torch.")
     if plan.added:
         config["architectures"] = [type(plan.model).__name__]

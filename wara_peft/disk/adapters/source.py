@@ -1,4 +1,4 @@
-"""An adapter to convert, of a model or in a directory: its modules' ΔW one by one, and what it holds in full."""
+"""Gives converters one view of an adapter in a model or on disk: each module's ΔW, and all other tensors."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ TIED_ON_DISK = f"If its base model ties layers to the input embedding, the follo
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter to convert.
+    """An adapter to convert, from a model or from a directory.
 
     Attributes:
-        config: its configuration.
+        config: the adapter's configuration.
         modules: shape of each adapted module by name.
-        dtypes: dtype of each module's parameters.
-        update: gives ΔW of a module of that name, computed in a dtype.
-        others: what it holds in full, by PEFT's keys.
-        exclude_modules: modules that PEFT would take for targets, and are none.
-        base_class: name and module of the base model's class, if it is known.
-        component: of a diffusion pipeline, whose model the base model is, if the adapter's file says so.
-        warnings: what a LoRA made of it does otherwise.
+        dtypes: dtype of each adapted module's parameters, by the module's name.
+        update: computes ΔW of the module of a name, in a dtype.
+        others: tensors that the adapter holds in full (trained modules, biases, tokens), by PEFT's keys.
+        exclude_modules: a pattern for modules that PEFT would take for targets by the ends of their names, though
+            they are not adapted; None if there are no such modules, or the model is not at hand.
+        base_class: name of the base model's class, and of the Python module that defines it, if these are known.
+        component: the component of a diffusion pipeline that the base model is, if the adapter's file says so.
+        warnings: sentences about what a LoRA with this adapter's weights does differently.
     """
 
     config: WaRAConfig
@@ -67,11 +68,16 @@ class AdapterSource:
 def adapter_source(
     model: nn.Module | str | os.PathLike[str], adapter_name: str, component: str | None = None
 ) -> AdapterSource:
-    """The adapter of that name, of a model or in a directory, there that of a component where it has several.
+    """Find an adapter in a model or in a directory.
+
+    Args:
+        model: a model with the adapter, or the directory that the adapter was saved in.
+        adapter_name: the adapter's name.
+        component: for a file of diffusers that holds the adapters of several components, the component to read.
 
     Raises:
-        ValueError: the model has no adapter of that name, or it has no ΔW; for a path, see `SavedAdapter`.
-        TypeError: it is not a WaRA adapter, or `model` is neither a model nor a path.
+        ValueError: the model has no adapter of that name, or the adapter has no ΔW; for a path, see `SavedAdapter`.
+        TypeError: the adapter is not a WaRA adapter, or `model` is neither a model nor a path.
     """
     if isinstance(model, nn.Module):
         return _of_model(model, adapter_name)
@@ -83,7 +89,7 @@ def adapter_source(
 
 
 def adapter_directory(path: str | os.PathLike[str], adapter_name: str) -> Path:
-    """Where the adapter is: PEFT saves one of any other name than "default" in a directory of that name."""
+    """The directory of an adapter: PEFT saves an adapter that is not named "default" in a folder of its name."""
     inner = Path(path, adapter_name)
     return inner if inner.is_dir() else Path(path)
 
@@ -108,7 +114,7 @@ def _in_directory(path: Path, component: str | None) -> AdapterSource:
 
 
 def _recorded_class(config: WaRAConfig) -> tuple[str, str] | None:
-    """What PEFT records of the base model where there is no task type."""
+    """The class of the base model and its module, which PEFT records in a config that has no task type."""
     recorded = config.auto_mapping or {}
     name, module = recorded.get("base_model_class"), recorded.get("parent_library")
     return (name, module) if isinstance(name, str) and isinstance(module, str) else None
@@ -119,8 +125,11 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
     adapted = {name.removeprefix(PEFT_PREFIX): layer for name, layer in adapted_layers(model, adapter_name).items()}
     for layer in adapted.values():
         layer.check_has_delta_weight([adapter_name])
+    # A tied layer has no factors of its own. The layer that it is tied to stands for it.
     layers = {name: layer for name, layer in adapted.items() if adapter_name not in layer.tied_to}
     base_class = type(model.get_base_model() if isinstance(model, PeftModel) else model)
+    # With its default, "auto", PEFT would ask the Hub for the size of the base's vocabulary, and might add the base
+    # weights of embeddings.
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     factors = saved_keys(model, adapter_name)
     modules = {name: layer.shape for name, layer in layers.items()}
@@ -146,6 +155,7 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
 
 
 def _about_convolutions(layers: dict[str, WaRALayer]) -> Iterator[str]:
+    """Warn of convolutions with settings (dilation, padding mode) that PEFT's LoRA ignores when it computes."""
     different = [
         repr(name) for name, layer in layers.items() if layer.kind.settings_lora_ignores(layer.get_base_layer())
     ]

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: tensors, shards, directories."""
+"""Reads and writes checkpoints: files of tensors, their shards, and directories that appear whole."""

@@ -1,4 +1,4 @@
-"""A model's checkpoint on disk: its safetensors, in one file or in shards, and the files beside them."""
+"""Reads and writes a model's checkpoint: safetensors in one file or in shards, and the files beside them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from ...messages import first_few
 from .tensors import TensorFile, TensorInfo
 
 COPIED_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
-"""Endings of the files of a model's configuration, tokenizer and processor."""
+"""Endings of the files that hold a model's configuration, tokenizer and processor."""
 LICENSE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+"""Beginnings of the names of files that a license may require to be passed on with the weights."""
 
 
 class Checkpoint:
-    """The safetensors of a model's directory.
+    """The safetensors files in a model's directory, read for their headers; `read` gives single tensors.
 
     Attributes:
         base: the directory.
-        file_of: the name of the file that holds each key, file by file.
-        tensors: shape and dtype by key.
+        file_of: the name of the file that holds each key; all keys of one file stand together.
+        tensors: shape and dtype of each tensor by key.
 
     Raises:
-        FileNotFoundError: the directory or a file is missing, or there are only pickles.
-        ValueError: a file is broken, a key lies in two files, or an index says what is not so.
+        FileNotFoundError: the directory or a file is missing, or the directory holds only pickles.
+        ValueError: a file is broken, a key lies in two files, or the index and the files contradict each other.
     """
 
     def __init__(self, base: Path) -> None:
@@ -57,8 +58,9 @@ class Checkpoint:
             self.tensors.update(found)
 
     def _files(self) -> dict[str, set[str]]:
-        """File names, each with the keys that an index lists for it."""
+        """The names of the files, each with the keys that the index lists for it; without an index, with no keys."""
         index = self.base / SAFE_WEIGHTS_INDEX_NAME
+        # transformers prefers the single file as well, if a directory has both.
         if (self.base / SAFE_WEIGHTS_NAME).is_file():
             return {SAFE_WEIGHTS_NAME: set()}
         if not index.is_file():
@@ -79,6 +81,7 @@ class Checkpoint:
             raise ValueError(f"{str(index)!r} has no weight_map.")
         files: dict[str, set[str]] = {}
         for key, name in weight_map.items():
+            # An index that is not trusted must not name files outside of its directory.
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{str(index)!r} names the file {name!r}; a safetensors file beside it was expected.")
             files.setdefault(name, set()).add(key)
@@ -93,7 +96,10 @@ class Checkpoint:
 
 
 class ShardWriter:
-    """Writes tensors that come file by file, each file when the next one begins."""
+    """Writes tensors to shards with one shard in memory: a shard is written when a tensor of the next one comes.
+
+    The tensors of one file must be added one after another.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -106,12 +112,12 @@ class ShardWriter:
         if file != self.file:
             self._write()
             self.file = file
-        self.tensors[key] = tensor.contiguous()
+        self.tensors[key] = tensor.contiguous()  # safetensors writes no other tensors
         self.weight_map[key] = file
         self.total_size += tensor.nbytes
 
     def finish(self) -> None:
-        """Write the last file, and an index if there are several."""
+        """Write the last file, and an index unless the tensors lie in a single file of the standard name."""
         self._write()
         if set(self.weight_map.values()) != {SAFE_WEIGHTS_NAME}:
             index = {"metadata": {"total_size": self.total_size}, "weight_map": self.weight_map}
@@ -120,11 +126,17 @@ class ShardWriter:
     def _write(self) -> None:
         if self.tensors:
             assert not (self.directory / self.file).exists(), f"{self.file} came twice"
+            # `save_pretrained` writes this "format" too, and loaders of older versions refuse files without it.
             save_file(self.tensors, self.directory / self.file, metadata={"format": "pt"})
             self.tensors = {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -135,7 +147,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def copy_beside(base: Path, directory: Path) -> None:
-    """Copy configuration, tokenizer, processor and license."""
+    """Copy the files of configuration, tokenizer, processor and license from the base's directory.
+
+    The index of the base's shards is left out, as the new checkpoint may have other shards, and so are the files of an
+    adapter: transformers would load the adapter onto the merged model.
+    """
     for path in base.iterdir():
         wanted = path.suffix in COPIED_ENDINGS or path.name.startswith(LICENSE_NAMES)
         of_weights = path.name.endswith(".index.json") or path.name.startswith("adapter_")

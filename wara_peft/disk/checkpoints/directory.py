@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all, also when several processes write to one place."""
+"""Writes directories that are complete or not there at all, even if several processes write to one place."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ def written_at_once(
     existing: Literal["refuse", "replace", "update"] = "refuse",
     inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[Path]:
-    """Write a directory's files into a temporary one beside it, which takes its place once all are on disk.
+    """Let a block write files into a temporary directory, which is moved to `path` once all files are on disk.
 
-    If the block raises, or is interrupted, nothing is left of it, and what stood at `path` is as it was. The name is
-    claimed first: a directory is made at `path` and locked, so that of several processes that write to one place one
-    does. A process that is killed may leave the empty claim and the temporary directory; the next one takes the first
-    over, and removes the second.
+    If the block raises, or is interrupted, its files are removed, and `path` holds what it held before. Before the
+    block starts, this function claims the name: it makes a directory at `path` and locks it, so that only one of
+    several processes writes to one place. A process that is killed may leave the empty directory at `path` and the
+    temporary one. The next process uses the first, and removes the second.
 
     Args:
         path: the directory to write; parents that are missing are made.
-        existing: what to do if it is there already, and not empty: "refuse" raises, "replace" removes the old one when
-            the new one is complete, "update" takes out the files that are to be replaced, puts the new ones there, and
-            leaves others alone. Killed in between, "update" may leave names without a file, never old beside new.
-        inputs: what is read meanwhile, and must not be replaced.
+        existing: what to do if the directory is there already, and not empty. "refuse" raises. "replace" removes the
+            old directory when the new one is complete. "update" removes the files that are to be replaced, then puts
+            the new ones there, and keeps all others. A process that is killed in between may leave files missing, but
+            never an old file beside a new one.
+        inputs: files or directories that the block reads, and that must not be replaced.
 
     Yields:
         The temporary directory, empty.
 
     Raises:
-        ValueError: `path` is not a directory, or is there and must not be, or is being written by another process, or
-            holds an input that would be replaced.
+        ValueError: `path` is a file, or is not empty and `existing` is "refuse", or is being written by another
+            process, or holds an input that would be replaced.
         OSError: the directory cannot be made, or the disk is full.
     """
     target = Path(os.path.realpath(path))
@@ -48,6 +49,7 @@ def written_at_once(
         raise ValueError(f"path={str(path)!r} would lie in {str(file)!r}, which is a file; name a directory.")
     _check_inputs(path, target, existing, inputs)
     new_parents = [parent for parent in target.parents if not parent.exists()]  # innermost first
+    # The temporary directory lies beside the target, because a rename is one step only within a file system.
     temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
     claimed = False
     try:
@@ -59,7 +61,7 @@ def written_at_once(
             claimed = True
         with _locked(target) as is_ours:
             if not is_ours:
-                claimed = False
+                claimed = False  # the other process needs the directory, so the end of this function keeps it
                 raise ValueError(f"{str(path)!r} is being written by another process; name another directory.")
             if existing == "refuse" and any(target.iterdir()):
                 raise ValueError(
@@ -69,20 +71,26 @@ def written_at_once(
             temporary.mkdir()
             with _locked(temporary):
                 yield temporary
+                # Without this, a power failure soon after the move could leave the new names with empty files.
                 for file in temporary.iterdir():
                     _flush(file)
                 _flush(temporary)
                 _move(temporary, target, existing)
                 _flush(target.parent)
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt is no Exception, and must leave nothing behind either
         shutil.rmtree(temporary, ignore_errors=True)
         for empty in [target, *new_parents] if claimed else new_parents:
-            with suppress(OSError):  # it is not empty: someone else has put something there
+            with suppress(OSError):  # the directory is not empty, because another process has put something there
                 empty.rmdir()
         raise
 
 
 def _check_inputs(path: object, target: Path, existing: str, inputs: Sequence[str | os.PathLike[str]]) -> None:
+    """Refuse a target that holds an input.
+
+    "update" keeps the target's other files and folders, so an input may lie inside. "replace" removes all of them, so
+    it must not, and neither may the working directory.
+    """
     real = {str(item): Path(os.path.realpath(item)) for item in inputs}
     if existing == "update":
         held = [item for item, place in real.items() if place == target]
@@ -95,8 +103,11 @@ def _check_inputs(path: object, target: Path, existing: str, inputs: Sequence[st
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Whether this process alone holds the directory, which it does until the block ends."""
-    import fcntl  # which there is on POSIX alone, where directories can be locked
+    """Lock a directory until the block ends; the block gets False if another process holds the lock.
+
+    The system removes such a lock when its process ends, so a killed process leaves none, unlike a file as a lock.
+    """
+    import fcntl  # only POSIX has it, so importing this file must not need it
 
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -105,21 +116,28 @@ def _locked(directory: Path) -> Iterator[bool]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free = False
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks: go on without one
             pass
-        # Another process may have put a complete directory in the place of the one that was opened.
+        # Between `open` and `flock` another process may have moved its complete directory to this path. Then the lock
+        # is on a directory that is gone, and the directory at the path belongs to the other process.
         yield free and directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat())
     finally:
         os.close(descriptor)
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what killed processes have left beside the target, and put back what one of them was about to replace."""
+    """Remove directories that killed processes have left beside the target.
+
+    A process that is killed between the two renames in `_move` leaves the old directory under a temporary name and
+    nothing at the target. Then the old directory is put back.
+    """
     for leftover in target.parent.iterdir():
         kind = re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(partial|old)", leftover.name)
         if kind is None or not leftover.is_dir() or leftover.is_symlink():
             continue
-        with suppress(OSError), _locked(leftover) as is_ours:  # one that cannot be removed harms nobody
+        # A process that is still writing holds the lock of its temporary directory, so that directory stays. A
+        # leftover that cannot be removed does no harm.
+        with suppress(OSError), _locked(leftover) as is_ours:
             if is_ours and kind[1] == "old" and not target.exists():
                 leftover.rename(target)
             elif is_ours:
@@ -127,9 +145,12 @@ def _clear_leftovers(target: Path) -> None:
 
 
 def _move(temporary: Path, target: Path, existing: str) -> None:
+    """Move the complete temporary directory, or for "update" its files, to the target."""
     if existing == "update":
         _move_files(temporary, target)
     elif existing == "replace" and any(target.iterdir()):
+        # A rename replaces only an empty directory, so the old one is renamed first. If this process is killed between
+        # the two renames, the next one puts the old directory back (`_clear_leftovers`).
         old = temporary.with_suffix(".old")
         target.rename(old)
         try:
@@ -140,13 +161,13 @@ def _move(temporary: Path, target: Path, existing: str) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         try:
-            temporary.rename(target)  # onto the empty directory
+            temporary.rename(target)  # POSIX lets a rename replace an empty directory, here the claimed one
         except OSError as error:
             raise ValueError(f"{str(target)!r} was written by someone else meanwhile: {error.strerror}.") from error
 
 
 def _move_files(temporary: Path, target: Path) -> None:
-    """Put all files of a directory into another, or leave that as it is."""
+    """Move all files of one directory into another; if that fails, put back the files that were replaced."""
     files = list(temporary.iterdir())
     folders = [file.name for file in files if (target / file.name).is_dir()]
     if folders:
@@ -154,6 +175,7 @@ def _move_files(temporary: Path, target: Path) -> None:
     old = temporary / "old"
     old.mkdir()
     try:
+        # All old files leave before the first new one arrives, so the directory never holds both.
         for file in files:
             with suppress(FileNotFoundError):
                 (target / file.name).rename(old / file.name)
@@ -170,7 +192,7 @@ def _move_files(temporary: Path, target: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the file, or the names in a directory, on disk."""
+    """Wait until a file's contents, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A model without its weights, made from the config in a directory that is not trusted."""
+"""Makes a model without weights from the config in a checkpoint, and limits what an untrusted config can cost."""
 
 from __future__ import annotations
 
@@ -19,18 +19,25 @@ from ...factorized.saved import put_in_place
 from .checkpoint import Checkpoint, read_json
 
 MODULES_PER_TENSOR, SPARE_MODULES = 10, 10_000
-"""How many modules a model may have for each tensor in its files, and beyond: containers, activations, dropouts."""
+"""A model may have this many modules for each tensor in its files, and this many more. Most models have a few modules
+without tensors for each one with: containers, activations, dropouts."""
 
 
 class Skeleton:
-    """Makes models from a checkpoint's config, of no more modules than its tensors can fill.
+    """Makes models from a checkpoint's config, unless it asks for far more modules than the checkpoint has tensors.
+
+    A small config file can ask for a billion layers, and even on the meta device each module takes memory and time.
+
+    Args:
+        checkpoint: the checkpoint with the config.
+        further_tensors: number of tensors outside of the checkpoint that the model has modules for.
 
     Attributes:
-        config: the config.
+        config: the checkpoint's config.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it cannot be used, or asks for far more layers than there are tensors.
+        FileNotFoundError: the checkpoint has no config.
+        ValueError: the config cannot be used, or asks for far more layers than there are tensors.
     """
 
     def __init__(self, checkpoint: Checkpoint, further_tensors: int = 0) -> None:
@@ -46,11 +53,12 @@ class Skeleton:
             )
 
     def make(self, model_class: type[PreTrainedModel]) -> PreTrainedModel:
-        """The model on the meta device, with factorised layers where the checkpoint has such.
+        """Make the model on the meta device, with factorised layers where the checkpoint has factors.
 
         Raises:
-            ValueError: it cannot be made, or factors do not fit it.
+            ValueError: the model cannot be made, or the checkpoint's factors do not fit it.
         """
+        # The config is copied, as models may write into the config that they get.
         with self.blamed(), self.limited(), torch.device("meta"):
             model = model_class(copy.deepcopy(self.config))
         with torch.device("meta"):
@@ -59,20 +67,21 @@ class Skeleton:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the checkpoint's tensors by key."""
         return {key: info.shape for key, info in self.checkpoint.tensors.items()}
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """Say of what goes wrong while transformers makes something from the config that the config is to blame."""
+        """Turn an error of the block, in which transformers uses the config, into one that names the config's file."""
         try:
             yield
         except Exception as error:
-            reason = str(error).partition("Exception raised from")[0]  # PyTorch goes on with its call stack
+            reason = str(error).partition("Exception raised from")[0]  # after this PyTorch prints its call stack
             raise ValueError(f"Cannot use {str(self.path)!r}: {type(error).__name__}: {reason}") from error
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Stop as soon as more modules are made than the checkpoint can fill."""
+        """Raise from within the block as soon as it has made more modules than the checkpoint can fill."""
         count = 0
 
         def check(*_: Any) -> None:
@@ -83,6 +92,7 @@ class Skeleton:
                     f"its model has more than {self._most} modules, far more than there are tensors beside it."
                 )
 
+        # Only a hook on all modules of the process sees modules while a model's constructor makes them.
         handle = register_module_module_registration_hook(check)
         try:
             yield
@@ -91,7 +101,11 @@ class Skeleton:
 
 
 def keys_of_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[str]]:
-    """The keys of a checkpoint that transformers loads, without conversion, as each parameter of a model."""
+    """For each parameter of a model, the keys in a checkpoint that transformers loads as this parameter.
+
+    On loading, transformers renames keys, and converts some tensors: it may fuse or split them. A tensor that it
+    converts is left out, because a change of the parameter cannot be carried back through a conversion.
+    """
     mapping = get_model_conversion_mapping(model)
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -105,7 +119,10 @@ def keys_of_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[s
 
 
 def _check_numbers_of_layers(fields: Any, path: Path, most: int) -> None:
-    """Refuse numbers of layers that the files cannot fill, for which configs make lists before any model is there."""
+    """Refuse a config with a number of layers that the files cannot fill.
+
+    `Skeleton.limited` would be too late: config classes already make lists with an entry for each layer.
+    """
     open_fields = [fields]
     while open_fields:
         entry = open_fields.pop()

@@ -1,4 +1,4 @@
-"""Safetensors files: what is in them, by the header alone, and their tensors one by one."""
+"""Reads safetensors files: names, shapes and dtypes from the header, and single tensors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from ...compiled import plain_name
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of the dtypes that weights are computed in; shorter floats have scales beside them."""
+"""The float dtypes that a weight or factor may have, by safetensors' names. Floats of eight bits and fewer are left
+out: they belong to quantized weights, whose values need scales from other tensors."""
 INTEGERS = frozenset(("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"))
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype, by safetensors' name, of a tensor in a file."""
+    """Shape of a tensor in a file, and safetensors' name of its dtype."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,15 +30,16 @@ class TensorInfo:
 class TensorFile:
     """A safetensors file.
 
-    safetensors itself reads the header, and compares it with the size of the file, which huggingface_hub's
-    `parse_local_safetensors_file_metadata` does not.
+    The safetensors library reads the header, and compares it with the size of the file. `huggingface_hub` has a reader
+    of headers too (`parse_local_safetensors_file_metadata`), but it would not notice a file that is cut short.
 
     Attributes:
-        tensors: the `TensorInfo` of each tensor by the key that it has where the model is not compiled.
-        metadata: what else the header says.
+        tensors: the `TensorInfo` of each tensor, by its key. The keys of a compiled model are given as those of the
+            plain model, without torch.compile's `_orig_mod`.
+        metadata: the texts that the header holds besides the tensors, by name.
 
     Raises:
-        ValueError: the file is cut short, or is something else.
+        ValueError: the file is cut short, or is not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,6 +60,6 @@ class TensorFile:
         return TensorInfo(tuple(part.get_shape()), part.get_dtype())
 
     def read(self, keys: Iterable[str]) -> list[Tensor]:
-        """The tensors of these keys."""
+        """Read the tensors of these keys, in their order."""
         with self._open() as file:
             return [file.get_tensor(self._keys[key]) for key in keys]
