@@ -1,4 +1,4 @@
-"""Low-rank factorisation of whole models; it knows nothing of adapters, which may target what it makes."""
+"""Low-rank factorisation of whole models. This package does not use adapters; adapters may target its layers."""
 
 from ..factorized import (
     DenseSparseLinear,

@@ -1,4 +1,4 @@
-"""`compress`: from a model, statistics and a budget to a model of factorised layers."""
+"""`compress`: spends a budget on ranks of a model's linear layers, and replaces these by factorised ones."""
 
 from __future__ import annotations
 
@@ -55,48 +55,50 @@ def compress(
     loss_fn: LossFunction | None = None,
     show_progress_bar: bool = True,
 ) -> CompressionReport:
-    """Replace linear layers of a model, in place, by factorised ones that cost no more than a budget together.
+    """Replace linear layers of a model, in place, by factorised ones that together cost no more than a budget.
 
-    Each `nn.Linear` or transformers `Conv1D` among the targets becomes a `LowRankLinear` or, by a dictionary, a
-    `DictionaryLinear`, or stays dense where that is better or no rank pays. Nothing is changed before all arguments
-    and statistics are checked and, unless `sequential`, before all layers are made; if something raises, the model is
-    as it was.
+    Each `nn.Linear` or transformers `Conv1D` among the targets becomes a `LowRankLinear`, or a `DictionaryLinear` if
+    the solver makes dictionaries. A target stays dense where that is better, or where no rank costs less than the
+    dense layer. All arguments and statistics are checked before the model is changed, and without `sequential` all
+    layers are made before. If something raises, the model is as it was.
 
     Args:
         model: the model, without adapters; a factorised one trains and takes adapters as before.
-        budget: how much the targets may cost: a share of what they cost, as 0.6; a number of parameters; or bytes as
-            text, as "48MB" or "1GiB". With allocation="cost" a share of, or an int in units of, that cost. Or the rank
-            of each layer by its full name, which are the targets then; a rank at which nothing is saved is dense.
+        budget: how much the targets may cost: a share of their cost as dense layers, such as 0.6; a number of
+            parameters; or bytes as text, such as "48MB" or "1GiB". With allocation="cost" it is a share of that cost,
+            or an int in its units. A mapping from full names of layers to ranks sets targets and ranks directly; a
+            layer whose rank would save nothing stays dense.
         solver: "svd", "fisher", "activation", "activation-fisher", "dictionary" (K-SVD) or "dictionary-oneshot"; see
-            `SOLVERS` for what each minimises. A dictionary of k atoms has k/2 values in each row; bytes and parameters
-            count their places too.
-        statistics: what `calibrate` returns, or `load_statistics`; "svd" works without.
-        allocation: "uniform" gives all layers the same share of what they cost. "greedy" takes unit after unit of
-            rank by σ² over its cost; where a solver does not estimate the loss itself, σ² is a share of ‖T W S‖², and
-            each layer first gets three quarters of its uniform rank.
-            "cost" is greedy with `cost` in place of parameters. "depth" is for keys and values (its default targets):
-            layers nearer to the input keep more, by the condition numbers κ of their weights from there to the top,
-            d_ℓ ∝ 1 − (max log κ̃ − log κ̃_ℓ)/(max log κ̃ − min log κ̃)/2 with κ̃_ℓ = Π_{j≥ℓ} κ_j; that formula of LoRC
-            (arXiv 2410.03111) is second-hand.
+            `SOLVERS` for the error that each minimises. A dictionary of k atoms has k/2 values in each row of its
+            coefficients; bytes and parameters count the bits for their places too.
+        statistics: the result of `calibrate` or `load_statistics`; "svd" needs none.
+        allocation: "uniform" gives all layers the same share of their dense cost. "greedy" gives unit after unit of
+            rank to the layer where it gains most for its cost. The i-th unit gains σ_i² of T W S; see
+            `solvers/low_rank.py`. If the solver does not estimate the loss itself, σ_i² is divided by ‖T W S‖², and
+            each layer first gets three quarters of its uniform rank. "cost" is greedy with `cost` in place of
+            parameters. "depth" is for keys and values, which are its default targets: layers nearer to the input keep
+            more, by the condition numbers κ of the weights from there to the top,
+            d_ℓ ∝ 1 − (max log κ̃ − log κ̃_ℓ)/(max log κ̃ − min log κ̃)/2 with κ̃_ℓ = Π_{j≥ℓ} κ_j. The formula is
+            LoRC's (arXiv 2410.03111), taken from a second-hand source.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer of a model of transformers.
         cost: for allocation="cost": "flops" (of the positions seen in calibration), "bytes", or a function of (name,
             m, n, rank or None for dense).
-        compensate_bias: let the bias make up for the mean of the inputs where statistics have it. A layer without a
-            bias gets one, which counts.
-        sequential: batches with which to take moment and mean of the inputs anew, layer by layer in the order in which
-            they run, after the layers before have been compressed. Ranks come from `statistics`.
-        loss_fn: how to call the model with these batches, where `model(**batch)` will not do.
+        compensate_bias: let the bias make up for the error at the mean input, if statistics have that mean. A layer
+            without a bias gets one, whose parameters count.
+        sequential: batches with which moment and mean of each layer's inputs are measured again, in the order in which
+            layers run, after the layers before have been compressed. Ranks still come from `statistics`.
+        loss_fn: calls the model with these batches, if `model(**batch)` does not work for them.
         show_progress_bar: show progress over layers.
 
     Returns:
-        What each layer got and lost. It is also kept as `model.compression_report`, for `save_compressed`.
+        A report of what each layer got and lost. `model.compression_report` keeps it too, for `save_compressed`.
 
     Raises:
-        ValueError: an argument is unknown or out of range; a target matches nothing; the budget is less than rank 1
-            of all layers; statistics are missing, of another model, not finite, or of a layer that never ran; a weight
-            is quantized, on the meta device or not finite; or the model has adapters.
-        TypeError: an argument is of another kind, as where two are swapped.
+        ValueError: an argument is unknown or out of range; a target matches nothing; the budget is below the cost of
+            rank 1 in all layers; statistics are missing, not finite, of another model, or of a layer that never ran; a
+            weight is quantized, on the meta device or not finite; or the model has adapters.
+        TypeError: an argument is of another kind, for example because two are swapped.
     """
     call = "compress(model, budget, solver, statistics)"
     check_argument(call, "model", model, "an nn.Module")
@@ -113,6 +115,7 @@ def compress(
     check_base(model)
     given = budget if isinstance(budget, Mapping) else None
     if given is not None:
+        # With given ranks there is nothing to allocate. "uniform" computes no gains, and costs are parameters.
         allocation, target_modules = "uniform", "|".join(map(re.escape, given))
     targets, left = _targets(model, target_modules, allocation)
     entries = statistics or {}
@@ -121,6 +124,7 @@ def compress(
     for name, layer in tqdm(targets.items(), desc="Reading statistics", disable=not show_progress_bar):
         weight = factorizable_weight(name, layer)
         entry = statistics_of(name, layer, entries, solver)
+        # A sequential run measures the mean later. The bias that it brings must fit the budget now.
         has_mean = entry.mean is not None or batches is not None
         shapes[name] = _shape(layer, entry.count, solver, compensate_bias and has_mean)
         gains[name] = _gains(weight, solver, entry, compensate_bias) if allocation in ("greedy", "cost") else []
@@ -174,10 +178,10 @@ def compress(
 def check_options(
     budget: float | int | str | Mapping[str, int], solver: str, allocation: str, cost: str | Cost
 ) -> None:
-    """Refuse options that are wrong whatever the model is.
+    """Refuse options that are wrong for every model.
 
     Raises:
-        ValueError: a name is unknown, or the budget is no share, no number and no size.
+        ValueError: a name is unknown, or the budget is neither a share nor a number nor a size.
     """
     for what, value, known in (("solver", solver, SOLVERS), ("allocation", allocation, ALLOCATIONS)):
         if value not in known:
@@ -191,7 +195,7 @@ def check_options(
 def _targets(
     model: nn.Module, target_modules: str | list[str] | None, allocation: str
 ) -> tuple[dict[str, nn.Linear | Conv1D], dict[str, str]]:
-    """The layers to compress, each under its first name, and why others are left."""
+    """Give the layers to compress, each under its first name, and the reasons why others are left."""
     if allocation == "depth" and target_modules is None:
         target_modules = rf"(.*\.)?({'|'.join(KEYS_AND_VALUES)})"
     targets, left = separate_tied(model, linear_targets(model, target_modules))
@@ -212,10 +216,10 @@ def _allocated(
 def _given(
     given: Mapping[str, int], names: Iterable[str], shapes: Mapping[str, Shape], candidates: list[Candidate]
 ) -> list[int | None]:
-    """The ranks that are given, None where one saves nothing.
+    """Give the caller's ranks in the order of `names`; None, for dense, where a rank saves nothing.
 
     Raises:
-        ValueError: a name is no target, or its rank is out of range.
+        ValueError: a name of `given` is no target, or its rank is out of range.
     """
     missing = [repr(name) for name in given if name not in shapes]
     if missing:
@@ -242,12 +246,13 @@ def _shape(layer: nn.Linear | Conv1D, positions: int, solver: str, gets_bias: bo
 
 
 def _gains(weight: Tensor, solver: str, entry: LayerStatistics, compensate_bias: bool) -> list[float]:
-    """What each unit of rank takes off the loss, in numbers that can be compared between layers."""
+    """Give what each unit of rank takes off the loss, in numbers that can be compared between layers."""
     kind = SOLVERS[solver]
     found = energies(
         weight, kind.metric(move_statistics(entry, weight.device), compensate_bias and entry.mean is not None)
     )
-    if kind.is_loss:  # of each position there is one term in the loss
+    if kind.is_loss:
+        # E[g gᵀ] is a mean over positions. Each position adds a term to the loss, so the mean is made a sum again.
         return (found * (entry.count if "gradients" in kind.needs else 1)).tolist()
     total = found.sum()
     return (found / total if bool(total > 0) else found).tolist()
@@ -256,13 +261,14 @@ def _gains(weight: Tensor, solver: str, entry: LayerStatistics, compensate_bias:
 def _costs(
     shapes: Mapping[str, Shape], budget: float | int | str | Mapping[str, int], allocation: str, cost: str | Cost
 ) -> tuple[str, dict[str, Any]]:
-    """What is counted, and of each layer a function from a rank, or None for dense, to its cost."""
+    """Give the unit of costs, and for each layer a function from a rank, or None for dense, to its cost."""
     if allocation != "cost":
         in_bytes = isinstance(budget, str)
         unit = "bytes" if in_bytes else "parameters"
         return unit, {name: shape.bytes if in_bytes else shape.parameters for name, shape in shapes.items()}
     if callable(cost):
         return "cost", {
+            # Defaults bind this layer's name and shape: a lambda would otherwise see those of the last layer.
             name: lambda rank, name=name, shape=shape: cost(name, shape.out_features, shape.in_features, rank)
             for name, shape in shapes.items()
         }
@@ -270,16 +276,16 @@ def _costs(
 
 
 def _limit(budget: float | int | str, before: float, unit: str) -> float:
-    """The budget in its unit.
+    """Give the budget in its unit.
 
     Raises:
-        ValueError: it is no share, no number of at least 1, and no size.
+        ValueError: the budget is neither a share, nor a number of at least 1, nor a size.
     """
     if isinstance(budget, str):
         try:
             size = convert_file_size_to_int(budget)
         except ValueError:
-            size = 0
+            size = 0  # accelerate's message does not name the argument; the one below does
         if size < 1 or unit != "bytes":
             raise ValueError(
                 f"budget={budget!r} must be a share such as 0.6, a number of parameters, or a size such as '48MB'"
@@ -287,7 +293,7 @@ def _limit(budget: float | int | str, before: float, unit: str) -> float:
             )
         return float(size)
     if isinstance(budget, float) and 0 < budget < 1:
-        # An integer of parameters or bytes; a share of them is rounded down.
+        # Parameters, bytes and flops are whole numbers, so a share of them is rounded down.
         return budget * before if unit == "cost" else math.floor(budget * before)
     if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
         return budget

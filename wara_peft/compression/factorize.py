@@ -23,12 +23,13 @@ def factorize(
     solver: Solver = "svd",
     target_modules: str | list[str] | None = None,
 ) -> Factorization:
-    """Replace linear layers of a model, in place, by two smaller ones each, where that saves parameters.
+    """Replace each linear layer of a model, in place, by two smaller ones, where that saves parameters.
 
     An `nn.Linear(n, m)` or a transformers `Conv1D` becomes a `LowRankLinear` of r (m + n) weights; an
-    `nn.MultiheadAttention` becomes a `LowRankMultiheadAttention` as a whole. Left as they are, and listed in the
-    result: layers where r is at or above the break-even m n / (m + n), and layers whose weight other modules use too
-    (a head tied to the embedding), which would go on to exist. Nothing is changed before all replacements are made.
+    `nn.MultiheadAttention` becomes one `LowRankMultiheadAttention`. Two kinds of layers stay as they are and are
+    listed in the result: layers whose rank r is at or above the break-even m n / (m + n), and layers that share their
+    weight with another module (a head tied to the embedding), because that module would keep the weight in memory.
+    The model is changed only after all replacements were made without an error.
 
     A factorised model trains as before. To load its state dict, factorise a model of the same architecture in the same
     way first (`solver="random"` is quick) and call `load_state_dict`; `from_pretrained` does not know of the factors.
@@ -36,19 +37,19 @@ def factorize(
 
     Args:
         model: any module that contains linear layers.
-        rank: rank of all layers, or a float in (0, 1]: of each layer that fraction of its break-even.
-        solver: "svd" keeps as much of the weights as the rank allows, "random" draws them anew; see
+        rank: one rank for all layers, or a float in (0, 1]: each layer then gets that fraction of its break-even.
+        solver: "svd" keeps as much of the weights as the rank allows, "random" draws new weights; see
             `factorize_linear`.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all.
 
     Raises:
-        ValueError: a wrong rank or solver, a target that matches nothing, a layer that cannot be factorised
-            (quantized, on the meta device, not finite; the message has its name), a model with PEFT adapters, or a
-            model that is itself a linear layer.
+        ValueError: `rank` or `solver` is wrong, a target matches nothing, a layer cannot be factorised because it is
+            quantized, on the meta device or not finite (the message names it), the model has PEFT adapters, or the
+            model is itself a linear layer.
     """
     check_argument("factorize(model, rank)", "model", model, "an nn.Module")
     check_solver(solver)
-    resolve_rank(rank, 1, 1)
+    resolve_rank(rank, 1, 1)  # refuses a wrong rank before the first layer is looked at
     check_base(model)
 
     def make(module: Factorizable) -> nn.Module | str:
@@ -65,11 +66,12 @@ def factorize(
         if isinstance(encoder, nn.TransformerEncoder) and any(
             isinstance(module, LowRankMultiheadAttention) for module in encoder.modules()
         ):
-            # Its fused path in eval mode reads the weights that PyTorch's own attention has.
+            # In evaluation mode `TransformerEncoder` reads `self_attn.in_proj_weight` of its first layer to decide on
+            # nested tensors. A low-rank attention has no such weight, so nested tensors are switched off.
             encoder.use_nested_tensor = False
     return done
 
 
 def _shape(module: Factorizable) -> tuple[int, int]:
-    """(in, out) features of a linear layer, or of each projection of an attention."""
+    """Give (in, out) features of a linear layer, or of one projection of an attention."""
     return (module.embed_dim, module.embed_dim) if isinstance(module, nn.MultiheadAttention) else linear_shape(module)

@@ -1,4 +1,4 @@
-"""A key-value cache that keeps few numbers of each head's values, and of keys where nothing rotates these."""
+"""A key-value cache that keeps each head's values in low rank, and keys too in models without rotary embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from .statistics.layer_statistics import LayerStatistics
 
 @dataclass(frozen=True, eq=False)
 class HeadBases:
-    """Of one projection: E, (heads, d, r), with orthonormal columns, and an offset c, (heads, 1, d)."""
+    """The subspace of each head for one projection: E, (heads, d, r), with orthonormal columns, and an offset c.
+
+    The offset has shape (heads, 1, d). A state v is kept as z = Eᵀ (v − c) and restored as E z + c.
+    """
 
     basis: Tensor
     offset: Tensor
@@ -29,17 +32,17 @@ class HeadBases:
         return self.basis.shape[-1]
 
     def compress(self, states: Tensor) -> Tensor:
-        """Eᵀ (v − c) of states (batch, heads, length, d): (batch, heads, length, r)."""
+        """Give z = Eᵀ (v − c), (batch, heads, length, r), for states v, (batch, heads, length, d)."""
         return (states - self.offset.to(states)) @ self.basis.to(states)
 
     def restore(self, kept: Tensor) -> Tensor:
-        """E z + c again."""
+        """Give E z + c, (batch, heads, length, d), for kept numbers z, (batch, heads, length, r)."""
         return kept @ self.basis.to(kept).mT + self.offset.to(kept)
 
 
 @dataclass(frozen=True)
 class LayerBases:
-    """Of one layer of a model; None keeps states as they are."""
+    """The bases for one layer of a model. None means that the cache keeps the states as they are."""
 
     values: HeadBases | None
     keys: HeadBases | None = None
@@ -55,30 +58,30 @@ def cache_bases(
     keys: bool = False,
     by_depth: bool = False,
 ) -> list[LayerBases]:
-    """Find for each head the r directions in which its values vary most, to make a `LowRankCache` of.
+    """Find for each head the r directions in which its values vary most. A `LowRankCache` is made from them.
 
-    With W_h, (d, n), the head's rows of the projection and G the moment of its inputs about their mean μ, E has the
-    first eigenvectors of W_h G W_hᵀ, and c = W_h μ + b: then E Eᵀ (v − c) + c is the best approximation of that rank
-    of the values v that calibration saw. Without statistics G = I and c = b. The model itself stays as it is, and no
-    head has more than its own rank, also where heads share values (grouped queries).
+    W_h, (d, n), are the head's rows of the projection, b its bias, and G the moment of its inputs about their mean μ.
+    The columns of E are the first eigenvectors of W_h G W_hᵀ, and c = W_h μ + b. Then E Eᵀ (v − c) + c is the best
+    approximation of rank r of the values v that calibration saw. Without statistics G = I and c = b. The model itself
+    stays as it is. With grouped queries there is one basis for each head of keys and values.
 
     After Zhang et al., "LoRC", arXiv 2410.03111, which truncates the weights of all heads together, without inputs.
 
     Args:
-        model: a decoder with `v_proj` (and `k_proj`) in its attentions, as Llama, Qwen, OPT and others.
-        rank: r of each head.
-        statistics: what `calibrate` returns, of these projections.
-        keys: whether keys are kept so too. Rotary embeddings turn keys after their projection, each position
-            otherwise, so that models with these are refused.
-        by_depth: let r be the most that a layer gets, and layers nearer to the output get less, down to r / 2, by the
+        model: a decoder with `v_proj` (and `k_proj`) in its attentions, such as Llama, Qwen or OPT.
+        rank: r, the rank of each head.
+        statistics: the result of `calibrate` with these projections among its targets.
+        keys: whether keys are kept in low rank too. Models with rotary embeddings are refused then, because these turn
+            keys after their projection, by another angle at each position.
+        by_depth: let r be the most that a layer gets. Layers nearer to the output get less, down to r / 2, by the
             condition numbers from their block to the top, as in `compress(allocation="depth")`.
 
     Returns:
-        Bases by layer.
+        Bases, one entry for each layer.
 
     Raises:
-        ValueError: a rank out of range, statistics that are missing or of another layer, keys of a model with rotary
-            embeddings, or a model whose values are not those of its `v_proj` in a cache that only grows.
+        ValueError: `rank` is out of range; statistics are missing or of another layer; `keys` is set and the model has
+            rotary embeddings; the model changes its values after `v_proj`; or its cache is not one that only grows.
     """
     check_argument("cache_bases(model, rank)", "model", model, "an nn.Module")
     projections = _projections(model, "v_proj")
@@ -95,12 +98,13 @@ def cache_bases(
 
 
 class LowRankCache(Cache):
-    """A cache of transformers for `generate` and forward that keeps r numbers of each head's values for a position.
+    """A cache of transformers for `generate` and forward that keeps r numbers for each position and head's values.
 
-    It grows as `DynamicCache` does, and gives attention E Eᵀ (v − c) + c for v; keys are as they were, or alike.
+    It grows as `DynamicCache` does. Attention gets E Eᵀ (v − c) + c in place of the values v. Keys are exact, unless
+    the bases have a part for keys.
 
     Args:
-        bases: by layer, from `cache_bases`; several caches may share them.
+        bases: the result of `cache_bases`, one entry for each layer. Several caches may share it.
 
     Example:
         >>> bases = cache_bases(model, 32, statistics)  # doctest: +SKIP
@@ -117,6 +121,8 @@ class _LowRankLayer(DynamicLayer):
         self.bases = bases
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # The base class keeps what it is given: low-rank states are compressed before it and restored after it. New
+        # states are restored with the old ones, so a position has the same values in every step.
         of_keys, of_values = self.bases.keys, self.bases.values
         keys, values = super().update(
             key_states if of_keys is None else of_keys.compress(key_states),
@@ -129,7 +135,7 @@ class _LowRankLayer(DynamicLayer):
 
 
 def _projections(model: PreTrainedModel, end: str) -> list[tuple[str, nn.Module, int]]:
-    """Names and modules of these in the order of layers, with the width of a head."""
+    """Give name, module and width of a head for the attentions' projections called `end`, in the order of layers."""
     config = model.config
     found: dict[int, tuple[str, nn.Module, int]] = {}
     for name, attention in model.named_modules():
@@ -156,6 +162,7 @@ def _projections(model: PreTrainedModel, end: str) -> list[tuple[str, nn.Module,
 
 
 def _is_rotary(model: PreTrainedModel) -> bool:
+    # Models share no base class for rotary embeddings, only this word in its name.
     return any("Rotary" in type(module).__name__ for module in model.modules())
 
 
@@ -194,10 +201,12 @@ def _head_bases(
         moment = entry.moment.to(weight)
         if entry.mean is not None:
             mean = entry.mean.to(weight)
+            # The offset c takes the mean out of the states, so E only has to span what varies about it.
             moment = moment - torch.outer(mean, mean)
             offset = offset + weight @ mean
-    heads = weight.view(-1, width, weight.shape[1])
+    heads = weight.view(-1, width, weight.shape[1])  # (heads, d, n)
     gram = heads @ (heads.mT if moment is None else moment @ heads.mT)
+    # Rounding leaves the product slightly asymmetric. `eigh` gives the largest eigenvalues last, hence the flip below.
     _, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
     dtype = cast(Tensor, projection.weight).dtype
     return HeadBases(vectors.flip(-1)[..., :rank].to(dtype), offset.view(-1, 1, width).to(dtype))

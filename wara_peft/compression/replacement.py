@@ -1,4 +1,4 @@
-"""Putting factorised layers in the place of linear ones: all at once, or one after the other in the order they run."""
+"""Replacing linear layers of a model by factorised ones: all at once, or one by one in the order in which they run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .targets import Layer, errors_naming, separate_tied
 
 @dataclass
 class Replacement:
-    """Which layers get which rank, and how they are replaced."""
+    """A plan of `compress`: which layers get which rank, and what their solver needs."""
 
     model: nn.Module
     targets: dict[str, nn.Linear | Conv1D]
@@ -37,7 +37,7 @@ class Replacement:
         return factorize_weight(self.targets[name], self.ranks[name], self.solver, entry, self.compensate_bias)
 
     def at_once(self, done: Callable[[], Any]) -> dict[str, float]:
-        """Replace all layers when all are made; returns what each has lost."""
+        """Make all factorised layers, then put them into the model; call `done` after each. Returns losses by name."""
         made = {}
         for name in self.ranks:
             made[name] = self._solved(name, self.statistics.get(name, empty_statistics(self.targets[name])))
@@ -46,13 +46,18 @@ class Replacement:
         return {name: solution.lost for name, solution in made.items()}
 
     def in_order(self, batches: list[Any], loss_fn: LossFunction | None, done: Callable[[], Any]) -> dict[str, float]:
-        """Replace layer after layer, with moments of the inputs that the layers before make now."""
+        """Replace one layer after the other, each with moments of the inputs that it gets from the layers before it.
+
+        These layers are factorised by then, so errors are weighed by the inputs that the new layer will really get.
+        """
         lost = {}
         with self._restored_on_error():
             for group in self._groups(batches[0], loss_fn):
-                leader = {group[0]: self.targets[group[0]]}  # the others have the same input
+                # All layers of a group get one input tensor, so the moments of the first layer are those of all.
+                leader = {group[0]: self.targets[group[0]]}
                 fresh = measure(self.model, leader, batches, ("inputs",), loss_fn)[group[0]]
                 for name in group:
+                    # Statistics of gradients stay those of the dense model: only the inputs are measured again.
                     entry = self.statistics.get(name, empty_statistics(self.targets[name]))
                     entry = replace(entry, moment=fresh.moment, mean=fresh.mean, count=fresh.count)
                     solution = self._solved(name, entry)
@@ -62,14 +67,17 @@ class Replacement:
         return lost
 
     def _groups(self, batch: Any, loss_fn: LossFunction | None) -> list[list[str]]:
-        """Names in the order in which the layers run, those together that get one tensor right after each other."""
+        """Give the names in the order in which the layers run in one batch.
+
+        Layers that run right after each other on the same input tensor, such as q, k and v, form one group.
+        """
         groups: list[list[str]] = []
         latest: Tensor | None = None
         seen: set[str] = set()
 
         def note(name: str, inputs: Tensor) -> None:
             nonlocal latest
-            if name in seen:
+            if name in seen:  # a layer that runs several times in a batch has its place by the first run
                 return
             seen.add(name)
             if inputs is latest:
@@ -103,6 +111,7 @@ class Replacement:
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:
+        # `named_children` leaves out further names of a shared module, so the private mapping is read.
         places = [
             (parent, name, child)
             for parent in self.model.modules()
@@ -111,7 +120,7 @@ class Replacement:
         ]
         try:
             yield
-        except BaseException:
+        except BaseException:  # also when the user interrupts a long run
             for parent, name, child in places:
                 setattr(parent, name, child)
             raise
@@ -123,17 +132,17 @@ def replace_targets(
     make: Callable[[Layer], nn.Module | str],
     size: Callable[[Any], int] = attrgetter("rank"),
 ) -> Factorization:
-    """Replace layers of a model, in place, once all that replaces them is made; if something raises, none is replaced.
+    """Replace layers of a model, in place, after all new layers were made. If `make` raises, no layer is replaced.
 
     Args:
-        model: not itself among the targets.
-        targets: by name; a layer with several names may be under each of them.
-        make: makes what replaces a layer, or says why the layer is left. It is called once for each layer whose
-            weights no other module has.
-        size: the rank, or another size to report, of what was made.
+        model: the model, which is not itself a target.
+        targets: layers by name. A layer with several names may be there under each of them.
+        make: gives the new layer for a target, or the reason why the target stays as it is. It is called once for each
+            target that shares no parameter with another module.
+        size: gives the size to report of a new layer, such as its rank.
 
     Raises:
-        ValueError: `make` raised one; it has the layer's name then.
+        ValueError: `make` raised it. The message then has the layer's name.
     """
     before = count_parameters(model)
     own, left = separate_tied(model, targets)
@@ -157,12 +166,13 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def replace_everywhere(model: nn.Module, made: Mapping[Any, nn.Module]) -> None:
-    """Put modules in the place of others, under all their names.
+    """Replace modules of a model, in place, under all names that they have in it.
 
     Args:
-        model: not itself among those replaced.
-        made: by the module that each replaces.
+        model: the model, which is not itself replaced.
+        made: maps each module that goes to the one that takes its place.
     """
+    # `named_children` leaves out further names of a shared module. The lists are copies, as the loops change the tree.
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in made:

@@ -1,4 +1,4 @@
-"""What compressing did to each layer."""
+"""Reports of what compression did to each layer of a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Factorization:
-    """What `factorize`, or another function that replaces layers at a rank, did to a model.
+    """Result of `factorize` and of other functions that replace layers at a given rank.
 
     Attributes:
-        replaced: rank of each layer that was factorised, by its name.
-        left: why a target was left as it is, by its name.
-        parameters_before, parameters_after: of the whole model, shared ones counted once.
+        replaced: maps the name of each factorised layer to its rank.
+        left: maps the name of each target that stayed as it is to the reason.
+        parameters_before, parameters_after: parameters of the whole model; a shared parameter counts once.
     """
 
     replaced: dict[str, int]
@@ -25,17 +25,17 @@ class Factorization:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One target.
+    """What `compress` did to one of its target layers.
 
     Attributes:
-        name: the layer's.
-        shape: (m, n).
-        rank: of the low-rank layer, or the number of atoms of a dictionary; None is dense.
-        nonzeros: values in each row of a dictionary's coefficients, None where there is no dictionary.
-        parameters_before, parameters_after: of the layer, biases included; the places of a dictionary's values count
-            by their bytes.
-        lost: the solver's error as a share of that of an output of zero; 0 for a dense layer.
-        reason: why it is dense, or "".
+        name: full name of the layer.
+        shape: (m, n), output and input features.
+        rank: rank of the low-rank layer, or number of atoms of the dictionary; None if the layer stayed dense.
+        nonzeros: values in each row of a dictionary's coefficients; None if there is no dictionary.
+        parameters_before, parameters_after: parameters of the layer with its bias. The bits that say where a
+            dictionary's values lie count too, converted from bytes to parameters.
+        lost: error of the factorised layer, divided by the error of a layer that outputs zero; 0 for a dense layer.
+        reason: why the layer stayed dense, or "".
     """
 
     name: str
@@ -50,16 +50,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What `compress` did.
+    """What `compress` did to a model.
 
     Attributes:
-        solver, allocation: how.
-        budget: the most that the targets could cost, in `unit`.
-        unit: "parameters", "bytes", "flops", or "cost" for costs of one's own.
+        solver, allocation: the arguments of `compress`; allocation is "given" if the caller gave all ranks.
+        budget: the most that the targets were allowed to cost, in `unit`.
+        unit: "parameters", "bytes", "flops", or "cost" if the caller gave a cost function.
         spent, before: what the targets cost now, and what they cost before.
-        layers: the targets.
-        left: why a layer that was asked for is no target, by its name; it does not count.
-        sequential: whether statistics were taken anew after the layers before had been compressed.
+        layers: one entry for each target.
+        left: maps the name of each layer that was asked for, but could not be a target, to the reason. These layers
+            count neither in `before` nor in `spent`.
+        sequential: whether each layer's statistics were taken again after the layers before it had been compressed.
     """
 
     solver: str
@@ -81,16 +82,17 @@ class CompressionReport:
         return sum(layer.parameters_after for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything here as plain values, for JSON."""
+        """Give all fields as plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CompressionReport:
-        """What `as_dict` gave, also after JSON.
+        """Make a report of the result of `as_dict`, which may have gone through JSON in between.
 
         Raises:
-            TypeError, KeyError: it is something else.
+            TypeError, KeyError: `fields` is not a result of `as_dict`.
         """
+        # JSON has no tuples: a shape comes back as a list.
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in fields["layers"]]
         return cls(**{**fields, "layers": layers})
 
@@ -106,7 +108,7 @@ class CompressionReport:
 
     @property
     def summary(self) -> str:
-        """All layers together, in a line."""
+        """One line about all layers together."""
         dense = sum(layer.rank is None for layer in self.layers)
         share = self.parameters_after / max(self.parameters_before, 1)
         return (

@@ -1,4 +1,4 @@
-"""The text side of a CLIP-like classifier as weights of classes times a small basis."""
+"""The text side of a CLIP-like classifier, in low rank: each class is a few weights of shared basis vectors."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from ..arguments import check_whole_number
 
 
 class LowRankTextHead(nn.Module):
-    """Classes as rows of W times a basis B of text features: logits = τ z normalize(W B)ᵀ + β, with z of length one.
+    """Classifier whose text features are W B: logits = τ z normalize(W B)ᵀ + β.
 
-    With F, (N, D), the text embeddings of N classes as rows of length one and F = P Σ Qᵀ, W = P_m Σ_m and B = Q_mᵀ, so
-    that ‖F − W B‖²_F = Σ_{i>m} σ_i², and the rank of F gives what the whole text side does. The loss of a task trains
-    W alone; B moves by `reconstruction_loss`, if it is unfrozen. m (N + D) numbers stand for N D.
+    The image features z have length one. Row i of W holds the weights of class i, and the rows of B are the basis
+    vectors that all classes share. The head starts from F, (N, D), whose rows are the text embeddings of N classes,
+    scaled to length one. With the SVD F = P Σ Qᵀ it sets W = P_m Σ_m and B = Q_mᵀ. So ‖F − W B‖²_F = Σ_{i>m} σ_i².
+    If m is the rank of F, the head computes what the whole text side does. It has m (N + D) numbers in place of N D.
 
-    After Lei et al., "HOLa", arXiv 2507.15542: its basis is one of principal components without scale and mean, for a
-    detector of interactions; this is the form whose start is CLIP's own zero-shot classifier.
+    The loss of a task trains only W. To train B, unfreeze it and use `reconstruction_loss`.
+
+    After Lei et al., "HOLa", arXiv 2507.15542. HOLa uses principal components without scale and mean, in a detector of
+    interactions. This head differs so that it starts as CLIP's own zero-shot classifier.
 
     Args:
-        text_features: F, (N, D); rows are made of length one.
+        text_features: F, (N, D), with rows of any length.
         rank: m, at most min(N, D).
         scale: τ, the exponential of CLIP's `logit_scale`.
         bias: β, as SigLIP has.
@@ -32,7 +35,7 @@ class LowRankTextHead(nn.Module):
         basis: B, (m, D), frozen at first.
 
     Raises:
-        ValueError: features that are no finite matrix, or a rank out of its range.
+        ValueError: `text_features` is no finite matrix, or `rank` is out of its range.
     """
 
     def __init__(
@@ -55,21 +58,22 @@ class LowRankTextHead(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_clip(cls, model: nn.Module, rank: int, **text_inputs: Tensor) -> LowRankTextHead:
-        """Of a CLIP-like model of transformers (CLIP, SigLIP, ALIGN, …) and the tokens of one text for each class.
+        """Make a head from a CLIP-like model of transformers (CLIP, SigLIP, ALIGN, …) and one text for each class.
 
         Args:
-            model: has `get_text_features` and `logit_scale`, and maybe `logit_bias`.
+            model: a model that has `get_text_features` and `logit_scale`, and maybe `logit_bias`.
             rank: m.
-            text_inputs: `input_ids`, `attention_mask`, … of N texts.
+            text_inputs: `input_ids`, `attention_mask`, … of N tokenized texts.
 
         Raises:
-            TypeError: the model has not these.
+            TypeError: the model lacks `get_text_features` or `logit_scale`.
         """
         scale = getattr(model, "logit_scale", None)
         if not hasattr(model, "get_text_features") or not isinstance(scale, Tensor):
             raise TypeError(f"{type(model).__name__} has no get_text_features and logit_scale, as CLIP has.")
         bias = getattr(model, "logit_bias", None)
         output = cast(Any, model).get_text_features(**text_inputs)
+        # Some versions and models of transformers return the features themselves, others an output with them.
         features = output if isinstance(output, Tensor) else output.pooler_output
         return cls(features, rank, scale.exp().squeeze(), 0.0 if bias is None else cast(Tensor, bias).squeeze())
 
@@ -79,21 +83,21 @@ class LowRankTextHead(nn.Module):
 
     @property
     def text_features(self) -> Tensor:
-        """normalize(W B), (N, D), through which no gradient reaches B; a row of zeros stays one."""
+        """normalize(W B), (N, D). No gradient flows from it into B. A row of zeros stays zero."""
         return functional.normalize(self.weights @ self.basis.detach(), dim=-1)
 
     def forward(self, image_features: Tensor) -> Tensor:
-        """Logits (..., N) of image features (..., D), which are made of length one."""
+        """Give logits (..., N) for image features (..., D) of any length."""
         return self.scale * functional.normalize(image_features, dim=-1) @ self.text_features.T + self.bias
 
     def reconstruction_loss(self, text_features: Tensor) -> Tensor:
-        """‖W B − F‖²_F, through which no gradient reaches W, for training B.
+        """Give ‖W B − F‖²_F, the loss that trains B. No gradient flows from it into W.
 
         Args:
-            text_features: F, of all classes in their order; rows are made of length one.
+            text_features: F, (N, D), with all classes in the order of the head and rows of any length.
 
         Raises:
-            ValueError: features of another shape, or not finite.
+            ValueError: `text_features` has another shape, or is not finite.
         """
         features = _checked(text_features)
         if features.shape != (len(self.weights), self.basis.shape[1]):
@@ -105,15 +109,16 @@ class LowRankTextHead(nn.Module):
 
     @torch.no_grad()
     def add_classes(self, text_features: Tensor) -> None:
-        """Append classes that were not there before, by projection: w = f B⁺. Weights of the others stay as they are.
+        """Append new classes by projecting their features onto the basis: w = f B⁺.
 
-        `weights` is a new parameter then, which an optimizer made before does not know.
+        The weights of the other classes stay as they are. Afterwards `weights` is a new parameter, so an optimizer
+        that was made before does not train it.
 
         Args:
-            text_features: (classes, D); rows are made of length one.
+            text_features: features of the new classes, (classes, D), with rows of any length.
 
         Raises:
-            ValueError: features of another width, or not finite.
+            ValueError: `text_features` has another width, or is not finite.
         """
         features = _checked(text_features)
         if features.shape[1] != self.basis.shape[1]:

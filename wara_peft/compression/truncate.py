@@ -1,4 +1,4 @@
-"""Cutting factorised layers back to a lower rank, as after adapters have been merged into them."""
+"""Cutting factorised layers back to a lower rank, for example after adapters were merged into them."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ from .targets import check_base
 def truncate(
     model: nn.Module, ranks: int | Mapping[str, int], statistics: Mapping[str, LayerStatistics] | None = None
 ) -> dict[str, float]:
-    """Cut `LowRankLinear` layers of a model, in place, to the best approximations of a lower rank.
+    """Replace `LowRankLinear` layers of a model, in place, by their best approximations of a lower rank.
 
-    Merging an adapter of rank R into a layer of rank r makes its rank r + R; this takes it back to r, or to any other.
-    Without statistics Û V̂ is nearest to U V in the Frobenius norm. With them it loses least of the output,
-    E‖(U V − Û V̂) x‖², and the bias makes up for the mean of what it loses, as by `compress(solver="activation")`.
+    If an adapter of rank R is merged into a layer of rank r, the layer's rank becomes r + R. This function takes it
+    back to r, or to any other rank. U V is the layer's weight and Û V̂ the approximation. Without statistics, Û V̂ is
+    nearest to U V in the Frobenius norm. With statistics, the mean error of the output, E‖(U V − Û V̂) x‖², is least,
+    and the bias makes up for the mean of that error, as in `compress(solver="activation")`.
 
     Args:
         model: the model, without adapters: merge them first.
-        ranks: of each layer by its name, such as `{layer.name: layer.rank for layer in report.layers if layer.rank}`
-            of the report of `compress`; or one for all that have more. A layer that has no more stays as it is.
-        statistics: moments of the inputs by the layers' names, as `calibrate` took them of the dense model: layers are
-            still known by their inputs there, though weights have changed.
+        ranks: one rank for all layers, or a mapping from names of layers to ranks. With the report of `compress` it is
+            `{layer.name: layer.rank for layer in report.layers if layer.rank}`. A layer stays as it is if its rank is
+            not above the rank that it would get.
+        statistics: maps names of layers to the moments of their inputs, which `calibrate` took with the dense model.
+            Weights may have changed since then; the inputs are assumed to be still the same.
 
     Returns:
-        By name, what each layer that was cut has lost, ‖U V − Û V̂‖² as a share of ‖U V‖², or the same of the output.
+        Maps the name of each layer that was cut to its loss: ‖U V − Û V̂‖² / ‖U V‖² without statistics, and the same
+        ratio for the outputs with them.
 
     Raises:
-        ValueError: a name is that of no `LowRankLinear`, a rank is less than 1, the statistics lack a layer's moment
-            or are of another shape, or the model has adapters. Nothing is cut then.
+        ValueError: a name belongs to no `LowRankLinear`, a rank is less than 1, the statistics lack a layer's moment
+            or are for another shape, or the model has adapters. No layer is cut then.
     """
     check_argument("truncate(model, ranks)", "model", model, "an nn.Module")
     check_base(model)
@@ -64,7 +67,8 @@ def truncate(
 
 
 def _entry(name: str, layer: LowRankLinear, statistics: Mapping[str, LayerStatistics] | None) -> LayerStatistics:
-    """What is known of a layer's inputs, if they are asked for."""
+    """Give the layer's entry in `statistics`, without gradients; or an empty entry if there are no statistics."""
+    # The weight is not compared with the one at calibration, as `compress` does: merging an adapter has changed it.
     shape = layer.out_features, layer.in_features
     if statistics is None:
         return LayerStatistics(shape, 0, probe_of(layer.weight))

@@ -1,1 +1,1 @@
-"""Spends a budget of parameters, bytes or another cost on ranks."""
+"""Spending a budget of parameters, bytes or another cost on ranks of layers."""

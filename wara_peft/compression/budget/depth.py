@@ -1,4 +1,4 @@
-"""LoRC's preset: keys and values near the input keep more of their rank than those near the output."""
+"""LoRC's rule for ranks: keys and values near the input keep more of their rank than those near the output."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from torch import nn
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "k", "v", "k_lin", "v_lin")
 LEAST_SHARE = 0.5
-"""What the layer with the smallest product of condition numbers gets of the share of that with the largest."""
+"""Share of rank for the block with the smallest product of condition numbers; the largest product has share 1."""
 
 
 def depth_shares(targets: Mapping[str, nn.Module]) -> list[float]:
-    """Of each layer its share of rank, from LEAST_SHARE to 1, by the condition numbers from its block to the top."""
+    """Give each layer's share of rank, from LEAST_SHARE to 1.
+
+    The share grows with the logarithm of the product of condition numbers of all targets from its block to the top.
+    """
     block_of = {}
     for name in targets:
         number = re.search(r"(?:^|\.)(\d+)\.", name)
@@ -27,6 +30,7 @@ def depth_shares(targets: Mapping[str, nn.Module]) -> list[float]:
     logs: dict[int, float] = dict.fromkeys(sorted(set(block_of.values())), 0.0)
     for name, layer in targets.items():
         values = torch.linalg.svdvals(layer.get_parameter("weight").detach().double())
+        # A singular weight has an infinite condition number. The clamp keeps the sums of logarithms finite.
         smallest = values[-1].clamp(min=values[0] * torch.finfo(values.dtype).eps)
         logs[block_of[name]] += float((values[0] / smallest).log()) if float(values[0]) > 0 else 0.0
     sums: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Ranks of layers under one budget, from what each rank costs and what it loses; nothing here knows of models."""
+"""Choosing ranks of layers under one budget, from costs and gains of each rank. This file knows nothing of models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from ...messages import first_few
 
 ALLOCATIONS = ("uniform", "greedy", "cost", "depth")
 FLOOR = 0.75
-"""Of the rank at an even share of cost, what greedy ranks leave a layer whose error is a share of its own output: a
-few directions of large outputs hide what the others are worth to the model."""
+"""The least rank that greedy allocation may leave a layer, as a share of its uniform rank.
+
+It applies to solvers that measure a layer's error as a share of its own output. In such an error a few directions with
+large outputs hide what the other directions are worth to the model.
+"""
 
 
 _Point = tuple[int | None, float, float]
@@ -22,15 +25,15 @@ _Point = tuple[int | None, float, float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that may get a rank, or stay as it is.
+    """A layer that may get a rank or stay dense.
 
     Attributes:
-        name: the layer's.
-        costs: of rank 1, 2, …, as long as they are less than that of the dense layer, and growing; empty where no rank
-            pays, and the layer stays dense.
-        dense: cost of the layer as it is.
-        gains: what each unit of rank takes off the loss, in descending order; at least as many as costs. The dense
-            layer loses nothing.
+        name: full name of the layer.
+        costs: costs of rank 1, 2, …, which grow and stay below `dense`. It is empty if no rank costs less than the
+            dense layer, which then stays.
+        dense: cost of the dense layer.
+        gains: what each unit of rank takes off the loss, in descending order; at least as many numbers as `costs`. The
+            dense layer loses nothing.
     """
 
     name: str
@@ -42,22 +45,23 @@ class Candidate:
         return self.dense if rank is None else self.costs[rank - 1]
 
     def ranks_from(self, rank: int | None) -> list[int | None]:
-        """The rank and all after it; beyond the last rank that pays the layer is dense."""
+        """Give this rank and all higher ones; after the last rank of `costs` comes None, the dense layer."""
         return [None] if rank is None else [*range(rank, len(self.costs) + 1), None]
 
     def gain(self, rank: int, further: int | None) -> float:
-        """How much less is lost at the second rank than at the first."""
+        """Give how much less is lost at rank `further` than at `rank`."""
+        # `further` is None for the dense layer: the slice then takes all gains that are left.
         return sum(self.gains[rank:further])
 
     def steps(self, ranks: Sequence[int | None]) -> Iterator[Step]:
-        """The steps from each of these ranks to the next one, by their gain for their cost."""
+        """Give the steps from each of these ranks to the next one, with gain / cost as their priority."""
         for rank, further in itertools.pairwise(ranks):
             cost = self.cost(further) - self.cost(rank)
             yield Step(self.gain(rank or 0, further) / cost, cost)
 
 
 def least(candidates: Sequence[Candidate]) -> list[int | None]:
-    """Rank 1 for each, None where no rank pays."""
+    """Give the lowest ranks: 1 for each candidate, or None where no rank costs less than the dense layer."""
     return [1 if candidate.costs else None for candidate in candidates]
 
 
@@ -66,10 +70,10 @@ def total_cost(candidates: Sequence[Candidate], ranks: Sequence[int | None]) -> 
 
 
 def check_budget(candidates: Sequence[Candidate], budget: float, unit: str) -> None:
-    """Refuse a budget that no ranks meet.
+    """Refuse a budget that is too small for every choice of ranks.
 
     Raises:
-        ValueError: it is less than all layers cost at rank 1.
+        ValueError: the budget is less than all layers together cost at their lowest ranks.
     """
     lowest = total_cost(candidates, least(candidates))
     if budget < lowest:
@@ -84,18 +88,18 @@ def check_budget(candidates: Sequence[Candidate], budget: float, unit: str) -> N
 def greedy_ranks(
     candidates: Sequence[Candidate], budget: float, floors: Sequence[int | None] | None = None
 ) -> list[int | None]:
-    """Ranks that lose little together, and cost no more than the budget; None is dense.
+    """Give ranks that together lose little and cost no more than the budget; None is dense.
 
-    From the floors on, which are 1 if not given and must fit the budget, steps are taken in the order of what they
-    gain for what they cost: single units of rank, or the step to the dense layer where its gain for its cost is more
-    than that of further units (the lower convex hull of each layer's losses over costs). Steps that no longer fit are
-    left out, with all that follow in their layer. What is left then goes to single units in the same order, so that it
-    is less than any further unit would cost.
+    Each layer starts at its floor, which is rank 1 if `floors` is None. The floors must fit the budget. Then steps are
+    taken in descending order of gain / cost. A step leads from one corner to the next on the lower convex hull of the
+    layer's losses over costs: it is a unit of rank, or the step to the dense layer if that gains more for its cost
+    than further units. A layer's path ends at its first step that does not fit. Budget that is left then goes to
+    single units of rank in the same order, until no further unit fits.
 
     The loss exceeds the optimum by no more than the gain of the first step that was left out.
     """
     ranks = least(candidates) if floors is None else list(floors)
-    # Along a hull each step gains less for its cost than the one before.
+    # Along a hull each step gains less for its cost than the one before, as `spend` needs for its bound.
     hulls = [_hull(candidate, rank) for candidate, rank in zip(candidates, ranks, strict=True)]
     ranks = _spent_on(candidates, hulls, budget)
     units = [candidate.ranks_from(rank) for candidate, rank in zip(candidates, ranks, strict=True)]
@@ -105,14 +109,14 @@ def greedy_ranks(
 def _spent_on(
     candidates: Sequence[Candidate], paths: Sequence[Sequence[int | None]], budget: float
 ) -> list[int | None]:
-    """The ranks, each on its candidate's path, at which the budget is spent greedily."""
+    """Spend the budget greedily; give for each candidate the rank on its path at which it then is."""
     left = budget - total_cost(candidates, [path[0] for path in paths])
     steps = [candidate.steps(path) for candidate, path in zip(candidates, paths, strict=True)]
     return [path[taken] for path, taken in zip(paths, spend(steps, left), strict=True)]
 
 
 def minimum_ranks(candidates: Sequence[Candidate], budget: float) -> list[int | None]:
-    """The ranks that greedy ranks do not go below: a share of those that all layers have at the same share of cost."""
+    """Give the floors for `greedy_ranks`: each layer's uniform rank times FLOOR, and at least 1."""
     even = ranks_by_shares(candidates, [1.0] * len(candidates), budget)
     return [
         max(1, int(FLOOR * (rank or len(candidate.costs)))) if candidate.costs else None
@@ -121,10 +125,11 @@ def minimum_ranks(candidates: Sequence[Candidate], budget: float) -> list[int | 
 
 
 def ranks_by_shares(candidates: Sequence[Candidate], shares: Sequence[float], budget: float) -> list[int | None]:
-    """Ranks whose costs are in proportion to the shares of their dense layers' costs, as large as the budget allows.
+    """Give ranks for which cost / dense cost is in proportion to the layers' shares, as large as the budget allows.
 
-    Each layer gets the largest rank that costs no more than scale · share of what it costs as it is, at least 1, and
-    stays dense from 1 on. What is left goes to single units, in the order of the shares.
+    For one scale, each layer gets the largest rank whose cost is at most scale · share · dense cost, but at least rank
+    1. It stays dense if scale · share is 1 or more. The largest scale that fits the budget is found by bisection.
+    Budget that is left goes to single units of rank, in descending order of the shares.
     """
 
     def ranks_at(scale: float) -> list[int | None]:
@@ -137,13 +142,14 @@ def ranks_by_shares(candidates: Sequence[Candidate], shares: Sequence[float], bu
     low, high = 0.0, 1 / min(shares)
     if total_cost(candidates, ranks_at(high)) <= budget:
         return ranks_at(high)
-    for _ in range(100):
+    for _ in range(100):  # more halvings than a float has bits
         middle = (low + high) / 2
         low, high = (middle, high) if total_cost(candidates, ranks_at(middle)) <= budget else (low, middle)
     ranks = ranks_at(low)
     order = sorted(range(len(candidates)), key=lambda index: -shares[index])
     units = [candidates[index].ranks_from(ranks[index]) for index in order]
     in_turn = [
+        # `spend` takes high priorities first: here the k-th unit of every layer comes before any k+1-th.
         (Step(-number, step.cost) for number, step in enumerate(candidates[index].steps(path)))
         for index, path in zip(order, units, strict=True)
     ]
@@ -154,7 +160,7 @@ def ranks_by_shares(candidates: Sequence[Candidate], shares: Sequence[float], bu
 
 
 def _hull(candidate: Candidate, floor: int | None) -> list[int | None]:
-    """The ranks, from a floor to dense, at the corners of the lower convex hull of losses over costs."""
+    """Give the ranks, from a floor to dense, at the corners of the lower convex hull of losses over costs."""
     lost = sum(candidate.gains[floor:])
     points = []
     for rank in candidate.ranks_from(floor):
@@ -170,5 +176,6 @@ def _hull(candidate: Candidate, floor: int | None) -> list[int | None]:
 
 
 def _above(one: _Point, middle: _Point, last: _Point) -> bool:
+    # Slopes are compared by products: no division, so equal costs do no harm.
     (_, x0, y0), (_, x1, y1), (_, x2, y2) = one, middle, last
     return (y1 - y0) * (x2 - x0) > (y2 - y0) * (x1 - x0)

@@ -1,1 +1,1 @@
-"""Compressed models on disk."""
+"""Saving, loading and making compressed models on disk."""

@@ -1,4 +1,4 @@
-"""From the directory of a model with a tokenizer, and a file of texts, to the directory of a compressed model."""
+"""Compressing a saved model: reads a model, its tokenizer and a file of texts, and writes a compressed model."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def compress_checkpoint(
 
     Args:
         base: directory of the model, with safetensors.
-        path: directory to write; it is empty until it is complete.
+        path: directory to write; its files appear together, when all are complete.
         budget, solver, allocation, target_modules, cost: as in `compress`.
-        texts: a file with a text in each line, to calibrate with.
-        statistics: a directory of statistics: those that are there are taken, or else it is written.
-        sequential: whether to take statistics anew as layers are compressed, with the same texts.
-        batch_size, length: how many texts are run together, and how many tokens of each count at most.
+        texts: a file for calibration with one text in each line.
+        statistics: a directory of statistics. If it has some, they are used; otherwise new ones are written to it.
+        sequential: whether to measure statistics again, with the same texts, as layers are compressed.
+        batch_size, length: how many texts run together, and how many tokens of each are used at most.
         batches: how many batches to use at most.
         max_bytes: as in `calibrate`.
         device: where the model runs.
@@ -64,12 +64,13 @@ def compress_checkpoint(
         show_progress_bar: show progress.
 
     Raises:
-        FileNotFoundError: a file is missing, or there are only pickles, which are not opened.
-        ValueError: as `calibrate` and `compress`; the model is compressed already, or has no tokenizer; or there are
-            no texts where the solver needs them.
+        FileNotFoundError: a file is missing, or the weights are only there as pickles, which are not opened.
+        ValueError: `calibrate` or `compress` raised it; the model is compressed already, or has no tokenizer; or the
+            solver needs texts and there are none.
     """
     check_options(budget, solver, allocation, cost)
     directory = Path(base)
+    # All checks up to `written_at_once` read only headers and configs, so mistakes show before the weights are loaded.
     checkpoint = Checkpoint(directory)
     skeleton = Skeleton(checkpoint)
     model_class = model_class_of(skeleton)
@@ -98,7 +99,8 @@ def compress_checkpoint(
             found = calibrate(
                 model,
                 data,
-                needs if "inputs" in needs else (*needs, "inputs"),  # which give the bias the mean
+                # Solvers without inputs use their mean all the same, to compensate the bias.
+                needs if "inputs" in needs else (*needs, "inputs"),
                 target_modules=target_modules,
                 max_bytes=max_bytes,
                 path=statistics,
@@ -121,11 +123,11 @@ def compress_checkpoint(
 
 
 def read_texts(path: Path) -> list[str]:
-    """The lines of a file that are not empty.
+    """Give the lines of a file that are not empty.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not text, or empty.
+        ValueError: the file is not text, or has only empty lines.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
@@ -141,10 +143,10 @@ def read_texts(path: Path) -> list[str]:
 def text_batches(
     directory: Path, config: PreTrainedConfig, class_name: str, texts: Sequence[str], batch_size: int, length: int
 ) -> Iterator[Batch]:
-    """Tokens and masks of texts, with the tokens as labels where the model predicts them.
+    """Give tokens and masks of texts in batches, with the tokens as labels if the model predicts them.
 
     Raises:
-        ValueError: there is no tokenizer.
+        ValueError: `directory` has no tokenizer that can be loaded.
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -152,7 +154,7 @@ def text_batches(
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{str(directory)!r} has no tokenizer: {type(error).__name__}: {reason}") from error
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked, whichever it is
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
     longest = getattr(config, "max_position_embeddings", None) or length
     length = min(length, longest, tokenizer.model_max_length)
     predicts = class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -167,7 +169,9 @@ def text_batches(
             )
         )
         if predicts or config.is_encoder_decoder:
+            # -100 is the label that losses of transformers ignore.
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         if config.is_encoder_decoder:
+            # The labels are the inputs, and become the decoder's inputs shifted by one, so both have the same padding.
             batch["decoder_attention_mask"] = batch["attention_mask"]
         yield batch

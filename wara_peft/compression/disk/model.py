@@ -1,7 +1,8 @@
-"""Compressed models on disk: as transformers saves models, and a JSON of what was factorised and how.
+"""Compressed models on disk: the files that transformers writes, and `compression.json` about the factorised layers.
 
-Which layers are factorised, and with which ranks, the names and shapes of the tensors say; the JSON must agree. So
-what `Trainer` or `save_pretrained` writes, without the JSON, loads too. Nothing that is read is trusted.
+The names and shapes of the tensors say which layers are factorised, and with which ranks. So a directory without the
+JSON, which `Trainer` or `save_pretrained` wrote, can be loaded too. If the JSON is there, it must agree with the
+tensors. No file is trusted: each is checked before its content is used.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ RECORD = "compression.json"
 ADAPTER = "adapter_config.json"
 VERSION = 1
 SPARE_NUMBERS = 100_000_000
-"""How many numbers a model may have in buffers that no file holds, such as tables of positions."""
+"""How many numbers a model may have beyond those in its files, in buffers such as tables of positions."""
 
 
 @on_plain_model
@@ -43,15 +44,15 @@ def save_compressed(
     """Write a compressed model of transformers: safetensors, its config, and `compression.json`.
 
     Args:
-        model: a model that `compress` or `factorize` has changed, or `load_compressed` has loaded. Adapters on it are
-            saved by themselves, or merged before.
-        path: directory to write; it is empty until it is complete.
-        overwrite: replace `path` if it is there.
+        model: a model that `compress` or `factorize` has changed, or that `load_compressed` has loaded. It must have
+            no adapters: merge them, or save them by themselves.
+        path: directory to write; its files appear together, when all are complete.
+        overwrite: replace `path` if it exists.
         max_shard_size: as in `save_pretrained`.
 
     Raises:
-        TypeError: it is no model of transformers.
-        ValueError: it has no factorised layer, or adapters, or `path` is there.
+        TypeError: `model` is no model of transformers.
+        ValueError: the model has no factorised layer, or has adapters; or `path` exists.
     """
     call = "save_compressed(model, path)"
     check_argument(call, "model", model, "an nn.Module")
@@ -76,7 +77,7 @@ def write_compressed(model: PreTrainedModel, directory: Path, max_shard_size: st
     """Write the files of a compressed model into a directory.
 
     Raises:
-        ValueError: it has no factorised layer.
+        ValueError: the model has no factorised layer.
     """
     layers = kinds_and_sizes(model)
     if not layers:
@@ -94,20 +95,22 @@ def write_compressed(model: PreTrainedModel, directory: Path, max_shard_size: st
 def load_compressed(
     path: str | os.PathLike[str], model_class: type[PreTrainedModel] | None = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load what `save_compressed` has written, or `Trainer` or `save_pretrained` from a compressed model.
+    """Load a compressed model that `save_compressed`, `Trainer` or `save_pretrained` has written.
 
     Args:
         path: the directory.
-        model_class: the class of the model; None takes that which its config names.
+        model_class: the class of the model; None takes the class that the config names.
         kwargs: passed on to `from_pretrained`: `dtype`, `device_map`, `attn_implementation`, …
 
     Returns:
         The model, in evaluation mode as `from_pretrained` leaves it, with its `compression_report` if that was saved.
 
     Raises:
-        FileNotFoundError: the directory or a file is missing, or there are only pickles, which are not opened.
-        ValueError: files are broken, incomplete or contradict each other, the config is of no class of transformers or
-            asks for far more than there is, values of factors are not finite, or there is an adapter.
+        FileNotFoundError: the directory or a file is missing, or the weights are only there as pickles, which are not
+            opened.
+        ValueError: files are broken or incomplete or contradict each other; the config names no class of transformers,
+            or describes a model far larger than its files; values of factors are not finite; or the directory holds
+            an adapter.
     """
     check_argument("load_compressed(path)", "path", path, "a str or os.PathLike")
     base = Path(path)
@@ -122,12 +125,14 @@ def load_compressed(
     _check_record(base, record, kinds_and_sizes(empty))
     shapes = skeleton.shapes
 
+    # `from_pretrained` makes the model itself and then fills in tensors by name. With this subclass the factorised
+    # layers are in place when it does so, and its own handling of dtypes, devices and shards serves them as well.
     class Factorised(chosen):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             put_in_place(self, shapes)
 
-    # What transformers looks up by the name of the class, it finds.
+    # transformers looks up some things, such as conversions of weights, by the name of the class.
     Factorised.__name__, Factorised.__qualname__ = chosen.__name__, chosen.__qualname__
     Factorised.__module__ = chosen.__module__
     with skeleton.limited():
@@ -138,6 +143,7 @@ def load_compressed(
         if info[name]:
             keys = first_few([repr(str(key)) for key in sorted(info[name])])
             raise ValueError(f"{str(base)!r} {what} {keys}. Use a complete copy of the model.")
+    # The subclass was only needed for loading. Saving, copying and `isinstance` see the model's own class.
     model.__class__ = chosen
     _check_values(base, model)
     report = _report_of(base, record)
@@ -147,10 +153,10 @@ def load_compressed(
 
 
 def read_record(base: Path) -> dict[str, Any] | None:
-    """What `compression.json` says, or None where there is none.
+    """Give the content of `compression.json`, or None if there is no such file.
 
     Raises:
-        ValueError: it is not JSON, or of a later version.
+        ValueError: the file is not JSON, lacks its layers, or is of another version.
     """
     path = base / RECORD
     if not path.is_file():
@@ -165,10 +171,11 @@ def read_record(base: Path) -> dict[str, Any] | None:
 
 
 def saved_layers(base: Path) -> dict[str, dict[str, object]]:
-    """Kind and sizes of the factorised layers in a directory, by the headers of its files, which the JSON must match.
+    """Give kind and sizes of each factorised layer in a directory. Only headers of its tensor files are read.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_compressed`.
+        FileNotFoundError: the directory or a file is missing, or the weights are only there as pickles.
+        ValueError: files are broken, or `compression.json` contradicts the tensors.
     """
     skeleton = Skeleton(Checkpoint(base))
     layers = kinds_and_sizes(skeleton.make(model_class_of(skeleton)))
@@ -177,7 +184,7 @@ def saved_layers(base: Path) -> dict[str, dict[str, object]]:
 
 
 def saved_report(base: Path) -> CompressionReport | None:
-    """What `compress` said when it made the model, if that was saved.
+    """Give the report that `compress` made for the model, if it was saved.
 
     Raises:
         ValueError: `compression.json` is broken.
@@ -196,11 +203,12 @@ def _report_of(base: Path, record: dict[str, Any] | None) -> CompressionReport |
 
 
 def model_class_of(skeleton: Skeleton) -> type[PreTrainedModel]:
-    """The class of transformers that a config names.
+    """Give the class of transformers that a config names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the config names no class, or none that transformers has.
     """
+    # Only classes of transformers itself are taken: code beside a checkpoint is never run.
     names = skeleton.config.architectures or []
     for name in names if isinstance(names, list) else []:
         found = getattr(transformers, str(name), None)
@@ -210,7 +218,7 @@ def model_class_of(skeleton: Skeleton) -> type[PreTrainedModel]:
 
 
 def _check_fit(checkpoint: Checkpoint, empty: PreTrainedModel) -> None:
-    """Refuse shapes that differ, and a model far larger than its files, before anything is allocated."""
+    """Refuse tensors of wrong shapes, and a model far larger than its files, before the model is allocated."""
     parameters = empty.state_dict()
     for name, keys in keys_of_parameters(empty, checkpoint).items():
         for key in keys if name in parameters else ():
@@ -219,6 +227,7 @@ def _check_fit(checkpoint: Checkpoint, empty: PreTrainedModel) -> None:
                     f"{str(checkpoint.base)!r} has {key!r} of shape {checkpoint.tensors[key].shape}, where "
                     f"{type(empty).__name__} with its config has {tuple(parameters[name].shape)}."
                 )
+    # A short config can ask for any amount of memory, so its model is compared with what the files hold.
     there = sum(_numbers(info.shape) for info in checkpoint.tensors.values())
     wanted = _count([*empty.parameters(), *empty.buffers()])
     if wanted > 4 * there + SPARE_NUMBERS:

@@ -1,1 +1,1 @@
-"""A file for each way to factorise a weight."""
+"""Solvers: the ways to factorise a weight."""

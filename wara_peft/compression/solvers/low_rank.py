@@ -1,7 +1,8 @@
-"""Best low-rank approximations of a weight in a metric; nothing here knows of models.
+"""Best low-rank approximations of a weight in a metric. This file knows nothing of models.
 
-The error of an approximation Ŵ of W, (m, n), is ‖T (W − Ŵ) S‖²_F with S Sᵀ = G, (n, n), and Tᵀ T = H, (m, m). With G
-the second moment of the inputs and H = I it is the mean squared error of the output, E‖(W − Ŵ) x‖².
+A metric is a pair of matrices, G = S Sᵀ, (n, n), and H = Tᵀ T, (m, m). In it the error of an approximation Ŵ of W,
+(m, n), is ‖T (W − Ŵ) S‖²_F. If G is the second moment of the inputs and H = I, this is the mean squared error of the
+output, E‖(W − Ŵ) x‖².
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """What weighs an error.
+    """The weights G and H of an error; see above.
 
     Attributes:
-        inputs: G, (n, n), or the diagonal of a diagonal one, (n,); None is I. It may be singular.
-        outputs: H, (m, m), regular; None is I.
+        inputs: G, (n, n), or only its diagonal, (n,), if G is diagonal; None is I. G may be singular.
+        outputs: H, (m, m), which is regular; None is I.
     """
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
 
     def error(self, difference: Tensor) -> Tensor:
-        """‖T (W − Ŵ) S‖²_F of W − Ŵ, (m, n), in float64."""
+        """Give ‖T (W − Ŵ) S‖²_F for a difference W − Ŵ, (m, n), in float64."""
+        # ‖T D S‖²_F is the sum over all entries of (H D) · (D G), which needs no roots.
         d = difference.double()
         right: Tensor = d if self.outputs is None else self.outputs.double() @ d
         found: Tensor = (right * _times(d, self.inputs)).sum()
@@ -34,9 +36,9 @@ class Metric:
 
 
 class Factors(NamedTuple):
-    """Ŵ = up @ down, (m, r) and (r, n), in float64, and what it loses.
+    """Ŵ = up @ down, with factors (m, r) and (r, n) in float64, and its error.
 
-    Column i of `up` is as long as row i of `down`. `lost` and `energy` are the error of Ŵ and that of 0.
+    Column i of `up` is as long as row i of `down`. `lost` is the error of Ŵ, and `energy` the error of 0.
     """
 
     up: Tensor
@@ -46,25 +48,25 @@ class Factors(NamedTuple):
 
 
 def energies(weight: Tensor, metric: Metric) -> Tensor:
-    """σ_i² of T W S in descending order, (min(m, n),), in float64: what the i-th unit of rank takes off the error."""
+    """Give σ_i² of T W S, (min(m, n),), the largest first: what the i-th unit of rank takes off the error."""
     values: Tensor = torch.linalg.eigvalsh(_gram(weight.double(), metric)[0])
     return values.flip(0).clamp(min=0)
 
 
 def low_rank(weight: Tensor, rank: int, metric: Metric) -> Factors:
-    """The approximation of this rank with the least error: ‖T (W − Ŵ) S‖²_F = Σ_{i>r} σ_i² of T W S.
+    """Give the approximation of rank r with the least error: ‖T (W − Ŵ) S‖²_F = Σ_{i>r} σ_i² of T W S.
 
-    With U the first r left singular vectors of T W S it is Ŵ = (T⁻¹ U)(Uᵀ T W), which needs no inverse of S: G may be
-    singular (dead inputs, fewer samples than inputs) or close to it. The vectors come from the eigenvalues of
-    T W G Wᵀ Tᵀ where m ≤ n, else of Sᵀ Wᵀ H W S. Rank that the metric has no use for goes to the nearest approximation
-    of the rest of T W, so that full rank gives W.
+    If U holds the first r left singular vectors of T W S, then Ŵ = (T⁻¹ U)(Uᵀ T W). This needs no inverse of S, so G
+    may be singular (dead inputs, fewer samples than inputs) or close to it. U comes from the eigenvectors of
+    T W G Wᵀ Tᵀ if m ≤ n, and else of Sᵀ Wᵀ H W S, the smaller of the two. If T W S has a lower rank than r, the spare
+    rank goes to the nearest approximation of the rest of T W, so that full rank gives W.
 
     Args:
         weight: W, (m, n).
         rank: r, from 1 to min(m, n).
-        metric: on the weight's device.
+        metric: the metric, on the weight's device.
 
-    Source: the identity is theorem 3.2 of SVD-LLM, arXiv 2403.07378; without inverses, DRONE's and others'.
+    Source: the identity is theorem 3.2 of SVD-LLM, arXiv 2403.07378. The form without inverses is DRONE's and others'.
     """
     weight = weight.double()
     gram, root = _gram(weight, metric)
@@ -72,12 +74,14 @@ def low_rank(weight: Tensor, rank: int, metric: Metric) -> Factors:
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)[:, :rank]
     chol = None if metric.outputs is None else torch.linalg.cholesky(metric.outputs.double())
     target = weight if chol is None else chol.T @ weight  # T W
+    # Eigenvalues below the rounding error of the largest one are noise, and so are their vectors.
     resolved = min(rank, int((values > values[0] * len(gram) * 4 * torch.finfo(torch.float64).eps).sum()))
     basis = vectors if len(gram) == len(weight) else target @ (vectors if root is None else _times_root(root, vectors))
     if resolved < rank:
         kept = torch.linalg.qr(basis[:, :resolved]).Q
         rest = target - kept @ (kept.T @ target)
         basis = torch.cat((kept, _left_vectors(rest, rank - resolved)), 1)
+    # Eigenvectors are orthonormal, but products with them and vectors of the rest are not.
     if resolved < rank or len(gram) != len(weight):
         basis = torch.linalg.qr(basis).Q
     up = basis if chol is None else torch.linalg.solve_triangular(chol.T, basis, upper=True)
@@ -86,7 +90,7 @@ def low_rank(weight: Tensor, rank: int, metric: Metric) -> Factors:
 
 
 def _gram(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
-    """The smaller one of A Aᵀ and Aᵀ A for A = T W S, up to a change of basis, and S where it is in it."""
+    """Give the smaller one of A Aᵀ and Aᵀ A for A = T W S, and S if the second one was made with it."""
     m, n = weight.shape
     if m <= n:
         gram = _times(weight, metric.inputs) @ weight.T
@@ -102,7 +106,7 @@ def _gram(weight: Tensor, metric: Metric) -> tuple[Tensor, Tensor | None]:
 
 
 def root_of(moment: Tensor) -> Tensor:
-    """S with S Sᵀ = G, in float64: the Cholesky factor if there is one, else Q Λ^½; of a diagonal its square root."""
+    """Give S with S Sᵀ = G, in float64: the Cholesky factor, or Q Λ^½ if there is none; for a diagonal its root."""
     moment = moment.double()
     if moment.dim() == 1:
         return moment.clamp(min=0).sqrt()
@@ -114,21 +118,21 @@ def root_of(moment: Tensor) -> Tensor:
 
 
 def _times(weight: Tensor, moment: Tensor | None) -> Tensor:
-    """W G."""
+    """Give W G."""
     if moment is None:
         return weight
     return weight * moment.double() if moment.dim() == 1 else weight @ moment.double()
 
 
 def _times_root(root: Tensor, matrix: Tensor, transposed: bool = False) -> Tensor:
-    """S M, or Sᵀ M."""
+    """Give S M, or Sᵀ M if `transposed`."""
     if root.dim() == 1:
         return root[:, None] * matrix
     return (root.T if transposed else root) @ matrix
 
 
 def _left_vectors(matrix: Tensor, count: int) -> Tensor:
-    """Vectors that span what the first left singular vectors do, if there are so many that are not zero."""
+    """Give vectors with the span of the first `count` left singular vectors, if their singular values are not zero."""
     is_wide = matrix.shape[0] <= matrix.shape[1]
     vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T if is_wide else matrix.T @ matrix)[1]
     vectors = vectors.flip(1)[:, :count]
@@ -136,7 +140,7 @@ def _left_vectors(matrix: Tensor, count: int) -> Tensor:
 
 
 def balance_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product, in which column i of the first is as long as row i of the second."""
+    """Scale two factors so that column i of one is as long as row i of the other. The product stays the same."""
     lengths = up.norm(dim=0), down.norm(dim=1)
     ratio = torch.where((lengths[0] > 0) & (lengths[1] > 0), lengths[1] / lengths[0], 1.0).sqrt()
     return up * ratio, down / ratio[:, None]

@@ -1,4 +1,4 @@
-"""Whether statistics are of a layer, and have what a solver needs."""
+"""Checks that statistics belong to a layer and have the moments that a solver needs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from ..statistics.layer_statistics import LayerStatistics, check_finite, probe_o
 from .table import SOLVERS
 
 TOLERANCE = 0.1
-"""How far entries of a weight may be from those at calibration, relatively: training since moves them a little."""
+"""Largest relative difference between entries of a weight now and at calibration. Training moves them a little."""
 
 
 def statistics_of(
     name: str, layer: nn.Linear | Conv1D, statistics: Mapping[str, LayerStatistics], solver: str
 ) -> LayerStatistics:
-    """The statistics of a layer, if they are its own and there is what the solver needs."""
+    """Give the statistics of a layer, which are empty if the solver needs none and there are none.
+
+    Raises:
+        ValueError: there are none and the solver needs some; they are of a layer with another shape or other weights;
+            or they lack a kind that the solver needs, or it is zero or not finite.
+    """
     needs = SOLVERS[solver].needs
     if name not in statistics:
         if not needs:
@@ -67,6 +72,6 @@ def statistics_of(
 
 
 def empty_statistics(layer: nn.Linear | Conv1D) -> LayerStatistics:
-    """Of a layer of which nothing is known."""
+    """Make statistics for a layer that no batch has run through."""
     n, m = linear_shape(layer)
     return LayerStatistics((m, n), 0, probe_of(layer.weight))

@@ -1,4 +1,4 @@
-"""A factorised layer in the place of a linear one, made by a solver."""
+"""Making a factorised layer from a linear one with a solver of `table.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .table import SOLVERS
 
 
 class Solution(NamedTuple):
-    """A layer and its error, as a share of that of an output of zero."""
+    """A factorised layer and its error, divided by the error of a layer that outputs zero."""
 
     layer: LowRankLinear | DictionaryLinear
     lost: float
@@ -32,18 +32,18 @@ def factorize_weight(
     statistics: LayerStatistics,
     compensate_bias: bool = True,
 ) -> Solution:
-    """Factorise a layer; the layer itself stays as it is.
+    """Make a factorised layer from a layer, which itself stays as it is.
 
-    With the mean μ of the inputs in the statistics, the bias b becomes b + (W − Ŵ) μ, so that the mean output stays
-    what it is, and solvers that weigh errors by inputs do so about their mean: then no approximation of that rank has
-    a smaller error of the output.
+    If the statistics have the mean μ of the inputs, the bias b becomes b + (W − Ŵ) μ, so that the mean output stays
+    the same. Solvers that weigh errors by inputs then weigh them about their mean. Together the two give the least
+    error of the output that this rank allows.
 
     Args:
-        layer: W, (m, n), with or without b; a factorised one is cut.
+        layer: the layer, with the weight W, (m, n), and maybe a bias b. It may be factorised already.
         rank: r, or the number of atoms of a dictionary.
         solver: a key of `SOLVERS`.
-        statistics: of this layer, with what the solver needs.
-        compensate_bias: whether to do so.
+        statistics: statistics of this layer, with the kinds that the solver needs.
+        compensate_bias: whether the bias is changed as above.
 
     Returns:
         The factorised layer, with the device, dtype, mode and `requires_grad` of the layer.
@@ -59,6 +59,7 @@ def factorize_weight(
     if kind.learn is not None:
         found = kind.learn(weight, rank, nonzeros_of(rank), metric)
         made = DictionaryLinear(n, m, rank, nonzeros_of(rank), bias, device="meta", dtype=weight.dtype)
+        # Made on the meta device first: initial values would take time, and change the state of the random generator.
         made.to_empty(device=weight.device)
         made.down.weight.copy_(found.atoms)
         made.values.copy_(found.values)
@@ -76,6 +77,7 @@ def factorize_weight(
         made.up.weight.requires_grad_(trains)
     made.down.weight.requires_grad_(trains)
     if made.bias is not None:
+        # The sum is made in float64 and rounded once.
         value = torch.zeros(m, dtype=torch.float64, device=weight.device)
         if layer.bias is not None:
             value += layer.bias
@@ -87,6 +89,6 @@ def factorize_weight(
 
 
 def move_statistics(statistics: LayerStatistics, device: torch.device) -> LayerStatistics:
-    """Statistics with all tensors on a device."""
+    """Give statistics with all their tensors on a device."""
     tensors = {name: tensor.to(device) for name, tensor in statistics.tensors().items()}
     return LayerStatistics(statistics.shape, statistics.count, **tensors)

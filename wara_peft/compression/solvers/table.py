@@ -1,4 +1,4 @@
-"""Solvers by their names: what statistics each needs, and how it weighs the error of an approximation."""
+"""The table of solvers: which statistics each one needs, and how it weighs the error of an approximation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from .dictionary import Dictionary, ksvd, one_shot
 from .low_rank import Metric
 
 DAMPING = 1e-6
-"""Share of the mean diagonal of E[g gᵀ] that is added to it: outputs whose gradient vanished in the batches count
-little, and not nothing. Where rounding of the sums is worse than that, it is ten times as much, and so on."""
+"""Share of the mean diagonal of E[g gᵀ] that is added to this diagonal.
+
+With it, outputs whose gradient vanished in the batches still count a little. If the sum is not positive definite,
+because rounding errors are larger, the share is raised tenfold, and again until it is.
+"""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A way to weigh the error.
+    """A way to factorise a weight: a metric, and whether the result is two factors or a dictionary.
 
     Attributes:
-        needs: kinds of statistics that it must have.
-        metric: from a layer's statistics, and whether the bias makes up for the mean of the inputs.
-        is_loss: whether its errors are estimates of one loss, and can be compared between layers as they are; others
-            are compared as shares of ‖T W S‖².
-        learn: makes a dictionary of a weight, numbers of atoms and of values, and a metric; None for two factors.
+        needs: kinds of statistics that the solver needs.
+        metric: makes the metric from a layer's statistics and from whether the bias makes up for the mean error.
+        is_loss: whether errors in the metric estimate the change of the model's loss. Then layers can be compared by
+            their errors; otherwise they are compared by errors divided by ‖T W S‖².
+        learn: makes a dictionary from a weight, the numbers of atoms and of values in a row, and a metric. None means
+            that the solver gives two factors.
     """
 
     needs: tuple[str, ...]
@@ -37,12 +41,12 @@ class Solver:
 
     @property
     def is_dictionary(self) -> bool:
-        """Whether the result is a dictionary and sparse coefficients."""
+        """Whether the solver gives a dictionary and sparse coefficients."""
         return self.learn is not None
 
 
 def _by_inputs(statistics: LayerStatistics, compensates: bool) -> Metric:
-    """E‖(W − Ŵ) x‖², or, when the bias makes up for the error of the mean, what is left of it: about the mean μ."""
+    """Make the metric of E‖(W − Ŵ) x‖²; or of E‖(W − Ŵ)(x − μ)‖², which is left if the bias makes up for the mean."""
     moment = cast(Tensor, statistics.moment)
     if not compensates:
         return Metric(moment)
@@ -51,6 +55,7 @@ def _by_inputs(statistics: LayerStatistics, compensates: bool) -> Metric:
 
 
 def _outputs(statistics: LayerStatistics) -> Tensor:
+    # `low_rank` takes the Cholesky factor of this matrix and solves with it, so it must be regular.
     moment = cast(Tensor, statistics.gradients).double()
     identity = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
     scale = moment.diagonal().mean() * identity
@@ -73,11 +78,11 @@ SOLVERS = {
     "dictionary": Solver(("inputs",), _by_inputs, learn=ksvd),
     "dictionary-oneshot": Solver(("inputs",), _by_inputs, learn=one_shot),
 }
-"""By name:
+"""Maps names to solvers. Each solver minimises an error:
 
 - `svd`: ‖W − Ŵ‖²_F.
 - `fisher`: Σ_ij F_j (W − Ŵ)²_ij with F_j = Σ_i (∂loss/∂W_ij)²; Hsu et al. (FWSVD), arXiv 2207.00112.
-- `activation`: E‖(W − Ŵ) x‖², about the mean where the bias makes up for that; SVD-LLM, arXiv 2403.07378.
-- `activation-fisher`: E‖gᵀ (W − Ŵ) x‖² with inputs x and output gradients g taken as independent, as K-FAC does.
-- `dictionary`, `dictionary-oneshot`: as `activation`, by a dictionary; see `dictionary.py`.
+- `activation`: E‖(W − Ŵ) x‖², with x − μ for x if the bias makes up for the mean; SVD-LLM, arXiv 2403.07378.
+- `activation-fisher`: E‖gᵀ (W − Ŵ) x‖². Inputs x and output gradients g are taken as independent, as in K-FAC.
+- `dictionary`, `dictionary-oneshot`: the error of `activation`, with a dictionary; see `dictionary.py`.
 """

@@ -1,1 +1,1 @@
-"""What solvers need to know of a layer's inputs and gradients."""
+"""Statistics of the inputs and gradients of layers, which solvers need."""

@@ -1,4 +1,4 @@
-"""Running batches through a model for second moments of inputs and of gradients, and for Fisher sums."""
+"""Calibration: running batches through a model to measure moments of inputs and of gradients, and Fisher sums."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .layer_statistics import LayerStatistics, StatisticsWriter, check_finite, l
 KINDS = ("inputs", "gradients", "fisher")
 MAX_BYTES = 2**31
 MAX_PRODUCTS = 2**22
-"""How many products of the gradients of two positions are in memory at a time, or as many as one sample has."""
+"""How many products of gradients at two positions are in memory at a time; one sample is never split."""
 
 
 @on_plain_model
@@ -51,25 +51,26 @@ def calibrate(
     path: str | os.PathLike[str] | None = None,
     show_progress_bar: bool = True,
 ) -> Mapping[str, LayerStatistics]:
-    """Run batches through a model for what `compress` needs to know of its linear layers.
+    """Run batches through a model and measure the statistics of its linear layers that `compress` needs.
 
-    Batches run in evaluation mode with all parameters frozen, and the model is left as it was. Sums are in float32, or
-    in the dtype of the inputs if that is wider. Positions that `attention_mask` (or `decoder_attention_mask`) of a
-    batch masks do not count.
+    Batches run in evaluation mode with all parameters frozen. Afterwards the model is as it was before. Sums are in
+    float32, or in the dtype of the inputs if that is wider. Positions that a batch masks by `attention_mask` (or
+    `decoder_attention_mask`) do not count.
 
     Args:
         model: the model, of any floating-point dtype, without adapters.
-        dataloader: gives batches: mappings, passed on as keyword arguments, sequences, as positional ones, or tensors.
+        dataloader: gives batches. A mapping is passed on as keyword arguments, a sequence as positional arguments, and
+            a tensor as the only argument.
         statistics: "inputs" for moment and mean of the inputs, "gradients" for the moment of the output's gradients,
-            "fisher" for squared gradients of the weight. The last two run backward too, all in the same pass.
+            "fisher" for squared gradients of the weight. The last two need a backward pass; one pass serves all.
         batches: how many batches to use at most; None takes all.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer of a model of transformers.
         loss_fn: takes the model and a batch and gives the loss, a scalar; None takes `model(**batch).loss`.
-        max_bytes: how much memory the sums may take; if it is less than all need, layers are done in groups, for each
-            of which the batches are run again.
-        path: a directory to keep the statistics in, each group as soon as it is done; what is returned then reads
-            them from there, layer by layer. None keeps them in main memory.
+        max_bytes: how much memory the sums may take. If all layers together need more, they are split into groups,
+            and the batches run once for each group.
+        path: a directory to keep the statistics in. Each group is written as soon as it is done, and the returned
+            mapping reads layer by layer from there. None keeps statistics in main memory.
         show_progress_bar: show progress over batches.
 
     Returns:
@@ -77,7 +78,7 @@ def calibrate(
 
     Raises:
         ValueError: there are no batches, a target is quantized, on the meta device or not finite, an argument is out
-            of range, the loss is no scalar, or, before anything is returned, statistics are not finite.
+            of range, the loss is no scalar, or statistics are not finite.
 
     Warns:
         UserWarning: a layer has seen fewer positions than it has inputs, so that its moment is singular.
@@ -96,6 +97,7 @@ def calibrate(
         factorizable_weight(name, layer)
     needed = {name: _bytes_needed(layer, statistics) for name, layer in targets.items()}
     groups = list(groups_within(max_bytes, needed))
+    # Each group of layers must see the same batches. An iterator gives them only once, and a dataloader may shuffle.
     kept = list(itertools.islice(dataloader, batches))
     if not kept:
         raise ValueError("The dataloader gives no batches.")
@@ -114,6 +116,7 @@ def calibrate(
                 found.update(measured)
             else:
                 writer.add(measured)
+                # Counts and shapes are enough for the warning below; the tensors are on disk.
                 found.update({name: _without_tensors(entry) for name, entry in measured.items()})
     few = [
         f"{name!r} ({entry.count} positions, {entry.shape[1]} inputs)"
@@ -139,16 +142,16 @@ def measure(
     loss_fn: LossFunction | None = None,
     done: Any = lambda: None,
 ) -> dict[str, LayerStatistics]:
-    """The statistics of some layers, in main memory.
+    """Measure the statistics of some layers in one run through the batches, and keep them in main memory.
 
     Args:
         model, statistics, loss_fn: as in `calibrate`.
-        layers: by name.
-        batches: on any device.
+        layers: layers by name.
+        batches: batches on any device.
         done: called after each batch.
 
     Raises:
-        ValueError: as `calibrate`.
+        ValueError: the loss is no scalar, or statistics are not finite.
     """
     moments = Moments(model, with_mean=True)
     differentiates = "gradients" in statistics or "fisher" in statistics
@@ -156,6 +159,7 @@ def measure(
     device = next(model.parameters()).device
     with ExitStack() as stack:
         if differentiates:
+            # The caller may be in `inference_mode` or `no_grad`, as `compress` is.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             for name, tap in taps.items():
@@ -171,15 +175,17 @@ def measure(
             moments.start_batch(kwargs)
             if differentiates:
                 loss = loss_of(model, batch, loss_fn)
-                if loss.requires_grad:  # or nothing that it depends on is a target
+                # Parameters are frozen, so the loss has a gradient only if a target ran in this batch.
+                if loss.requires_grad:
                     loss.backward()  # type: ignore[no-untyped-call]
             elif loss_fn is None:
                 model(*args, **kwargs)
-            else:  # which knows how to call the model; what it returns does not matter
+            else:  # `loss_fn` knows how to call the model; the loss itself is not needed
                 loss_fn(model, batch)
             done()
     sums = moments.of_layers()
-    shared: dict[int, tuple[int, Tensor, Tensor]] = {}  # q, k and v have one input, and one moment in memory
+    # Layers with the same input, such as q, k and v, have one sum. It is moved to main memory once, and shared there.
+    shared: dict[int, tuple[int, Tensor, Tensor]] = {}
     found = {}
     for name, layer in layers.items():
         n, m = linear_shape(layer)
@@ -188,6 +194,7 @@ def measure(
         if layer in sums:
             total = sums[layer]
             if id(total) not in shared:
+                # The inputs were summed with a 1 appended, so the last row holds their sum and, at its end, the count.
                 count = int(total[-1, -1])
                 scale = 1 / max(count, 1)
                 shared[id(total)] = count, (total[:-1, :-1] * scale).cpu(), (total[-1, :-1] * scale).cpu()
@@ -199,7 +206,10 @@ def measure(
 
 
 class _GradientSums:
-    """Forward hook of a linear layer, which sums up g gᵀ, and of each sample Σ_i (∂loss/∂W_ij)²."""
+    """Forward hook of a linear layer that sums g gᵀ over positions and Σ_i (∂loss/∂W_ij)² over samples.
+
+    g is the gradient of the loss by the layer's output at one position, and a sample is an entry of the batch.
+    """
 
     def __init__(self, name: str, layer: nn.Linear | Conv1D, moments: Moments, statistics: Collection[str]) -> None:
         self.name, self.moments = name, moments
@@ -212,6 +222,8 @@ class _GradientSums:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         inputs: Tensor = args[0].detach()
+        # The gradient arrives in the backward pass. A later layer may have overwritten the input by then, which only
+        # autograd's version counter shows, as autograd itself does not save inputs of a frozen layer.
         version = inputs._version
         counting = self.moments.counting(layer, inputs)
 
@@ -236,7 +248,7 @@ class _GradientSums:
             x = inputs.reshape(samples, -1, inputs.shape[-1])
             together = max(1, MAX_PRODUCTS // g.shape[1] ** 2)
             for some_g, some_x in zip(torch.split(g, together), torch.split(x, together), strict=True):
-                # Σ_i (Σ_t g_ti x_tj)² = x_jᵀ (g gᵀ) x_j, without the gradient of the weight
+                # Σ_i (Σ_t g_ti x_tj)² = x_jᵀ (g gᵀ) x_j. So the (m, n) gradients of samples are never in memory.
                 some_g, some_x = some_g.to(self.squares.dtype), some_x.to(self.squares.dtype)
                 self.squares += torch.bmm(torch.bmm(some_g, some_g.mT), some_x).mul_(some_x).sum((0, 1))
 
@@ -250,7 +262,7 @@ class _GradientSums:
 def _bytes_needed(layer: nn.Linear | Conv1D, statistics: Collection[str]) -> int:
     n, m = linear_shape(layer)
     size = torch.promote_types(layer.weight.dtype, torch.float32).itemsize
-    # Of the inputs the sum, what the last batch has added, and the new sum are there together.
+    # Three matrices for the inputs are in memory at once: the sum, the products of the last batch, and the new sum.
     of_inputs = 3 * (n + 1) ** 2 if "inputs" in statistics else 0
     of_gradients = m**2 if "gradients" in statistics else 0
     return size * (of_inputs + of_gradients + (n if "fisher" in statistics else 0))

@@ -1,4 +1,4 @@
-"""What is known of the inputs and gradients of a model's linear layers, in memory and on disk."""
+"""Statistics of the inputs and gradients of a model's linear layers, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from ...disk.checkpoints.tensors import FLOATS, TensorFile
 
 MANIFEST = "statistics.json"
 PROBED = 16
-"""How many entries of a weight tell whether statistics are of this layer."""
+"""How many entries of a weight are kept with its statistics, to recognise the layer later."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
-    """What calibration knows of a linear layer W, (m, n).
+    """Statistics that calibration has measured for one linear layer with the weight W, (m, n), and inputs x.
 
     Attributes:
         shape: (m, n).
-        count: positions that the layer has seen, masked ones left out.
-        probe: some entries of W, by which it is known again.
+        count: number of positions that the layer has seen, without masked ones.
+        probe: some entries of W, by which the layer is recognised later.
         moment: E[x xᵀ], (n, n), over the positions.
-        mean: E[x], (n,).
-        gradients: E[g gᵀ], (m, m), with g = ∂loss/∂(W x).
-        fisher: Σ_i (∂loss/∂W_ij)², (n,), the mean over samples; a sample is an entry of the batch.
+        mean: E[x], (n,), over the positions.
+        gradients: E[g gᵀ], (m, m), over the positions, with g = ∂loss/∂(W x).
+        fisher: Σ_i (∂loss/∂W_ij)², (n,), as a mean over samples; a sample is an entry of a batch.
     """
 
     shape: tuple[int, int]
@@ -47,7 +47,7 @@ class LayerStatistics:
     fisher: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is, by the names above."""
+        """Give the tensors that are not None, by the names of their attributes."""
         named = {name: getattr(self, name) for name in _shapes(self.shape)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -64,16 +64,16 @@ def _shapes(shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
 
 
 def probe_of(weight: Tensor) -> Tensor:
-    """Entries of a weight at even distances, in float32 on the CPU."""
+    """Give some entries of a weight at even distances, in float32 on the CPU."""
     flat = weight.detach().flatten()
     return flat[:: max(1, len(flat) // PROBED)][:PROBED].float().cpu()
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, LayerStatistics]) -> None:
-    """Write statistics into a directory, as safetensors and a JSON of what is where.
+    """Write statistics into a directory: tensors as safetensors, and a JSON that says which file holds which tensor.
 
     Raises:
-        ValueError: there is something at `path`.
+        ValueError: `path` holds files already.
     """
     call = "save_statistics(path, statistics)"
     check_argument(call, "path", path, "a str or os.PathLike")
@@ -83,7 +83,10 @@ def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Layer
 
 
 class StatisticsWriter:
-    """Writes statistics into a directory, a file at a time; it appears when all are there."""
+    """Context manager that writes statistics into a directory, one file at a time.
+
+    The files appear in it together, when the context ends without an error.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._at_once: AbstractContextManager[Path] = written_at_once(path)
@@ -95,10 +98,10 @@ class StatisticsWriter:
         return self
 
     def add(self, statistics: Mapping[str, LayerStatistics]) -> None:
-        """Write those of some layers into a file; a tensor that several layers have is written once."""
+        """Write the statistics of some layers into a file. A tensor that several layers share is written once."""
         self._files += 1
         file = f"statistics-{self._files:05d}.safetensors"
-        key_of: dict[int, str] = {}
+        key_of: dict[int, str] = {}  # by the `id` of a tensor
         tensors: dict[str, Tensor] = {}
         for name, entry in statistics.items():
             keys = {}
@@ -116,11 +119,12 @@ class StatisticsWriter:
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Mapping[str, LayerStatistics]:
-    """Statistics that `calibrate` or `save_statistics` has written, each layer's read when it is asked for.
+    """Open statistics that `calibrate` or `save_statistics` has written. A layer's tensors are read on access.
 
     Raises:
-        FileNotFoundError: there are none, or a file is missing.
-        ValueError: the files are broken or do not fit each other; values are looked at when they are read.
+        FileNotFoundError: `path` holds no statistics, or one of their files is missing.
+        ValueError: the files are broken or do not fit each other. Values are only checked by the functions that use
+            them.
     """
     check_argument("load_statistics(path)", "path", path, "a str or os.PathLike")
     return _SavedStatistics(Path(path))
@@ -142,9 +146,11 @@ class _SavedStatistics(Mapping[str, LayerStatistics]):
             self._layers[name] = entry
 
     def _check(self, name: str, entry: Any, path: Path) -> None:
+        # The JSON may come from anyone. A file name with a directory in it could point outside of `path`.
         try:
             file, count, keys = entry["file"], entry["count"], entry["tensors"]
             shape = tuple(entry["shape"])
+            # `isinstance` would take True and False for numbers.
             are_sizes = all(type(number) is int and number >= 0 for number in (*shape, count))
             if len(shape) != 2 or not are_sizes or Path(file).name != file or "probe" not in keys:
                 raise TypeError
@@ -178,10 +184,10 @@ class _SavedStatistics(Mapping[str, LayerStatistics]):
 
 
 def check_finite(name: str, entry: LayerStatistics) -> None:
-    """Refuse statistics that are not numbers.
+    """Refuse statistics that are not finite.
 
     Raises:
-        ValueError: one is NaN or infinite.
+        ValueError: a tensor of the entry holds NaN or infinity.
     """
     for what, tensor in entry.tensors().items():
         if not bool(torch.isfinite(tensor).all()):

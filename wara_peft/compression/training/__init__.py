@@ -1,1 +1,1 @@
-"""Models that train in low rank from the start."""
+"""Training of models in low rank, or towards low rank."""

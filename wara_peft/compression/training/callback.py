@@ -1,4 +1,4 @@
-"""The life of a training method, which transformers' `Trainer` or a loop of one's own goes through."""
+"""The methods of a training method, in the order in which transformers' `Trainer` or a user's loop calls them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from transformers import TrainerCallback
 
 
 class TrainingMethod(TrainerCallback):
-    """Calls `start`, `before_forward`, `after_backward` and `finish` at the events of transformers' `Trainer`.
+    """Base class of training methods. As a callback it calls its own methods at the events of transformers' `Trainer`.
 
-    Who writes a loop calls these methods. A method's `start` sets `_model` when it has found nothing wrong, and its
-    `finish` sets it to None.
+    The methods are `start`, `before_forward`, `after_backward` and `finish`. A user's own loop calls them itself.
+    Subclasses set `_model` in `start`, after all checks, and set it to None in `finish`.
 
     Attributes:
-        adds_to_gradients: whether `after_backward` changes gradients, which fp16 would have scaled by then.
+        adds_to_gradients: whether `after_backward` changes gradients. Then fp16 is refused, because it scales them.
     """
 
     adds_to_gradients = False
     _model: nn.Module | None = None
 
     def _started(self) -> nn.Module:
-        """The model that is being trained.
+        """Give the model that is being trained.
 
         Raises:
-            RuntimeError: there is none before `start` and after `finish`.
+            RuntimeError: `start` has not been called, or `finish` has been.
         """
         if self._model is None:
             raise RuntimeError(f"{type(self).__name__} has not been started. Call `start(model)` first.")
@@ -35,10 +35,10 @@ class TrainingMethod(TrainerCallback):
         raise NotImplementedError
 
     def before_forward(self, step: int) -> object:
-        """Do nothing, if a method has nothing to do here."""
+        """Prepare the forward of a step, counted from 0. Subclasses may override it; here it does nothing."""
 
     def after_backward(self) -> None:
-        """Do nothing, if a method has nothing to do here."""
+        """Change gradients before the optimizer's step. Subclasses may override it; here it does nothing."""
 
     def finish(self) -> object:
         raise NotImplementedError
@@ -52,6 +52,7 @@ class TrainingMethod(TrainerCallback):
         self.before_forward(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # This event comes once for each step of the optimizer, after gradients were accumulated and clipped.
         self.after_backward()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

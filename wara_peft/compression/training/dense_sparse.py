@@ -1,4 +1,4 @@
-"""Linear layers as dense bases and sparse coefficients that are learned with the task, through dense weights."""
+"""Training of linear layers as dense bases with sparse coefficients, by gradients of dense weights."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .callback import TrainingMethod
 def dense_sparse(
     weight: Tensor, block: int, atoms: int, nonzeros: int, iterations: int = ITERATIONS
 ) -> DenseSparseLinear:
-    """Factorise a weight by K-SVD of the columns of each block of rows, without a bias.
+    """Make a layer without a bias from a weight, by K-SVD of the columns of each block of rows.
 
     Args:
         weight: W, (m, n).
-        block: p, a divisor of m.
+        block: p, the number of rows of a block, a divisor of m.
         atoms: k, at most n.
         nonzeros: s, at most k.
-        iterations: of K-SVD.
+        iterations: iterations of K-SVD.
 
     Raises:
-        ValueError: numbers out of their range, or as many numbers as the weight has.
+        ValueError: an argument is out of its range, or the layer would have as many numbers as the weight.
     """
     check_argument("dense_sparse(weight, block, atoms, nonzeros)", "weight", weight, "a torch.Tensor")
     m, n = weight.shape
@@ -51,13 +51,13 @@ def dense_sparse(
 
 
 def set_dictionary(layer: DenseSparseLinear, index: int, found: Dictionary) -> None:
-    """Take W_bᵀ ≈ C D, as the solvers of dictionaries give it, as the block W_b = Dᵀ Cᵀ."""
+    """Set one block of a layer from a dictionary of its transpose: W_bᵀ ≈ C D, so W_b ≈ Dᵀ Cᵀ."""
     layer.set_block(index, found.atoms.T.to(layer.bases.dtype), found.places, found.values)
 
 
 @torch.no_grad()
 def refresh(layer: StraightThroughLinear, iterations: int = 1) -> None:
-    """Fit the factors of a layer to what its weight is now, from the bases that they have."""
+    """Fit the factors of a layer to its present weight. K-SVD starts with the bases that they have."""
     factors = layer.factors
     for index, rows in enumerate(torch.split(layer.weight.detach(), factors.block)):
         found = ksvd(rows.T, factors.atoms, factors.nonzeros, Metric(), iterations, factors.bases[index].T)
@@ -71,7 +71,9 @@ def straight_through(
     nonzeros: int,
     target_modules: str | list[str] | None = None,
 ) -> Factorization:
-    """Replace linear layers of a model, in place, by ones that train through their factorisation.
+    """Replace linear layers of a model, in place, by `StraightThroughLinear` layers.
+
+    Such a layer computes with its factorisation, and its gradients go to a dense weight.
 
     Args:
         model: any module that contains linear layers.
@@ -79,11 +81,11 @@ def straight_through(
         target_modules: as in PEFT; None means all linear layers but the output layer of a model of transformers.
 
     Returns:
-        What was replaced, by the number of values in a column, and what was left; parameters are those after
-        `StraightThroughFactorizer.finish`, for training takes more.
+        A report of the layers that were replaced, with s as their rank, and of those that were left. Its
+        `parameters_after` counts the model after `StraightThroughFactorizer.finish`: training needs more.
 
     Raises:
-        ValueError: numbers that do not fit a layer, which is named, or as in `factorize`.
+        ValueError: p, k and s do not fit a layer, which the message names; or `factorize` would raise it.
     """
     check_argument("straight_through(model, block, atoms, nonzeros)", "model", model, "an nn.Module")
     check_base(model)
@@ -102,18 +104,19 @@ def _layers(model: nn.Module) -> list[StraightThroughLinear]:
 
 
 class StraightThroughFactorizer(TrainingMethod):
-    """Fits the factors of `StraightThroughLinear` layers anew every few steps, and keeps these alone at the end.
+    """Fits the factors of `StraightThroughLinear` layers to their weights every few steps of a training.
 
-    After DSFormer, arXiv 2312.13211: gradients go straight through to dense weights, and which coefficients there are
-    follows them. Period and iterations are ours. Call `start(model)`, `after_step(step)` after each step of the
-    optimizer and `finish()`, or give it to transformers' `Trainer` as a callback.
+    At the end only the factors are kept. After DSFormer, arXiv 2312.13211: gradients go straight through to dense
+    weights, and the places of coefficients follow these. Period and iterations are our choice. Call `start(model)`,
+    `after_step(step)` after each step of the optimizer, and `finish()`; or give this object to transformers' `Trainer`
+    as a callback.
 
     Args:
         period: steps between two fits.
-        iterations: of K-SVD in each, from the bases that there are.
+        iterations: iterations of K-SVD in each fit, which starts with the present bases.
 
     Raises:
-        ValueError: a number less than 1; `start` refuses a model without such layers.
+        ValueError: an argument is less than 1. `start` raises it for a model without such layers.
     """
 
     def __init__(self, period: int = 10, iterations: int = 1) -> None:
@@ -124,21 +127,22 @@ class StraightThroughFactorizer(TrainingMethod):
         self.period, self.iterations = period, iterations
 
     def start(self, model: nn.Module) -> None:
-        """Begin with a model."""
+        """Begin to train a model."""
         check_base(model)
         if not _layers(model):
             raise ValueError("The model has no StraightThroughLinear; call straight_through(model, ...) first.")
         self._model = model
 
     def after_step(self, step: int) -> None:
-        """Fit, if it is time: after steps m, 2 m, …, counted from 1."""
+        """Fit all factors if `step`, counted from 1, is a multiple of `period`."""
         if step % self.period == 0:
             for layer in _layers(self._started()):
                 refresh(layer, self.iterations)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Replace the layers, in place, by `DenseSparseLinear` of what they compute, which train as they are."""
+        """Replace the layers, in place, by their `DenseSparseLinear` factors, which compute the same."""
+        # The factors go on training if the dense weight did.
         made: dict[nn.Module, nn.Module] = {}
         for layer in _layers(self._started()):
             factors = layer.factors.requires_grad_(layer.weight.requires_grad)
@@ -148,4 +152,5 @@ class StraightThroughFactorizer(TrainingMethod):
         self._model = None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # `Trainer` raises `global_step` after this event.
         self.after_step(state.global_step + 1)

@@ -1,4 +1,8 @@
-"""Training that finds the rank of each layer: ordered dropout, a penalty on tails, and cutting these as it goes on."""
+"""Training that finds the rank of each layer: by ordered dropout, a penalty on tails of components, and cutting them.
+
+The components of a low-rank layer U V are ordered: component i is column i of U with row i of V. The tail from b on is
+V[b:] and U[:, b:], the components after the first b.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +31,20 @@ from .callback import TrainingMethod
 def ordered_low_rank(
     model: nn.Module, rank: int | None = None, target_modules: str | list[str] | None = None
 ) -> Factorization:
-    """Replace linear layers of a model, in place, by low-rank ones with ordered components.
+    """Replace linear layers of a model, in place, by low-rank layers with ordered components.
 
-    Factors are those of the SVD, U√Σ and √Σ Vᵀ, so that at full rank the model computes what it did. Train it with
+    The factors come from the SVD, U√Σ and √Σ Vᵀ, so at full rank the model computes the same as before. Train it with
     `OrderedRankTraining`. After Horváth et al., "Maestro", arXiv 2308.14929.
 
     Args:
-        model: any module, without adapters; of a model yet to be trained too.
-        rank: of all layers, at most; None is full rank, which has more parameters than the dense layer until it is
-            cut.
+        model: any module without adapters, trained or not.
+        rank: the highest rank that a layer gets; None is full rank, at which a layer has more parameters than the
+            dense layer until it is cut.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer of a model of transformers.
 
     Raises:
-        ValueError: a rank below 1, a target that matches nothing, or a layer that cannot be factorised.
+        ValueError: `rank` is below 1, a target matches nothing, or a layer cannot be factorised.
     """
     check_argument("ordered_low_rank(model, rank)", "model", model, "an nn.Module")
     if rank is not None:
@@ -50,6 +54,7 @@ def ordered_low_rank(
     def make(layer: nn.Linear | Conv1D) -> nn.Module:
         most = min(weight_of(layer).shape)
         low_rank: Any = factorize_linear(layer, most if rank is None else min(rank, most))
+        # The two classes have the same parameters, so the new layer only changes its class.
         low_rank.__class__ = OrderedLowRankLinear
         return cast(OrderedLowRankLinear, low_rank)
 
@@ -57,23 +62,25 @@ def ordered_low_rank(
 
 
 class OrderedRankTraining(TrainingMethod):
-    """Orders the components of a model's layers by importance while it trains, and cuts those of no use.
+    """Orders the components of a model's layers by importance while it trains, and cuts components of no use.
 
-    Each step draws one of all pairs of a layer and a rank b, uniformly; that layer computes with its first b
-    components, all others in full. λ Σ_layers Σ_b (‖V[b:]‖_F + ‖U[:, b:]‖_F) is added to the loss, by its gradient.
-    At the end of each epoch a layer keeps its longest prefix with ‖V[b:]‖ · ‖U[:, b:]‖ ≥ ε, at least one component:
-    parameters and the optimizer's moments are cut, in place. At the end of the training layers at or above the
-    break-even become dense. Norms with running statistics want these measured anew after that.
+    Each step draws one pair of a layer and a rank b, uniformly from all pairs. In this step that layer computes with
+    its first b components, and all other layers compute in full. The penalty λ Σ_layers Σ_b (‖V[b:]‖_F + ‖U[:, b:]‖_F)
+    acts through its gradient, which is added to that of the loss. At the end of each epoch a layer keeps the
+    components b with ‖V[b:]‖ · ‖U[:, b:]‖ ≥ ε, and at least one: parameters and the optimizer's moments are cut, in
+    place. At the end of the training, layers whose rank is at or above the break-even become dense. If the model has
+    norms with running statistics, measure these again after that.
 
-    After Horváth et al., "Maestro", arXiv 2308.14929: draws are independent, and a function of the seed and the step,
-    in place of a shuffled list of all pairs, so that resuming needs no state; the checkpoint's shapes tell the ranks.
+    After Horváth et al., "Maestro", arXiv 2308.14929. Maestro goes through a shuffled list of all pairs. Here draws
+    are independent and depend only on the seed and the step, so resuming needs no state; the shapes in the checkpoint
+    tell the ranks.
 
-    As a callback of transformers' `Trainer`:
+    Use it as a callback of transformers' `Trainer`:
 
         >>> ordered_low_rank(model)  # doctest: +SKIP
         >>> Trainer(model, args, callbacks=[OrderedRankTraining(penalty=1e-4)], ...)  # doctest: +SKIP
 
-    In a loop of one's own:
+    Or use it in a training loop:
 
         >>> training = OrderedRankTraining(penalty=1e-4)  # doctest: +SKIP
         >>> training.start(model)  # doctest: +SKIP
@@ -86,17 +93,17 @@ class OrderedRankTraining(TrainingMethod):
         >>> training.shrink(optimizer)  # between epochs  # doctest: +SKIP
         >>> training.finish()  # doctest: +SKIP
 
-    With several processes shapes stay until the end, as reducers of gradients know them, and what is to be cut becomes
-    zero and stays so.
+    With several processes, shapes stay the same until the end, because DDP's reducer of gradients relies on them.
+    Components that are cut become zero then, and stay zero.
 
     Args:
         penalty: λ. The published scripts have 1e-6, the code 5e-3.
         threshold: ε.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
-        ValueError: λ or ε negative. `start` refuses a model without ordered layers, with sharded ones or with
-            adapters; `shrink` an optimizer whose state it cannot cut.
+        ValueError: λ or ε is negative. `start` refuses a model without ordered layers, with sharded layers or with
+            adapters. `shrink` refuses an optimizer whose state it cannot cut.
     """
 
     adds_to_gradients = True
@@ -108,10 +115,10 @@ class OrderedRankTraining(TrainingMethod):
                 raise ValueError(f"{name}={value!r} must be at least 0.")
         self.factor, self.threshold, self.seed = penalty, threshold, seed
         self._ranks: dict[str, int] = {}
-        """Components that are not zero, of which draws are made."""
+        """Number of components of each layer that are not zero. Ranks are drawn from these."""
 
     def start(self, model: nn.Module) -> None:
-        """Begin with a model."""
+        """Begin to train a model."""
         check_base(model)
         layers = _layers(model)
         if not layers:
@@ -124,13 +131,15 @@ class OrderedRankTraining(TrainingMethod):
 
     @property
     def layers(self) -> dict[str, OrderedLowRankLinear]:
-        """By name."""
+        """The ordered layers of the model, by name."""
         return _layers(self._started())
 
     def before_forward(self, step: int) -> tuple[str, int]:
-        """Draw a layer and a rank for the forwards of this step; returned for those who log."""
+        """Draw a layer and a rank for the forwards of this step, and return them for logging."""
         layers = self.layers
         ends = list(accumulate(min(self._ranks[name], layer.rank) for name, layer in layers.items()))
+        # All processes draw the same pair, as they know the same ranks. The factor keeps sequences of different seeds
+        # apart for a million steps.
         generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + step)
         drawn = int(torch.randint(ends[-1], (), generator=generator))
         index = bisect_right(ends, drawn)
@@ -141,11 +150,11 @@ class OrderedRankTraining(TrainingMethod):
         return name, layer.limit
 
     def penalty(self) -> Tensor:
-        """λ Σ_layers Σ_b (‖V[b:]‖_F + ‖U[:, b:]‖_F), differentiable, for those who add it to a loss of their own."""
+        """Give λ Σ_layers Σ_b (‖V[b:]‖_F + ‖U[:, b:]‖_F), differentiable, for loops that add it to the loss."""
         return self.factor * group_lasso(tail for layer in self.layers.values() for tail in _tails(layer))
 
     def after_backward(self) -> None:
-        """Add the penalty's gradient, between backward (and clipping) and the optimizer's step."""
+        """Add the penalty's gradient. Call it after backward (and clipping), before the optimizer's step."""
         if not self.factor:
             return
         parameters = [
@@ -161,11 +170,12 @@ class OrderedRankTraining(TrainingMethod):
 
     @torch.no_grad()
     def shrink(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
-        """Cut what is worth less than ε, with the optimizer's moments; returns the ranks that are kept."""
+        """Cut components below the threshold ε and the optimizer's moments of them. Returns the new ranks by name."""
         kept = {
             name: max(1, prefix_above_threshold(*_tails(layer), self.threshold)) for name, layer in self.layers.items()
         }
         if optimizer is not None:
+            # All layers are checked before the first is cut.
             for name, layer in self.layers.items():
                 _check_state(name, layer, optimizer)
         for name, layer in self.layers.items():
@@ -179,9 +189,10 @@ class OrderedRankTraining(TrainingMethod):
         return kept
 
     def finish(self) -> dict[str, int | None]:
-        """Cut components that are zero, and make dense where that takes no more parameters, which None stands for.
+        """Cut components that are zero. Layers become dense or `LowRankLinear`, whichever has fewer parameters.
 
-        The other layers are plain `LowRankLinear` then.
+        Returns:
+            The rank of each layer by name; None is dense.
         """
         ranks: dict[str, int | None] = {}
         dense: dict[nn.Module, nn.Module] = {}
@@ -202,10 +213,10 @@ class OrderedRankTraining(TrainingMethod):
 
 @torch.no_grad()
 def cut_rank(layer: OrderedLowRankLinear, rank: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Keep a layer's first components alone, with the optimizer's moments of them, in place.
+    """Keep only a layer's first `rank` components and the optimizer's moments of them, in place.
 
     Raises:
-        ValueError: the rank is less than 1, or the optimizer keeps something of another shape.
+        ValueError: the rank is less than 1, or the optimizer's state has a tensor of another shape than its parameter.
     """
     if optimizer is not None:
         _check_state("the layer", layer, optimizer)
@@ -220,6 +231,7 @@ def cut_rank(layer: OrderedLowRankLinear, rank: int, optimizer: torch.optim.Opti
 def _check_state(name: str, layer: OrderedLowRankLinear, optimizer: torch.optim.Optimizer) -> None:
     for parameter in (layer.down.weight, layer.up.weight):
         for key, value in optimizer.state.get(parameter, {}).items():
+            # Adafactor, for example, keeps means over rows and over columns. A tensor of one number counts steps.
             if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
                 raise ValueError(
                     f"The optimizer keeps {key!r} of shape {tuple(value.shape)} for {name!r}, which cannot be cut "
@@ -228,6 +240,7 @@ def _check_state(name: str, layer: OrderedLowRankLinear, optimizer: torch.optim.
 
 
 def _empty(layer: OrderedLowRankLinear, rank: int, optimizer: torch.optim.Optimizer | None) -> None:
+    # With both factors and their moments at zero, neither gradients nor momentum bring a component back.
     for parameter, dim in ((layer.down.weight, 0), (layer.up.weight, 1)):
         for tensor in (parameter, *moments_of(optimizer, parameter)):
             tensor.narrow(dim, rank, layer.rank - rank).zero_()
@@ -239,11 +252,11 @@ def _layers(model: nn.Module) -> dict[str, OrderedLowRankLinear]:
 
 
 def _alive(layer: OrderedLowRankLinear) -> int:
-    """How many components there are up to the last one that is not zero, at least 1."""
+    """Give the number of components up to the last one that is not zero, and at least 1."""
     rows, columns = _tails(layer)
     return max(1, int((rows * columns > 0).sum()))
 
 
 def _tails(layer: OrderedLowRankLinear) -> tuple[Tensor, Tensor]:
-    """‖V[b:]‖² and ‖U[:, b:]‖² for b = 0 … r − 1."""
+    """Give ‖V[b:]‖² and ‖U[:, b:]‖² for b = 0 … r − 1."""
     return tail_sums(layer.down.weight.square().sum(1)), tail_sums(layer.up.weight.square().sum(0))

@@ -1,4 +1,4 @@
-"""Models whose linear layers train as low-rank and sparse parts from the start, and their way back to dense ones."""
+"""Pretraining with linear layers of a low-rank and a sparse part, and turning factorised layers into dense ones."""
 
 from __future__ import annotations
 
@@ -28,29 +28,31 @@ def low_rank_plus_sparse(
     alpha: int = 16,
     seed: int = 0,
 ) -> Factorization:
-    """Replace linear layers of a model, in place, by W = (α/r) B A + S with a random fixed support, for pretraining.
+    """Replace linear layers of a model, in place, by new layers W = (α/r) B A + S for pretraining.
 
-    What the layers held is given up, but for their biases: factors are drawn as `LowRankPlusSparseLinear` draws them.
-    Nothing is changed before all arguments are checked. The paper trains with AdamW without weight decay at a learning
-    rate of 3e-3, ranks of a fourth to a half of the width, α 8 to 32 and δ = 0.03 (0.05 for 7B), and keeps embeddings,
-    norms and the head dense, as None does here. Source: Han et al., "SLTrain", arXiv 2406.02214.
+    S is sparse, and the places of its values are random and fixed. The old weights are lost: `LowRankPlusSparseLinear`
+    draws new values. Biases are kept. All arguments are checked before the model is changed.
+
+    The paper trains with AdamW without weight decay, a learning rate of 3e-3, ranks of a fourth to a half of the
+    width, α from 8 to 32 and δ = 0.03 (0.05 for 7B). Embeddings, norms and the head stay dense in it, as they do here
+    if `target_modules` is None. Source: Han et al., "SLTrain", arXiv 2406.02214.
 
     Args:
         model: any module that contains linear layers, `nn.Linear` or transformers' `Conv1D`.
-        rank: r, of all layers.
-        density: δ, the share of entries that S has: ⌊δ m n⌋ values.
+        rank: r, the rank of all layers.
+        density: δ, the share of entries for which S has values, which are ⌊δ m n⌋.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer of a model of transformers.
         alpha: α, a whole number.
-        seed: of the supports; each layer has its own.
+        seed: seed of the first layer's places; each further layer has the next whole number as its seed.
 
     Returns:
-        What was replaced, and which layers were left as their weight is tied to others.
+        A report of the layers that were replaced, and of those left because their weight is tied to another module's.
 
     Raises:
-        ValueError: a density outside of (0, 1), or one without a value in some layer; a rank from the break-even
-            (1 − δ) m n / (m + n) of a layer on; a target that matches nothing or is quantized, on the meta device or
-            not finite; or a model with PEFT adapters.
+        ValueError: `density` is not between 0 and 1, or leaves a layer without values; `rank` is at or above the
+            break-even (1 − δ) m n / (m + n) of a layer; a target matches nothing, or is quantized, on the meta device
+            or not finite; or the model has PEFT adapters.
     """
     check_argument("low_rank_plus_sparse(model, rank, density)", "model", model, "an nn.Module")
     check_whole_number("rank", rank)
@@ -83,14 +85,14 @@ def low_rank_plus_sparse(
 def to_dense(model: nn.Module) -> list[str]:
     """Replace all factorised layers of a model, in place, by linear layers and convolutions of the same weight.
 
-    For deployment where that is faster or where nothing else is known. A layer that was a `Conv1D` is an `nn.Linear`
-    now, so that `from_pretrained` of such a model (GPT-2) does not load it.
+    Use it for deployment where dense layers are faster, or where a program only knows dense layers. A layer that was a
+    `Conv1D` becomes an `nn.Linear`, whose weight is transposed. So `from_pretrained` cannot load such a model (GPT-2).
 
     Returns:
         Names of the layers replaced.
 
     Raises:
-        ValueError: there is none, or the model has PEFT adapters.
+        ValueError: the model has no factorised layer, or has PEFT adapters.
     """
     check_argument("to_dense(model)", "model", model, "an nn.Module")
     check_base(model)
@@ -98,6 +100,7 @@ def to_dense(model: nn.Module) -> list[str]:
     if not names:
         kinds = [kind.__name__ for kind in FACTORIZED]
         raise ValueError(f"The model has no factorised layer: no {first_few(kinds, len(kinds))}.")
+    # A set, so that a layer with several names is made dense once and stays one layer.
     layers = {model.get_submodule(name) for name in names}
     made = {layer: cast(Any, layer).dense() for layer in layers}
     replace_everywhere(model, made)

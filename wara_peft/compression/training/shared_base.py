@@ -1,4 +1,4 @@
-"""Bases that linear layers of several blocks share: made by one SVD, trained block by block, and sparse in the end."""
+"""Bases that linear layers of several blocks share: one SVD makes them, and training makes coefficients sparse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from ..targets import TIED, check_base, factorizable_weight, linear_layers, sepa
 
 
 def shared_rank(width: int, columns: int, budget: float, sparsity: float) -> int:
-    """r = ⌊d c β / (c (1 − s) + d)⌋: U of d r numbers and V of r c (1 − s) take β of d c, at most min(d, c)."""
+    """Give r = ⌊d c β / (c (1 − s) + d)⌋, but at most min(d, c), for weights (d, c) that are approximated by U V.
+
+    At this rank the d r numbers of U and the r c (1 − s) values of V that are not zero are a share β of d c.
+    """
     rank = int(width * columns * budget / (columns * (1 - sparsity) + width))
     return min(rank, width, columns)
 
@@ -37,26 +40,27 @@ def share_bases(
     sparsity: float = 0.0,
     statistics: Mapping[str, LayerStatistics] | None = None,
 ) -> list[int]:
-    """Replace the linear layers of each group, in place, by `SharedBaseLinear` layers around one base.
+    """Replace the linear layers of each group, in place, by `SharedBaseLinear` layers that share one base.
 
-    Without statistics weights are turned so that d is their smaller side, M = [W_1 … W_g] = U Σ Vᵀ, and the base is
-    U_r: ‖M − U_r U_rᵀ M‖² = Σ_{i>r} σ_i². With statistics, as Basis Sharing does (arXiv 2410.03765), all have the same
-    inputs, and the base is the best one for Σ_ℓ G_ℓ, the sum of the moments of these; each layer's coefficients are
-    then fitted in its own, C_ℓ = W_ℓ G_ℓ B (Bᵀ G_ℓ B)⁻¹. V is dense at first: `minimise_block_errors` makes it sparse.
+    Without statistics, each weight is transposed, if necessary, so that the side d that they share is the smaller one.
+    Then M = [W_1 … W_g] = U Σ Vᵀ, and the base is U_r: ‖M − U_r U_rᵀ M‖² = Σ_{i>r} σ_i². With statistics, the method
+    is that of Basis Sharing (arXiv 2410.03765): the layers share their input side, the base B is the best one for
+    Σ_ℓ G_ℓ, the sum of the moments of the layers' inputs, and each layer's coefficients are then fitted with its own
+    moment, C_ℓ = W_ℓ G_ℓ B (Bᵀ G_ℓ B)⁻¹. Coefficients are dense at first: `minimise_block_errors` makes them sparse.
 
     Args:
-        model: without adapters.
-        groups: full names of layers, for each base.
+        model: the model, without adapters.
+        groups: for each base the full names of its layers.
         budget: β, the share of the group's weights that base and values may take, after pruning.
         sparsity: s, the share of coefficients that will be zero; bits for places are not counted.
-        statistics: what `calibrate` returns.
+        statistics: the result of `calibrate`.
 
     Returns:
         The rank of each group.
 
     Raises:
-        ValueError: a share out of range, a budget below rank 1, layers that do not fit together, are not there, come
-            twice or are tied, or statistics that are missing. Nothing is changed then.
+        ValueError: a share is out of range; the budget is below rank 1; layers do not fit together, do not exist, are
+            named twice or are tied; or statistics are missing. The model is not changed then.
     """
     call = "share_bases(model, groups, budget)"
     check_argument(call, "model", model, "an nn.Module")
@@ -78,6 +82,7 @@ def share_bases(
         )
     made: dict[nn.Module, nn.Module] = {}
     ranks = []
+    # Numbers of bases go on from an earlier call, so that each base of the model has its own.
     before = max((layer.number for layer in model.modules() if isinstance(layer, SharedBaseLinear)), default=0)
     for number, group in enumerate(groups, before + 1):
         weights = [factorizable_weight(name, layers[name]) for name in group]
@@ -111,7 +116,7 @@ def _moment(name: str, statistics: Mapping[str, LayerStatistics]) -> Tensor:
 
 
 def _solved(weights: list[Tensor], rank: int, moments: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-    """U, (d, r), and V, (r, c), of each, in float64, from weights (d, c)."""
+    """Give the base U, (d, r), and the coefficients V, (r, c), of each weight, (d, c), in float64."""
     sizes = [weight.shape[1] for weight in weights]
     if moments is None:
         left, values, right = torch.linalg.svd(torch.cat(weights, 1).double(), full_matrices=False)
@@ -121,7 +126,7 @@ def _solved(weights: list[Tensor], rank: int, moments: list[Tensor] | None) -> t
     base = low_rank(torch.cat(weights, 1).T, rank, Metric(together)).down.T
     fitted = []
     for weight, moment in zip(weights, moments, strict=True):
-        # Coefficients of least error in the layer's own moment, also where that is singular.
+        # The coefficients of least error for the layer's own moment. `pinv` also serves a moment that is singular.
         inner = base.T @ moment @ base
         fitted.append(torch.linalg.pinv(inner, hermitian=True) @ (base.T @ moment @ weight.double()))
     return base, fitted
@@ -136,7 +141,7 @@ def _layer(old: nn.Linear | Conv1D, base: nn.Parameter, part: Tensor, turned: bo
 
 
 def cubic_sparsity(progress: float, start: float, end: float) -> float:
-    """s = s_end + (s_start − s_end)(1 − progress)³, and s_end from progress 1 on (gradual magnitude pruning)."""
+    """Give s = s_end + (s_start − s_end)(1 − progress)³, and s_end for progress > 1 (gradual magnitude pruning)."""
     return end + (start - end) * (1 - min(progress, 1.0)) ** 3
 
 
@@ -144,9 +149,9 @@ def cubic_sparsity(progress: float, start: float, end: float) -> float:
 def prune_together(
     layers: Collection[SharedBaseLinear], sparsity: float, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Drop the smallest values of all layers together, until that share of all places of coefficients is without one.
+    """Drop the smallest values among all layers, until a share `sparsity` of all coefficients is zero.
 
-    Each layer keeps its largest value at least.
+    Each layer keeps at least its largest value.
     """
     total = sum(layer.rank * layer.columns for layer in layers)
     magnitudes = torch.cat([layer.values.detach().abs() for layer in layers])
@@ -175,28 +180,30 @@ def minimise_block_errors(
     initial_sparsity: float = 0.05,
     interval: int = 50,
 ) -> list[float]:
-    """Train shared bases and coefficients, so that each block does what it did, with the inputs that it had.
+    """Train shared bases and coefficients so that each block gives the outputs of the original block.
 
-    The loss is Σ_blocks MSE(block of the model, block of the reference), both at the reference's input of the block.
-    Every `interval` steps the smallest coefficients of all layers together are dropped, s growing by the cubic rule
-    until three quarters of the steps. AdamW with a cosine schedule. Values are those of the code of FiPS, arXiv
-    2411.09816, for DeiT; its later training from end to end is what any training of the model is.
+    The loss is Σ_blocks MSE(block of the model, block of the reference). Both blocks get the input that the block of
+    the reference has. Every `interval` steps the smallest coefficients among all layers are dropped; the sparsity s
+    grows by `cubic_sparsity` during the first three quarters of the steps. The optimizer is AdamW with a cosine
+    schedule. Default values are those of the code of FiPS, arXiv 2411.09816, for DeiT. FiPS later trains the model end
+    to end; for that, use any training of the model.
 
     Args:
-        model: with `SharedBaseLinear` layers; they are trained in place, in evaluation mode.
+        model: the model, with `SharedBaseLinear` layers. They are trained in place, in evaluation mode.
         reference: the model as it was before `share_bases`.
-        blocks: names of blocks, modules whose first output is a tensor.
+        blocks: names of blocks: modules whose first output is a tensor.
         batches: mappings, sequences or tensors, as in `calibrate`.
-        epochs, lr, weight_decay: of the training.
+        epochs, lr, weight_decay: settings of the training.
         sparsity: s at the end.
         initial_sparsity: s at the first pruning.
-        interval: steps between two.
+        interval: number of steps from one pruning to the next.
 
     Returns:
         The mean loss of each epoch.
 
     Raises:
-        ValueError: no such layers or batches, a block that did not run, or numbers out of range.
+        ValueError: the model has no such layer, there are no batches, a block did not run, or a number is out of its
+            range.
     """
     call = "minimise_block_errors(model, reference, blocks, batches)"
     check_argument(call, "model", model, "an nn.Module")
@@ -210,6 +217,7 @@ def minimise_block_errors(
     kept = list(batches)
     if not layers or not kept:
         raise ValueError("The model has no SharedBaseLinear, call share_bases first; or there are no batches.")
+    # Several layers have the same base, which the optimizer must have once.
     parameters = list({id(value): value for layer in layers for value in layer.parameters()}.values())
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     steps = epochs * len(kept)
@@ -224,6 +232,7 @@ def minimise_block_errors(
                     reached = cubic_sparsity(step / (0.75 * steps), min(initial_sparsity, sparsity), sparsity)
                     prune_together(layers, reached, optimizer)
                 loss = _block_loss(model, reference, blocks, batch)
+                # `backward` would also leave gradients in the model's other parameters.
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
@@ -231,7 +240,7 @@ def minimise_block_errors(
                 schedule.step()
                 total += float(loss.detach())
             losses.append(total / len(kept))
-        if sparsity:
+        if sparsity:  # a short training may have ended between two prunings
             prune_together(layers, sparsity)
     for parameter in parameters:
         parameter.grad = None
@@ -243,7 +252,7 @@ def _block_loss(model: nn.Module, reference: nn.Module, blocks: Sequence[str], b
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            # A cache has the reference's keys by now, to which the other block would add its own.
+            # A cache holds the reference's keys by now. The model's block would add its own keys to them.
             kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
             calls[name] = args, kwargs, _tensor(output)
 

@@ -1,4 +1,4 @@
-"""Training that keeps weights near low rank, so that a decomposition at its end loses little."""
+"""Training that keeps weights close to low rank, so that factorising them at the end loses little."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from .callback import TrainingMethod
 
 
 class TrainedRankPruning(TrainingMethod, ExportableState):
-    """Truncates weights in the course of a training, and pulls their singular values down.
+    """Truncates weights to low rank every few steps of a training, and shrinks their singular values.
 
-    Before the forward of every m-th step each weight W = U Σ Vᵀ, of a convolution as a matrix (m, n · kernel), is
-    overwritten by its truncation W' = U_k Σ_k V_kᵀ, with the least k of which Σ_{i≤k} σ_i² ≥ e E; after the backward
-    of these steps λ U_k V_kᵀ, a sub-gradient of the nuclear norm, is added to its gradient. All other steps are as
-    they are, and weights are dense. At the end layers become factorised ones at the ranks reached, by `compress`.
+    Every m-th step has two additions. Before its forward, each weight W = U Σ Vᵀ is overwritten by its truncation
+    W' = U_k Σ_k V_kᵀ, with the smallest k for which Σ_{i≤k} σ_i² ≥ e E. The weight of a convolution is taken as a
+    matrix, (outputs, inputs · kernel). After the backward, λ U_k V_kᵀ, a sub-gradient of the nuclear norm, is added to
+    the weight's gradient. Other steps are unchanged, and weights stay dense. At the end `finish` factorises the layers
+    at the ranks that they have reached.
 
-    E is the energy to which e refers: ‖W‖²_F at first. To refer to ‖W‖²_F each time would take away a share of what
-    the last truncation left, and bring the rank down without any gradient. So E stays as long as there is no more
-    energy than that, and falls only where the weight itself has become smaller since its last truncation W':
-    E_t = max(‖W_t‖², E_{t−1} min(1, ‖W_t‖² / ‖W'_{t−1}‖²)). With no gradient, or with weight decay alone, k stays.
+    E is a reference energy, ‖W‖²_F at first. If E were ‖W‖²_F each time, each truncation would take a share of what
+    the last one left, and the rank would fall without any gradient. So E stays while ‖W‖²_F does not exceed it, and
+    falls only if the weight itself has become smaller since its last truncation W':
+    E_t = max(‖W_t‖², E_{t−1} min(1, ‖W_t‖² / ‖W'_{t−1}‖²)). Without a gradient, or with only weight decay, k stays.
 
-    After Xu et al., "Trained Rank Pruning", IJCAI 2020 (arXiv 1812.02402, 2004.14566), which refers to ‖W‖² each time.
+    After Xu et al., "Trained Rank Pruning", IJCAI 2020 (arXiv 1812.02402, 2004.14566), where E is ‖W‖² each time.
 
-    As a callback of transformers' `Trainer`, whose checkpoints keep E:
+    Use it as a callback of transformers' `Trainer`, whose checkpoints keep E:
 
         >>> Trainer(model, args, callbacks=[TrainedRankPruning()], ...)  # doctest: +SKIP
 
-    In a loop of one's own:
+    Or use it in a training loop:
 
         >>> pruning = TrainedRankPruning()  # doctest: +SKIP
         >>> pruning.start(model)  # doctest: +SKIP
@@ -62,11 +63,11 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
             those with groups or a kernel of size one.
 
     Attributes:
-        report: what `finish` did, also at the end of `Trainer.train`.
+        report: the result of `finish`, which `Trainer.train` calls at its end.
 
     Raises:
-        ValueError: a number out of range. `start` refuses targets that match nothing or cannot be factorised, sharded
-            weights, and a model with adapters.
+        ValueError: a number is out of range. `start` refuses targets that match nothing or cannot be factorised,
+            sharded weights, and a model with adapters.
     """
 
     adds_to_gradients = True
@@ -91,11 +92,11 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
         self.report: CompressionReport | None = None
         self._targets: dict[str, nn.Module] = {}
         self._references: dict[str, list[float]] = {}
-        """By name: E and ‖W'‖² of the last truncation."""
+        """Maps names to E and ‖W'‖² of the last truncation."""
         self._directions: dict[str, Tensor] = {}
 
     def start(self, model: nn.Module) -> None:
-        """Begin with a model."""
+        """Begin to train a model."""
         check_base(model)
         found = layer_targets(model, self.target_modules)
         if self.target_modules is None:
@@ -113,7 +114,7 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
         self._references, self._directions = {}, {}
 
     def before_forward(self, step: int) -> None:
-        """Truncate, if it is time."""
+        """Truncate all weights if `step`, counted from 0, is a multiple of `period`."""
         self._directions = {}
         if step % self.period == 0:
             self._truncate()
@@ -130,11 +131,12 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
             total = float(energies[-1])
             reference, kept = self._references.get(name, [total, total])
             reference = max(total, reference * min(1.0, total / kept if kept > 0 else 1.0))
-            # What rounding of the weight takes away does not count.
+            # Rounding of the weight to its dtype takes away a little energy, which must not raise the rank.
             least = self.energy * reference * (1 - 4 * torch.finfo(weight.dtype).eps)
             rank = min(int((energies < least).sum()) + 1, len(values))
             truncated = ((left[:, :rank] * values[:rank]) @ right[:rank]).view_as(weight)
             direction = (left[:, :rank] @ right[:rank]).view_as(weight)
+            # Rounding may differ between machines, and then so would weights that DDP takes to be equal.
             take_from_first_process((truncated, direction))
             if rank < len(values):
                 weight.copy_(truncated)
@@ -145,7 +147,10 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        """Add λ U_k V_kᵀ to gradients, if it is time, between backward (and clipping) and the optimizer's step."""
+        """Add λ U_k V_kᵀ to gradients in a step that has truncated weights.
+
+        Call it after backward (and clipping), before the optimizer's step.
+        """
         for name, direction in self._directions.items():
             weight = self._targets[name].get_parameter("weight")
             if weight.grad is not None:
@@ -158,10 +163,10 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
         """Truncate for the last time, and factorise each layer at its rank, where that saves parameters.
 
         Args:
-            solver, statistics: of linear layers, as in `compress`; statistics are those of the trained model.
+            solver, statistics: as in `compress`, for linear layers. Measure statistics with the trained model.
 
         Returns:
-            What each layer got; it is also kept as `model.compression_report`.
+            A report of what each layer got, which `model.compression_report` keeps too.
         """
         model, targets = self._started(), self._targets
         ranks = self._truncate()
@@ -194,20 +199,21 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
         self._model, self._directions = None, {}
         return report
 
-    # Events of transformers' Trainer, and what it keeps in its checkpoints.
+    # `Trainer` writes the result of `state` into its checkpoints.
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"_references": self._references}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, model, **kwargs)
+        # `start` has forgotten the references. A training that resumes takes them from the checkpoint that it loads.
         saved = state.stateful_callbacks.get(type(self).__name__, {})
         if state.global_step and isinstance(saved, dict):
             self._references = dict(saved["attributes"]["_references"])
 
 
 def _unfolded(layer: nn.Module) -> Tensor:
-    """The weight as a matrix, (m, n · kernel) of a convolution, in float32 or better."""
+    """Give the weight as a matrix, (m, n) or for a convolution (m, n · kernel), in float32 or better."""
     weight = layer.get_parameter("weight").detach()
     return weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
 
