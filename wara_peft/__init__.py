@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .allocation.schedule import RankSchedule
     from .lora.checkpoint_callback import SaveAsLora
 
-registration.peft_type()  # `WaRAConfig` names `PeftType.WARA`, so the member comes first.
+# Every `WaRAConfig` sets `PeftType.WARA`, so the enum gets this member before anything else is imported.
+registration.peft_type()
 
 from .allocation import allocate_ranks  # noqa: E402
 from .config import WaRAConfig  # noqa: E402
@@ -52,10 +53,10 @@ _CALLBACKS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a callback when it is asked for, since each needs transformers' Trainer.
+    """Import a callback when somebody asks for it, since each callback needs transformers' Trainer.
 
-    PEFT can be imported by a part of Trainer that is itself being imported, and `wara-peft run` imports this package
-    right after PEFT. So importing this package must need nothing of Trainer.
+    A part of Trainer can import PEFT while it is itself being imported, and `wara-peft run` imports this package right
+    after PEFT. So importing this package must need nothing of Trainer.
     """
     if name not in _CALLBACKS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -63,4 +64,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    # Python would list only the callbacks that have been imported already.
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Checks of public functions' arguments: one of a wrong kind was often swapped with its neighbour."""
+"""Checks the arguments of public functions: users often swap neighbours of different kinds."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def check_argument(call: str, name: str, value: object, kind: str) -> None:
 
     Args:
         call: the function with its first arguments in their order, as "compress(model, budget)".
-        name: the argument's.
-        value: what was given.
-        kind: what it must be, in words, one of the above.
+        name: the argument's name.
+        value: its value.
+        kind: what the value must be, in words; a key of `_IS`.
 
     Raises:
-        TypeError: it is of another kind.
+        TypeError: the value is of another kind.
     """
     if not _IS[kind](value):
         raise TypeError(f"{call}: {name} must be {kind}, and is {short_form(value)}.")
@@ -45,18 +45,18 @@ def check_argument(call: str, name: str, value: object, kind: str) -> None:
 def check_whole_number(
     name: str, value: Any, least: int = 1, most: int | None = None, *, of: str = "", fraction: str = ""
 ) -> None:
-    """Refuse a rank, or another number of something, that is no int of its range, as neither True nor 2.0 is.
+    """Refuse a rank, or another number of things, that is no int or out of range. True and 2.0 are no ints here.
 
     Args:
-        name: the argument's.
-        value: what was given.
-        least, most: the range; None is no limit.
-        of: what else the message says of the number, as " of module 'up'".
-        fraction: what a float in (0, 1] in place of an int means. Where this is empty, floats are refused.
+        name: the argument's name.
+        value: its value.
+        least, most: the least and the largest value that is allowed; None is no limit.
+        of: words that the message adds after the value, as " of module 'up'".
+        fraction: the meaning of a float in (0, 1] in place of an int. If this is empty, floats are refused.
 
     Raises:
-        TypeError: it is no number of such a kind.
-        ValueError: it is out of its range.
+        TypeError: the value is no int, nor a float where one is allowed.
+        ValueError: the value is out of its range.
     """
     is_fraction = bool(fraction) and isinstance(value, float)
     is_number = is_fraction or (isinstance(value, Integral) and not isinstance(value, bool))
@@ -68,8 +68,9 @@ def check_whole_number(
 
 
 def short_form(value: object) -> str:
-    """The value where it is short, as numbers and names are, or else its class."""
-    if isinstance(value, int) and value.bit_length() > 64:  # Python does not print the longest
+    """Write a value for a message: a number or a name in full, any other value by its class."""
+    # Python raises an error for the digits of an int that is too long.
+    if isinstance(value, int) and value.bit_length() > 64:
         return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1}…"
     if value is None or isinstance(value, (str, os.PathLike, bool, int, float)):
         return repr(value)

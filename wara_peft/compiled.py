@@ -1,7 +1,8 @@
-"""Models that `torch.compile` has wrapped, treated as the plain models that they are.
+"""Treats models that `torch.compile` has wrapped as the plain models inside.
 
-`torch.compile(module)` gives another module, which holds the first as its `_orig_mod`: a part of the name of all that
-is inside, whether the whole model or a few of its blocks are compiled. `module.compile()` leaves names as they are.
+`torch.compile(module)` returns a wrapper: a new module that holds the first one as its child `_orig_mod`. So
+`_orig_mod` becomes a part of the names of all modules and parameters inside, whether a user compiles the whole model
+or a few of its blocks. `module.compile()` makes no wrapper, and leaves names as they are.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from torch import nn
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _IN_NAMES = re.compile(r"(?<!\w)_orig_mod(?:\\?\.|$)")
-"""The wrapper's part of a name, or of a pattern for names, which escapes the dot."""
+"""Finds the wrapper's part of a name. In a regular expression for names the dot behind it is escaped."""
 
 
 def plain_name(name: str) -> str:
-    """A name of a module, parameter or key, or a pattern for names, as it is in the plain model."""
+    """Return a name, a key or a pattern for names as it is in the plain model, without parts for wrappers."""
     if "_orig_mod" not in name:
         return name
     return _IN_NAMES.sub("", name).rstrip(".")
 
 
 def plain_names(names: Any) -> Any:
-    """Names in a field of a config: one of them, those in a list or set, or the keys of a dict."""
+    """Apply `plain_name` to all names in a config's field: a string, the items of a list or set, a dict's keys."""
     if isinstance(names, str):
         return plain_name(names)
     if isinstance(names, (list, set)):
@@ -40,14 +41,14 @@ def plain_names(names: Any) -> Any:
 
 
 def compiled_module(module: nn.Module) -> nn.Module:
-    """The module that a wrapper compiles, or the module itself where it is none."""
+    """Return the module inside a wrapper; a module that is no wrapper is returned as it is."""
     while "_orig_mod" in module._modules:
         module = module._modules["_orig_mod"]  # type: ignore[assignment]  # it is there
     return module
 
 
 def _wrapped_children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Modules that are compiled inside of a model: the module that has one, its name there, and the wrapper."""
+    """List the wrappers inside of a model: for each its parent, its name in the parent, and the wrapper itself."""
     return [
         (parent, name, child)
         for parent in model.modules()
@@ -59,7 +60,9 @@ def _wrapped_children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]
 
 @contextmanager
 def compiled_in_place(model: nn.Module) -> Iterator[nn.Module]:
-    """Compile in place what is wrapped, as `module.compile()` would have done, for good if the block does not raise.
+    """Replace wrappers by the modules inside, each compiled in place, as `module.compile()` compiles it.
+
+    This lasts beyond the block. If the block raises an error, the wrappers come back.
 
     Yields:
         The plain model, which is compiled as before.
@@ -70,6 +73,8 @@ def compiled_in_place(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for wrapper in wrappers:
             inner = compiled_module(wrapper)
+            # `module.compile()` sets this private attribute. The wrapper's own `dynamo_ctx` keeps the options, such as
+            # backend and mode, with which the user compiled.
             inner._compiled_call_impl = wrapper.dynamo_ctx(inner._call_impl)  # type: ignore[operator]
         for parent, name, wrapper in places:
             parent._modules[name] = compiled_module(wrapper)
@@ -84,10 +89,10 @@ def compiled_in_place(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def plain_model(model: nn.Module) -> Iterator[nn.Module]:
-    """Scope in which a model is not compiled, nor any part of it: names are plain, and hooks are called.
+    """Scope in which neither a model nor any part of it is compiled: names are plain, and hooks are called.
 
     Yields:
-        The model itself, or what it wraps.
+        The plain model: the model itself, or the module inside if it is a wrapper.
     """
     plain, places = compiled_module(model), _wrapped_children(model)
     for parent, name, wrapper in places:
@@ -102,12 +107,16 @@ def plain_model(model: nn.Module) -> Iterator[nn.Module]:
         for module, call in in_place:
             module._compiled_call_impl = call
         for parent, name, wrapper in places:
-            if parent._modules.get(name) is compiled_module(wrapper):  # or another layer has taken its place
+            # The block may have put another layer there, which the wrapper must not replace.
+            if parent._modules.get(name) is compiled_module(wrapper):
                 parent._modules[name] = wrapper
 
 
 def on_plain_model(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Give a function its argument `model` as `plain_model`; where it returns that, return the model passed in."""
+    """Decorate a function so that its argument `model` is the plain model while it runs.
+
+    If the function returns the plain model, the caller gets the model that it passed in.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
@@ -115,6 +124,7 @@ def on_plain_model(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
         bound = signature.bind(*args, **kwargs)
         model = bound.arguments["model"]
         if not isinstance(model, nn.Module):
+            # The function takes a path as well, or will say itself what is wrong with this argument.
             return function(*args, **kwargs)
         with plain_model(model) as plain:
             bound.arguments["model"] = plain

@@ -46,7 +46,7 @@ NAMING = (
     "base_weight_hashes",
     "biased_modules",
 )
-"""Fields that have names of modules, or patterns for them."""
+"""Fields that hold names of modules, or patterns for such names."""
 
 
 @with_help
@@ -55,11 +55,14 @@ NAMING = (
 class WaRAConfig(PeftConfig):
     """Configuration of WaRA adapters (Wavelet Low-Rank Adaptation, arXiv 2506.24092).
 
-    ΔW = scaling · Σ_s S_out,s B_s A_s S_in,sᵀ over the subbands s of an L-level 2-D wavelet decomposition. It is a
-    LoRA update of rank R = Σ_s r_s, which with one rank r for all is (3L + 1) r, and 2r for `form="shared"`; scaling
-    = wara_alpha / R. With `form="grid"` it is the output that changes, by scaling · Σ_s B_s P_s(A_s x), P_s being the
-    parts of a wavelet transform over the grid of image patches; with `form="tiny"` B_s A_s is B_s R_s A_s, of which
-    only the core R_s trains.
+    An adapter adds ΔW = scaling · Σ_s S_out,s B_s A_s S_in,sᵀ to a weight W. The sum runs over the subbands s of an
+    L-level 2-D wavelet decomposition. A_s and B_s train and have rank r_s; the fixed S_in,s and S_out,s are the
+    wavelet synthesis of the subband along each axis. So ΔW is a LoRA update of rank R = Σ_s r_s, and scaling =
+    wara_alpha / R. One rank r for all subbands gives R = (3L + 1) r, or R = 2r with `form="shared"`.
+
+    Two forms differ. `form="grid"` changes the layer's output by scaling · Σ_s B_s P_s(A_s x), where P_s takes the
+    part in subband s of a wavelet transform over the grid of image patches. `form="tiny"` puts a core R_s between B_s
+    and A_s, and trains only the core.
 
     Args:
         r: rank of every subband's factor pair, not LoRA's r. The default of 4 has, at one level, R = 16 and as many
@@ -152,19 +155,20 @@ class WaRAConfig(PeftConfig):
     biased_modules: list[str] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> WaRAConfig:
+        # The dataclass makes `__init__`, whose error would name no remedy; `__new__` sees the keywords before it.
         for name, value in kwargs.items():
             remedy = hint_for_keyword(name, value, cls.__dataclass_fields__)
             if remedy is not None and name == "bias":
                 raise ValueError(f"{remedy}.")
             if remedy is not None:
-                # PEFT looks for these words to ignore unknown fields of a saved config.
+                # By these words PEFT recognises unknown fields of a saved config, which it then ignores.
                 raise TypeError(f"WaRAConfig got an unexpected keyword argument {name!r}; {remedy}.")
         return super().__new__(cls)
 
-    if not TYPE_CHECKING:
+    if not TYPE_CHECKING:  # else a type checker would take every attribute for a valid one
 
         def __getattr__(self, name: str) -> Any:
-            """Tell what reads a field of LoRA's alone, such as PEFT's XLoRA or EVA, what to give it instead."""
+            """Name the remedy when code made for LoRA, such as PEFT's XLoRA or EVA, reads a field of LoRA's."""
             message = f"{type(self).__name__!r} object has no attribute {name!r}"
             remedy = LORA_FIELDS.get(name)
             if remedy is not None:
@@ -176,7 +180,8 @@ class WaRAConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         read_json(self)
-        for name in NAMING:  # an adapter may have been saved beside a compiled model
+        # An adapter saved while its model was compiled by `torch.compile(model)` may have `_orig_mod` in its names.
+        for name in NAMING:
             setattr(self, name, plain_names(getattr(self, name)))
         check_types(self)
         super().__post_init__()
@@ -187,20 +192,21 @@ class WaRAConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
-        # Filled by the model, as PEFT expects it, where `ensure_weight_tying` finds tied modules.
+        # The model fills these two, as PEFT expects, if `ensure_weight_tying` is set and modules are tied. They are no
+        # fields of the dataclass, so they are not saved.
         self.modules_to_tie: set[str] | None = None
         self.target_modules_to_tie: set[str] | None = None
-        self.resolution: Resolution | None = None  # by the last model that used this config
-        if isinstance(self.grid_size, list):  # as JSON keeps it
+        self.resolution: Resolution | None = None  # set by the last model that used this config
+        if isinstance(self.grid_size, list):  # JSON has no tuples
             self.grid_size = tuple(self.grid_size)
         check_config(self)
 
     @classmethod
     def from_lora(cls, lora_config: LoraConfig, match: Match = "parameters", **fields: Any) -> WaRAConfig:
-        """The config of `form="subband"` that corresponds to a LoRA's, with every module's scaling the same number.
+        """Make the config of `form="subband"` that corresponds to a LoRA's, and scales every module as the LoRA does.
 
-        wara_alpha / R = lora_alpha / r, or wara_alpha / √R = lora_alpha / √r with `use_rslora`, also by
-        `rank_pattern` and `alpha_pattern`. Ranks that r does not give evenly are in `subband_ranks`.
+        wara_alpha / R = lora_alpha / r, or wara_alpha / √R = lora_alpha / √r with `use_rslora`, also in modules that
+        `rank_pattern` or `alpha_pattern` names. If the subbands need unequal ranks, `subband_ranks` holds them.
 
         Args:
             lora_config: the config of a LoRA.
@@ -210,11 +216,11 @@ class WaRAConfig(PeftConfig):
             fields: `wavelet`, `levels` and other fields of the result, in place of what comes from the LoRA.
 
         Raises:
-            TypeError: it is no `LoraConfig`.
-            ValueError: `match` is something else, `form` is another than "subband", or `fields` sets ranks or alphas.
+            TypeError: `lora_config` is no `LoraConfig`.
+            ValueError: `match` has no such value, `form` is another than "subband", or `fields` sets ranks or alphas.
 
         Warns:
-            UserWarning: names what the LoRA has and WaRA does not, and what to use instead.
+            UserWarning: names the settings of the LoRA that WaRA does not have, and what to use instead.
         """
         if not isinstance(lora_config, LoraConfig):
             raise TypeError(f"lora_config is a {type(lora_config).__name__}; a LoraConfig was expected.")
@@ -233,21 +239,22 @@ class WaRAConfig(PeftConfig):
         own, left_out = fields_from_lora(lora_config, ranks_for, cls.__dataclass_fields__)
         warn_of_left_out(left_out)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "wara_alpha=.* scales by")  # as the LoRA does
+            # That warning is for a LoRA's numbers copied by hand. Here the scaling is the LoRA's own.
+            warnings.filterwarnings("ignore", "wara_alpha=.* scales by")
             return cls(**{**own, **fields})
 
     @property
     def form_object(self) -> Form:
-        """What the form's name stands for."""
+        """The `Form` that the field `form` names."""
         return FORMS[self.form]
 
     @property
     def total_rank(self) -> int:
-        """R of a module that no pattern names, the rank of the LoRA that such a module's adapter is."""
+        """R in a module that no pattern matches: the rank of the adapter there, seen as a LoRA."""
         return self.form_object.total_rank(self, self.ranks_of(""))
 
     def ranks_of(self, module_name: str) -> dict[str, int]:
-        """Rank of each subband in the module of that name, in the order of the form's subbands.
+        """Return the rank of each subband in the module of that name, in the order of the form's subbands.
 
         Raises:
             ValueError: a pattern takes too long to match.
@@ -258,7 +265,7 @@ class WaRAConfig(PeftConfig):
         return self.form_object.ranks(self, rank, {**(self.subband_ranks or {}), **by_subband})
 
     def alpha_of(self, module_name: str) -> float | None:
-        """Numerator of the scaling in the module of that name, or None for that module's R.
+        """Return the numerator of the scaling in the module of that name; None stands for that module's R.
 
         Raises:
             ValueError: a pattern takes too long to match.
@@ -266,10 +273,10 @@ class WaRAConfig(PeftConfig):
         return value_for(module_name, "alpha_pattern", self.alpha_pattern, self.wara_alpha)
 
     def with_ranks(self, ranks: Mapping[str, Mapping[str, int]], names: Iterable[str]) -> WaRAConfig:
-        """A config with these ranks, for the modules that have any, and with the scalings of this one.
+        """Return a config with these ranks and with the scalings of this one. A module without any rank is no target.
 
         Args:
-            ranks: of each module by its full name, by subband; those that are left out are 0.
+            ranks: for each module, by its full name, the rank of each subband. A subband that is missing has rank 0.
             names: names of all modules of the model.
         """
         rank_pattern: dict[str, int | dict[str, int]] | Json = {}
@@ -280,7 +287,7 @@ class WaRAConfig(PeftConfig):
             rank = self.form_object.total_rank(self, by_subband)
             rank_pattern[exact_pattern(name)] = by_subband
             alpha = self.alpha_of(name)
-            if alpha is not None or self.use_rslora:  # else the scaling is 1 at any rank
+            if alpha is not None or self.use_rslora:  # else alpha is R, and the scaling 1 at any rank
                 before = scaling(alpha, self.form_object.total_rank(self, self.ranks_of(name)), self.use_rslora)
                 alpha_pattern[exact_pattern(name)] = before * (math.sqrt(rank) if self.use_rslora else rank)
         tied = self.target_modules_to_tie or set()
@@ -288,6 +295,7 @@ class WaRAConfig(PeftConfig):
         config = dataclasses.replace(
             copy.deepcopy(self),
             target_modules=targets,
+            # PEFT compares the ends of names, and would also take modules whose names end in a target's.
             exclude_modules=suffix_matches(targets, names),
             layers_to_transform=None,
             layers_pattern=None,
@@ -299,10 +307,11 @@ class WaRAConfig(PeftConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, with what the model that was last asked for the adapter's tensors has found out.
+        """Return all fields as they are to be saved.
 
-        PEFT and transformers ask a model for the tensors, and write its config next. Patterns that overlap are written
-        so that their order is free.
+        PEFT and transformers ask a model for an adapter's tensors and write its config next. So fields that a model
+        finds out, such as `module_shapes`, have the values of the model that was asked last. PEFT sorts the keys that
+        it writes, so patterns that overlap are rewritten to mean the same in any order.
         """
         config = config_to_write(self)
         names = list(config.module_shapes) if config.module_shapes else None
@@ -312,7 +321,7 @@ class WaRAConfig(PeftConfig):
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and tell in the model card that loading needs `import wara_peft`."""
+        """Write `adapter_config.json`, and say in the model card that loading needs `import wara_peft`."""
         super().save_pretrained(save_directory, **kwargs)
         add_loading_section(save_directory, self.task_type)
 
@@ -322,5 +331,5 @@ class WaRAConfig(PeftConfig):
 
 
 def scaling(alpha: float | None, rank: int, use_rslora: bool) -> float:
-    """Factor of B̂ Â: alpha / R, or alpha / √R with `use_rslora`; an alpha of None means R."""
+    """Compute scaling in ΔW = scaling · B̂ Â: alpha / R, or alpha / √R with `use_rslora`. An alpha of None means R."""
     return (rank if alpha is None else alpha) / (math.sqrt(rank) if use_rslora else rank)

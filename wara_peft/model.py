@@ -77,6 +77,7 @@ class WaRAModel(BaseTuner):
 
     prefix: str = "wara_"
     tuner_layer_cls = WaRALayer
+    # State has its first value in the class, for PEFT's `__init__` injects the first adapter before it returns.
     _injection = Injection()
     # Adapters that are being loaded: their config has arrived, their tensors have not.
     _awaited: Mapping[str, AwaitedAdapter] = {}
@@ -89,7 +90,7 @@ class WaRAModel(BaseTuner):
         Modules that `torch.compile` has wrapped are compiled in place from then on, which keeps their plain names.
         """
         with compiled_in_place(model) as plain:
-            if self.model is model:
+            if self.model is model:  # PEFT's `__init__` has stored the wrapper here
                 self.model = plain
             self._inject(plain, adapter_name, *args, **kwargs)
 
@@ -97,10 +98,11 @@ class WaRAModel(BaseTuner):
         config = cast(WaRAConfig, self.peft_config[adapter_name])
         in_state_dict = None
         if kwargs.get("state_dict") is not None:
-            # PEFT would take every key for that of a factor.
+            # PEFT reads the target modules off these keys, and would take every key for a factor's.
             factors = {plain_name(key): value for key, value in kwargs["state_dict"].items() if is_of_a_factor(key)}
             kwargs["state_dict"] = factors
             in_state_dict = {key.rsplit(f".{self.prefix}", 1)[0] for key in factors}
+        # PEFT writes the resolved targets into the user's own object, so an error has to restore it.
         before = dict(vars(config))
         written = take_back_resolution(config)
         named = targeted_names(config) if config.module_shapes is None else set()
@@ -111,13 +113,13 @@ class WaRAModel(BaseTuner):
             with patterns_unseen(config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            # transformers' add_adapter hands in the model's own dict, which must not keep a failed adapter.
+            # transformers' `add_adapter` passes in the model's own dict of configs, which must not keep it.
             self.peft_config.pop(adapter_name, None)
             vars(config).update(before)
             raise
         keep_unpacked(model)
         note_fields(model, adapter_name, config, written)
-        # An adapter that was deleted may have had the same name.
+        # An adapter of the same name may have been deleted before its tensors were loaded.
         awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}
         if config.module_shapes is not None:
             awaited[adapter_name] = AwaitedAdapter(config, trained)
@@ -126,7 +128,11 @@ class WaRAModel(BaseTuner):
         keep_called(model)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Refuse the file of an adapter that was made for another model, and take the adapter out again."""
+        """Refuse the file of an adapter that was made for another model, and take the adapter out again.
+
+        PyTorch's `load_state_dict` calls this on a module before it goes on to its children. So the check comes before
+        the first tensor of a layer is copied.
+        """
         for adapter_name in [name for name in self._awaited if name in self.peft_config]:
             with self._taken_out_on_error(adapter_name):
                 given = self._awaited[adapter_name].check_if_given(self, adapter_name, state_dict, prefix)
@@ -136,13 +142,14 @@ class WaRAModel(BaseTuner):
 
     @contextmanager
     def _taken_out_on_error(self, adapter_name: str) -> Iterator[None]:
-        """Scope in which the tensors of a saved adapter are checked: refused ones take a new adapter along."""
+        """Scope for checks of a saved adapter's tensors: an error removes the adapter that was added for them."""
         try:
             yield
         except ValueError:
             if adapter_name in self._awaited and len(self.peft_config) > 1:
                 self.delete_adapter(adapter_name)
             elif adapter_name in self._awaited:
+                # Without its only adapter the model is a plain one again, and trains what it trained before injection.
                 self.unload()
                 for name in self._awaited[adapter_name].trained:
                     self.model.get_parameter(name).requires_grad_(True)
@@ -151,20 +158,20 @@ class WaRAModel(BaseTuner):
     def _prepare_model(self, peft_config: WaRAConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Check all targets, and warn: PEFT calls this with the resolved config, before it replaces the first module.
 
-        Whoever makes errors of warnings finds the model as it was.
+        So a warning that is turned into an error leaves the model unchanged.
         """
         configs = cast(dict[str, WaRAConfig], self.peft_config)
         check_injection(model, peft_config, configs, self._injection)
 
     @classmethod
     def targets_of(cls, model: nn.Module, config: WaRAConfig) -> dict[str, nn.Module]:
-        """The modules, and bare parameters, that the config would adapt, by name, found and checked as when it does.
+        """Find and check, as an injection does, the modules and bare parameters that the config would adapt, by name.
 
         Raises:
-            TypeError: one is of a kind that WaRA does not adapt.
-            ValueError: one has no rank or is never called, or PEFT has no default targets for this model.
+            TypeError: a target is of a kind that WaRA does not adapt.
+            ValueError: a target has no rank or is never called, or PEFT has no default targets for this model.
         """
-        tuner = cls.__new__(cls)  # which is not initialised, for that would inject
+        tuner = cls.__new__(cls)  # without `__init__`, which would inject an adapter
         nn.Module.__init__(tuner)
         tuner.model = model
         config = copy.deepcopy(config)
@@ -173,7 +180,8 @@ class WaRAModel(BaseTuner):
         return find_and_check_targets(model, resolved, tuner._injection)
 
     def _prepare_adapter_config(self, peft_config: WaRAConfig, model_config: dict[str, Any]) -> WaRAConfig:  # type: ignore[override]
-        """Resolve targets as PEFT does, and as it does for LoRA in the experts of a mixture; see `resolve_targets`."""
+        """Resolve targets as PEFT does for LoRA, also in the experts of a mixture; see `resolve_targets`."""
+        # PEFT raises an error for a model without default targets. A config that names parameters needs none.
         if peft_config.target_modules is None and peft_config.target_parameters:
             default = self.target_module_mapping.get(model_config["model_type"], ())
             peft_config.target_modules = default if isinstance(default, str) else list(default)
@@ -184,7 +192,7 @@ class WaRAModel(BaseTuner):
     def _inject_parameters(  # type: ignore[override]
         self, peft_config: WaRAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """Adapt the parameters that the config names, which `_prepare_model` has checked."""
+        """Adapt the bare parameters that the config names; `_prepare_model` has checked them."""
         found, trains = list(named_parameters(peft_config, model)), adapter_name in self.active_adapters
         for parameter in found:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -201,6 +209,7 @@ class WaRAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        # `nn.MultiheadAttention` calls no layer for its projections, so its weights are adapted as bare parameters.
         of_attention = projections(current_key, target)
         trains = adapter_name in self.active_adapters
         for parameter in of_attention:
@@ -224,11 +233,11 @@ class WaRAModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a layer in another's place; adapter layers have moved to their base layer's device already."""
+        """Put a layer in another's place. PEFT would also move it, but an adapter layer has moved itself already."""
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As PEFT casts an adapter, which makes new parameters of gains: they train only if the old ones did."""
+        """Cast an adapter as PEFT does. PEFT makes new parameters of gains; they train only if the old ones did."""
         gains = [layer.wara_gain for layer in adapted_layers(self).values()]
         before = [(gain, gain[adapter_name].requires_grad) for gain in gains if adapter_name in gain]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -255,9 +264,9 @@ class WaRAModel(BaseTuner):
 
     @property
     def get_input_embeddings(self) -> Callable[[], nn.Module | None]:
-        """The base model's function; None is its result where transformers knows no embedding, as in speech models.
+        """The base model's function, which here returns None where transformers raises an error, as in speech models.
 
-        PEFT calls it to save an adapter on a layer that is called `lm_head`, and so fails for LoRA on wav2vec 2.0.
+        PEFT calls it to save an adapter on a layer that is called `lm_head`. The error stops LoRA on wav2vec 2.0.
         """
         return partial(embedding_or_none, self.model.get_input_embeddings)
 
@@ -277,26 +286,27 @@ class WaRAModel(BaseTuner):
         """Add an adapter that combines others; by default the best approximation of Σ_i weights[i] ΔW_i of their rank.
 
         Args:
-            adapters: names of the adapters to combine. A single one is scaled, exactly, whatever the type.
-            weights: a weight for each, negative ones included.
+            adapters: names of the adapters to combine. A single adapter is scaled exactly, whatever the type.
+            weights: a weight for each adapter, which may be negative.
             adapter_name: name of the new adapter, which is not activated.
             combination_type: "svd", LoRA's default, keeps the rank. "cat" is exact and adds up the ranks; adapters
                 that share wavelet, levels and form `subband` keep their subbands, others meet as rows of the
                 undecomposed matrix `aa0`. "linear" adds up the factors, `Σ ±√(|weight| scaling) A_i`
-                and `Σ √(|weight| scaling) B_i`, as in LoRA, which needs equal layouts, keeps the rank and is not ΔW's
-                sum.
-                "svd" and all others of LoRA ("ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
+                and `Σ √(|weight| scaling) B_i`, as in LoRA. It needs equal layouts and keeps the rank; its result is
+                not the sum of the ΔW.
+                "svd" and all other types of LoRA ("ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties",
                 "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd") are PEFT's own, computed on the adapters as
                 exact LoRAs; the result lies in `aa0`. Modules that an adapter trains in full (`modules_to_save`) are
                 not part of the combination.
-            svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: of PEFT's types, as in
-                `LoraModel.add_weighted_adapter`; without `svd_rank` the largest R. Full matrices, the default there,
-                give the same ΔW, take longer, and fail in PEFT where the rank is larger than a side of the weight.
+            svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: options of
+                PEFT's types, as in `LoraModel.add_weighted_adapter`. Without `svd_rank` the rank is the largest R.
+                Full matrices, the default there, give the same ΔW, take longer, and fail in PEFT if the rank is larger
+                than a side of the weight.
 
         Raises:
             ValueError: an adapter is missing, there already is one of the new name, numbers of adapters and weights
-                differ, several train the same module in full, "linear" meets different layouts, one of PEFT's types
-                unequal ranks or no `density`, or an adapter has no ΔW.
+                differ, several adapters train the same module in full, "linear" meets different layouts, one of PEFT's
+                types meets unequal ranks or lacks `density`, or an adapter has no ΔW.
         """
         options = {
             "svd_rank": svd_rank,
@@ -325,9 +335,9 @@ class WaRAModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The tensors to save, with all biases that train and both resized embeddings.
+        """Return the tensors to save: the adapter's own, all biases that train, and both embeddings if resized.
 
-        PEFT writes the config next, so it gets what this model has found out.
+        PEFT writes the config next. So this first notes on the config what the model has found out.
         """
         note_for_saving(config, fields_in_model(model, adapter_name))
         warn_of_pad_token(model, config)
@@ -337,8 +347,8 @@ class WaRAModel(BaseTuner):
     def check_saved_adapter(self, adapter_name: str, path: str | os.PathLike[str], **hub: Any) -> None:
         """Refuse a saved adapter whose tensors would mean something else in the adapter of that name.
 
-        `PeftModel.load_adapter` calls this where an adapter of the name is in the model. One that was put there for
-        these tensors, as by `PeftModel.from_pretrained`, is taken out again.
+        `PeftModel.load_adapter` calls this if the model has an adapter of that name. An adapter that was added for
+        these tensors, as `PeftModel.from_pretrained` does, is taken out again if they are refused.
 
         Raises:
             ValueError: see `wara_peft.injection.loading_over.check_saved_adapter`.
@@ -348,16 +358,16 @@ class WaRAModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Key in the file of an adapter, where names are those of the plain model; PEFT inverts this to load."""
+        """Return a tensor's key in an adapter's file, which has the plain model's names; PEFT inverts this to load."""
         return super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The tensors under the keys that the model has for them, compiled or not, whatever other adapters it has.
+        """Return saved tensors under the model's own keys, whether it is compiled or has further adapters.
 
-        Keys that differ from those of their module's own tensors are refused.
+        A module is refused if it would get only some of its tensors, or others.
         """
         plain = {plain_name(key): value for key, value in state_dict.items()}
         tuner = next((module for module in model.modules() if isinstance(module, cls)), None)
@@ -381,7 +391,8 @@ class WaRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample of the batch, to all adapter layers during a forward or generate.
 
-        Within one generate, whose weights do not change, factors are synthesised twice at most.
+        PEFT opens this scope around each forward and each generate. Weights do not change during a generate, so
+        factors are synthesised twice at most.
 
         Raises:
             ValueError: the model is training, no layer has an adapter of one of these names, or bare parameters are
@@ -404,12 +415,12 @@ class WaRAModel(BaseTuner):
         """Put the base weights back as they were before the adapters were merged, to the bit.
 
         Args:
-            adapter_names: adapters to take out, so that the weights are as if only the others had been merged; None
-                means all, and adapters of other methods beside them as well.
+            adapter_names: adapters to take out, so that the weights are as if only the others had been merged. None
+                means all adapters, those of other methods included.
 
         Raises:
-            ValueError: something else wrote a base weight since. No weight of a module is changed then, unless
-                adapters of several methods lie around it.
+            ValueError: something else wrote a base weight since. Then no weight of a module is changed, unless
+                adapters of several methods lie around the module.
         """
         unmerge(self.model, adapter_names)
 
@@ -427,7 +438,8 @@ class WaRAModel(BaseTuner):
             unloaded: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]  # it is annotated None
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-        for layer in layers:  # reference cycles may keep these in memory for a while
+        # Reference cycles may keep these layers in memory for a while, and the kept weights would stay with them.
+        for layer in layers:
             layer.forget_kept_weight()
         undo_keep_called(self.model)
         stop_observing(self.model)

@@ -1,7 +1,7 @@
-"""Makes PEFT know the method WARA: a member of its `PeftType` enum, the entries of its registries, and one question.
+"""Makes the method WARA known to PEFT: adds a member to its `PeftType` enum, and entries to its registries.
 
-PEFT loads a saved adapter over one that is in the model without a look at the saved config. So
-`PeftModel.load_adapter` asks the tuner first, if that has an answer.
+It also wraps `PeftModel.load_adapter`. PEFT loads a saved adapter over one that is in the model without a look at the
+saved config. So the wrapped function first calls the tuner's method `check_saved_adapter`, if the tuner has one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ NAME = "WARA"
 
 
 def peft_type() -> PeftType:
-    """The member `PeftType.WARA`, added to the enum if it is not there.
+    """Return the member `PeftType.WARA`, which is added to the enum if it is not there.
 
-    PEFT's registry accepts members only, and the enum is closed, so the member is made as the enum's own machinery
-    makes one.
+    PEFT's registry accepts only members of the enum, and Python lets nobody extend an enum that has members. So this
+    does by hand what Python's `EnumType` does when it makes a member.
 
     Raises:
         ImportError: the installed PEFT has a WARA of its own.
@@ -29,6 +29,7 @@ def peft_type() -> PeftType:
         return _add_member()
     member = PeftType.__members__[NAME]
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    # This package may be imported twice, as a reload does; the member is then its own.
     if not getattr(member, "_added_by_wara_peft", False) or (
         registered is not None and not registered.__module__.startswith("wara_peft.")
     ):
@@ -40,8 +41,9 @@ def peft_type() -> PeftType:
 
 
 def register(config_class: type, model_class: type) -> None:
-    """Register the classes under `PeftType.WARA`; doing so again, as a reload does, replaces the earlier ones."""
+    """Register the classes under `PeftType.WARA`; after a reload the new classes replace the earlier ones."""
     member = peft_type()
+    # PEFT refuses a method that its registries have already.
     for registry in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         registry.pop(member, None)
     register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)
@@ -50,6 +52,7 @@ def register(config_class: type, model_class: type) -> None:
 
 def _ask_the_tuner_before_loading() -> None:
     load_adapter = PeftModel.load_adapter
+    # After a reload the function is wrapped already.
     if getattr(load_adapter, "_asks_the_tuner", False):
         return
 
@@ -71,7 +74,7 @@ def _add_member() -> PeftType:
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
     member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
     member._added_by_wara_peft = True  # type: ignore[attr-defined]
-    # EnumType.__setattr__ refuses to rebind members, and type's does not.
+    # `EnumType.__setattr__` guards members; `type.__setattr__` sets any attribute.
     type.__setattr__(PeftType, NAME, member)
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member

@@ -1,1 +1,1 @@
-"""What is known of a base model before any adapter: kinds of layers, quantization, layers that are never called."""
+"""Facts about a base model without adapters: kinds of layers, quantization, tied weights, layers never called."""

@@ -1,7 +1,7 @@
 """The kinds of layers that can be adapted, and the shape of an adapted module.
 
-A new kind is one file in layers/, with the adapter layer and, handed to `register`, a `Kind` that names it; and a line
-in layers/__init__.py, which imports that file. Nothing else asks which kind a layer is, only what its kind says.
+A new kind needs one file in layers/, with the adapter layer and a `Kind` that is passed to `register`; and a line in
+layers/__init__.py, which imports that file. Other code never asks which kind a layer is: it reads what the kind says.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ class Kind:
     Attributes:
         name: the class's name, as `WaRAConfig.module_shapes` records it.
         base_class: the class of such layers, None for bare parameters.
-        keeps_in_first: whether its weight is (in, out), the transpose of ΔW = B̂ Â.
+        keeps_in_first: whether its weight has the shape (in, out), the transpose of ΔW = B̂ Â.
         kernel_dimensions: number of dimensions of a convolution's kernel, 0 for other layers.
-        is_linear: whether it multiplies features by a matrix, as forms need that transform something else than ΔW.
+        is_linear: whether it multiplies features by a matrix. Forms that transform something else than ΔW, such as
+            the grid of patches, need that.
         lora_names: the names under which PEFT's LoRA keeps A and B of such a layer.
-        bias_names: the names that its bias may have, beside the weight; none for kinds that have no bias.
+        bias_names: the names that its bias may have in the module that has the weight; empty for kinds without bias.
         is_parameter: whether it is no layer, but a bare parameter of a module.
         has_experts: whether that parameter is a stack of one matrix for each expert of a mixture.
         is_factorized: whether it keeps its weight as a product of smaller matrices.
         has_vocabulary: whether its in axis is a vocabulary, so that it may be resized and tied to an output layer.
-        layer_class: the adapter layer beside such a layer, a `WaRALayer`, which enters itself here.
+        layer_class: the adapter layer beside such a layer, a subclass of `WaRALayer`, which sets this itself.
     """
 
     name: str
@@ -52,42 +53,43 @@ class Kind:
     layer_class: Any = None
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
-        """A copy of a kind, as in a copied model, is the kind itself."""
+        """Make a copied or unpickled kind the kind itself, since kinds are compared by identity."""
         return kind_named, (self.name,)
 
     def weight_shape(self, out_features: int, in_features: int, kernel: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """Shape in which such a layer keeps its weight; of experts that of one of them."""
+        """Return the shape in which such a layer keeps its weight; for experts, the shape of one expert's."""
         return (in_features, out_features) if self.keeps_in_first else (out_features, in_features, *kernel)
 
     def shape(self, base: Any) -> ModuleShape:
-        """The lengths of the axes of such a layer that are transformed."""
+        """Return the lengths of a layer's axes that the wavelet transform acts on."""
+        # PEFT's private function also knows the shapes of weights that are sharded, as by DeepSpeed or DTensor.
         in_features, out_features = cast(tuple[int, int], _get_in_out_features(base))
         return ModuleShape(self, out_features, in_features)
 
     def stand_in(self, shape: ModuleShape) -> nn.Module:
-        """A layer of that shape, to be made on the meta device; a dense one in place of a product or a parameter."""
+        """Make a layer of that shape, under the meta device. It is dense in place of a product or a parameter."""
         if self.keeps_in_first:
             return Conv1D(shape.out_features, shape.in_features)  # type: ignore[no-untyped-call]
         return nn.Linear(shape.in_features, shape.out_features, bias=False)
 
     def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
-        """Inputs to try such a layer with, one of which has a shape that it takes."""
+        """Yield inputs to try such a layer with. A layer with its own forward may take only one of their shapes."""
         in_features = self.shape(base).in_features
         for shape in ((1, 3, in_features), (3, in_features)):
             yield scale * torch.randn(shape, generator=generator)
 
     def product(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """What an adapter whose ΔW is `weight` adds to the layer's result for the input x."""
+        """Compute what an adapter whose ΔW is `weight` adds to the layer's result for the input x."""
         return F.linear(x, weight.T if self.keeps_in_first else weight)
 
     def settings_lora_ignores(self, base: Any) -> dict[str, Any]:
-        """Settings of such a layer without which PEFT's LoRA computes, where they make a difference."""
+        """Return the settings of a layer that PEFT's LoRA ignores, if the layer computes something else for them."""
         return {}
 
 
 @dataclass(eq=False)
 class EmbeddingKind(Kind):
-    """`nn.Embedding`, whose result are the rows of its weight that tokens name."""
+    """`nn.Embedding`, whose result consists of the rows of its weight that tokens name."""
 
     keeps_in_first: bool = True
     lora_names: tuple[str, str] = ("lora_embedding_A", "lora_embedding_B")
@@ -98,6 +100,7 @@ class EmbeddingKind(Kind):
         return nn.Embedding(shape.in_features, shape.out_features)
 
     def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
+        # Rows in the middle are seldom special, as the row of a padding token is.
         middle = base.num_embeddings // 2
         yield torch.tensor([[middle, max(middle - 1, 0)]])
 
@@ -106,7 +109,7 @@ class EmbeddingKind(Kind):
 
 
 class ConvolutionKind(Kind):
-    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`: the kernel's dimensions follow the channels of Â untransformed."""
+    """`nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`: only channels are transformed; Â has the kernel's dimensions last."""
 
     def shape(self, base: Any) -> ModuleShape:
         in_features = base.in_channels // base.groups
@@ -118,10 +121,12 @@ class ConvolutionKind(Kind):
 
     def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
         sizes = zip(base.kernel_size, base.dilation, base.stride, strict=True)
+        # The kernel fits in several places along every axis, also without padding.
         lengths = [kernel * dilation + 3 * stride for kernel, dilation, stride in sizes]
         yield scale * torch.randn(1, base.in_channels, *lengths, generator=generator)
 
     def product(self, base: Any, x: Tensor, weight: Tensor) -> Tensor:
+        # PyTorch's private function is the layer's forward with another weight: padding modes are in it.
         return cast(Tensor, base._conv_forward(x, weight, None))
 
     def settings_lora_ignores(self, base: Any) -> dict[str, Any]:
@@ -130,7 +135,7 @@ class ConvolutionKind(Kind):
 
 
 class FactorizedKind(Kind):
-    """`LowRankLinear` or `DictionaryLinear`, of which PEFT's function of shapes would warn."""
+    """`LowRankLinear` or `DictionaryLinear`. PEFT's function that finds shapes would warn about these classes."""
 
     def shape(self, base: Any) -> ModuleShape:
         return ModuleShape(self, base.out_features, base.in_features)
@@ -142,7 +147,7 @@ _BY_CLASS: dict[type[nn.Module], Kind] = {}
 
 
 def register(kind: Kind) -> Kind:
-    """Add a kind to those that can be adapted."""
+    """Add a kind, so that its layers can be adapted, and return it."""
     KINDS[kind.name] = kind
     if kind.base_class is not None:
         _BY_CLASS[kind.base_class] = kind
@@ -155,7 +160,7 @@ def kind_named(name: str) -> Kind:
 
 
 def supported_classes() -> str:
-    """The classes of layers that can be adapted, in words."""
+    """List the classes of layers that can be adapted, for messages."""
     return ", ".join(f"`{cls.__module__}.{cls.__name__}`" for cls in (*_BY_CLASS, nn.MultiheadAttention))
 
 
@@ -177,24 +182,24 @@ EXPERTS_IN_FIRST = register(Kind("ExpertsInFirst", keeps_in_first=True, is_param
 
 
 class BareParameter(nn.Module):
-    """A parameter of a module as if it were the weight of a layer; it owns neither of the two.
+    """Presents a parameter of a module as the weight of a layer. It owns neither the parameter nor the module.
 
     Args:
         owner: the module that has the parameter.
-        name: the parameter's name in it.
-        kind: what it is, if that is not told by its shape.
-        inside: where the owner lies in the module whose own forward uses the parameter, if that is another one.
+        name: the parameter's name in its owner.
+        kind: the parameter's kind, if its shape does not tell it.
+        inside: the owner's name in the module whose forward uses the parameter, if that is not the owner.
 
     Attributes:
-        kind: if not given, "Parameter" for a matrix (m, n), "Experts" for (experts, m, n), and "ExpertsInFirst" for
-            (experts, n, m), as modules say of themselves by an attribute `is_transposed`.
+        kind: by default "Parameter" for a matrix (m, n), "Experts" for (experts, m, n), and "ExpertsInFirst" for
+            (experts, n, m). Modules say by an attribute `is_transposed` that they have the last of these.
         shape, dtype: those of the parameter, also where DeepSpeed has partitioned it.
         position: how many of the owner's parameters come before it.
     """
 
     def __init__(self, owner: nn.Module, name: str, kind: Kind | None = None, inside: str = "") -> None:
         super().__init__()
-        self._owner = [owner]  # in a list, so that it is not registered as a part of this module
+        self._owner = [owner]  # in a list, so that PyTorch does not register it as a part of this module
         self.training = owner.training
         self.name, self.inside = name, inside
         weight = self.weight
@@ -202,6 +207,7 @@ class BareParameter(nn.Module):
         in_first = bool(getattr(owner, "is_transposed", False))
         by_shape = MATRIX if len(self.shape) == 2 else EXPERTS_IN_FIRST if in_first else EXPERTS
         self.kind = kind or by_shape
+        # PyTorch moves parameters that are parametrized from the first of these dicts to the second.
         self.position = [*owner._parameters, *getattr(owner, "parametrizations", ())].index(name)
 
     @property
@@ -210,50 +216,50 @@ class BareParameter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The parameter; where it is parametrized, as quantized experts are, what it stands for, computed anew."""
+        """The parameter. If it is parametrized, as quantized experts are, every access computes its value again."""
         return cast(Tensor, getattr(self.owner, self.name))
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """That of the owner, which is what it is for where the owner is a layer."""
+        """The owner's bias, which belongs to the weight if the owner is a layer."""
         return getattr(self.owner, "bias", None)
 
     @property
     def module_shape(self) -> ModuleShape:
-        """The parameter as something that is adapted."""
+        """The parameter's kind and the lengths of its axes."""
         out_features, in_features = self.shape[-2:][::-1] if self.kind.keeps_in_first else self.shape[-2:]
         experts = self.shape[0] if self.kind.has_experts else 0
         return ModuleShape(self.kind, out_features, in_features, experts=experts, position=self.position)
 
 
 def known_kind(module: object) -> Kind | None:
-    """The kind of a layer whose class, or the nearest class that it inherits from, is that of a kind."""
+    """Return the kind of a layer by its class, or by the nearest base class that has a kind; None if there is none."""
     return next((_BY_CLASS[cls] for cls in type(module).__mro__ if cls in _BY_CLASS), None)
 
 
 def kind_of(base_layer: nn.Module) -> Kind:
-    """The kind of a layer that is adapted: of the classes named above, else linear, as all quantized layers are."""
+    """Return the kind of an adapted layer. One whose class has no kind is quantized, and all of these are linear."""
     return base_layer.kind if isinstance(base_layer, BareParameter) else known_kind(base_layer) or LINEAR
 
 
 def shape_of(base_layer: nn.Module) -> ModuleShape:
-    """The shape of a layer, or bare parameter, that is adapted."""
+    """Return the shape of an adapted layer or bare parameter."""
     return base_layer.module_shape if isinstance(base_layer, BareParameter) else kind_of(base_layer).shape(base_layer)
 
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """An adapted module.
+    """The kind and the shape of an adapted module.
 
     Attributes:
-        kind: what its base layer is.
-        out_features, in_features: lengths of the axes that are transformed; of a convolution the in channels of one
-            group.
+        kind: the kind of its base layer.
+        out_features, in_features: lengths of the axes that are transformed. For a convolution `in_features` counts
+            the in channels of one group.
         groups: number of groups of a convolution. Every group has the same Â and its own rows of B̂.
         kernel: kernel size of a convolution, whose dimensions follow the channels of Â untransformed.
-        experts: number of experts, each of which has its own Â and B̂; 0 for all that is no stack of experts.
-        position: of a bare parameter how many of its module's parameters come before it, by which PEFT names LoRA's
-            tensors where several are adapted.
+        experts: number of experts, each of which has its own Â and B̂; 0 for kinds without experts.
+        position: for a bare parameter, how many of its module's parameters come before it. If several are adapted,
+            PEFT's names for LoRA's tensors depend on that.
     """
 
     kind: Kind
@@ -266,7 +272,7 @@ class ModuleShape:
 
     @classmethod
     def of_list(cls, kind: Kind, sizes: list[int]) -> ModuleShape:
-        """What `as_list` describes, without the kind's name."""
+        """Make a shape from what `as_list` returns after the kind's name."""
         out_features, in_features = sizes[:2]
         if kind.is_parameter:
             experts, position = (*sizes[2:], 0, 0)[:2]
@@ -285,18 +291,19 @@ class ModuleShape:
         return (self.experts, *shape) if self.kind.has_experts else shape
 
     def parameter_of(self, name: str) -> str:
-        """The model's name of the weight, where `name` is that under which it is adapted."""
+        """Return the name of the weight in the model; `name` is the name under which it is adapted."""
         return name if self.kind.is_parameter else f"{name}.weight"
 
     def biases_of(self, name: str) -> list[str]:
-        """The model's names that the bias may have; none for kinds that have no bias."""
+        """Return the names that the bias may have in the model; none for kinds without bias."""
         owner = self.parameter_of(name).rpartition(".")[0]
         return [f"{owner}.{bias}" for bias in self.kind.bias_names]
 
     def as_list(self) -> list[str | int]:
-        """As `WaRAConfig.module_shapes` has it.
+        """Return the entry for `WaRAConfig.module_shapes`.
 
-        [kind, out, in], and the groups where there are several; [kind, out, in, experts, position] of a parameter.
+        For a layer it is [kind, out, in], and the number of groups behind it if there are several. For a parameter it
+        is [kind, out, in, experts, position].
         """
         if self.kind.is_parameter:
             return [self.kind.name, *self.lengths, self.experts, self.position]

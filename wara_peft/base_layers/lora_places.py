@@ -1,7 +1,7 @@
-"""Where PEFT's LoRA of the same modules keeps what is adapted: its targets, the keys of its tensors and of biases.
+"""Translates names of adapted modules and keys of tensors to those of PEFT's LoRA on the same modules.
 
-LoRA wraps an `nn.MultiheadAttention` as a whole and its output projection once more, and a module of bare parameters
-once for each of them.
+The two differ where LoRA puts more wrappers around a module. It wraps an `nn.MultiheadAttention` as a whole, and its
+output projection once more. It wraps a module of bare parameters once for each parameter that is adapted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Shapes = Mapping[str, ModuleShape]
 
 
 def loras_targets(shapes: Shapes) -> tuple[list[str], list[str]]:
-    """By what PEFT targets all that is adapted: modules, parameters; an attention stands for its weights."""
+    """Return LoRA's `target_modules` and `target_parameters`; an attention as a whole stands for its weights."""
     attentions = sorted(name.rpartition(".")[0] for name, shape in shapes.items() if shape.kind is IN_PROJ)
     parameters = [name for name, shape in shapes.items() if shape.kind.is_parameter and shape.kind is not IN_PROJ]
     outputs = {f"{attention}.out_proj" for attention in attentions}
@@ -24,7 +24,7 @@ def loras_targets(shapes: Shapes) -> tuple[list[str], list[str]]:
 
 
 def fan_in_fan_out(shapes: Iterable[ModuleShape]) -> bool:
-    """LoRA's field of that name, which says that all layers are transformers' `Conv1D`."""
+    """Return the value of LoRA's field `fan_in_fan_out`: whether all layers are transformers' `Conv1D`."""
     return all(shape.kind is CONV1D for shape in shapes)
 
 
@@ -34,9 +34,10 @@ def has_attention(shapes: Iterable[ModuleShape]) -> bool:
 
 
 def lora_name(shapes: Shapes, name: str) -> str:
-    """Where PEFT's LoRA keeps the tensors of what is adapted under this name.
+    """Return the name of the module in which PEFT's LoRA keeps the tensors for what is adapted as `name`.
 
-    Of a bare parameter that is around its module; where several are adapted, around the wrapper of the one before.
+    For a bare parameter that is a wrapper around its module. If several of a module are adapted, each wrapper lies
+    around that of the parameter before: the last one is outermost.
     """
     module, shape = name.rpartition(".")[0], shapes[name]
     if shape.kind is IN_PROJ:
@@ -49,9 +50,10 @@ def lora_name(shapes: Shapes, name: str) -> str:
 
 
 def lora_key(shapes: Shapes, key: str) -> str:
-    """Where PEFT's LoRA of these modules keeps what an adapter holds in full under a key.
+    """Return the key under which PEFT's LoRA keeps a tensor that an adapter holds in full, such as a bias.
 
-    A factorised layer it knows as the dense one, whose bias lies beside the weight.
+    LoRA is for the dense model: where WaRA adapts a factorised layer, LoRA has a dense one with its bias beside the
+    weight.
     """
     module, around, name = key.partition(".base_layer.")
     if not around:

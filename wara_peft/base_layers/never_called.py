@@ -1,4 +1,4 @@
-"""Layers that their parents never call, but whose weights they read: an adapter beside one would have no effect."""
+"""Finds layers that their parents never call. A parent reads such a layer's weight, so an adapter has no effect."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from torch import nn
 from .refusals import Refusal
 
 _KERNELS = ("causal_conv1d_fn", "causal_conv1d_update")
-"""Functions by which transformers' state space layers pass a depthwise convolution, and beside it `dt_proj`."""
+"""Kernels for which transformers' state space layers read the weights of a depthwise convolution and of `dt_proj`."""
 
 _FIRST_VALUES = ("__init__", "_init_weights", "init_weights", "reset_parameters")
-"""Methods that set weights, which says nothing of how these are used."""
+"""Methods that set weights. They name layers too, but do not show how a forward uses these."""
 
 _BEFORE = "_use_nested_tensor_without_adapters"
+"""Attribute in which `keep_called` notes the value of `use_nested_tensor` that it replaces."""
 
 
 def reasons_never_called(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, Refusal]:
-    """Why an adapter would have no effect in those target modules that compute nothing themselves, by name.
+    """Say, by name, why an adapter would have no effect in those target modules that are never called.
 
-    These are `out_proj` and `conv1d` of Mamba's kind of models, as PEFT refuses them for LoRA, with what else their
-    kernels are given as a weight, `out_proj` of `nn.MultiheadAttention`, and layers of which their parent only reads
-    the weight, as WavLM's attention does.
+    There are three sorts. Models like Mamba pass weights to kernels: those of `out_proj` and `conv1d`, which PEFT
+    refuses for LoRA as well, and some more. `nn.MultiheadAttention` reads the weight of its `out_proj`. Other parents
+    also read only a layer's weight, as WavLM's attention does.
 
     Args:
         model: the model.
@@ -60,6 +61,7 @@ def _reason(model: nn.Module, name: str, base: nn.Module) -> str | None:
         return f"{kind} passes its weight to a kernel and never calls it"
     if isinstance(base, nn.Linear) and _only_reads(parent_class, own_name):
         return f"{kind} reads its weight and never calls it"
+    # PEFT's private check raises the error with which it refuses LoRA, whatever the rest of the config.
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, own_name)
     except ValueError:
@@ -71,21 +73,21 @@ def _reason(model: nn.Module, name: str, base: nn.Module) -> str | None:
 def _only_reads(parent: type, child: str) -> bool:
     """Whether a class uses the weight of a child in its methods, and neither it nor its file calls that child.
 
-    Read off the source of transformers, diffusers and others: `self.q_proj.weight`, and nothing else of `self.q_proj`.
+    The source of the class tells: it has `self.q_proj.weight`, and no other use of `self.q_proj`. Nothing is run.
     """
     classes = [cls for cls in parent.__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
     own = re.escape(child)
     try:
         files = [inspect.getsource(module) for cls in classes if (module := inspect.getmodule(cls)) is not None]
         if not any(re.search(rf"\bself\.{own}\.weight\b", file) for file in files):
-            return False  # which is most often so, and known in an instant
+            return False  # nearly every class ends here, before the source of each method is read
         methods = [
             inspect.getsource(method)
             for cls in classes
             for name, method in vars(cls).items()
             if inspect.isfunction(method) and name not in _FIRST_VALUES
         ]
-    except (OSError, TypeError):  # it has no source
+    except (OSError, TypeError):  # a class made in an interactive session, or built in, has no source
         return False
     uses = {use for method in methods for use in re.findall(rf"\bself\.{own}\b(\.\w+|)", method)}
     called_by_others = any(re.search(rf"(?<!\bself)\.{own}\(", file) for file in files)
@@ -93,11 +95,12 @@ def _only_reads(parent: type, child: str) -> bool:
 
 
 def keep_called(model: nn.Module) -> None:
-    """See to it that PyTorch's encoder layers call their adapted layers in eval mode too, until `undo_keep_called`.
+    """Make PyTorch's encoder layers call their adapted layers in eval mode too, until `undo_keep_called`.
 
-    There an `nn.TransformerEncoderLayer` hands all its weights to one fused kernel, unless one of its layers has a
-    hook, and an `nn.TransformerEncoder` leaves padding out by nested tensors, which only that kernel takes.
-    Without these padded positions are computed, as in training mode.
+    In eval mode an `nn.TransformerEncoderLayer` passes all its weights to one fused kernel, unless one of its layers
+    has a hook. So adapted layers get an empty hook. An `nn.TransformerEncoder` leaves padding out by nested tensors,
+    which only that kernel takes. So nested tensors are switched off, and padded positions are computed as in training
+    mode.
     """
     parents = [module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer)]
     adapted = {layer for parent in parents for layer in parent.children() if isinstance(layer, BaseTunerLayer)}
@@ -112,7 +115,7 @@ def keep_called(model: nn.Module) -> None:
 
 
 def undo_keep_called(model: nn.Module) -> None:
-    """Undo what `keep_called` has done beside adapters' layers, once these are gone."""
+    """Switch nested tensors on again once the adapter layers are gone; their hooks have gone with them."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, _BEFORE):
             module.use_nested_tensor = getattr(module, _BEFORE)

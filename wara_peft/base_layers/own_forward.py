@@ -1,4 +1,4 @@
-"""Layers whose forward is not that of their class in PyTorch; its effect is tried out, with weights made here."""
+"""Tells what a layer computes whose forward is not PyTorch's, by calling that forward with random weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .kinds import kind_of, known_kind
 from .quantization import FLOATS
 
 TOLERANCE = 0.02
-"""More than a forward is off by that computes in bfloat16 inside, and less than what a mask or a factor does."""
+"""Relative error that is allowed. Forwards that compute in bfloat16 inside stay below; a mask or a factor does not."""
 
 
 def has_own_forward(base: nn.Module) -> bool:
-    """Whether a layer may compute otherwise than PyTorch's class; hooks that load weights replace its forward too."""
+    """Whether a layer may compute something else than PyTorch's class does."""
+    # accelerate and diffusers replace a layer's `forward` to load its weights. That does not change what it computes.
     hooked = hasattr(base, "_hf_hook") or hasattr(base, "_diffusers_hook")
     of_kind = getattr(kind_of(base).base_class, "forward", None)
     return type(base).forward is not of_kind or _has_own_call(base) or ("forward" in vars(base) and not hooked)
@@ -28,23 +29,24 @@ def _has_own_call(base: nn.Module) -> bool:
 
 @torch.no_grad()
 def is_additive_in_weight(base: nn.Module) -> bool:
-    """Whether adding ΔW to the layer's weight adds to its result what an adapter adds: x ΔWᵀ of a linear layer.
+    """Whether adding ΔW to the layer's weight adds to its result what an adapter adds: x ΔWᵀ for a linear layer.
 
-    This tries W and ΔW of its own, in float32, on small and large inputs. The layer itself stays as it is, and may be
-    on the meta device.
+    The function calls the layer's forward with a random W and ΔW, in float32, on small and large inputs. The layer
+    keeps its own weight, which may be on the meta device.
     """
     weight = cast(Tensor, base.weight)
     device = torch.device("cpu") if weight.is_meta else weight.device
     generator = torch.Generator().manual_seed(0)
     one, change = (torch.randn(_shape(base), generator=generator).to(device) for _ in range(2))
     kind = kind_of(base)
+    # A forward that clamps or rounds may agree at one scale of inputs, and differ at another.
     for scale in (0.01, 1.0, 100.0):
         for x in kind.inputs(base, scale, generator):
             x = x.to(device)
             before, after = (_result(base, x, weight) for weight in (one, one + change))
             if isinstance(before, Tensor) and isinstance(after, Tensor):
                 break
-        else:
+        else:  # the layer takes none of these inputs, so nothing shows that merging is right
             return False
         wanted = kind.product(base, x, change) * _embed_scale(base)
         found = after - before
@@ -55,10 +57,10 @@ def is_additive_in_weight(base: nn.Module) -> bool:
 
 @torch.no_grad()
 def reason_against_adapting(base: nn.Module) -> str | None:
-    """Why a layer's result cannot have an adapter's added to it; None if it can, or nothing can be told.
+    """Say why an adapter's result cannot be added to a layer's; None if it can, or if no trial is possible.
 
     Args:
-        base: any layer; only those with a forward of their own, and a weight that is not quantized, are tried.
+        base: any layer. Only a layer with its own forward, and a weight that is not quantized, is tried.
     """
     weight, kind = base._parameters.get("weight"), known_kind(base)
     if kind is None or type(weight) is not nn.Parameter or weight.dtype not in FLOATS or not has_own_forward(base):
@@ -66,7 +68,7 @@ def reason_against_adapting(base: nn.Module) -> str | None:
     if kind.has_vocabulary:
         return _reason_against_embedding(base)
     generator = torch.Generator().manual_seed(0)
-    empty = torch.empty(_shape(base), device="meta")
+    empty = torch.empty(_shape(base), device="meta")  # only shapes matter here, so nothing needs to be computed
     for x in kind.inputs(base, 1.0, generator):
         x = x.to(empty.device)
         found = _result(base, x, empty)
@@ -78,7 +80,7 @@ def reason_against_adapting(base: nn.Module) -> str | None:
 
 
 def _reason_against_embedding(base: nn.Module) -> str | None:
-    """Change the rows of other tokens, and see whether the result changes: then it is made of them."""
+    """Change all rows but those of the tokens. If the result changes, the embedding looks up other rows."""
     weight = torch.zeros(_shape(base))
     (tokens,) = kind_of(base).inputs(base, 1.0, torch.Generator())
     others = torch.ones_like(weight)
@@ -90,16 +92,17 @@ def _reason_against_embedding(base: nn.Module) -> str | None:
 
 
 def _shape(base: nn.Module) -> tuple[int, ...]:
-    """Shape of a weight to try with; of an embedding one column will do."""
+    """Return the shape of a weight to try. For an embedding one column is enough: it may have many rows."""
     weight = cast(Tensor, base.weight)
     return (len(weight), 1) if kind_of(base).has_vocabulary else tuple(weight.shape)
 
 
 def _result(base: nn.Module, x: Tensor, weight: Tensor) -> Any:
-    """The layer's result with another weight, in evaluation mode and float32; None where it takes no such input."""
+    """Compute the layer's result with another weight, in eval mode and float32; None if it takes no such input."""
     tensors = {}
     for name, tensor in (*base.named_parameters(), *base.named_buffers()):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        # Values on the meta device are unknown. Ones take their place, except for a trial on that device itself.
         known = tensor.detach() if not tensor.is_meta or weight.is_meta else torch.ones(tensor.shape)
         tensors[name] = known.to(weight.device, dtype)
     tensors["weight"] = weight
@@ -107,17 +110,18 @@ def _result(base: nn.Module, x: Tensor, weight: Tensor) -> Any:
     base.eval()
     try:
         return functional_call(_Forward(base), {f"base.{name}": tensor for name, tensor in tensors.items()}, (x,))
-    except Exception:  # whatever it asks for that is not given here
+    except Exception:  # somebody's own forward may ask for further arguments, and raise anything without them
         return None
     finally:
+        # `base.train()` would put all submodules into one mode.
         for module, training in modes.items():
             module.training = training
 
 
 class _Forward(nn.Module):
-    """Only a layer's forward: its hooks are the user's, and must not see what is tried here.
+    """Calls a layer's forward without its hooks, which are the user's and must not see a trial.
 
-    Where its class computes in `__call__`, there is no way around the hooks.
+    If the layer's class computes in `__call__`, there is no way around the hooks.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -129,6 +133,6 @@ class _Forward(nn.Module):
 
 
 def _embed_scale(base: nn.Module) -> float:
-    """The factor by which an embedding of transformers scales its rows, and its adapter does too."""
+    """Return the factor by which some embeddings of transformers scale their rows. Adapters apply it as well."""
     scale = getattr(base, "embed_scale", 1.0)
     return 1.0 if isinstance(scale, Tensor) and (scale.is_meta or scale.numel() > 1) else float(scale)

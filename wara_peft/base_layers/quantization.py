@@ -1,4 +1,4 @@
-"""What quantized base layers need beyond PEFT's quantization backends."""
+"""Handles quantized base layers where PEFT's quantization backends are not enough."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from .kinds import LINEAR, Kind, kind_of, known_kind
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Types of weights that are not quantized."""
+"""Dtypes of weights that are not quantized."""
 
 
 def base_weight(base_layer: nn.Module, backend: QuantizationBackend | None) -> Tensor:
-    """Weight (m, n) of a linear layer, dequantized."""
+    """Return the weight (m, n) of a linear layer, dequantized."""
     keep_unpacked(base_layer)
     weight = cast(Tensor, base_layer.weight).data if backend is None else backend.get_base_weight(base_layer)
     return weight.T if kind_of(base_layer).keeps_in_first else weight
 
 
 def adaptable_kind(base_layer: nn.Module, **quantization: Any) -> Kind | None:
-    """The kind of a layer that can be adapted, a quantized linear one too; None of another class.
+    """Return the kind of a layer that can be adapted, quantized linear layers included; None for other layers.
 
     Args:
         base_layer: the layer.
-        quantization: what PEFT's quantization backends ask for.
+        quantization: arguments for PEFT's quantization backends, as PEFT's `get_quantization_kwargs` finds them.
     """
     kind = known_kind(base_layer)
     if kind is not None:
@@ -38,13 +38,13 @@ def adaptable_kind(base_layer: nn.Module, **quantization: Any) -> Kind | None:
 def keep_unpacked(model: nn.Module) -> None:
     """Keep the 4-bit weights of bitsandbytes in the layout that its own dequantization reads.
 
-    On CPUs with AVX512-BF16 the first forward in eval mode repacks a weight in place and rounds its block scales to
-    bfloat16. Merging would then add to a wrong weight, and `state_dict`, which every save calls, would leave scales
-    behind that belong to the other layout (bitsandbytes 0.50.2). So repacking is switched off, and a weight that has
-    been repacked already is brought back.
+    On CPUs with AVX512-BF16 bitsandbytes 0.50.2 repacks a weight in place at the first forward in eval mode, and
+    rounds its block scales to bfloat16. Merging would then add to a wrong weight. `state_dict`, which every save
+    calls, would leave scales behind that belong to the other layout. So this switches repacking off, and brings back a
+    weight that has been repacked already.
 
     Args:
-        model: any module; only its `bitsandbytes.nn.Linear4bit` layers change, and nothing where there are none.
+        model: any module; only its `bitsandbytes.nn.Linear4bit` layers change.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

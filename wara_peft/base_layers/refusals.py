@@ -15,7 +15,7 @@ class Refusal:
 
     Attributes:
         sentence: the reason, with `{}` in place of the names of all modules that have it.
-        detail: what the reason says of this module only.
+        detail: words behind the name of this module, such as its shape; they differ between the modules of a reason.
     """
 
     sentence: str
@@ -23,7 +23,7 @@ class Refusal:
 
 
 def reasons_in_words(refusals: Mapping[str, Refusal]) -> str:
-    """A sentence for each reason, with the names of its modules."""
+    """Write one sentence for each reason, with the names of the modules that have it."""
     by_sentence: dict[str, list[str]] = {}
     for name, refusal in refusals.items():
         by_sentence.setdefault(refusal.sentence, []).append(f"{name!r}{refusal.detail}")
@@ -33,7 +33,7 @@ def reasons_in_words(refusals: Mapping[str, Refusal]) -> str:
 def refusal_message(
     refusals: Mapping[str, Refusal], targets: Iterable[str], excluded: Iterable[str] | str | None
 ) -> str:
-    """An error's message: why modules cannot be adapted, and how to adapt the others.
+    """Write an error's message: why modules cannot be adapted, and how to adapt the others.
 
     Args:
         refusals: the reasons, by module.
@@ -54,21 +54,23 @@ def refusal_message(
 def exclude_modules_for(
     refused: Iterable[str], kept: Iterable[str], excluded: Iterable[str] | str | None
 ) -> list[str] | str:
-    """The value of `exclude_modules` that leaves modules out, and no others.
+    """Find the value of `exclude_modules` that leaves out these modules and no others.
 
     Args:
-        refused: full names of the modules.
+        refused: full names of the modules to leave out.
         kept: full names of the target modules that stay.
         excluded: the value that the config has now, whose modules stay excluded.
 
     Returns:
-        The shortest endings of names that tell `refused` from `kept`. Where there is no such ending, or the config has
-        a regular expression, a regular expression.
+        The shortest endings of names that tell `refused` from `kept`. If some name has no such ending, or the config
+        has a regular expression, the result is a regular expression.
     """
     kept = [f".{name}" for name in kept]
     endings = {name: _own_ending(name, kept) for name in refused}
     found = sorted({ending for ending in endings.values() if ending is not None})
     in_full = [re.escape(name) for name, ending in endings.items() if ending is None]
+    # The field takes a list of endings or one regular expression, never both, and a full name in a list would
+    # exclude all names that end in it.
     if isinstance(excluded, str) or in_full:
         if excluded and not isinstance(excluded, str):
             found, excluded = sorted({*found, *excluded}), None
@@ -80,6 +82,7 @@ def exclude_modules_for(
 def _own_ending(name: str, others: list[str]) -> str | None:
     """The shortest ending of a module's name that none of the others has."""
     parts = name.split(".")
+    # An ending does not begin with a number: "layers.0.q_proj" tells a reader which module it is, "0.q_proj" does not.
     starts = [start for start, part in enumerate(parts) if start == 0 or not part.isdigit()]
     endings = (".".join(parts[start:]) for start in reversed(starts))
     return next((end for end in endings if not any(other.endswith(f".{end}") for other in others)), None)

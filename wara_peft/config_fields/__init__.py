@@ -1,1 +1,1 @@
-"""The fields of `WaRAConfig`: types, checks, help, patterns of module names, what comes of LoRA's fields."""
+"""The fields of `WaRAConfig`: types, checks, help, patterns of module names, values converted from LoRA's fields."""

@@ -1,4 +1,4 @@
-"""What the values of a `WaRAConfig` must be, which imports this: refused before a model is touched."""
+"""Checks the values of a `WaRAConfig` when it is made, so that errors come before a model is touched."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..wavelet import filters
 from .name_patterns import check_pattern
 
 MAX_LEVELS = 64
-"""No axis is long enough for more; a config from elsewhere may ask for any number."""
+"""The most levels. No axis is long enough for more, and a downloaded config may ask for any number."""
 MAX_RANK = 2**16
-"""Likewise for the rank of a subband."""
+"""The largest rank of a subband, for the same reason."""
 MAX_LENGTH = 2**31
-"""And for the lengths of a module's axes."""
+"""The largest length of a module's axis, for the same reason."""
 
 
 def check_config(config: Any) -> None:
-    """Refuse values that have no meaning, alone or together; `check_types` has looked at their types.
+    """Refuse values that have no meaning, singly or together; `check_types` has checked their types before.
 
     Raises:
-        ValueError: names the field, the value and what it may be.
+        ValueError: a value is out of range, or fields contradict each other.
     """
     _check_values(config)
     _check_form(config)
@@ -34,7 +34,7 @@ def check_config(config: Any) -> None:
 
 
 def _check_values(config: Any) -> None:
-    filters(config.wavelet)
+    filters(config.wavelet)  # raises an error for a name that is no orthogonal wavelet
     check_whole_number("levels", config.levels, 1, MAX_LEVELS)
     if not 0.0 <= config.wara_dropout < 1.0:
         raise ValueError(f"wara_dropout={config.wara_dropout!r} must be a probability, at least 0 and less than 1.")
@@ -108,7 +108,7 @@ def _check_targets(config: Any) -> None:
 def _check_shapes(config: Any) -> None:
     for name, entry in (config.module_shapes or {}).items():
         kind, *sizes = entry or [None]
-        # The least of each: a parameter may have no experts, and be the first.
+        # Sizes are at least 1, but for the last two of a parameter: its number of experts and its position may be 0.
         least = zip(sizes, (1, 1, 1) if len(sizes) < 4 else (1, 1, 0, 0), strict=False)
         whole = all(
             isinstance(size, int) and not isinstance(size, bool) and low <= size <= MAX_LENGTH for size, low in least
@@ -118,8 +118,9 @@ def _check_shapes(config: Any) -> None:
 
 
 def _warn_of_loras_alpha(config: Any) -> None:
-    """An r of one's own with an alpha of r or 2r is how LoRAs are set up; here it may be a scaling below 1."""
+    """Warn if r and alpha look copied from a LoRA, where alpha is r or 2r, and make a scaling below 1 here."""
     rank, alpha = config.total_rank, config.wara_alpha
+    # The user of a saved adapter did not choose its numbers, and must not change them.
     saved = config.module_shapes is not None or config.inference_mode
     own_rank = config.r != type(config).__dataclass_fields__["r"].default
     if saved or config.use_rslora or config.form != "subband" or not own_rank or alpha not in (config.r, 2 * config.r):
@@ -135,7 +136,7 @@ def _warn_of_loras_alpha(config: Any) -> None:
 def _check_finite(name: str, value: float) -> None:
     try:
         finite = math.isfinite(value)
-    except OverflowError:  # an int beyond the floats
+    except OverflowError:  # an int that is too large for a float
         finite = False
     if not finite:
         raise ValueError(f"{name}={short_form(value)} must be finite, as a float is.")

@@ -1,4 +1,4 @@
-"""Fields of a config are described once, in the docstring of its class: `help` of each field is what stands there."""
+"""Makes the help of each field of a config from the docstring of its class, so that it is written only once."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ _Class = TypeVar("_Class", bound=type)
 def with_help(cls: _Class) -> _Class:
     """Give each field of the dataclass `cls` the text under "Args:" of its docstring as `metadata["help"]`.
 
-    Parsers of command lines, such as `HfArgumentParser`, show it. Fields that the docstring does not name, such as
-    inherited ones, keep theirs, and all do under `python -OO`, where there are no docstrings.
+    Parsers of command lines, such as `HfArgumentParser`, show this text. Fields that the docstring does not name, such
+    as inherited ones, keep their metadata. Under `python -OO`, which drops docstrings, all fields keep it.
     """
     descriptions = described(cls.__doc__ or "")
     for item in dataclasses.fields(cls):
         if item.name in descriptions:
+            # A field's metadata is read-only, so it is replaced as a whole.
             item.metadata = MappingProxyType({**item.metadata, "help": descriptions[item.name]})
     return cls
 
 
 def described(docstring: str) -> dict[str, str]:
-    """What the section "Args:" of a docstring in Google's style says of each name, each in one line."""
+    """Map each name in the section "Args:" of a docstring in Google's style to its description, in one line."""
     section = re.search(r"^( *)Args:\n((?:\1 .*\n|\n)+)", docstring, re.MULTILINE)
     if section is None:
         return {}

@@ -1,7 +1,8 @@
-"""Whether the values of a dataclass are of the types that its annotations name: the one table is the class itself.
+"""Checks the values of a dataclass against its annotations, and reads values that are JSON on a command line.
 
-Command lines hold strings. `HfArgumentParser` makes one argument of a field, of the first type that it finds and can
-call, and of a union with strings in second place it makes a string: `Json` is what stands there.
+A command line has only strings. `HfArgumentParser` gives each field one argument. Its type is the first one in the
+annotation that the parser can call; a union with a string type in second place becomes a string. So fields that hold
+dicts or lists, which a command line can spell only as JSON, have `Json` in second place.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from typing import (
 
 _JSON = "JSON on a command line"
 if TYPE_CHECKING:
-    Json = NoReturn  # what has been read is of one of the other types
+    Json = NoReturn  # a type checker sees only the other types, since `read_json` replaces the string
 else:
-    Json = Annotated[Optional[str], _JSON]  # noqa: UP045  # a parser drops None, and takes what then comes second
-"""In an annotation, second: the field's value may be written as JSON, which `read_json` reads."""
+    Json = Annotated[Optional[str], _JSON]  # noqa: UP045  # a parser drops None, and takes what comes second then
+"""The second type in a field's annotation, if its value may be written as JSON. `read_json` reads it."""
 
 
 def read_json(instance: Any) -> None:
-    """In a dataclass's fields, replace strings by what they are as JSON: any where `Json` is taken, else lists."""
-    annotations = get_type_hints(type(instance), include_extras=True)
+    """Replace strings in a dataclass's fields by the JSON that they hold. Fields without `Json` take only lists."""
+    annotations = get_type_hints(type(instance), include_extras=True)  # without extras the marker of `Json` is lost
     for item in dataclasses.fields(instance):
         value, annotation = getattr(instance, item.name), annotations[item.name]
         if not isinstance(value, str):
@@ -51,13 +52,13 @@ def _takes_json(annotation: Any) -> bool:
 
 
 def check_types(instance: Any) -> None:
-    """Check every field of a dataclass, for values that come from elsewhere, such as a JSON file.
+    """Check the value of every field of a dataclass, which may come from a JSON file or a command line.
 
-    A bool is no int, an int is a float, a list may be a tuple or a set, and a string stands for an enum's member.
+    A bool is no int, an int is a float, a tuple or a set counts as a list, and a string stands for an enum's member.
 
     Raises:
         TypeError: a value is of another type than its field.
-        ValueError: a field that takes one of several constants has another value of their type.
+        ValueError: a field takes one of several strings, and has another string.
     """
     annotations = get_type_hints(type(instance), include_extras=True)
     for item in dataclasses.fields(instance):

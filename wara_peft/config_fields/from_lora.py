@@ -1,4 +1,4 @@
-"""What each field of PEFT's `LoraConfig` is in a `WaRAConfig`: carried over, converted, or named with what to do."""
+"""Converts a `LoraConfig` of PEFT: each field is carried over, converted, or named in a warning with a remedy."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ LORA_FIELDS = {
     "loraplus_lr_ratio": "it is not a config's: see `wara_peft.optimizer_groups(model, lr, lr_ratio)`",
     "kasa_config": "there are no trained singular values; leave it out, or use LoraConfig",
 }
-"""Fields of `LoraConfig`, and spellings of them, that `WaRAConfig` may not have: what to use instead."""
+"""What to use in place of fields of `LoraConfig`, under all their spellings, that `WaRAConfig` does not have."""
 RENAMED = {"lora_alpha": "wara_alpha", "lora_dropout": "wara_dropout", "init_lora_weights": "init_weights"}
 """Fields whose values are carried over under another name."""
 IMPLIED = frozenset(("peft_type", "peft_version", "fan_in_fan_out"))
-"""Fields that need no carrying: WaRA has its own value, or reads it off the layers."""
+"""Fields that need not be carried over: WaRA has its own value for them, or reads it off the layers."""
 BOTH = "^(?="
-"""How a pattern begins that `from_lora` makes of two, for alpha and rank; there may be no module that matches both."""
+"""Start of the patterns that `from_lora` makes of one for alpha and one for the rank. They may match no module."""
 
 Match = Literal["parameters", "rank"]
 
 
 def hint_for_keyword(name: str, value: Any, own_fields: Mapping[str, Any]) -> str | None:
-    """What to do about a keyword that only LoRA knows, or None for a field of our own."""
+    """Say what to use in place of a keyword that only LoRA knows; None for a field of `WaRAConfig`."""
     if name == "bias" and value == "lora_only":
         return "bias='lora_only' is called bias='wara_only' here"
     return None if name in own_fields else LORA_FIELDS.get(name)
 
 
 def carried_fields(own_fields: Mapping[str, Any]) -> dict[str, str]:
-    """Fields of `LoraConfig` that `fields_from_lora` carries over, and the names that they have here."""
+    """Map the fields of `LoraConfig` that `fields_from_lora` carries over to their names in `WaRAConfig`."""
     names = [item.name for item in dataclasses.fields(LoraConfig)]
     same = {name: name for name in names if name in own_fields and name not in IMPLIED}
     return {**same, **{name: RENAMED[name] for name in names if name in RENAMED}}
@@ -70,17 +70,18 @@ def carried_fields(own_fields: Mapping[str, Any]) -> dict[str, str]:
 def fields_from_lora(
     config: LoraConfig, ranks_for: Callable[[int], dict[str, int]], own_fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The fields of the `WaRAConfig` that corresponds to a LoRA's, and what of the LoRA's is left out.
+    """Return the fields of the `WaRAConfig` that corresponds to a LoRA's, and the LoRA's settings that are left out.
 
     Args:
-        config: LoRA's.
+        config: the config of the LoRA.
         ranks_for: gives the ranks by subband that stand for a rank of the LoRA.
-        own_fields: the fields of `WaRAConfig`.
+        own_fields: the fields of `WaRAConfig`, by name.
     """
     carried = carried_fields(own_fields)
     rank_pattern = config.rank_pattern or {}
     fields = {ours: getattr(config, name) for name, ours in carried.items()}
     ranks = {rank: ranks_for(rank) for rank in {config.r, *rank_pattern.values()}}
+    # If all subbands get equal ranks everywhere, the single number `r` says it; otherwise every rank is spelled out.
     even = all("aa0" not in of_bands and len(set(of_bands.values())) == 1 for of_bands in ranks.values())
     of_config = ranks[config.r]
     fields["r"] = next(iter(of_config.values())) if even else max(1, min(of_config.values()))
@@ -103,11 +104,12 @@ def fields_from_lora(
 
 
 def subband_ranks(rank: int, match: Match, levels: int) -> dict[str, int]:
-    """Ranks by subband with which WaRA has the parameters, or the total rank, of a LoRA.
+    """Find ranks by subband with which WaRA has as many parameters, or the same total rank, as a LoRA.
 
-    A pair of level j has (m + n) / 2^j parameters where 2^j divides m and n, LoRA's r pairs have r (m + n). Every
-    subband gets the same rank, and what is left goes to some of them, one each: finer levels first where parameters
-    are matched, which always comes out even, and coarser first for the rank; in a level aa and dd first.
+    One unit of rank in a subband of level j has (m + n) / 2^j parameters if 2^j divides m and n; one unit of LoRA's
+    rank has m + n. All subbands get the same rank first. What is left of the budget goes to some of them, one unit
+    each. To match parameters, finer levels come first, which always spends the budget exactly. To match the rank,
+    coarser levels come first. Within a level, aa and dd come first.
 
     Args:
         rank: r of the LoRA.
@@ -128,7 +130,7 @@ def subband_ranks(rank: int, match: Match, levels: int) -> dict[str, int]:
 
 
 def _alphas(config: LoraConfig, total: Mapping[int, int]) -> tuple[float, dict[str, float]]:
-    """`wara_alpha` and `alpha_pattern` with which every module's scaling is that of the LoRA."""
+    """Find `wara_alpha` and `alpha_pattern` with which every module has the LoRA's scaling."""
 
     def alpha_for(alpha: float, rank: int) -> float:
         ratio = total[rank] / rank
@@ -137,7 +139,7 @@ def _alphas(config: LoraConfig, total: Mapping[int, int]) -> tuple[float, dict[s
     pattern: dict[str, float] = {}
     same_ratio = len({total[rank] * config.r == total[config.r] * rank for rank in total}) == 1
     by_rank = {} if same_ratio else config.rank_pattern or {}
-    # The first match counts, so of two patterns, one for alpha and one for the rank, both together come first.
+    # The first match counts. So the pattern for modules that match both an alpha's and a rank's pattern comes first.
     for alpha_key, alpha in (config.alpha_pattern or {}).items():
         for rank_key, rank in by_rank.items():
             pattern[rf"{BOTH}(?:.*\.)?(?:{rank_key})$)(?:.*\.)?(?:{alpha_key})"] = alpha_for(alpha, rank)
@@ -154,6 +156,6 @@ def _is_default(config: LoraConfig, item: dataclasses.Field[Any]) -> bool:
 
 
 def warn_of_left_out(left_out: list[str], by: str = "WaRAConfig.from_lora") -> None:
-    """One warning that names what a `WaRAConfig` made of a LoRA's does not have."""
+    """Give one warning that names all settings of a LoRA that its `WaRAConfig` does not have."""
     if left_out:
         warnings.warn(f"{by} does not carry over {'; '.join(left_out)}.", stacklevel=3)

@@ -1,4 +1,4 @@
-"""The section of a saved adapter's model card that says how to load it, and the card's tag."""
+"""Adds to a saved adapter's model card a tag, and a section that says how to load the adapter."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
-"""PEFT's class that loads an adapter of each task type together with its base model; `AutoPeftModel` takes none."""
+"""PEFT's class that loads an adapter with its base model, by task type. For adapters without one: `AutoPeftModel`."""
 
 
 def section(task_type: str | None) -> str:
-    """The section, with the class that loads an adapter of that task type."""
+    """Write the section, with the class that loads an adapter of that task type."""
     auto_class = AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)), "AutoPeftModel")
     return f"""{HEADING}
 
@@ -41,9 +41,10 @@ model = {auto_class}.from_pretrained("path or name of this adapter")
 def add_loading_section(save_directory: str, task_type: str | None) -> None:
     """Add the section and the tag, once, to the model card of the adapter in that directory.
 
-    PEFT writes the card of a `PeftModel` before its configuration, so it is there already: in the directory itself, or
-    above it, since adapters not called "default" are saved in folders below one card for all. Where there is neither
-    (transformers' own `save_pretrained`), a short card is made. A README that is no card of PEFT's is left alone.
+    PEFT writes the card of a `PeftModel` before it writes the config, so the card exists already. It is in the
+    directory itself, or in the one above: adapters that are not called "default" are saved in folders of their own,
+    below one card for all. If there is no card, as after transformers' own `save_pretrained`, this makes a short one.
+    It does not change a README that is no card of PEFT's.
     """
     path = Path(save_directory) / "README.md"
     above = path.parent.parent / "README.md"
@@ -63,7 +64,7 @@ def _add_tag(path: Path) -> None:
         tags = metadata.get("tags") or []
         if isinstance(tags, list) and TAG not in tags:
             metadata_save(path, metadata | {"tags": [*tags, TAG]})
-    except Exception as error:  # of any YAML that somebody has written there
+    except Exception as error:  # users edit cards, and a parser of YAML raises many errors: saving must go on
         warnings.warn(f"The metadata of {str(path)!r} cannot be read, and get no tag {TAG!r}: {error}")
 
 
@@ -72,5 +73,5 @@ def _is_card(path: Path) -> bool:
 
 
 def _text(path: Path) -> str:
-    """What the file says, bytes that are no text included, or nothing where there is no file."""
+    """Read a file, and keep bytes that are no UTF-8, so that writing gives them back; "" if there is no file."""
     return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""

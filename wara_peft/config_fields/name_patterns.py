@@ -1,4 +1,4 @@
-"""Names of modules, and the patterns in a config that stand for them, matched as PEFT matches them."""
+"""Matches the patterns in a config against names of modules, as PEFT does, but in bounded time."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PATTERN_SECONDS = 1.0
 
 
 def exact_pattern(module_name: str) -> str:
-    """The key of `rank_pattern` and `alpha_pattern` that names one module, and no other whose name ends as its."""
+    """Make a key of `rank_pattern` or `alpha_pattern` that names one module, and none whose name only ends like it."""
     return f"^{re.escape(module_name)}"
 
 
 def suffix_matches(targets: Iterable[str], names: Iterable[str]) -> str | None:
-    """Modules that PEFT would also take for these targets, as it compares the ends of names.
+    """Find the modules that PEFT would adapt besides these targets, because it compares the ends of names.
 
     Args:
         targets: full names of modules.
         names: names of all modules of the model.
 
     Returns:
-        A regular expression of those that are not targets themselves, for `exclude_modules`, or None.
+        A regular expression for `exclude_modules` that matches these modules; None if there are none.
     """
     targets = set(targets)
     ends = tuple(f".{target}" for target in targets)
@@ -38,7 +38,7 @@ _Value = TypeVar("_Value")
 
 
 def value_for(module_name: str, field_name: str, patterns: Mapping[str, _Value], default: _Value) -> _Value:
-    """The value of the first pattern that PEFT's `get_pattern_key` would find for a module, in bounded time."""
+    """Return the value of the first pattern that matches a module, as PEFT's `get_pattern_key` chooses it."""
     for pattern, value in patterns.items():
         if matches(pattern, module_name, field_name):
             return value
@@ -46,11 +46,12 @@ def value_for(module_name: str, field_name: str, patterns: Mapping[str, _Value],
 
 
 def matches(pattern: str, module_name: str, field_name: str) -> bool:
-    """Whether PEFT takes a module for one that a pattern means, in bounded time.
+    """Whether a pattern matches a module, as PEFT decides it, in bounded time.
 
     Raises:
         ValueError: matching takes too long.
     """
+    # Python's `re` has no limit of time, and a pattern from a downloaded config could keep it busy for ever.
     try:
         return _compiled(rf"(.*\.)?({pattern})$").match(module_name, timeout=PATTERN_SECONDS) is not None
     except TimeoutError:
@@ -61,10 +62,10 @@ def matches(pattern: str, module_name: str, field_name: str) -> bool:
 
 
 def check_in_time(field_name: str, patterns: Iterable[str], names: Collection[str]) -> None:
-    """Refuse patterns that take too long to match, also behind the first that does.
+    """Refuse patterns that take too long to match. All are tried, also those behind the first that matches.
 
     Raises:
-        ValueError: one of them does.
+        ValueError: a pattern takes too long.
     """
     for pattern in patterns:
         if _literal(pattern) is None:
@@ -73,9 +74,10 @@ def check_in_time(field_name: str, patterns: Iterable[str], names: Collection[st
 
 
 class Unseen(dict[str, _Value]):
-    """Patterns that look like an empty dict to PEFT.
+    """A dict of patterns that looks empty to PEFT.
 
-    It matches patterns by `re`, for which a limit of time cannot be set, and only to warn of those that match nothing.
+    PEFT matches patterns by `re`, for which no limit of time can be set. It does so only to warn of patterns that
+    match nothing.
     """
 
     def __bool__(self) -> bool:
@@ -92,27 +94,28 @@ def patterns_unseen(config: Any) -> Iterator[None]:
         yield
     finally:
         for name, patterns in before.items():
+            # Injection may have changed the patterns meanwhile, and that change stays.
             now = getattr(config, name)
             setattr(config, name, patterns if now == patterns else dict(now))
 
 
 NEGATED = "^(?!"
-"""How a pattern begins that `in_any_order` has made of another one."""
+"""Start of the patterns that `in_any_order` makes."""
 
 
 def in_any_order(
     field_name: str, patterns: Mapping[str, _Value], names: Collection[str] | None = None
 ) -> dict[str, _Value]:
-    r"""Patterns that mean in any order what the given ones mean by the first that matches.
+    r"""Rewrite patterns, of which the first match counts, so that their order has no effect.
 
-    PEFT sorts the keys of what it writes. So a pattern gets the negations in front of those before it that match one
-    of its modules and have another value: `{"layers.1.q": 1, "q": 2}` becomes
+    PEFT sorts keys when it writes a config. So a pattern gets negations in front: one for each earlier pattern that
+    matches one of its modules and has another value. `{"layers.1.q": 1, "q": 2}` becomes
     `{"layers.1.q": 1, "^(?!(?:.*\.)?(?:layers.1.q)$)(?:.*\.)?(?:q)": 2}`.
 
     Args:
         field_name: the config's name for the patterns.
         patterns: a value for each pattern.
-        names: names of the modules that they are for, or None where these are not known.
+        names: names of the modules that the patterns are for; None if these are not known.
     """
     result: dict[str, _Value] = {}
     before: list[str] = []
@@ -138,6 +141,7 @@ def _negation(pattern: str) -> str:
 
 def _overlap(field_name: str, one: str, other: str, names: Collection[str] | None) -> bool:
     """Whether two patterns match the same module; without names, whether they may."""
+    # One that this file has rewritten already, as in a config that was saved and loaded, excludes the other.
     if _negation(one) in other or _negation(other) in one:
         return False
     literals = _literal(one), _literal(other)
@@ -148,13 +152,13 @@ def _overlap(field_name: str, one: str, other: str, names: Collection[str] | Non
 
 @lru_cache(maxsize=4096)
 def _named_module(pattern: str) -> str | None:
-    """The one module that a pattern made by `exact_pattern` names, or None for others."""
+    """Return the one module that a pattern made by `exact_pattern` names; None for other patterns."""
     name = re.sub(r"\\(.)", r"\1", pattern[1:])
     return name if pattern == exact_pattern(name) else None
 
 
 def _literal(pattern: str) -> str | None:
-    """The name that a pattern without repetitions and alternatives spells, or None."""
+    """Return the name that a pattern without repetitions and alternatives spells; None for other patterns."""
     return _named_module(pattern) or (pattern if re.fullmatch(r"[\w.-]+", pattern) else None)
 
 
@@ -164,11 +168,16 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def check_pattern(where: str, pattern: str) -> None:
-    """Refuse what is no regular expression.
+    """Refuse a pattern that is no regular expression.
+
+    Args:
+        where: the pattern's place in the config, for the message.
+        pattern: the pattern.
 
     Raises:
-        ValueError: it is none; `where` says what of the config it is.
+        ValueError: it is no regular expression.
     """
+    # PEFT compiles it by `re`, and `matches` by `regex`: it must be valid for both.
     try:
         re.compile(pattern)
         _compiled(pattern)

@@ -1,4 +1,4 @@
-"""Fields that `WaRAConfig` had in 0.1.0 and has no more: saved configs still name them, new ones must not."""
+"""Handles fields that `WaRAConfig` had only in 0.1.0: saved configs may name them, new ones must not."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from functools import wraps
 from typing import Any, TypeVar
 
 REMOVED = ("ordered_dropout", "component_order", "rank_penalty")
-"""Fields of nested adapters, which acted in training only. The tensors are those of `form="subband"`."""
+"""Fields of nested adapters. They acted only in training; the saved tensors are those of `form="subband"`."""
 
 _Class = TypeVar("_Class", bound=type)
 
 
 def without_removed_fields(cls: _Class) -> _Class:
-    """Let the constructor of a config take `REMOVED` fields from a saved config, where it drops them.
+    """Let the constructor of a config drop `REMOVED` fields that come from a saved config.
 
-    It warns if one of them was set. PEFT passes `peft_type` with the fields that it read from a file; without it the
-    fields come from a user, who gets a TypeError.
+    It warns if one of them was set. PEFT passes `peft_type` together with fields that it read from a file. If
+    `peft_type` is missing, the fields come from a user, who gets a TypeError.
     """
     init: Any = cls.__init__  # type: ignore[misc]
 
-    @wraps(init)  # PEFT reads the names of fields off the signature
+    @wraps(init)  # keeps the signature, from which PEFT reads the names of fields
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         dropped = {name: kwargs.pop(name) for name in REMOVED if name in kwargs}
         if dropped and "peft_type" not in kwargs:

@@ -1,4 +1,4 @@
-"""One module of a LoRA: the factors of its ΔW, as they are or truncated, as PEFT's parameters of a common rank."""
+"""Turns the ΔW of one module into PEFT's LoRA parameters, exact or truncated, at the rank that all modules share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .low_rank_update import LowRankUpdate
 
 @dataclass(frozen=True)
 class LoraModule:
-    """A module's part of a LoRA, before its rank is that of all modules.
+    """Holds a module's part of a LoRA, at the module's own rank.
 
     Attributes:
-        name: of the adapted module.
+        name: name of the adapted module.
         update: its ΔW.
-        pairs: for each group of a convolution, for each expert, or once, the factors (rank, n · kernel) and
-            (m / groups, rank).
-        lost, whole: ‖ΔW − B A‖² and ‖ΔW‖²; of an exact one the second is not computed, and zero too.
+        pairs: factors (rank, n · kernel) and (m / groups, rank). There is one pair for each group of a convolution or
+            for each expert, and one pair for other modules.
+        lost, whole: ‖ΔW − B A‖² and ‖ΔW‖². If the factors are exact, both are zero: `whole` is not computed then.
     """
 
     name: str
@@ -34,7 +34,9 @@ class LoraModule:
 
     @classmethod
     def of(cls, name: str, update: LowRankUpdate, rank: int | float | None) -> LoraModule:
-        """The exact factors if `rank` is None, or those of the nearest ΔW of that rank, or share of the energy.
+        """Make a module's part: exact if `rank` is None, else the best approximation of ΔW.
+
+        An int is the rank to truncate to. A float is the share of ΔW's energy that the least sufficient rank keeps.
 
         Raises:
             ValueError: ΔW is not finite, or groups cannot share the rank.
@@ -48,21 +50,21 @@ class LoraModule:
                 f"rank={rank!r} must be a multiple of the {update.groups} groups of the convolution {name!r}."
             )
         parts = update.decomposition()
-        whole = max(len(part.values) for part in parts)  # more would be zeros
+        whole = max(len(part.values) for part in parts)  # a larger rank would only add zeros
         kept = rank_for_energy(parts, rank) if isinstance(rank, float) else min(rank // update.groups, whole)
         return cls(name, update, [part.truncated(kept) for part in parts], *truncation_energy(parts, kept))
 
     @property
     def rank(self) -> int:
-        """The rank that PEFT's LoRA needs for it: each group has its share."""
+        """The rank that PEFT's LoRA needs for this module: the groups of a convolution share it."""
         return len(self.pairs[0][0]) * self.update.groups
 
     def tensors(self, rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """PEFT's LoRA parameters of this module, filled up with zeros to that rank.
+        """Make PEFT's LoRA parameters of this module, filled up with zeros to that rank.
 
-        In a grouped convolution LoRA's A sees all in channels and its B is grouped: each group gets its share of the
-        rank, and rows of A that are zero on the other groups' channels. Of experts it has (experts · rank, n) and
-        (m, rank · experts).
+        In a grouped convolution, LoRA's A sees all in channels and its B is grouped. So each group gets its share of
+        the rank, and its rows of A are zero on the other groups' channels. For experts, LoRA's A has the shape
+        (experts · rank, n) and its B the shape (m, rank · experts).
 
         Raises:
             ValueError: a value is too large for `dtype`.
@@ -78,7 +80,7 @@ class LoraModule:
             padded_a.append(F.pad(rows, (*(0 for _ in update.kernel for _ in range(2)), *around)))
             padded_b.append(F.pad(factor_b, (0, missing)))
         lora_a, lora_b = torch.cat(padded_a), torch.cat(padded_b)
-        if update.kind.has_experts:  # LoRA's columns of B are all experts' first ones, then all their second ones, …
+        if update.kind.has_experts:  # LoRA's B has the first column of every expert, then every second one, …
             lora_b = torch.stack(padded_b, dim=2).flatten(1)
         name_a, name_b = update.kind.lora_names
         named = {name_a: lora_a, name_b: lora_b.view(*lora_b.shape, *(1 for _ in update.kernel))}
@@ -89,7 +91,10 @@ class LoraModule:
 
 
 def common_rank(modules: Iterable[tuple[int, int]]) -> int:
-    """The rank of a LoRA with modules of these (rank, groups): the largest, as a multiple of all numbers of groups."""
+    """Find the rank of a LoRA whose modules have these (rank, groups).
+
+    It is the least that is no smaller than any rank and a multiple of every number of groups.
+    """
     pairs = list(modules)
     step = math.lcm(*(groups for _, groups in pairs))
     return -(-max(rank for rank, _ in pairs) // step) * step

@@ -1,4 +1,4 @@
-"""Adapter layers: a base layer, and beside it the factors Â and B̂ of each adapter."""
+"""`WaRALayer`, the base class of adapter layers: it holds a base layer and the factors Â and B̂ of each adapter."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from .low_rank_update import LowRankUpdate, update_of
 from .merging import MergingLayer
 
 TENSOR_PARTS = ("wara_A", "wara_B", "wara_gain", "wara_core", "wara_basis")
+"""The containers in `PARTS` whose parts hold tensors."""
 PARTS = (*TENSOR_PARTS, "token_mixing")
-"""Names of the containers that hold adapters' parts by the adapter's name."""
+"""Attributes of a layer that hold parts of adapters, by the adapter's name."""
 
 
 class _PartsOfLayer(Mapping[str, Any]):
-    """The parts of one adapter, looked up where the layer has them now, which a replica of it has elsewhere."""
+    """The parts of one adapter. Every access looks them up in the layer, since a replica of it has other parts."""
 
     def __init__(self, layer: WaRALayer, adapter_name: str) -> None:
         self.layer = layer
@@ -44,21 +45,22 @@ class _PartsOfLayer(Mapping[str, Any]):
 
 
 class WaRALayer(MergingLayer):
-    """What all WaRA layers share: factors, scaling, forward and merging, by adapter name.
+    """Has what all WaRA layers share: the factors, scaling, forward and merging of each adapter, by its name.
 
     Args:
         base_layer: the layer that is adapted.
         adapter_name: name of its first adapter.
-        module_name: its full name in the model, by which configs give ranks and errors name it.
+        module_name: the layer's full name in the model. Configs give ranks by it, and errors name it.
         config: that adapter's configuration.
         tied_to: the layer whose weight this layer's weight is tied to, and whose adapter it takes over.
-        context: what the adapter's form has found out about the model around the layer.
-        kwargs: what PEFT's quantization backends ask for.
+        context: facts that the adapter's form has found out about the model around the layer.
+        kwargs: arguments for PEFT's quantization backends.
 
     Attributes:
-        shape: what is adapted: kind, lengths of the axes that are transformed, and of a convolution groups and kernel.
+        shape: kind of the base layer, lengths of the axes that are transformed, a convolution's groups and kernel.
         forms: for each adapter its form.
-        wara_A, wara_B: for each adapter one side of its pairs; `factors` gives what hands out Â (R, n) and B̂ (m, R).
+        wara_A, wara_B: for each adapter one side of its pairs. `factors` returns the modules that compute Â (R, n) and
+            B̂ (m, R) from these.
         wara_gain, wara_core, wara_basis, token_mixing: further parts that some forms have.
         wara_alpha, scaling: for each adapter the numerator of its scaling, and the scaling in use.
         r: for each adapter R, as scripts read LoRA's `r`; `wara_alpha` stands for `lora_alpha`.
@@ -79,7 +81,7 @@ class WaRALayer(MergingLayer):
     )
 
     def __init_subclass__(cls, kinds: Iterable[Kind] = (), **kwargs: Any) -> None:
-        """Make the subclass what adapts layers of these kinds."""
+        """Enter the subclass as the adapter layer of these kinds."""
         super().__init_subclass__(**kwargs)
         for kind in kinds:
             kind.layer_class = cls
@@ -121,12 +123,13 @@ class WaRALayer(MergingLayer):
         self.shape = shape_of(self.get_base_layer())
         self.in_features, self.out_features = self.shape.in_features * self.shape.groups, self.shape.out_features
         self.update_layer(adapter_name, config, module_name, tied_to, context)
+        # PyTorch makes containers in train mode, and only what is inside has been put into the base layer's.
         for name in (*self.adapter_layer_names, "wara_dropout"):
             getattr(self, name).training = self.training
 
     @property
     def kind(self) -> Kind:
-        """What the base layer is."""
+        """The kind of the base layer."""
         return self.shape.kind
 
     def update_layer(
@@ -137,14 +140,14 @@ class WaRALayer(MergingLayer):
         tied_to: WaRALayer | None = None,
         context: Any = None,
     ) -> None:
-        """Add an adapter, initialised, on the device and in the mode (train or eval) of the base layer.
+        """Add an adapter with initial values, on the device and in the mode (train or eval) of the base layer.
 
         Args:
             adapter_name: its name.
             config: its configuration, which gives ranks and alpha by the module's name.
-            module_name: the layer's full name in the model into which the adapter is injected, if not that of before.
-            tied_to: take over that layer's adapter, with its alpha.
-            context: what the form has found out about the model around the layer.
+            module_name: the layer's full name in the model into which the adapter is injected; None keeps the name.
+            tied_to: the layer whose adapter, with its alpha, this layer takes over.
+            context: facts that the form has found out about the model around the layer.
         """
         module_name = self.module_name = self.module_name if module_name is None else module_name
         self.forms[adapter_name] = config.form_object
@@ -155,6 +158,7 @@ class WaRALayer(MergingLayer):
             parts = config.form_object.create(config, module_name, self.shape, ranks, context)
             for name, part in parts.items():
                 getattr(self, name)[adapter_name] = part
+            # A saved adapter's file may bring these values. Then an SVD of every weight would be for nothing.
             if not config.form_object.may_be_loaded(parts):
                 self._fill_from_weight(adapter_name)
         self.wara_dropout[adapter_name] = nn.Dropout(config.wara_dropout) if config.wara_dropout else nn.Identity()
@@ -165,7 +169,8 @@ class WaRALayer(MergingLayer):
         self.set_scale(adapter_name, 1.0)
         if tied_to is None:
             self.reset_wara_parameters(adapter_name, config.init_weights)
-        packed = getattr(self.get_base_layer(), "W_q", None)  # HQQ's name for its weight, which PEFT does not look for
+        # HQQ calls its weight `W_q`. PEFT does not look for it, and would not find the device.
+        packed = getattr(self.get_base_layer(), "W_q", None)
         self._move_adapter_to_device_of_base_layer(adapter_name, None if packed is None else packed.device)
         for container in (self.wara_A, self.wara_B, self.wara_core, self.wara_basis, self.wara_dropout):
             if adapter_name in container:
@@ -173,7 +178,7 @@ class WaRALayer(MergingLayer):
         self.set_adapter(self.active_adapters)
 
     def _tie(self, adapter_name: str, tied_to: WaRALayer) -> None:
-        """Take over another layer's adapter; between layers that keep a weight and its transpose, A and B swap."""
+        """Take over another layer's adapter. If one of the layers keeps the weight transposed, A and B swap."""
         self.tied_to[adapter_name] = tied_to
         factor_a, factor_b = tied_to.factors(adapter_name)
         transposed = self.kind.keeps_in_first != tied_to.kind.keeps_in_first
@@ -181,17 +186,17 @@ class WaRALayer(MergingLayer):
         self.wara_A[adapter_name], self.wara_B[adapter_name] = (TiedFactor(source, transposed) for source in sources)
 
     def tie_again(self, tied_to: WaRALayer) -> None:
-        """Use that layer's adapters wherever this layer's are tied, as in a replica of the model."""
-        self.tied_to = dict(self.tied_to)  # a replica shares the dict with the layer that it is made from
+        """Tie all adapters that are tied to that layer instead; a replica of the model needs its own layer there."""
+        self.tied_to = dict(self.tied_to)  # a replica shares the dict with the layer from which it is copied
         for adapter_name in self.tied_to:
             self._tie(adapter_name, tied_to)
 
     def parts(self, adapter_name: str) -> Parts:
-        """The parts of an adapter, by the name of the container that holds them."""
+        """Return the parts of an adapter, by the name of the container that holds them."""
         return _PartsOfLayer(self, adapter_name)
 
     def _fill_from_weight(self, adapter_name: str) -> None:
-        """Make the values of parts that come from the base layer's weight."""
+        """Make those values of parts that come from the base layer's weight, if they are missing."""
         form, parts = self.forms[adapter_name], self.parts(adapter_name)
         if form.needs_weight(parts):
             form.fill(
@@ -199,7 +204,7 @@ class WaRALayer(MergingLayer):
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """As PEFT moves an adapter, which makes a new parameter of a gain: that trains only if the old one did."""
+        """Move an adapter as PEFT does. PEFT makes a new parameter of a gain; it trains only if the old one did."""
         trains = adapter_name in self.wara_gain and self.wara_gain[adapter_name].requires_grad
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         if adapter_name in self.wara_gain:
@@ -210,21 +215,21 @@ class WaRALayer(MergingLayer):
         self.forms[adapter_name].initialise(self.parts(adapter_name), init_weights)
 
     def factors(self, adapter_name: str) -> tuple[SubbandFactor, SubbandFactor]:
-        """The modules that hand out Â and B̂ of an adapter."""
+        """Return the modules that compute Â and B̂ of an adapter."""
         form = self.forms[adapter_name]
         if form.factors_are_parts or adapter_name in self.tied_to:
             return self.wara_A[adapter_name], self.wara_B[adapter_name]  # type: ignore[return-value]
         parts = self.parts(adapter_name)
-        if form.needs_weight(parts):  # the config was a saved adapter's, whose file has not been loaded
+        if form.needs_weight(parts):  # a saved adapter's config was injected, and its file was never loaded
             self._fill_from_weight(adapter_name)
         return form.factors(parts)
 
     def total_rank(self, adapter_name: str) -> int:
-        """R = Σ_s r_s, the rank of the LoRA that this adapter is."""
+        """Return R = Σ_s r_s, the rank of this adapter seen as a LoRA."""
         return cast(SubbandFactor, self.wara_A[adapter_name]).rank
 
     def initial_scaling(self, adapter_name: str) -> float:
-        """alpha / R, or alpha / √R with `use_rslora`."""
+        """Return alpha / R, or alpha / √R with `use_rslora`."""
         return scaling(self.wara_alpha[adapter_name], self.total_rank(adapter_name), self.use_rslora[adapter_name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -249,7 +254,7 @@ class WaRALayer(MergingLayer):
                 self.scaling[adapter] /= scale
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable all adapters. Disabled ones are frozen; enabled again, those train that trained before."""
+        """Enable or disable all adapters. Disabling freezes them; parameters that trained before train again later."""
         parameters = {
             f"{container}.{name}": parameter
             for container in self.adapter_layer_names
@@ -274,7 +279,7 @@ class WaRALayer(MergingLayer):
                 )
 
     def low_rank_update(self, adapter_name: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
-        """ΔW of an adapter as a pair of factors, Â and scaling · B̂: the adapter as a LoRA of rank R.
+        """Return ΔW of an adapter as a pair of factors, Â and scaling · B̂, which is a LoRA of rank R.
 
         Args:
             adapter_name: the adapter.
@@ -289,34 +294,36 @@ class WaRALayer(MergingLayer):
         return update_of(self.shape, factor_a.synthesise(dtype), scaled)
 
     def get_delta_weight(self, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Scaled ΔW of an adapter, in the shape and orientation of the base weight.
+        """Return the scaled ΔW of an adapter, in the shape and orientation of the base weight.
 
         Args:
             adapter: the adapter.
-            dtype: dtype to compute in and to return; None means that of the adapter's parameters, computed in float32
-                where those are shorter.
+            dtype: dtype of the result; None means that of the adapter's parameters. The product is computed in float32
+                if that dtype is narrower.
         """
         self.check_has_delta_weight([adapter])
         own = self.factors(adapter)[0].dtype
         return self.low_rank_update(adapter, torch.promote_types(dtype or own, torch.float32)).dense(dtype or own)
 
     def _add_product(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
-        """The base layer's result plus what an adapter adds to it for the input x."""
+        """Return the base layer's result plus what an adapter adds to it for the input x."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Result of the base layer plus what the active adapters add to it.
+        """Compute the base layer's result plus what the active adapters add to it.
 
         Args:
-            x: input of the base layer, passed on with all other arguments.
-            adapter_names: for each sample of the batch the adapter to use, or "__base__", in place of the active ones.
+            x: input of the base layer, which gets all other arguments as well.
+            adapter_names: for each sample of the batch the adapter to use, or "__base__" for none, in place of the
+                active adapters.
 
         Raises:
             ValueError: `adapter_names` has another length than the batch, or adapters are merged.
         """
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
-        disabled, merged = self._disable_adapters, self.merged_adapters  # PEFT's properties, without their calls
+        # PEFT's properties `disable_adapters` and `merged` say the same, but their calls cost time in every layer.
+        disabled, merged = self._disable_adapters, self.merged_adapters
         if disabled and merged:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -324,6 +331,7 @@ class WaRALayer(MergingLayer):
             return result
         dtype = result.dtype
         if self.quantization_backend is not None:
+            # A 4-bit layer may return a view that backward cannot go through once something is added to it.
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return self._add_mixed_products(result, x, adapter_names)
@@ -353,21 +361,23 @@ class WaRALayer(MergingLayer):
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the adapter is a LoRA of rank R, which `wara_peft.to_lora` converts without error: all with a ΔW."""
+        """Whether `wara_peft.to_lora` converts the adapter exactly, to rank R: true of every form that has a ΔW."""
         return self.forms[adapter_name].has_delta_weight
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the adapted layer: modules around it read its attributes, such as a convolution's `stride`.
+        """Answer for the base layer, since other modules read attributes off it, such as a convolution's `stride`.
 
-        Names with an underscore are the layer's own, such as hooks that libraries put there and take off again.
+        Names that begin with an underscore are not looked up there: libraries set and delete such attributes, hooks
+        for example, on this layer, and would take the base layer's for them.
         """
         modules = self.__dict__.get("_modules", {})
-        if name in modules:  # as nn.Module finds it, without a further call
+        if name in modules:  # nn.Module's own lookup gives the same, and costs a further call in every forward
             return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "base_layer" not in modules:  # the latter while it is being copied
+            # A layer that is being copied or unpickled has no base layer yet.
+            if name.startswith("_") or "base_layer" not in modules:
                 raise
             return getattr(self.get_base_layer(), name)
 
@@ -379,7 +389,7 @@ class WaRALayer(MergingLayer):
 
 
 def add_low_rank(result: Tensor, hidden: Tensor, factor_b: Tensor, scaling: float) -> Tensor:
-    """result + scaling · hidden B̂ᵀ in one operation, in the wider dtype of the two.
+    """Compute result + scaling · hidden B̂ᵀ in one operation, in the wider dtype of result and hidden.
 
     Args:
         result: (..., m).
@@ -391,6 +401,7 @@ def add_low_rank(result: Tensor, hidden: Tensor, factor_b: Tensor, scaling: floa
     if result.dtype == hidden.dtype == factor_b.dtype and not is_autocast_on(result.device):
         return torch.addmm(rows, channels, factor_b.T, alpha=scaling).view(result.shape)
     dtype = torch.promote_types(result.dtype, hidden.dtype)
-    with autocast_off([result]):  # it has chosen these dtypes, and would round a wider result once more
+    # Under autocast `addmm` would round a wider result to half precision. The dtypes are chosen already.
+    with autocast_off([result]):
         product = torch.addmm(rows.to(dtype), channels.to(dtype), factor_b.to(dtype).T, alpha=scaling)
     return product.view(result.shape)

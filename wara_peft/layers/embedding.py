@@ -12,15 +12,15 @@ from .base import WaRALayer, add_low_rank
 class Embedding(WaRALayer, kinds=[EMBEDDING]):
     """result = base(tokens) + scaling · (Â_tokens)ᵀ B̂ᵀ, with Â of shape (R, vocabulary) and B̂ of shape (hidden, R).
 
-    Columns of Â are gathered from the coefficients that they need; the vocabulary axis is never synthesised. As in
-    LoRA, A starts at zero and B is drawn from N(0, 1), dropout does not apply, and layers that scale their embeddings
-    scale the adapter's part too. With `scale_grad_by_freq` the gradient of a token's column of Â is divided by how
-    often the token occurs. Unlike in LoRA, the row of a padding token does not stay zero: it shares coefficients with
-    its neighbours on the vocabulary axis.
+    Each token's column of Â is computed from the few coefficients that it needs; the whole vocabulary axis is never
+    synthesised. As in LoRA, A starts at zero and B is drawn from N(0, 1), dropout does not apply, and layers that
+    scale their embeddings scale the adapter's part too. With `scale_grad_by_freq` the gradient of a token's column of
+    Â is divided by how often the token occurs. Unlike in LoRA, the row of a padding token does not stay zero: it
+    shares coefficients with its neighbours on the vocabulary axis.
     """
 
     def reset_wara_parameters(self, adapter_name: str, init_weights: bool | str = True) -> None:
-        """Set A_s to zero, or draw it too if not `init_weights`, and draw B_s from N(0, 1)."""
+        """Draw B_s from N(0, 1), and set A_s to zero; if `init_weights` is False, draw A_s as well."""
         factor_a, factor_b = self.factors(adapter_name)
         for rows in factor_a.parameters():
             if init_weights:
@@ -43,7 +43,7 @@ class Embedding(WaRALayer, kinds=[EMBEDDING]):
 
 
 def _occurrences(tokens: Tensor, vocabulary: int) -> Tensor:
-    """How many times each of the tokens, of shape (tokens,), occurs among them."""
+    """Count for each of the tokens, of shape (tokens,), how many times it occurs among them."""
     ones = torch.ones_like(tokens)
     return torch.zeros(vocabulary, dtype=tokens.dtype, device=tokens.device).index_add(0, tokens, ones)[tokens]
 

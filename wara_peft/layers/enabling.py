@@ -1,4 +1,7 @@
-"""Adapters that were disabled train again as they did before, and no others do: PEFT lets all active ones train."""
+"""Enables adapters so that the same parameters train as before they were disabled.
+
+PEFT lets every parameter of the active adapters train then, also those that a user had frozen.
+"""
 
 from __future__ import annotations
 
@@ -28,25 +31,25 @@ def enable_adapters(
     active: Callable[[], Sequence[str]],
     pefts: Callable[[bool], None],
 ) -> TrainedBefore | None:
-    """Enable or disable adapters as PEFT does, which freezes all of them, and when enabled lets the active ones train.
+    """Enable or disable adapters by PEFT's function, and then correct which parameters train.
 
-    Enabled again, a parameter trains if it did before, or was set to train meanwhile. If other adapters are active
-    then, it also has to be of one of those.
+    PEFT freezes all adapters when it disables them. Once they are enabled again, a parameter trains if it trained
+    before, or was set to train meanwhile. If other adapters are active by then, it must also belong to one of them.
 
     Args:
-        enabled: whether to enable or to disable them.
-        before: what this returned when they were disabled; None for adapters that are enabled.
-        parameters: by name those whose `requires_grad` PEFT changes.
+        enabled: True to enable adapters, False to disable them.
+        before: the value that this function returned when they were disabled; None for adapters that are enabled.
+        parameters: by name, the parameters whose `requires_grad` PEFT changes.
         active: names of the active adapters.
         pefts: PEFT's function that enables and disables.
 
     Returns:
-        The value for `before` at the next call; None where the adapters are enabled now.
+        The value for `before` at the next call; None if the adapters are enabled now.
     """
     now = TrainedBefore(frozenset(name for name, value in parameters.items() if value.requires_grad), tuple(active()))
     pefts(enabled)
     if not enabled:
-        return before or now
+        return before or now  # adapters that are disabled twice train later as they did before the first time
     before = before or now
     same = before.active == tuple(active())
     for name, parameter in parameters.items():

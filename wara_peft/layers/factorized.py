@@ -19,8 +19,8 @@ from .low_rank_update import LowRankUpdate
 class FactorizedLinear(Linear, kinds=FACTORIZED):
     """WaRA beside a `LowRankLinear` or a `DictionaryLinear` as a whole: result = base(x) + scaling · (x Âᵀ) B̂ᵀ.
 
-    Merging is exact, and builds no matrix (m, n): Â and scaling · B̂ become R more units of rank, or R more atoms. They
-    are rounded to the dtype of the factors, which rounds only ΔW, and not W.
+    Merging appends Â and scaling · B̂ to the base layer's factors, as R more units of rank or R more atoms. It builds
+    no matrix (m, n). It rounds ΔW to the dtype of the factors, and leaves W exactly as it was.
     """
 
     @property
@@ -56,7 +56,7 @@ class FactorizedLinear(Linear, kinds=FACTORIZED):
         self.set_factorized(merged)
 
     def _check_factors(self, units: int) -> None:
-        """Refuse to merge where the result would be no factorised layer of its kind."""
+        """Refuse to merge if that many more units of rank would not leave a factorised layer of the same kind."""
         base = self.factorized
         weight: Tensor = base.down.weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -74,7 +74,7 @@ class FactorizedLinear(Linear, kinds=FACTORIZED):
             )
 
     def set_factorized(self, base: nn.Module) -> None:
-        """Put a base layer below what other adapters have put around it."""
+        """Replace the base layer, which may lie inside of adapter layers of other methods."""
         owner: Any = self
         while isinstance(owner.base_layer, BaseTunerLayer):
             owner = owner.base_layer
@@ -82,7 +82,7 @@ class FactorizedLinear(Linear, kinds=FACTORIZED):
 
 
 class KeptUnits(KeptWeight):
-    """How many units of rank, or atoms, a factorised layer has of its own: all that merging adds lies behind them."""
+    """Keeps how many units of rank, or atoms, a factorised layer has of its own. Merging appends units after them."""
 
     def __init__(self, layer: FactorizedLinear) -> None:
         self.base: LowRankLinear | DictionaryLinear | None = layer.factorized
@@ -94,11 +94,11 @@ class KeptUnits(KeptWeight):
         layer.set_factorized(self.base or base.without_last(_units(base) - self.units))
 
     def to_main_memory(self) -> None:
-        """Let go of the base layer: the number of units is enough to restore it."""
+        """Drop the reference to the base layer: the number of units is enough to restore it."""
         self.base = None
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Do nothing: what the layer has of its own is cast with it."""
+        """Do nothing: the layer's own units are still in it, and are cast with it."""
 
 
 def _units(base: LowRankLinear | DictionaryLinear) -> int:

@@ -1,4 +1,4 @@
-"""The weight of a base layer as it was before adapters were merged into it, and whether it was written since."""
+"""Keeps a base layer's weight as it was before adapters were merged into it, and tells if it was written since."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from .low_rank_update import LowRankUpdate
 
 WORDS_IN_A_ROW = 1023
-"""An odd number, so that all signs of a row changed at once change its sum, to which a sign adds 2^63."""
+"""Words that are summed together. A change of sign adds 2^63 to a word, and two such changes cancel in a sum modulo
+2^64. The number is odd, so that changing all signs of a row changes its sum."""
 
 
 class Seal:
-    """Sums of a tensor's bits, by which a later look finds out whether the tensor still has the same values.
+    """Keeps sums of tensors' bits, to find out later whether the tensors still have the same values.
 
-    Version counters would not tell: writes through `.data` go past them, and a move to another device looks like one.
+    PyTorch's version counters would not tell: they miss writes through `.data`, and count a move to another device.
 
     Args:
         tensors: the tensors, on any device.
@@ -28,7 +29,7 @@ class Seal:
         self.sums = _sums(tensors)
 
     def is_on(self, tensors: list[Tensor]) -> bool:
-        """Whether the tensors have these bits, or are on the meta device, where none can be seen."""
+        """Whether the tensors still have the same bits. On the meta device there are none to compare: True."""
         if any(tensor.is_meta for tensor in tensors):
             return True
         if self.dtypes != [tensor.dtype for tensor in tensors]:
@@ -38,11 +39,11 @@ class Seal:
 
 
 def _sums(tensors: list[Tensor]) -> list[Tensor]:
-    """Sums of the 8-byte words of each tensor, modulo 2^64, by rows and by columns, and the bytes that fill no row."""
+    """Sum the 8-byte words of each tensor by rows and by columns, modulo 2^64; bytes that fill no row are copied."""
     found = []
     for part in (part for tensor in tensors for part in _plain_parts(tensor) if not part.is_meta):
         content = part.detach().contiguous().flatten().view(torch.uint8)
-        if content.storage_offset() % 8:
+        if content.storage_offset() % 8:  # PyTorch views bytes as words only where a word may begin
             content = content.clone()
         end = len(content) - len(content) % (8 * WORDS_IN_A_ROW)
         rows = content[:end].view(torch.int64).view(-1, WORDS_IN_A_ROW)
@@ -51,7 +52,7 @@ def _sums(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _plain_parts(tensor: Any) -> Iterator[Tensor]:
-    """The plain tensors inside of a tensor that is sharded, or quantized by a subclass of `torch.Tensor`."""
+    """Yield the plain tensors inside of a sharded tensor, or of a quantized one that is a subclass of `Tensor`."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
@@ -60,17 +61,18 @@ def _plain_parts(tensor: Any) -> Iterator[Tensor]:
 
 
 class KeptWeight:
-    """A weight as it is now, to be put back to the bit later.
+    """Keeps a weight as it is now, to put it back to the bit later.
 
-    Merging gives a parameter new data, so on the CPU the old data need no copy; from elsewhere they are copied to main
-    memory, for a device that holds the model need not hold it twice. Backends of quantized layers also replace the
-    parameter, or the whole base layer, and change what bitsandbytes keeps beside the weight.
+    Merging gives a parameter new data instead of writing into the old. So on the CPU the old data need no copy. From
+    another device they are moved to main memory, since that device may have no room for the model twice. Backends of
+    quantized layers also replace the parameter, or the whole base layer, and change statistics that bitsandbytes keeps
+    beside the weight. These are kept as well.
 
     Args:
         layer: the adapter layer whose base layer has the weight.
 
     Attributes:
-        updates: what has been merged into the weight since, by the adapter's name, in main memory.
+        updates: the ΔW that have been merged into the weight since, by the adapter's name, in main memory.
         seal: tells whether anybody else wrote the weight since.
     """
 
@@ -93,30 +95,30 @@ class KeptWeight:
             weight.data = data
             return
         layer.base_layer = self.objects.base_layer
-        owner = layer.weight_place()[0]
+        owner = layer.weight_place()[0]  # the line above may have changed it
         setattr(owner, name, self.objects.restored(data))
         if hasattr(owner, "quant_state"):
             owner.quant_state = self.objects.weight.quant_state  # type: ignore[attr-defined]
 
     def to_main_memory(self) -> None:
-        """Let go of what lies on another device."""
+        """Move the weight to main memory, so that it takes no memory on another device."""
         if self.data.device.type not in ("cpu", "meta"):
             self.data = self.data.cpu()
             if self.objects is not None:
                 self.objects.to_main_memory(self.data)
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Cast the weight as the layer's has been cast."""
+        """Cast the kept weight, after the layer's own has been cast."""
         self.data = self.data.to(dtype)
 
 
 class _QuantizedObjects:
-    """Keeps what a quantized layer has beside the data of its weight: the parameter itself, and its statistics.
+    """Keeps the objects that a quantized layer has besides the data of its weight: the parameter and its statistics.
 
     Args:
-        base_layer: what the adapter layer has as its base layer.
+        base_layer: the attribute `base_layer` of the adapter layer.
         weight: the parameter.
-        state: where bitsandbytes keeps the statistics of 8-bit weights in use.
+        state: where bitsandbytes keeps the statistics of an 8-bit weight that is in use; None for other layers.
     """
 
     def __init__(self, base_layer: nn.Module, weight: nn.Parameter, state: Any) -> None:
@@ -125,7 +127,7 @@ class _QuantizedObjects:
         self.of_state = {} if state is None else dict(vars(state))
 
     def restored(self, data: Tensor) -> nn.Parameter:
-        """The parameter with these data and all that belongs to it, on their device."""
+        """Return the parameter with these data, and with its statistics on the same device."""
         for owner, attributes in ((self.weight, self.of_weight), (self.state, self.of_state)):
             if owner is not None:
                 vars(owner).clear()
@@ -140,11 +142,11 @@ class _QuantizedObjects:
 
 
 def _on(device: torch.device, attributes: dict[str, Any]) -> dict[str, Any]:
-    """Attributes with tensors and bitsandbytes' `QuantState`, which moves itself in place, on a device."""
+    """Return attributes with their tensors on a device. A `QuantState` of bitsandbytes is moved in place."""
     moved = dict(attributes)
     for name, value in attributes.items():
         if isinstance(value, Tensor):
             moved[name] = value.to(device)
-        elif hasattr(value, "absmax"):
+        elif hasattr(value, "absmax"):  # it is a `QuantState`; bitsandbytes need not be installed
             value.to(device)
     return moved

@@ -17,26 +17,26 @@ from ..forms import Target
 from .base import TENSOR_PARTS, WaRALayer
 
 AROUND = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)(?=\.|$)")
-"""Parts of a name or key that come from wrappers which PEFT has put around a module."""
+"""Finds the parts of a name or key that come from wrappers which PEFT has put around a module."""
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a module or parameter, or a key, as it is without what PEFT has put around modules."""
+    """Return a name or key as it would be without the wrappers that PEFT has put around modules."""
     return AROUND.sub("", name)
 
 
 def is_of_a_factor(key: str) -> bool:
-    """Whether a key is that of a factor: it ends in a part's name, perhaps with an adapter's and a parameter's."""
+    """Whether a key belongs to a factor: it ends in a part's name, maybe followed by an adapter's and parameter's."""
     return any(part in TENSOR_PARTS for part in key.split(".")[-3:])
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The model around whose layers adapters are, or the model itself if there are none."""
+    """Return the base model inside a model with adapters; a model without adapters is returned as it is."""
     return next((module.model for module in model.modules() if isinstance(module, BaseTuner)), model)
 
 
 def modules_outside(model: nn.Module, wrappers: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by name, but for those that lie inside of a module of one of these classes."""
+    """Yield all modules with their names, except those that lie inside of a module of one of these classes."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name.startswith(inside):
@@ -46,7 +46,7 @@ def modules_outside(model: nn.Module, wrappers: tuple[type, ...]) -> Iterator[tu
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, WaRALayer]:
-    """The layers that have an adapter, tied ones included, by their names in `model`; without a name, any adapter."""
+    """Find the layers with that adapter (None: with any), by their names in `model`; tied layers are included."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -55,7 +55,7 @@ def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
 
 
 def saved_keys(model: nn.Module, adapter_name: str) -> set[str]:
-    """Keys under which PEFT saves an adapter's factors: names of modules in `model`, without the adapter's name."""
+    """Return the keys under which PEFT saves an adapter's factors: names in `model`, without the adapter's name."""
     return {
         f"{name}.{key}"
         for name, layer in adapted_layers(model, adapter_name).items()
@@ -64,7 +64,7 @@ def saved_keys(model: nn.Module, adapter_name: str) -> set[str]:
 
 
 def fields_in_model(model: nn.Module, adapter_name: str) -> Mapping[str, Any]:
-    """The fields of an adapter's config as a model has resolved them and found them out, as its layers have them."""
+    """Return the values that the fields of an adapter's config have in a model, of which the layers keep a record."""
     for module in model.modules():
         if isinstance(module, WaRALayer) and adapter_name in module.in_model:
             return module.in_model[adapter_name]
@@ -77,13 +77,13 @@ def note_fields(
     config: WaRAConfig,
     written: Mapping[str, Any],
 ) -> None:
-    """Keep in the layers of a new adapter the fields of its config as its model has resolved them and found them out.
+    """Record, in the layers of a new adapter, the values that the fields of its config have in this model.
 
     Args:
         model: the model with the adapter.
         adapter_name: the adapter's name.
-        config: its config, resolved.
-        written: the fields that a tuner resolves, as its user has written them.
+        config: its resolved config.
+        written: the values of the user in the fields that a tuner resolves.
     """
     layers = layers_of(model, adapter_name)
     biased = [name for name, layer in layers.items() if getattr(layer, "bias", None) is not None]
@@ -102,11 +102,11 @@ def note_fields(
 
 
 def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:
-    """The config of a model's WaRA adapter as this model has resolved it, in a copy.
+    """Return a copy of an adapter's config, with the values that its fields have in this model.
 
     Raises:
-        ValueError: there is none of that name.
-        TypeError: it is no WaRA adapter.
+        ValueError: the model has no adapter of that name.
+        TypeError: the adapter is no WaRA adapter.
     """
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
@@ -118,6 +118,6 @@ def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:
 
 
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, WaRALayer]:
-    """The layers that hold an adapter, by the names that its config has for them; tied ones hold none."""
+    """Find the layers that hold an adapter's own factors, by their names in its config. Tied layers hold none."""
     layers = adapted_layers(model, adapter_name).values()
     return {layer.module_name: layer for layer in layers if adapter_name not in layer.tied_to}

@@ -1,4 +1,4 @@
-"""Whether a base layer with ΔW in its weight computes what it computes with the adapter beside it."""
+"""Checks that a base layer with ΔW in its weight computes the same as with the adapter beside it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from ..base_layers.quantization import FLOATS
 
 
 def check_mergeable(module_name: str, base: nn.Module) -> None:
-    """Refuse a layer whose weight is no parameter of a float type, or that does more with it than to multiply by it.
+    """Refuse a layer whose weight is no parameter of a float type, or that does more with it than multiply by it.
 
     Args:
         module_name: the layer's full name.
-        base: the layer, not quantized by a backend that PEFT knows.
+        base: the layer. Layers that PEFT's quantization backends know are not for this check.
 
     Raises:
-        ValueError: it is such a layer.
+        ValueError: ΔW cannot be merged into this layer.
     """
+    # Weights that are parametrized, or made by a hook, are attributes but no registered parameters.
     weight = base._parameters.get("weight")
     reason, remedy = None, "Serve the adapter unmerged"
     if weight is None:

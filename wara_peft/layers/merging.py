@@ -1,4 +1,4 @@
-"""Adapter layers merge updates into the weight of their base layer, and put it back to the bit."""
+"""`MergingLayer` merges ΔW into the weight of a base layer, and puts the weight back to the bit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .mergeable import check_mergeable
 class MergingLayer(nn.Module, BaseTunerLayer):
     """Base class of adapter layers that merges and unmerges.
 
-    From merge to unmerge it keeps the weight as it was before any adapter was merged, and what was merged. From these
-    it makes the weight with any of the merged adapters, so that nothing is ever taken off a rounded sum.
+    From merge to unmerge it keeps the weight as it was before any adapter was merged, and each ΔW that was merged.
+    From these it makes the weight with any of the merged adapters, so a ΔW need not be subtracted from a rounded sum.
 
     Attributes:
         module_name: the layer's full name in the model.
-        tied_to: for each adapter that is another layer's that layer, whose weight this layer's may be.
-        merged_adapters: the adapters that are merged.
+        tied_to: for each adapter that belongs to another layer, that layer. The two may share one weight.
+        merged_adapters: names of the adapters that are merged.
     """
 
     module_name: str
@@ -39,7 +39,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def low_rank_update(self, adapter_name: str, dtype: torch.dtype | None = None) -> LowRankUpdate:
-        """ΔW of an adapter as a pair of factors."""
+        """Return ΔW of an adapter as a pair of factors."""
         raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -60,6 +60,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         self.check_mergeable(names)
+        # Layers that share a weight would add the same ΔW twice.
         own = [name for name in names if not self._is_merged_by_source(name)]
         try:
             if own:
@@ -98,11 +99,11 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def check_mergeable(self, adapter_names: Iterable[str]) -> None:
-        """Refuse to merge adapters that no weight can replace, or into a weight that would not replace them.
+        """Refuse to merge if the base layer with the merged weight would not compute what it does with the adapters.
 
         Raises:
-            ValueError: an adapter has no ΔW, or the base layer's weight is computed, quantized, or used otherwise than
-                to multiply by it.
+            ValueError: an adapter has no ΔW, or the base layer's weight is computed or quantized, or the layer does
+                more with it than multiply by it.
         """
         self.check_has_delta_weight(adapter_names)
         if self.quantization_backend is None:
@@ -112,12 +113,12 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         check_mergeable(self.module_name, self.get_base_layer())
 
     def weight_place(self) -> tuple[nn.Module, str]:
-        """The module that has the base weight, and the weight's name there."""
+        """Return the module that has the base weight, and the weight's name there; HQQ calls it `W_q`."""
         base = self.get_base_layer()
         return base, "W_q" if hasattr(base, "W_q") else "weight"
 
     def _weights(self) -> list[Tensor]:
-        """The tensors that merging writes."""
+        """Return the tensors that merging writes."""
         owner, name = self.weight_place()
         return [getattr(owner, name).data]
 
@@ -131,7 +132,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         return source is not None and self.get_base_layer().weight is source.get_base_layer().weight
 
     def _merged_here(self) -> list[str]:
-        """The merged adapters that this layer has added to its weight."""
+        """Return the merged adapters that this layer itself has added to its weight."""
         return [name for name in self.merged_adapters if not self._is_merged_by_source(name)]
 
     @torch.no_grad()
@@ -141,10 +142,10 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         return self.low_rank_update(adapter_name, torch.promote_types(dtype, torch.float32))
 
     def _kept_updates(self) -> dict[str, LowRankUpdate]:
-        """The updates that are merged, by the adapter's name.
+        """Return the updates that are merged, by the adapter's name.
 
         Raises:
-            ValueError: something is merged, and this layer does not know what.
+            ValueError: adapters are merged, and this layer has not kept their updates, since it is a copy.
         """
         if self._kept is not None:
             return self._kept.updates
@@ -161,10 +162,10 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         """Refuse to change merged adapters of a base weight that something else wrote since they were merged.
 
         Returns:
-            Whether the weight is as merging left it; if not, an adapter inside of this one may have written it.
+            Whether the weight is as merging left it. If not, an adapter layer inside of this one may have written it.
 
         Raises:
-            ValueError: something wrote it, or the layer is a copy of a merged one.
+            ValueError: something else wrote the weight, or the layer is a copy of a merged one.
         """
         self._kept_updates()
         as_merged = self._is_as_merged()
@@ -185,12 +186,14 @@ class MergingLayer(nn.Module, BaseTunerLayer):
     def _rewrite(self, updates: dict[str, LowRankUpdate], check_finite: bool = False) -> None:
         """Make the base weight what it was before any adapter was merged, plus these updates; all or nothing."""
         as_merged = self.check_not_written()
-        kept, before = self._kept, self._keep_weight()
+        kept, before = self._kept, self._keep_weight()  # `before` is for an error on the way
         new = [name for name in updates if kept is None or name not in kept.updates]
         try:
             if kept is not None and as_merged:
                 kept.restore(self)
-            elif kept is not None:  # the other method's change stays in the weight
+            elif kept is not None:
+                # An adapter of another method was merged meanwhile. To restore would lose its change, so our own ΔW is
+                # subtracted here, which rounds.
                 self._add_to_base_weight([-update for update in kept.updates.values()])
                 kept = self._keep_weight()
             if updates:
@@ -210,8 +213,8 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         """Replace the base weight by its sum with these updates, rounded once.
 
         Args:
-            updates: what is added.
-            to_check: the adapters to blame if the sum is not finite; without any it is not checked.
+            updates: the updates to add.
+            to_check: names of the adapters that an error names if the sum is not finite. If empty, nothing is checked.
         """
         weight = self.get_base_weight()
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -224,21 +227,27 @@ class MergingLayer(nn.Module, BaseTunerLayer):
         self.set_base_weight(merged)
 
     def forget_kept_weight(self) -> None:
-        """Let go of the base weight as it was: from now on the merged one is the base layer's own."""
+        """Drop the kept weight: from now on the merged one is the base layer's own, and cannot be unmerged."""
         self._kept = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergingLayer:
+        # PyTorch calls this for `to`, `half`, `cuda` and the like.
         with self.following_casts(fn):
             return cast(MergingLayer, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     @contextmanager
     def following_casts(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Scope in which `change` may be applied to the base weight: if it casts, what is kept is cast as well."""
+        """Scope in which `change` may be applied to the base weight: if that casts it, the kept one is cast too.
+
+        Then `unmerge` gives the weight that casting the unmerged model would have given. The seal is made again, since
+        a cast is no write by somebody else.
+        """
         with ExitStack() as stack:
             for source in self.tied_to.values():
                 stack.enter_context(source.following_casts(change))
             kept = self._kept
             dtype = None if kept is None else self._weights()[0].dtype
+            # A trial on an empty tensor shows whether `change` casts.
             if kept is None or change(torch.empty(0, dtype=dtype)).dtype == dtype:
                 yield
                 return
@@ -249,7 +258,7 @@ class MergingLayer(nn.Module, BaseTunerLayer):
                 kept.seal = Seal(self._weights())
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for copies and pickles, which do not hold the base weight twice."""
+        """Leave the kept weight out of copies and pickles, which would hold the base weight twice."""
         return {**self.__dict__, "_kept": None}
 
     def _not_finite(self, adapter_names: Iterable[str]) -> ValueError:

@@ -1,4 +1,7 @@
-"""WaRA beside bare parameters, of a mixture's experts or PyTorch's attention, in their module's own forward."""
+"""WaRA beside bare parameters, such as the weights of experts or of PyTorch's attention.
+
+Their module computes with them in its own forward, and there is no layer that could be replaced.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +19,34 @@ from .base import WaRALayer
 from .low_rank_update import ExpertsUpdate, LowRankUpdate
 from .weight_stand_in import AdaptedWeight, Update
 
+# Held while a forward puts weights in place or removes them, since several threads may call a module at once. It is no
+# attribute of the modules, for a lock can be neither copied nor pickled.
 _change = threading.Lock()
 
 
 class ParameterLayer(WaRALayer):
     """The adapters of one bare parameter: ΔW_e = scaling · B̂_e Â_e for each expert e, or scaling · B̂ Â of a matrix.
 
-    Â is (experts, R, n) and B̂ (experts, m, R), synthesised for all experts in one transform. It computes nothing by
-    itself: `AdaptedModule`, which holds it, hands its `adapted_weight` to the module whose parameter it is.
+    Â has the shape (experts, R, n) and B̂ (experts, m, R); one transform synthesises them for all experts. This layer
+    computes no result itself. The `AdaptedModule` that holds it puts its `adapted_weight` in the parameter's place.
     """
 
     @property
     def bare(self) -> BareParameter:
-        """The parameter, as the weight of a layer."""
+        """The base layer: the parameter, presented as the weight of a layer."""
         return cast(BareParameter, self.get_base_layer())
 
     def adapted_weight(self, owner: nn.Module) -> AdaptedWeight | None:
-        """The parameter with the active adapters' updates; None where none of them is of this parameter.
+        """Return the parameter with the active adapters' updates; None if no active adapter adapts it.
 
         Args:
-            owner: the module that has it, here or in a replica of the model.
+            owner: the module that has the parameter, in this model or in a replica of it.
         """
         adapters = [adapter for adapter in self.active_adapters if adapter in self.wara_A]
         if self.disable_adapters or self.merged or not adapters:
             return None
         updates = tuple(self._update(adapter, self.bare.dtype) for adapter in adapters)
+        # The result will shadow the parameter, so W is read from PyTorch's dict of parameters, once it is used.
         return AdaptedWeight(lambda: cast(Tensor, owner._parameters[self.bare.name]), updates, self.module_name)
 
     def _update(self, adapter: str, dtype: torch.dtype) -> Update:
@@ -79,11 +85,11 @@ class ParameterLayer(WaRALayer):
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Tell PyTorch's Transformer layers, which look for this, that it is no tensor for their fused kernel."""
+        """Keep PyTorch's Transformer layers off their fused kernel, which they skip for objects with this method."""
         return NotImplemented
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Not to be called.
+        """Refuse to be called.
 
         Raises:
             RuntimeError: always.
@@ -92,7 +98,7 @@ class ParameterLayer(WaRALayer):
 
 
 class _Adapted(nn.Module):
-    """Parametrization of a parametrized weight that puts the updates beside what the others make of it."""
+    """The last parametrization of a parametrized weight. It puts the updates beside what the others make."""
 
     def __init__(self, weight: AdaptedWeight) -> None:
         super().__init__()
@@ -107,13 +113,13 @@ def _of_expert(update: LowRankUpdate, expert: int | None) -> LowRankUpdate:
 
 
 class AdaptedModule(nn.Module):
-    """A module of which bare parameters are adapted, in its place in the model.
+    """Takes the place of a module of which bare parameters are adapted.
 
-    Its children are the module itself, `base_layer`, and for each adapted parameter a `ParameterLayer` of that name;
-    for the weight of `nn.MultiheadAttention`'s output projection, which is inside of another module, one of that
-    module's name. In forward the module finds an `AdaptedWeight` where it looks for the parameter, and computes as it
-    always does: the experts of transformers in whichever of their implementations multiplies by the weights
-    ("grouped_mm", "batched_mm", "eager"). Neither ΔW nor W + ΔW of any expert is built.
+    Its children are the module itself, `base_layer`, and a `ParameterLayer` for each adapted parameter, of the
+    parameter's name. The weight of `nn.MultiheadAttention`'s output projection lies in another module, so its layer
+    has that module's name. During a forward, the module finds an `AdaptedWeight` where it looks for the parameter, and
+    computes as it always does. For the experts of transformers this works in every implementation that multiplies by
+    the weights ("grouped_mm", "batched_mm", "eager"). Neither ΔW nor W + ΔW of any expert is built.
 
     Args:
         base_layer: the module.
@@ -127,11 +133,12 @@ class AdaptedModule(nn.Module):
 
     @property
     def layers(self) -> dict[str, ParameterLayer]:
-        """The adapters' layers by the parameter's name."""
+        """The adapter layers, by the parameter's name."""
         return {name: child for name, child in self.named_children() if isinstance(child, ParameterLayer)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Result of the module with its adapted parameters, computed outside of the graphs of torch.compile."""
+        """Compute the module's result with its adapted parameters, outside of the graphs of torch.compile."""
+        # A graph could not hold `AdaptedWeight`, which is no tensor, nor the change of the module's attributes.
         if torch.compiler.is_compiling():
             return torch.compiler.disable(self._forward)(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self._forward(*args, **kwargs)
@@ -151,10 +158,11 @@ class AdaptedModule(nn.Module):
 
     @contextmanager
     def _in_place(self, places: list[tuple[nn.Module, str, AdaptedWeight]]) -> Iterator[None]:
-        """Scope in which modules find these in place of their parameters.
+        """Scope in which modules find these weights in place of their parameters.
 
-        Attributes go before parameters, and of parametrizations the last one has its way. Forwards in several threads
-        at once have the same adapters, so the later ones use what the first has put there.
+        Python finds a plain attribute before PyTorch looks for a parameter. Of several parametrizations the last one
+        gives the weight. Forwards in several threads at once have the same adapters. So later ones use the weights
+        that the first has put there, and the last one to end removes them.
         """
         if not places:
             yield
@@ -178,7 +186,7 @@ class AdaptedModule(nn.Module):
                         vars(owner).pop(name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedModule:
-        """Move or cast the parameters, which are the module's and no part of the layers that adapt them."""
+        """Move or cast the parameters. They belong to the module, so the layers that adapt them have to be told."""
         with ExitStack() as stack:
             for layer in self.layers.values():
                 stack.enter_context(layer.following_casts(fn))
@@ -187,17 +195,17 @@ class AdaptedModule(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module itself, with the adapters in its parameters if `merge`; PEFT calls this to unload."""
+        """Return the module itself, with the adapters merged if `merge`; PEFT calls this to unload."""
         if merge:
             for layer in self.layers.values():
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
 
     def __getattr__(self, name: str) -> Any:
-        """What its neighbours read off the module, such as a router's `e_score_correction_bias`."""
+        """Answer for the module, since others read attributes off it, such as a router's `e_score_correction_bias`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # while it is being copied
+            if name == "base_layer":  # a copy that is being made has none yet, and would ask itself for ever
                 raise
             return getattr(self.base_layer, name)

@@ -1,4 +1,4 @@
-"""A weight with its low-rank updates, to compute with in place of the weight, without ever adding them up."""
+"""`AdaptedWeight` stands in for a weight in products, and applies its low-rank updates without adding them to it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from ..wavelet import autocast_off
 
 RANK_STEP = 8
-"""Ranks are filled up to a multiple of this, for grouped products take rows of a multiple of 16 bytes alone."""
+"""Ranks are filled up to a multiple of this. Grouped products take only rows of a multiple of 16 bytes."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """left · right, added to a weight of shape (..., p, q).
+    """The product left · right, which is added to a weight of shape (..., p, q).
 
     Attributes:
         left: (..., p, R).
         right: (..., R, q), with the scaling inside.
-        dropout: what the input passes on its way to the update alone.
+        dropout: dropout of the input before the update multiplies it. The weight multiplies the input without it.
     """
 
     left: Tensor
@@ -33,37 +33,38 @@ class Update:
     dropout: nn.Module
 
     def padded(self) -> Update:
-        """The same with a rank that grouped products take."""
+        """Return this update, filled up with zeros to a rank that grouped products take."""
         missing = -self.left.shape[-1] % RANK_STEP
         if not missing:
             return self
         return replace(self, left=F.pad(self.left, (0, missing)), right=F.pad(self.right, (0, 0, 0, missing)))
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Update:
-        """The same with another form of both sides."""
+        """Apply a function, such as a cast, to both sides."""
         return replace(self, left=change(self.left), right=change(self.right))
 
     def transposed(self) -> Update:
-        """The update of the transpose."""
+        """Return the update of the transposed weight."""
         return replace(self, left=self.right.mT, right=self.left.mT)
 
 
 class AdaptedWeight:
     """Stands for W + Σ left · right wherever it is multiplied: x W becomes x W + (x left) right.
 
-    It is no tensor. Products that know it (`torch.nn.functional.linear`, `matmul`, `bmm`, grouped products, also those
-    of transformers) compute the one of W and the two thin ones of each update; indexing the first dimension, by one
-    expert or several, and transposing give another one. Everything else is refused, for it would need the sum.
+    It is no tensor. Some functions work on it: `torch.nn.functional.linear`, `matmul`, `bmm`, and grouped products,
+    those of transformers included. They compute the product with W and two thin products for each update. Transposing
+    it, or indexing its first dimension by one or several experts, gives another `AdaptedWeight`. Any other use would
+    need the sum, and is refused.
 
     Args:
-        weight: gives W, (p, q) or (experts, p, q), at the time of its use.
-        updates: what is added to it.
+        weight: a function that returns W, (p, q) or (experts, p, q). It is called when W is used.
+        updates: the updates of W.
         name: the parameter's name in the model, for errors.
     """
 
     def __init__(self, weight: Callable[[], Tensor], updates: tuple[Update, ...], name: str) -> None:
         self._weight, self.updates, self.name = weight, updates, name
-        self._apart: list[tuple[Update, ...]] | None = None  # by expert
+        self._apart: list[tuple[Update, ...]] | None = None  # the updates of each expert
 
     @property
     def weight(self) -> Tensor:
@@ -73,7 +74,7 @@ class AdaptedWeight:
         return AdaptedWeight(lambda: change(self.weight), updates, self.name)
 
     def __getitem__(self, index: Any) -> AdaptedWeight:
-        """The weight of one expert, or of several by a tensor of their numbers."""
+        """Return the weight of one expert, or of several that a slice or a tensor of numbers names."""
         if self.ndim < 3 or not isinstance(index, (int, slice, Tensor)) or getattr(index, "ndim", 0) > 1:
             raise self._refusal(f"an index of type {type(index).__name__}")
         if isinstance(index, slice) or getattr(index, "ndim", 0) == 1:
@@ -81,7 +82,8 @@ class AdaptedWeight:
                 lambda weight: weight[index], tuple(up.changed(lambda t: t[index]) for up in self.updates)
             )
         if self._apart is None:
-            # Taken apart at once: the gradient of each single expert's part would be as large as all of them.
+            # All experts are taken apart at once: backward of `left[expert]` would fill a tensor as large as `left`,
+            # for every expert, and that of `unbind` fills one for all.
             sides = [(up, up.left.unbind(), up.right.unbind()) for up in self.updates]
             self._apart = [
                 tuple(replace(up, left=left[expert], right=right[expert]) for up, left, right in sides)
@@ -93,11 +95,12 @@ class AdaptedWeight:
         return (self[expert] for expert in range(len(self)))
 
     def chunk(self, parts: int) -> list[AdaptedWeight]:
-        """The weight's rows in so many equal parts."""
+        """Split the rows of a matrix into that many equal parts."""
         size = len(self) // parts
         rows = [slice(start, start + size) for start in range(0, len(self), size)]
         return [
             AdaptedWeight(
+                # `partial` binds this part's rows; a plain lambda would see those of the last.
                 partial(lambda self, own: self.weight[own], self, own),
                 tuple(replace(update, left=update.left[own]) for update in self.updates),
                 self.name,
@@ -109,13 +112,13 @@ class AdaptedWeight:
         return len(self.weight)
 
     def transpose(self, dim0: int, dim1: int) -> AdaptedWeight:
-        """The weight with its last two dimensions exchanged."""
+        """Return the weight with its last two dimensions exchanged."""
         if {dim0 % self.ndim, dim1 % self.ndim} != {self.ndim - 2, self.ndim - 1}:
             raise self._refusal(f"transpose({dim0}, {dim1})")
         return self._like(lambda weight: weight.mT, tuple(update.transposed() for update in self.updates))
 
     @property
-    def mT(self) -> AdaptedWeight:  # as of tensors
+    def mT(self) -> AdaptedWeight:  # named as in torch.Tensor
         return self.transpose(-2, -1)
 
     @property
@@ -123,7 +126,7 @@ class AdaptedWeight:
         return self.transpose(0, 1)
 
     def to(self, *args: Any, **kwargs: Any) -> AdaptedWeight:
-        """The weight in another dtype, or on another device."""
+        """Return the weight in another dtype, or on another device."""
         change = lambda tensor: tensor.to(*args, **kwargs)  # noqa: E731
         return self._like(change, tuple(update.changed(change) for update in self.updates))
 
@@ -134,10 +137,10 @@ class AdaptedWeight:
         return self.to(torch.float32)
 
     def __getattr__(self, name: str) -> Any:
-        """What W says of itself: its dtype, device, shape and address."""
+        """Answer for W about its dtype, device, shape and address; refuse other attributes."""
         if name in ("dtype", "device", "shape", "ndim", "size", "dim", "data_ptr", "is_cuda", "is_meta"):
             return getattr(self.weight, name)
-        if name.startswith("__"):
+        if name.startswith("__"):  # Python and libraries try such names, and expect this error
             raise AttributeError(name)
         raise self._refusal(f"its attribute {name!r}")
 
@@ -151,7 +154,7 @@ class AdaptedWeight:
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """A product with the weight as its one factor."""
+        """Compute a product of which this weight is one factor; refuse all other functions of PyTorch."""
         name = getattr(func, "__name__", str(func)).removesuffix(".default").rpartition(".")[2]
         if name == "multi_head_attention_forward":
             return _attention(func, *args, **(kwargs or {}))
@@ -170,7 +173,7 @@ class AdaptedWeight:
 
 
 def _linear(func: Any, x: Tensor, weight: AdaptedWeight, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias, and (x rightᵀ) leftᵀ."""
+    """Compute x Wᵀ + bias + (x rightᵀ) leftᵀ."""
     result: Tensor = func(x, weight.weight, bias)
     for update in weight.updates:
         left, right = update.left.to(x.dtype), update.right.to(x.dtype)
@@ -179,7 +182,7 @@ def _linear(func: Any, x: Tensor, weight: AdaptedWeight, bias: Tensor | None = N
 
 
 def _matmul(func: Any, one: Any, other: Any) -> Tensor:
-    """x W, and (x left) right; or W x, and left (right x)."""
+    """Compute x W + (x left) right, or W x + left (right x) if the weight is the first factor."""
     if isinstance(other, AdaptedWeight):
         result: Tensor = func(one, other.weight)
         for update in other.updates:
@@ -194,7 +197,10 @@ def _matmul(func: Any, one: Any, other: Any) -> Tensor:
 
 
 def _grouped(func: Any, x: Tensor, weight: AdaptedWeight, offs: Tensor, **kwargs: Any) -> Tensor:
-    """Rows of x, (S, p), sorted by expert, times W, (E, p, q), of each row's expert; `offs` says where each ends."""
+    """Multiply each row of x, (S, p), by its expert's matrix in W, (E, p, q), and add the updates.
+
+    Rows are sorted by expert, and `offs` says where the rows of each expert end.
+    """
     result: Tensor = func(x, weight.weight, offs=offs, **kwargs)
     for update in map(Update.padded, weight.updates):
         left, right = update.left.to(x.dtype), update.right.to(x.dtype)
@@ -207,12 +213,14 @@ _ATTENTION_PARAMETERS = tuple(inspect.signature(F.multi_head_attention_forward).
 
 
 def _attention(func: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's attention, (T, B, d) or (T, d), with adapted projections.
+    """Compute PyTorch's attention, on (T, B, d) or (T, d), with adapted projections.
 
-    It takes those of q, k and v as weights of their own, with which it multiplies. That of the output it takes only if
-    it is a tensor: so it gets W_o over the rows of right, or, where their input is dropped out, the identity, and what
-    it puts out is finished here. All arguments are told apart by the names that this release of PyTorch gives them.
+    PyTorch's function multiplies by the projections of q, k and v if they are separate weights, so it gets them as
+    separate ones. It takes the projection of the output only if that is a tensor. So it gets W_o with the rows of each
+    `right` appended, and `_attention` multiplies the additional channels of its result by `left` and adds them. While
+    dropout is in use, PyTorch's function gets the identity in place of W_o, and `_attention` projects its result.
     """
+    # Arguments are told apart by the names that this release of PyTorch gives them.
     call = {**dict(zip(_ATTENTION_PARAMETERS, args, strict=False)), **kwargs}
     parts = zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), call["in_proj_weight"].chunk(3), strict=True)
     call |= {"use_separate_proj_weight": True, "in_proj_weight": None, **dict(parts)}
@@ -246,9 +254,9 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
 
 
 def _plus(result: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """result + one · other in one operation where there is one, in the result's dtype."""
+    """Compute result + one · other, in one operation if PyTorch has one for these shapes, in the result's dtype."""
     dtype = torch.promote_types(result.dtype, torch.promote_types(one.dtype, other.dtype))
-    with autocast_off([result]):  # it has chosen the dtypes already
+    with autocast_off([result]):  # autocast has chosen the dtypes already, and would round a wider result
         wide, one, other = result.to(dtype), one.to(dtype), other.to(dtype)
         if other.ndim == 2:
             rows, channels = wide.reshape(-1, wide.shape[-1]), one.reshape(-1, one.shape[-1])
