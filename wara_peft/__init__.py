@@ -20,6 +20,7 @@ from .forms import frozen_factors  # noqa: E402
 from .lora.export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .lora.live_view import LoraView, lora_view  # noqa: E402
 from .lora.load import load_lora  # noqa: E402
+from .lora.reparametrize import plain_lora, reparametrize_lora  # noqa: E402
 from .model import WaRAModel  # noqa: E402
 from .training.initialization import initialize_from_data  # noqa: E402
 from .training.optimizer_groups import optimizer_groups  # noqa: E402
@@ -40,6 +41,8 @@ __all__ = [
     "lora_error",
     "lora_view",
     "optimizer_groups",
+    "plain_lora",
+    "reparametrize_lora",
     "rescale_adapter_scale",
     "save_as_lora",
     "to_lora",

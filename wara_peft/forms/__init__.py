@@ -1,6 +1,7 @@
 """Forms of WaRA. Each is one class that says how an adapter's parts are made, saved and combined, and what they do."""
 
 from .base import Form, Parts, Settings, Target
+from .experts import ExpertsFactor
 from .factor_cache import factors_of_one_call
 from .factors import SubbandFactor, TiedFactor, frozen_factors
 from .grid import GridForm
@@ -16,6 +17,7 @@ FORMS: dict[str, Form] = {form.name: form for form in (SUBBAND, SharedForm(), Gr
 __all__ = [
     "FORMS",
     "SUBBAND",
+    "ExpertsFactor",
     "Form",
     "Parts",
     "Settings",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..wavelet import synthesis
+from ..wavelet import adjoint, least_squares, synthesis
 from .factors import IN_DIM, SubbandFactor
 
 
@@ -39,13 +39,25 @@ class ExpertsFactor(SubbandFactor):
     def rank_dim(self) -> int:
         return super().rank_dim + 1
 
-    def synthesise(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The factor of every expert, computed in `dtype`; None means the parameters' dtype."""
-        # `synthesis` allows further dimensions only with `dim=1`, so columns of B̂ are transformed as rows.
-        order = (1, 2, 0) if self.dim == IN_DIM else (2, 1, 0)  # to (R_j, d_j, E)
-        rows = [None if rows is None else rows.to(dtype or rows.dtype).permute(order) for rows in self.coefficients()]
-        result = synthesis(rows, self.axis, IN_DIM)  # (R, length, E)
-        return result.permute((2, 0, 1) if self.dim == IN_DIM else (2, 1, 0)).contiguous()
+    def synthesis_of(self, coefficients: Sequence[Tensor | None]) -> Tensor:
+        rows = [None if rows is None else self._as_rows(rows) for rows in coefficients]
+        return self._by_expert(synthesis(rows, self.axis, IN_DIM)).contiguous()
+
+    def adjoint(self, factor: Tensor) -> list[Tensor | None]:
+        found = adjoint(self._as_rows(factor), self.axis, IN_DIM)
+        return [None if rows is None else self._by_expert(rows) for rows in found]
+
+    def nearest(self, factor: Tensor) -> list[Tensor | None]:
+        found = least_squares(self._as_rows(factor), self.axis, IN_DIM)
+        return [None if rows is None else self._by_expert(rows) for rows in found]
+
+    def _as_rows(self, factors: Tensor) -> Tensor:
+        """(R, d, E), for the transforms allow further dimensions only after rows."""
+        return factors.permute((1, 2, 0) if self.dim == IN_DIM else (2, 1, 0))
+
+    def _by_expert(self, rows: Tensor) -> Tensor:
+        """The inverse of `_as_rows`."""
+        return rows.permute((2, 0, 1) if self.dim == IN_DIM else (2, 1, 0))
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, {super().extra_repr()}"

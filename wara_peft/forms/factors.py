@@ -11,7 +11,7 @@ dd. All rows of level j are one parameter, `level{j}`. A level without ranks has
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_argument
-from ..wavelet import Axis, Subband, subbands, synthesis, synthesis_at, synthesis_into
+from ..wavelet import Axis, Subband, adjoint, least_squares, subbands, synthesis, synthesis_at, synthesis_into
 from .factor_cache import Keeping
 
 IN_DIM = 1
@@ -128,11 +128,23 @@ class SubbandFactor(nn.Module):
         coefficients = self.coefficients()
         if dtype is not None:
             coefficients = [None if rows is None else rows.to(dtype) for rows in coefficients]
+        return self.synthesis_of(coefficients)
+
+    def synthesis_of(self, coefficients: Sequence[Tensor | None]) -> Tensor:
+        """The factor that these coefficients give."""
         return synthesis(coefficients, self.axis, self.dim)
+
+    def adjoint(self, factor: Tensor) -> list[Tensor | None]:
+        """The gradients of the coefficients for a gradient of the factor, as that is linear in them."""
+        return adjoint(factor, self.axis, self.dim)
 
     def synthesise_into(self, out: Tensor) -> None:
         """Write the factor, without gradients, into a tensor of its shape."""
         synthesis_into(out, self.coefficients(), self.axis, self.dim)
+
+    def nearest(self, factor: Tensor) -> list[Tensor | None]:
+        """The coefficients whose factor is nearest to this one, of the shape that `synthesise` gives."""
+        return least_squares(factor, self.axis, self.dim)
 
     def sources(self) -> tuple[Tensor, ...]:
         """The tensors that the factor is made from; an empty tuple if a parametrization has replaced one."""

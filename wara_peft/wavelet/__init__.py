@@ -17,7 +17,8 @@ Source of the boundary handling: PyWavelets, mode "periodization".
 from .constant_tensors import Constants, constant_tensors
 from .filters import Filters, filters, max_useful_level
 from .layout import Axis, Subband, axis_sizes, subbands
-from .modes import autocast_off, is_autocast_on
+from .least_squares import least_squares
+from .modes import autocast_off, is_autocast_on, is_transformed
 from .transforms import adjoint, into_band, synthesis, synthesis_at, synthesis_into
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "filters",
     "into_band",
     "is_autocast_on",
+    "is_transformed",
+    "least_squares",
     "max_useful_level",
     "subbands",
     "synthesis",

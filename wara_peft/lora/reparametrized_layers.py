@@ -1,0 +1,267 @@
+"""LoRA's factors as layers whose weight is computed from coefficients in the wavelet domain.
+
+PEFT keeps `lora_A[name]` and `lora_B[name]` as linear layers or convolutions. The classes here are subclasses of
+these, with a module `factor` in the place of the parameter `weight`:
+
+    weight = Â, (R, n, *kernel), for lora_A,        weight = B̂, (m, R), for lora_B,        as in `forms.factors`
+
+The parameters are the coefficients, half as many numbers at one level. All else is as in the plain layer: its weight
+can be read and written, and a state dict has it under the key `weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+from ..forms import ExpertsFactor, SubbandFactor
+from ..forms.factors import IN_DIM
+from ..wavelet import is_transformed
+from .computed_weight import read
+
+FACTOR = "factor"
+"""Name, in a reparametrised layer, of the module with the coefficients."""
+
+
+class ReparametrizedLayer(nn.Module):
+    """A linear layer or convolution whose weight is computed from coefficients.
+
+    `reparametrize` gives a plain layer this class in place, so that its hooks, its bias and its settings stay.
+
+    Attributes:
+        factor: the coefficients.
+        weight_size: shape of the weight.
+        name: name of the layer in the model, for errors.
+        remembered: while a checkpoint is loaded, coefficients from a file beside it. They count if they make its
+            weight.
+    """
+
+    factor: SubbandFactor
+    weight_size: torch.Size
+    name: str
+    remembered: Mapping[str, Tensor] | None = None
+
+    def reparametrize(self, name: str, factor: SubbandFactor) -> None:
+        """Take a factor in the place of the plain weight that the layer still has as a parameter."""
+        self.name, self.weight_size = name, self._parameters.pop("weight").shape  # type: ignore[union-attr]
+        self.factor = factor
+
+    def restore(self) -> None:
+        """Be the plain layer again, with the weight as a parameter."""
+        weight = nn.Parameter(self.computed(), self.coefficients()[0].requires_grad)
+        del self.factor, self.weight_size, self.name
+        self.__class__ = type(self).__mro__[2]
+        self.weight = weight
+
+    # Reading.
+
+    @property
+    def weight(self) -> Tensor:
+        """Â or B̂. Reads are differentiable, and writes reach the coefficients: see `computed_weight`."""
+        is_traced = torch.compiler.is_compiling() or is_transformed()
+        if is_traced or isinstance(self.coefficients()[0], FakeTensor):
+            return self._as_weight(self.factor())
+        return read(self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.write(value)
+
+    def weight_shape(self) -> torch.Size:
+        return self.weight_size
+
+    def coefficients(self) -> list[nn.Parameter]:
+        return [rows for rows in self.factor.coefficients() if rows is not None]  # type: ignore[misc]
+
+    def computed(self) -> Tensor:
+        """The weight as a new plain tensor, of all ranks' parts where the coefficients are sharded."""
+        with gather_params_ctx(list(self.factor.parameters()), modifier_rank=None):
+            return self.made_of(dict(self.factor.named_parameters()))
+
+    @torch.no_grad()
+    def made_of(self, coefficients: Mapping[str, Tensor]) -> Tensor:
+        """The weight that coefficients make, by the names of the factor's parameters, as a new plain tensor."""
+        levels = [coefficients.get(f"level{level}") for level in range(len(self.factor.axis.bands))]
+        whole = [rows.full_tensor() if isinstance(rows, DTensor) else rows for rows in levels]
+        # Without transformed rows a factor is its parameter, which a reader must not get.
+        return self._as_weight(self.factor.synthesis_of(whole)).clone(memory_format=torch.contiguous_format)
+
+    def gradients(self, grad: Tensor) -> list[Tensor]:
+        return [rows for rows in self.factor.adjoint(self._as_factor(grad)) if rows is not None]
+
+    # Writing.
+
+    @torch.no_grad()
+    def write(self, weight: Tensor) -> None:
+        """Set the coefficients so that this is the weight.
+
+        Raises:
+            ValueError: the weight has another shape, or no coefficients make it.
+        """
+        with gather_params_ctx(list(self.factor.parameters())):
+            for level, rows in self.coefficients_of(weight).items():
+                getattr(self.factor, level).copy_(rows)
+            self.factor.keeping.changed()
+
+    @torch.no_grad()
+    def coefficients_of(self, weight: Tensor) -> dict[str, Tensor]:
+        """The parameters of the factor, by name, that make this weight.
+
+        Where the present ones make it, to the precision of its dtype, these are what is returned.
+
+        Raises:
+            ValueError: the weight has another shape, or no coefficients make it.
+        """
+        present = dict(self.factor.named_parameters())
+        sample = self.coefficients()[0]
+        if weight.shape != self.weight_size:
+            raise ValueError(
+                f"The weight of {self.name!r} has shape {tuple(self.weight_size)}, and cannot become one of shape "
+                f"{tuple(weight.shape)}. Take `wara_peft.plain_lora(model)` first to change the rank."
+            )
+        for known in (self.remembered, None if sample.is_meta else present):
+            if known is not None and torch.equal(self.made_of(known).to(weight), weight):
+                return dict(known)
+        distance, found = nearest(self.factor, self._as_factor(weight.detach()))
+        if not distance <= tolerance(self.factor, weight):
+            raise ValueError(
+                f"The weight of {self.name!r} cannot become this one: {outside(self.factor, distance)}. Nothing is "
+                "written. To set any values, take `wara_peft.plain_lora(model)` first; to train the nearest ones in "
+                "the wavelet domain, follow it with `wara_peft.reparametrize_lora(model, project=True)`."
+            )
+        device = weight.device if sample.is_meta else sample.device
+        return {f"level{level}": rows.to(device, sample.dtype) for level, rows in enumerate(found) if rows is not None}
+
+    # The layout of PEFT's weights.
+
+    def _as_factor(self, weight: Tensor) -> Tensor:
+        return factor_from_weight(self.factor, weight)
+
+    def _as_weight(self, values: Tensor) -> Tensor:
+        if isinstance(self.factor, ExpertsFactor):
+            values = values.flatten(0, 1) if self.factor.dim == IN_DIM else values.permute(1, 2, 0).flatten(1)
+        return values if values.ndim == len(self.weight_size) else values.view(self.weight_size)
+
+    # What PyTorch does with a module.
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Write what others register as the weight, as they do by assigning a parameter."""
+        if name != "weight" or FACTOR not in self._modules:
+            super().register_parameter(name, param)
+        elif param is None:
+            raise ValueError(f"The weight of {self.name!r} cannot be None.")
+        else:
+            self.write(param)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        # PyTorch calls this method for every module inside of the one that is saved.
+        result = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for key in self.factor.state_dict(prefix=f"{prefix}{FACTOR}."):
+            del result[key]
+        result[f"{prefix}weight"] = self.weight if kwargs.get("keep_vars") else self.computed()
+        return result
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
+        # `load_state_dict` gives each module a dict of its own, and makes that of `factor` from it after this.
+        weight = state_dict.pop(f"{prefix}weight", None)
+        made = dict(self.factor.named_parameters()) if weight is None else self.coefficients_of(weight)
+        state_dict |= {f"{prefix}{FACTOR}.{name}": rows for name, rows in made.items()}
+        if weight is None and strict:
+            missing_keys.append(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
+
+
+class ReparametrizedLinear(ReparametrizedLayer, nn.Linear):
+    """`nn.Linear`, one of whose axes lies in the wavelet domain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.factor(), self.bias)
+
+
+class _ReparametrizedConv(ReparametrizedLayer, nn.modules.conv._ConvNd):
+    """The forward of all convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self._as_weight(self.factor()), self.bias)
+
+
+class ReparametrizedConv1d(_ReparametrizedConv, nn.Conv1d):
+    """`nn.Conv1d`, whose channels lie in the wavelet domain."""
+
+
+class ReparametrizedConv2d(_ReparametrizedConv, nn.Conv2d):
+    """`nn.Conv2d`, whose channels lie in the wavelet domain."""
+
+
+class ReparametrizedConv3d(_ReparametrizedConv, nn.Conv3d):
+    """`nn.Conv3d`, whose channels lie in the wavelet domain."""
+
+
+CLASSES: Mapping[type[nn.Module], type[ReparametrizedLayer]] = {
+    nn.Linear: ReparametrizedLinear,
+    nn.Conv1d: ReparametrizedConv1d,
+    nn.Conv2d: ReparametrizedConv2d,
+    nn.Conv3d: ReparametrizedConv3d,
+}
+"""The classes of layers that PEFT's LoRA has as factors, and their like here."""
+
+
+def factor_from_weight(factor: SubbandFactor, weight: Tensor) -> Tensor:
+    """A weight of PEFT's in the shape in which the factor gives it.
+
+    Experts follow each other in the rows of LoRA's A, (E R, n), and alternate in the columns of its B, (m, R E).
+    """
+    if not isinstance(factor, ExpertsFactor):
+        return weight if factor.dim == IN_DIM else weight.flatten(1)  # a convolution's B has a kernel of size one
+    if factor.dim == IN_DIM:
+        return weight.view(factor.experts, -1, weight.shape[1])
+    return weight.view(len(weight), -1, factor.experts).permute(2, 0, 1)
+
+
+def nearest(factor: SubbandFactor, values: Tensor) -> tuple[float, list[Tensor | None]]:
+    """How far values are from those that a factor can have, and the coefficients of the nearest ones, in float64.
+
+    The distance is the largest of all rows of Â, or columns of B̂, each as a share of the row's norm.
+    """
+    values = values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
+    found = factor.nearest(values)
+    rest = values - factor.synthesis_of(found)
+    others = [dim for dim in range(values.ndim) if dim != factor.rank_dim]
+    norms, distances = (tensor.square().sum(others).sqrt() for tensor in (values, rest))
+    shares = torch.where(norms > 0, distances / norms.clamp_min(torch.finfo(torch.float64).tiny), 0)
+    return float(shares.max()), found
+
+
+def tolerance(factor: SubbandFactor, weight: Tensor) -> float:
+    """The distance up to which a weight counts as one that the factor can have: each level rounds once.
+
+    A weight may have been saved in a narrower dtype than it has now. The narrowest that holds all its values counts.
+    """
+    narrower = (torch.bfloat16, torch.float16, torch.float32)
+    exact = (dtype for dtype in narrower if torch.equal(weight.to(dtype).to(weight.dtype), weight))
+    return 2 * factor.axis.levels * torch.finfo(next(exact, weight.dtype)).eps
+
+
+def outside(factor: SubbandFactor, distance: float) -> str:
+    """Say how far a weight is from those that the factor can have."""
+    ranks = ", ".join(f"{name}={rank}" for name, rank in factor.ranks.items())
+    return (
+        f"it is not in the span of wavelet={factor.axis.wavelet!r}, levels={factor.axis.levels} with the ranks "
+        f"{ranks} (a row is off by {distance:.1%} of its norm)"
+    )
