@@ -308,6 +308,14 @@ def check_transform_time(result: dict[str, Any], _: dict[str, Any]) -> None:
         assert low <= row["ratio"] <= high
 
 
+def check_reparametrized(result: dict[str, Any], _: dict[str, Any]) -> None:
+    lora, inside, native = result["counted"]
+    assert lora["trained"] == 2 * 16 * 32 == 2 * inside["trained"] == 2 * native["trained"]
+    assert (lora["added_operations"], inside["added_operations"]) == (10, 16)
+    assert inside["bytes_saved_for_backward"] <= native["bytes_saved_for_backward"]
+    assert len(result["training_step"]) == 3
+
+
 # script: the options that make it small, and what its result must say
 SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], None]]] = {
     "compression": (SMOKE, check_compression),
@@ -324,6 +332,7 @@ SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], N
     "low_rank_memory": (["--smoke"], check_low_rank_memory),
     "memory": (["--smoke"], check_memory),
     "merge_memory": (["--smoke"], check_merge_memory),
+    "reparametrized": ([*SMOKE, "--tokens", "2"], check_reparametrized),
     "settings": ([*SMOKE, "--tokens", "2"], check_settings),
     "step_time": (SMOKE, check_step_time),
     "transform_time": (SMOKE, check_transform_time),

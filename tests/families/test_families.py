@@ -18,13 +18,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import wara_peft
 from tests.references import module_shapes
-from wara_peft import WaRAConfig
+from wara_peft import WaRAConfig, reparametrize_lora
 
 from .models import FAMILIES, Family
 
@@ -106,20 +106,20 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def train(model: nn.Module, family: Family) -> set[str]:
+def train(model: nn.Module, family: Family, part: str = ".wara_") -> set[str]:
     """A step of training towards noise, and the modules of which it leaves a factor where it was."""
     model.train()
     for norm in batch_norms(model):
         norm.eval()  # its running means would change the base model, which no adapter saves
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    assert before and all(".wara_" in name for name in before)
+    assert before and all(part in name for name in before)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     result = output(model, family, grad=True)
     (result - torch.randn_like(result)).square().mean().backward()
     optimizer.step()
     model.eval()
     names = [name for name, value in before.items() if torch.equal(model.get_parameter(name), value)]
-    return {name.split(".wara_")[0].removeprefix("base_model.model.") for name in names}
+    return {name.split(part)[0].removeprefix("base_model.model.") for name in names}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -221,6 +221,40 @@ def test_unload(trained: Trained):
         types = [[str(type(module)) for module in model.modules()] for model in (unloaded, trained.fresh())]
         assert types[0] == types[1]
         assert torch.equal(output(unloaded, trained.family), trained.before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reparametrized_lora(name: str, tmp_path: Path):
+    """LoRA on all linear layers, reparametrised: it trains; plain PEFT loads it; it is taken over again; it merges."""
+    family = FAMILIES[name]
+    if family.needs:
+        pytest.importorskip(family.needs, exc_type=Exception)
+    base = build(family)
+    before = output(base, family)
+    torch.manual_seed(1)
+    config = LoraConfig(target_modules="all-linear", exclude_modules=list(family.left_out), r=8, lora_alpha=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT's, about models that it does not know
+        model = get_peft_model(base, config, autocast_adapter_dtype=False).double()
+        report = reparametrize_lora(model)
+        # What LoRA trains without having an effect, such as layers whose weights others read, is LoRA's affair.
+        train(model, family, ".lora_")
+        train(model, family, ".lora_")  # the first step leaves A where it is, as B is zero
+        after = output(model, family)
+        scale = float(after.abs().max())
+        assert (after - before).abs().max() > EFFECT * scale
+        model.save_pretrained(tmp_path, save_embedding_layers=False)
+        plain = PeftModel.from_pretrained(build(family), tmp_path, is_trainable=True, autocast_adapter_dtype=False)
+        torch.testing.assert_close(output(plain.eval(), family), after, rtol=0, atol=TOLERANCE * scale)
+        again = reparametrize_lora(plain)
+        assert (again.modules, again.left) == (report.modules, report.left)
+        torch.testing.assert_close(output(plain, family), after, rtol=0, atol=TOLERANCE * scale)
+        merged = output(model.merge_and_unload().eval(), family)
+        if "merge" in family.refused:  # PEFT merges LoRA into weights that are tied, which changes what ties them too
+            loaded = PeftModel.from_pretrained(build(family), tmp_path, autocast_adapter_dtype=False)
+            after = output(loaded.merge_and_unload().eval(), family)
+    torch.testing.assert_close(merged, after, rtol=0, atol=TOLERANCE * scale)
 
 
 def test_grid(trained: Trained):
