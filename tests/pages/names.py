@@ -80,6 +80,10 @@ def coming_from_lora() -> Names:
     return {"model": llama()}
 
 
+def inside_lora() -> Names:
+    return {"base": llama()}
+
+
 def targets_and_forms() -> Names:
     return {"model": llama(), "dataloader": language_batches()}
 
@@ -169,6 +173,7 @@ def training_low_rank() -> Names:
 NAMES: dict[str, Callable[[], Names]] = {
     "README.md": readme,
     "docs/coming_from_lora.md": coming_from_lora,
+    "docs/inside_lora.md": inside_lora,
     "docs/targets_and_forms.md": targets_and_forms,
     "docs/saving_and_loading.md": saving_and_loading,
     "docs/merging.md": merging,
@@ -198,6 +203,11 @@ def check_coming_from_lora(names: Names, printed: str) -> None:
     assert [group["lr"] for group in names["optimizer"].param_groups[:2]] == [2e-4, 2e-4 * 16]
 
 
+def check_inside_lora(names: Names, printed: str) -> None:
+    trained = sum(p.numel() for p in names["model"].parameters() if p.requires_grad)
+    assert f" parameters in place of {trained:,} (50%)." in printed
+
+
 def check_targets_and_forms(names: Names, printed: str) -> None:
     assert "{'aa1': 8, 'ad1': 4, 'da1': 4, 'dd1': 0, 'aa0': 0}" in printed
 
@@ -211,6 +221,7 @@ def check_export(names: Names, printed: str) -> None:
 CHECKS: dict[str, Callable[[Names, str], None]] = {
     "README.md": check_readme,
     "docs/coming_from_lora.md": check_coming_from_lora,
+    "docs/inside_lora.md": check_inside_lora,
     "docs/targets_and_forms.md": check_targets_and_forms,
     "docs/export.md": check_export,
 }
