@@ -30,6 +30,13 @@ def keep_coefficients_in_checkpoints(model: nn.Module) -> None:
             setattr(model, name, wrapper(model))
 
 
+def keep_only_weights_in_checkpoints(model: nn.Module) -> None:
+    """Undo `keep_coefficients_in_checkpoints`."""
+    for name in ("save_pretrained", "load_adapter"):
+        if isinstance(vars(model).get(name), _Method):
+            delattr(model, name)
+
+
 class _Method:
     """A method of one model. An object, unlike a function, is copied and pickled with the model that it belongs to."""
 

@@ -22,7 +22,7 @@ from ..forms.base import warn_about_levels
 from ..forms.factors import IN_DIM, OUT_DIM
 from ..messages import first_few
 from ..wavelet import subbands
-from .coefficients_file import keep_coefficients_in_checkpoints
+from .coefficients_file import keep_coefficients_in_checkpoints, keep_only_weights_in_checkpoints
 from .reparametrized_layers import CLASSES, ReparametrizedLayer, factor_from_weight, nearest, outside, tolerance
 
 VARIANTS = ("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant", "ALoraLinearVariant")
@@ -198,7 +198,9 @@ def reparametrize_lora(
     # All checks are done; only now the model changes.
     for side in sides:
         side.put_in_place()
-    model.register_load_state_dict_pre_hook(_check_before_loading)  # type: ignore[no-untyped-call]
+    hooks = model._load_state_dict_pre_hooks.values()
+    if not any(getattr(hook, "hook", None) is _check_before_loading for hook in hooks):
+        model.register_load_state_dict_pre_hook(_check_before_loading)  # type: ignore[no-untyped-call]
     keep_coefficients_in_checkpoints(model)
     return report
 
@@ -228,6 +230,8 @@ def plain_lora(model: nn.Module, adapter_name: str | None = None) -> None:
         raise ValueError(f"The model has no reparametrised LoRA{which}; `reparametrize_lora` makes one.")
     for factor in found:
         factor.restore()
+    if not any(isinstance(module, ReparametrizedLayer) for module in model.modules()):
+        keep_only_weights_in_checkpoints(model)
 
 
 def _adapters(model: nn.Module, adapter_name: str | None) -> list[str]:
