@@ -15,7 +15,7 @@ from wara_peft import WaRAConfig, compression
 from wara_peft.arguments import short_form
 
 BUILT_BY_PEFT = {"WaRAConfig", "WaRAModel"}
-RESULTS = {"CompressionReport", "Factorization", "LayerReport", "LayerStatistics", "LoraView"}
+RESULTS = {"CompressionReport", "Factorization", "LayerReport", "LayerStatistics"}
 """Classes that public functions return and users do not make."""
 LAYERS = {name for name in compression.__all__ if re.search(r"Linear$|Conv(2d)?$|LowRankCache|LowRankTextHead", name)}
 WITHOUT_ARGUMENTS = {"SaveAsLora"}
@@ -69,7 +69,6 @@ def test_the_first_argument(module, name):
         ),
         (lambda: wara_peft.load_lora(model(), model()), "path must be a str or os.PathLike, and is a PeftModel."),
         (lambda: wara_peft.load_lora(model(), "lora", 8), "adapter_name must be a str, and is 8."),
-        (lambda: wara_peft.lora_view("adapter"), "must be a model with WaRA adapters; to_lora reads directories"),
         (lambda: wara_peft.allocate_ranks(model(), [], WaRAConfig()), "config must be a WaRAConfig, and is a list."),
         (lambda: wara_peft.initialize_from_data(model(), "default"), "dataloader must be an iterable of batches"),
         (lambda: wara_peft.rescale_adapter_scale(model(), model()).__enter__(), "multiplier must be a number"),

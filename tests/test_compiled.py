@@ -18,7 +18,6 @@ from wara_peft import (
     allocate_ranks,
     initialize_from_data,
     load_lora,
-    lora_view,
     optimizer_groups,
     save_as_lora,
     to_lora,
@@ -163,7 +162,7 @@ def test_an_adapted_model_that_is_compiled_keeps_its_names(way, tmp_path):
     lora, tensors = to_lora(compiled)
     expected_lora, expected_tensors = to_lora(plain)
     assert lora.to_dict() == expected_lora.to_dict()
-    assert tensors.keys() == expected_tensors.keys() == lora_view(compiled).state_dict().keys()
+    assert tensors.keys() == expected_tensors.keys()
     save_as_lora(tmp_path / "lora", compiled)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base(), tmp_path / "lora")), logits(plain))
     groups, expected_groups = (optimizer_groups(model, lr=1e-3, lr_ratio=2) for model in (compiled, plain))

@@ -18,7 +18,6 @@ from .allocation import allocate_ranks  # noqa: E402
 from .config import WaRAConfig  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
 from .lora.export import lora_error, save_as_lora, to_lora  # noqa: E402
-from .lora.live_view import LoraView, lora_view  # noqa: E402
 from .lora.load import load_lora  # noqa: E402
 from .lora.reparametrize import plain_lora, reparametrize_lora  # noqa: E402
 from .model import WaRAModel  # noqa: E402
@@ -29,7 +28,6 @@ from .training.scale import rescale_adapter_scale  # noqa: E402
 registration.register(WaRAConfig, WaRAModel)
 
 __all__ = [
-    "LoraView",
     "RankSchedule",
     "SaveAsLora",
     "WaRAConfig",
@@ -39,7 +37,6 @@ __all__ = [
     "initialize_from_data",
     "load_lora",
     "lora_error",
-    "lora_view",
     "optimizer_groups",
     "plain_lora",
     "reparametrize_lora",

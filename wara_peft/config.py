@@ -173,8 +173,8 @@ class WaRAConfig(PeftConfig):
             remedy = LORA_FIELDS.get(name)
             if remedy is not None:
                 message = (
-                    f"{message}, which is LoRA's: {remedy}. What reads it takes LoRA alone; give it the adapter as "
-                    "one, by `wara_peft.save_as_lora` or `wara_peft.lora_view`"
+                    f"{message}, which is LoRA's: {remedy}. What reads it takes only LoRA: give it the adapter as "
+                    "one, by `wara_peft.save_as_lora`, or train a LoRA, with `wara_peft.reparametrize_lora`"
                 )
             raise AttributeError(message)
 

@@ -284,17 +284,6 @@ def test_merging(safe_merge):
     assert type(merged.encoder.layers[0].self_attn) is nn.MultiheadAttention
 
 
-def test_a_view_is_refreshed():
-    model = adapted(Encoder())
-    with pytest.warns(UserWarning, match="engines that serve LoRA"):
-        view = wara_peft.lora_view(model)
-    fill(model, seed=9)
-    view.refresh()
-    with pytest.warns(UserWarning, match="engines that serve LoRA"):
-        _, tensors = wara_peft.to_lora(model, None)
-    torch.testing.assert_close(view.state_dict(), tensors)
-
-
 @pytest.mark.parametrize("name", ["in_proj_weight", "out_proj"])
 def test_weights_that_are_computed_train_and_do_not_merge(name):
     base = Attention()

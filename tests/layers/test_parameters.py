@@ -770,26 +770,6 @@ def test_components_of_experts_are_not_chosen_one_by_one():
             change()
 
 
-@pytest.mark.parametrize("make", [mixtral, gpt_oss])
-def test_a_view_of_experts_is_the_exported_lora_after_each_step(make):
-    model = adapted(make(), WaRAConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS))
-    with pytest.warns(UserWarning, match="engines that serve LoRA"):
-        view = wara_peft.lora_view(model)
-    addresses = {key: tensor.data_ptr() for key, tensor in view.state_dict().items()}
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1)
-    view.refresh()
-    with pytest.warns(UserWarning, match="engines that serve LoRA"):
-        config, tensors = wara_peft.to_lora(model, None)
-    assert view.config.target_parameters == config.target_parameters
-    assert view.state_dict().keys() == tensors.keys()
-    for key, tensor in view.state_dict().items():
-        assert tensor.data_ptr() == addresses[key]
-        torch.testing.assert_close(tensor, tensors[key])
-
-
 def test_a_name_of_several_that_nothing_has_warns():
     with pytest.warns(RuntimeWarning, match=r"called 'expert\.gate', 'qproj', which"):
         get_peft_model(

@@ -19,7 +19,7 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 
-from wara_peft import lora_view
+from wara_peft import save_as_lora
 
 from .models import WORDS, X, adapted, close, llama, mlp, output, train
 from .table import LORA, REFUSED, WARA, Area, Method
@@ -161,7 +161,7 @@ def taken(method: Method) -> str | None:
 @row(
     "hotswap",
     wara="refused: Hotswapping only supports LORA but WARA was passed.",
-    instead="`wara_peft.lora_view(model)`, which swaps into a LoRA; `load_adapter` and `set_adapter`",
+    instead="`reparametrize_lora`; `load_adapter` and `set_adapter`",
 )
 def hotswap(method: Method, directory: Path) -> str | None:
     model = adapted(method)
@@ -174,8 +174,7 @@ def hotswap(method: Method, directory: Path) -> str | None:
 @row("a hotswap of the adapter as a LoRA")
 def hotswap_exported(method: Method, directory: Path) -> str | None:
     model = adapted(method)
-    source = model if method is LORA else lora_view(model)
-    source.save_pretrained(directory)
+    model.save_pretrained(directory) if method is LORA else save_as_lora(directory, model)
     other = get_peft_model(mlp(), LoraConfig.from_pretrained(directory))
     hotswap_adapter(other, directory, "default")
     assert close(output(other), output(model))
@@ -229,7 +228,7 @@ def arrow(path: str) -> torch.Tensor:
 
 
 for name, mixture, message in (
-    ("X-LoRA", xlora, "What reads it takes LoRA alone; give it the adapter as one, by `wara_peft.save_as_lora`"),
+    ("X-LoRA", xlora, "What reads it takes only LoRA: give it the adapter as one, by `wara_peft.save_as_lora`"),
     ("Arrow", arrow, "int() argument must be a string, a bytes-like object or a real number, not 'NoneType'"),
 ):
 

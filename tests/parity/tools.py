@@ -171,6 +171,6 @@ def double(method: Method) -> str | None:
     assert model(X.double()).dtype == torch.float64
 
 
-AREA.shown_in("a server that rolls out, with `lora_view`", "tests/lora/test_live_view.py")
+AREA.shown_in("a server that rolls out the policy of each step", "tests/lora/test_rollouts.py")
 AREA.shown_in("the ranks that vLLM takes, of exported adapters", "tests/lora/test_export.py")
 AREA.shown_in("programs that cannot be edited: `wara-peft run`", "tests/cli/test_running.py")

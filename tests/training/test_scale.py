@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.helpers import rescale_adapter_scale as peft_rescale
 
 from tests.references import Mlp
-from wara_peft import WaRAConfig, rescale_adapter_scale
+from wara_peft import WaRAConfig, rescale_adapter_scale, to_lora
 
 
 @pytest.fixture
@@ -51,3 +54,29 @@ def test_an_error_inside_takes_it_back_too(model: PeftModel) -> None:
     with pytest.raises(RuntimeError), rescale_adapter_scale(model, 0.5):
         raise RuntimeError
     assert model.base_model.model.up.scaling == {"default": 1.0}
+
+
+def test_it_is_what_peft_does_with_the_exported_lora() -> None:
+    base = Mlp()
+    model = get_peft_model(copy.deepcopy(base), WaRAConfig(target_modules=["up", "down"], init_weights=False))
+    config, tensors = to_lora(model)
+    lora = get_peft_model(copy.deepcopy(base), config)
+    set_peft_model_state_dict(lora, tensors)
+    x = torch.randn(5, 12)
+    before = model(x)
+    with rescale_adapter_scale(model, 0.3), peft_rescale(lora, 0.3):
+        torch.testing.assert_close(model(x), lora(x), atol=1e-5, rtol=1e-5)
+        assert (model(x) - before).abs().max() > 0.1
+    assert torch.equal(model(x), before)
+    with pytest.raises(ValueError, match="LoraLayer"), peft_rescale(model, 0.3):  # what PEFT's own says of WaRA
+        pass
+
+
+def test_what_it_refuses(model: PeftModel) -> None:
+    with (
+        pytest.raises(TypeError, match="multiplier must be a number, and is 'half'"),
+        rescale_adapter_scale(model, "half"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="no WaRA adapters"), rescale_adapter_scale(Mlp(), 0.3):
+        pass

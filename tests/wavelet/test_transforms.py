@@ -12,7 +12,7 @@ import torch
 
 from tests.references import WAVELETS
 from tests.references import synthesis_matrix as build_synthesis_matrix
-from wara_peft.wavelet import Axis, adjoint, haar, one_step, synthesis, synthesis_at, synthesis_into, transforms
+from wara_peft.wavelet import Axis, adjoint, haar, one_step, synthesis, synthesis_at, transforms
 
 # below the length of the filters, odd at every level, odd at some, divided by all
 LENGTHS = (1, 2, 3, 5, 8, 13, 22, 24, 37, 48)
@@ -346,19 +346,3 @@ def test_wrong_shapes_are_refused(levels):
         synthesis(rows[:1], axis, 1)
     with pytest.raises(ValueError, match=r"Rows of level 1 must have shape \(\d, 4\) with dim=1, got \(0, 4\)"):
         synthesis([None, None, *rows[2:]], axis, 1)
-
-
-@each_levels
-@each_wavelet
-@each_dim
-@pytest.mark.parametrize("length", LENGTHS)
-def test_synthesis_into_a_tensor_is_pywavelets(length, levels, wavelet, dim):
-    axis = axis_of(wavelet, length, levels)
-    coefficients = coefficients_of(axis, dim)
-    expected = torch.from_numpy(expected_synthesis(coefficients, axis, dim))
-    wider = torch.full([size + 3 for size in expected.shape], torch.nan, dtype=torch.float64)
-    out = wider[1:-2, 2:-1]  # which is not contiguous
-    synthesis_into(out, coefficients, axis, dim)
-    torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
-    out.fill_(torch.nan)
-    assert wider.isnan().all()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_argument
-from ..wavelet import Axis, Subband, adjoint, least_squares, subbands, synthesis, synthesis_at, synthesis_into
+from ..wavelet import Axis, Subband, adjoint, least_squares, subbands, synthesis, synthesis_at
 from .factor_cache import Keeping
 
 IN_DIM = 1
@@ -137,10 +137,6 @@ class SubbandFactor(nn.Module):
     def adjoint(self, factor: Tensor) -> list[Tensor | None]:
         """The gradients of the coefficients for a gradient of the factor, as that is linear in them."""
         return adjoint(factor, self.axis, self.dim)
-
-    def synthesise_into(self, out: Tensor) -> None:
-        """Write the factor, without gradients, into a tensor of its shape."""
-        synthesis_into(out, self.coefficients(), self.axis, self.dim)
 
     def nearest(self, factor: Tensor) -> list[Tensor | None]:
         """The coefficients whose factor is nearest to this one, of the shape that `synthesise` gives."""

@@ -161,9 +161,6 @@ class TinyFactor(SubbandFactor):
         factor = super().synthesise(dtype or self.dtype)
         return self.core(factor) if self.dim == OUT_DIM else factor
 
-    def synthesise_into(self, out: Tensor) -> None:
-        out.copy_(self.synthesise())
-
 
 class TinyForm(Form):
     """ΔW / scaling = Σ_s S_out,s (B_s R_s A_s) S_in,sᵀ. Only the cores R_s train."""

@@ -1,1 +1,1 @@
-"""Converts WaRA adapters to LoRA, and LoRA to WaRA: export, live views, checkpoints, diffusers' files, loading."""
+"""Converts WaRA adapters to LoRA, and LoRA to WaRA: export, checkpoints, diffusers' files, loading."""

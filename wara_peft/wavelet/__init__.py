@@ -19,7 +19,7 @@ from .filters import Filters, filters, max_useful_level
 from .layout import Axis, Subband, axis_sizes, subbands
 from .least_squares import least_squares
 from .modes import autocast_off, is_autocast_on, is_transformed
-from .transforms import adjoint, into_band, synthesis, synthesis_at, synthesis_into
+from .transforms import adjoint, into_band, synthesis, synthesis_at
 
 __all__ = [
     "Axis",
@@ -39,5 +39,4 @@ __all__ = [
     "subbands",
     "synthesis",
     "synthesis_at",
-    "synthesis_into",
 ]

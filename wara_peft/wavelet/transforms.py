@@ -63,29 +63,6 @@ def synthesis_at(coefficients: Coefficients, axis: Axis, positions: Tensor) -> T
         return elementwise.samples(coefficients, axis, positions)
 
 
-@torch.no_grad()
-def synthesis_into(out: Tensor, coefficients: Coefficients, axis: Axis, dim: int) -> None:
-    """Write `synthesis(coefficients, axis, dim)`, without gradients, into a tensor that exists already.
-
-    If the dtype is float32 or float64, 2^L divides the length of the axis and no further dimensions follow, nothing is
-    allocated. Otherwise the result is made and copied.
-
-    Args:
-        out: of the shape of the result, contiguous or not.
-        coefficients, axis, dim: as in `synthesis`.
-
-    Raises:
-        ValueError: a level's rows do not have the shape that the axis gives.
-    """
-    _check_shapes(coefficients, axis, dim)
-    if not elementwise.writes_in_place(out, coefficients, axis):
-        out.copy_(synthesis(coefficients, axis, dim))
-    elif dim == 1:
-        elementwise.synthesise_into(out, coefficients, axis)
-    else:
-        elementwise.synthesise_into(out.T, [None if rows is None else rows.T for rows in coefficients], axis)
-
-
 def adjoint(signal: Tensor, axis: Axis, dim: int) -> list[Tensor | None]:
     """Transpose of `synthesis`: row i of level j becomes S_{j, bands[j][i]}ᵀ times the matching row of the signal.
 
