@@ -300,8 +300,7 @@ class WaRAModel(BaseTuner):
                 not part of the combination.
             svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: options of
                 PEFT's types, as in `LoraModel.add_weighted_adapter`. Without `svd_rank` the rank is the largest R.
-                Full matrices, the default there, give the same ΔW, take longer, and fail in PEFT if the rank is larger
-                than a side of the weight.
+                Full matrices, the default there, give the same ΔW and take longer.
 
         Raises:
             ValueError: an adapter is missing, there already is one of the new name, numbers of adapters and weights

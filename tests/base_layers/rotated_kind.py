@@ -30,9 +30,6 @@ class RotatedKind(Kind):
     def shape(self, base: RotatedLinear) -> ModuleShape:
         return ModuleShape(self, base.depth, base.width)
 
-    def stand_in(self, shape: ModuleShape) -> nn.Module:
-        return nn.Linear(shape.in_features, shape.out_features, bias=False)
-
     def inputs(self, base: RotatedLinear, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
         yield scale * torch.randn(3, base.width, generator=generator)
 

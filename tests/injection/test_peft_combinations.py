@@ -1,4 +1,4 @@
-"""Combination types of LoRA: those that PEFT makes of the exported LoRAs, with the same random numbers."""
+"""Combination types of LoRA: those that PEFT makes of the exported LoRAs, with the same random masks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -89,14 +89,27 @@ def as_lora(base: nn.Module, model: PeftModel, names: list[str]) -> PeftModel:
     return lora.eval()
 
 
+class Masks:
+    """Takes the place of `torch.bernoulli`, so that DARE's masks depend on the call and the place in a tensor only.
+
+    PEFT draws other random numbers before them, and for tensors of other strides in another order.
+    """
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+    def __call__(self, shares: torch.Tensor) -> torch.Tensor:
+        return (torch.rand(shares.shape, generator=self.generator) < shares).to(shares.dtype)
+
+
 @pytest.mark.parametrize("combination_type", TYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_what_peft_makes_of_the_exported_loras(case, combination_type, tmp_path):
+def test_it_is_what_peft_makes_of_the_exported_loras(case, combination_type, tmp_path, monkeypatch):
     base, model, names = adapted(case)
     lora = as_lora(base, model, names)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for each in (lora, model):
-        torch.manual_seed(7)
+        monkeypatch.setattr(torch, "bernoulli", Masks())
         each.add_weighted_adapter(names, WEIGHTS, "new", combination_type, **TYPES[combination_type])
 
     after = model.state_dict()
@@ -125,18 +138,16 @@ def test_it_is_what_peft_makes_of_the_exported_loras(case, combination_type, tmp
 def test_the_default_is_loras(case):
     """The best approximation that has the largest rank of the adapters, so that an engine that takes one takes it."""
     base, model, names = adapted(case)
-    if case == "conv2d":  # where PEFT stops with an error of shapes
-        with pytest.raises(ValueError, match=r"'svd' does not take rank 16 for convolutions such as 'conv' \(at most"):
-            model.add_weighted_adapter(names, WEIGHTS, "new")
-        return
     lora = as_lora(base, model, names)
-    lora.add_weighted_adapter(names, WEIGHTS, "new", svd_full_matrices=False)  # ranks are larger than sides here
+    # Ranks are larger than sides here. PEFT's SVD of convolutions then stops with an error of shapes.
+    kind, options = ("cat", {}) if case == "conv2d" else ("svd", {"svd_full_matrices": False})
+    lora.add_weighted_adapter(names, WEIGHTS, "new", kind, **options)
     model.add_weighted_adapter(names, WEIGHTS, "new")
-    assert lora.peft_config["new"].r == max(lora.peft_config[name].r for name in names)
+    largest = max(lora.peft_config[name].r for name in names)
     theirs = {name: layer for name, layer in lora.named_modules() if isinstance(layer, LoraLayer)}
     for name, layer in model.named_modules():
         if isinstance(layer, WaRALayer):
-            assert layer.total_rank("new") <= lora.peft_config["new"].r
+            assert layer.total_rank("new") <= largest
             expected = theirs[name].get_delta_weight("new")
             torch.testing.assert_close(layer.get_delta_weight("new"), expected, atol=1e-5, rtol=1e-5)
 
@@ -180,6 +191,54 @@ def test_tiny_and_trained_biases():
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
 
 
+CONVOLUTIONS = {
+    "one axis": lambda: nn.Conv1d(6, 10, 3),
+    "three axes": lambda: nn.Conv3d(6, 10, (2, 1, 2)),
+    "groups": lambda: nn.Conv2d(6, 10, 2, groups=2),
+}
+
+
+@pytest.mark.parametrize("combination_type", [name for name in TYPES if name.endswith("svd")])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions_that_peft_does_not_take_combine_as_linear_layers_do(case, combination_type, monkeypatch):
+    """ΔW as a matrix of out channels and the rest is that of a linear layer; PEFT gets a LoRA of these."""
+    model = get_peft_model(
+        nn.ModuleDict({"layer": CONVOLUTIONS[case]().double()}),
+        WaRAConfig(target_modules=["layer"], init_weights=False, wara_alpha=30),
+    )
+    model.add_adapter("other", WaRAConfig(target_modules=["layer"], init_weights=False, r=2, wavelet="db2"))
+    layer, names = model.base_model.model.layer, ["default", "other"]
+    deltas = {name: layer.get_delta_weight(name).detach().flatten(1) for name in names}
+    rows, columns = deltas["default"].shape
+    lora = get_peft_model(
+        nn.ModuleDict({"layer": nn.Linear(columns, rows).double()}),
+        LoraConfig(target_modules=["layer"], r=columns, lora_alpha=columns),
+    )
+    lora.add_adapter("other", lora.peft_config["default"])
+    for name, delta in deltas.items():
+        lora.base_model.model.layer.lora_A[name].weight.data.copy_(torch.eye(columns))
+        lora.base_model.model.layer.lora_B[name].weight.data.copy_(delta)
+    for each in (lora, model):
+        monkeypatch.setattr(torch, "bernoulli", Masks())
+        each.add_weighted_adapter(names, [0.75, -1.5], "new", combination_type, **TYPES[combination_type])
+    expected = lora.base_model.model.layer.get_delta_weight("new")
+    assert expected.norm() > 0.1
+    torch.testing.assert_close(layer.get_delta_weight("new").flatten(1), expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float64, 1e-12)])
+def test_the_default_takes_any_dtype_and_keeps_its_digits(dtype, tolerance):
+    """PyTorch has no SVD in bfloat16, and PEFT rounds weights to float32. The rank is larger than the sides here."""
+    config = WaRAConfig(target_modules=["up"], init_weights=False)
+    model = get_peft_model(Mlp().to(dtype), config, autocast_adapter_dtype=False)
+    model.add_adapter("other", WaRAConfig(target_modules=["up"], init_weights=False, wavelet="db2"))
+    model.to(dtype).add_weighted_adapter(["default", "other"], [0.1, -1.3], "new")
+    layer = model.base_model.model.up
+    found, first, second = (layer.get_delta_weight(name).double() for name in ("new", "default", "other"))
+    expected = 0.1 * first - 1.3 * second
+    assert (found - expected).norm() < tolerance * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("case", "combination_type", "options", "message"),
     [
@@ -190,14 +249,17 @@ def test_tiny_and_trained_biases():
             "'ties' needs adapters of one rank R, but 'default' has 16, 'other' has 4",
         ),
         ("ranks", "dare_linear", {}, "'dare_linear' needs `density`, the share of values that it keeps"),
-        ("conv", "svd", {}, r"'svd' does not take convolutions such as 'conv' \(Conv1d\). Use 'cat'"),
-        ("groups", "ties", {"density": 0.5}, r"convolutions such as 'conv' \(Conv2d, with groups\)"),
+        (
+            "groups",
+            "ties",
+            {"density": 0.5},
+            r"'ties' does not take convolutions with groups, .* such as 'conv' \(Conv2d\). Use 'ties_svd', or 'cat'",
+        ),
     ],
 )
 def test_what_it_refuses(case, combination_type, options, message):
     base = {
         "ranks": nn.ModuleDict({"conv": nn.Linear(8, 8)}),
-        "conv": nn.ModuleDict({"conv": nn.Conv1d(8, 8, 3)}),
         "groups": nn.ModuleDict({"conv": nn.Conv2d(8, 8, 3, groups=2)}),
     }[case]
     model = get_peft_model(base, WaRAConfig(target_modules=["conv"], init_weights=False))

@@ -66,12 +66,6 @@ class Kind:
         in_features, out_features = cast(tuple[int, int], _get_in_out_features(base))
         return ModuleShape(self, out_features, in_features)
 
-    def stand_in(self, shape: ModuleShape) -> nn.Module:
-        """Make a layer of that shape, under the meta device. It is dense in place of a product or a parameter."""
-        if self.keeps_in_first:
-            return Conv1D(shape.out_features, shape.in_features)  # type: ignore[no-untyped-call]
-        return nn.Linear(shape.in_features, shape.out_features, bias=False)
-
     def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
         """Yield inputs to try such a layer with. A layer with its own forward may take only one of their shapes."""
         in_features = self.shape(base).in_features
@@ -96,9 +90,6 @@ class EmbeddingKind(Kind):
     bias_names: tuple[str, ...] = ()
     has_vocabulary: bool = True
 
-    def stand_in(self, shape: ModuleShape) -> nn.Module:
-        return nn.Embedding(shape.in_features, shape.out_features)
-
     def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
         # Rows in the middle are seldom special, as the row of a padding token is.
         middle = base.num_embeddings // 2
@@ -114,10 +105,6 @@ class ConvolutionKind(Kind):
     def shape(self, base: Any) -> ModuleShape:
         in_features = base.in_channels // base.groups
         return ModuleShape(self, base.out_channels, in_features, base.groups, tuple(base.kernel_size))
-
-    def stand_in(self, shape: ModuleShape) -> nn.Module:
-        make = cast(Any, self.base_class)
-        return cast(nn.Module, make(shape.in_features, shape.out_features, shape.kernel, bias=False))
 
     def inputs(self, base: Any, scale: float, generator: torch.Generator) -> Iterator[Tensor]:
         sizes = zip(base.kernel_size, base.dilation, base.stride, strict=True)

@@ -1,7 +1,7 @@
 """Makes a new adapter from several others.
 
-"cat" puts their factors side by side, which is exact. "linear" adds factors up. All other types are PEFT's: the
-adapters are exported as LoRAs, and PEFT combines these (`peft_combinations`).
+"cat" puts their factors side by side, which is exact. "linear" adds factors up. All other types are PEFT's, and its
+functions compute them on the adapters as LoRAs (`peft_combinations`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def combine(
     }
     as_lora = None
     if combination_type not in ("cat", "linear"):
-        as_lora = combine_as_lora(tuner.model, layers, adapters, weights, combination_type, options)
+        as_lora = combine_as_lora(layers, adapters, weights, combination_type, options)
     elif combination_type == "linear":
         _check_equal_layouts(layers, adapters)
     configs = [cast(WaRAConfig, tuner.peft_config[adapter]) for adapter in adapters]
@@ -214,7 +214,8 @@ def _put_undecomposed(layer: WaRALayer, adapters: list[str], weights: list[float
 @torch.no_grad()
 def _put_lora(layer: WaRALayer, adapter_name: str, lora_a: Tensor, lora_b: Tensor) -> None:
     new_a, new_b = layer.factors(adapter_name)
-    new_a.subband("aa0").copy_(lora_a)
+    rows = new_a.subband("aa0")
+    rows.copy_(lora_a.reshape(rows.shape))
     new_b.subband("aa0").copy_(lora_b)
 
 

@@ -1,155 +1,145 @@
-"""Combines adapters in the ways that PEFT has for LoRA (SVD, TIES, DARE, pruning): PEFT does it on exported LoRAs."""
+"""Combines adapters in the ways that PEFT has for LoRA: PEFT's functions do it, on the adapters as exact LoRAs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraModel
-from torch import Tensor, nn
+from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from torch import Tensor
 
-from ..base_layers.lora_places import fan_in_fan_out
-from ..disk.adapters.contents import PEFT_PREFIX
-from ..disk.adapters.source import adapter_source
-from ..layers.as_lora import LoraModule, common_rank
+from ..layers.as_lora import LoraModule
 from ..layers.base import WaRALayer
 from ..messages import first_few
 
-OF_FACTORS = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+Weighted = Sequence[tuple[LoraModule, float]]
+"""The LoRAs of one module, each with its weight."""
+
+OF_FACTORS: Mapping[str, Callable[..., Tensor]] = {
+    "ties": ties,
+    "dare_linear": dare_linear,
+    "dare_ties": dare_ties,
+    "magnitude_prune": magnitude_prune,
+}
 """Types that combine all Â, and separately all B̂. All adapters need the same rank, which the result has too."""
-OF_DELTA_WEIGHTS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+OF_DELTA_WEIGHTS: Mapping[str, Callable[..., Tensor]] = {
+    "svd": task_arithmetic,
+    "ties_svd": ties,
+    "dare_linear_svd": dare_linear,
+    "dare_ties_svd": dare_ties,
+    "magnitude_prune_svd": magnitude_prune,
+}
 """Types that combine all ΔW of a module, and reduce the result to a rank by SVD."""
-NEW = "combined"
 
 
+@torch.no_grad()
 def combine_as_lora(
-    model: nn.Module,
     layers: Mapping[str, WaRALayer],
     adapters: Sequence[str],
     weights: Sequence[float],
     combination_type: str,
     options: Mapping[str, Any],
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Convert adapters to exact LoRAs, and give what `LoraModel.add_weighted_adapter` makes of these.
-
-    The LoRAs are put into a temporary model that has only stand-ins for the adapted layers, with weights of zeros that
-    take no memory. PEFT draws its random numbers as usual, so a seed gives the same result as with LoRA. `model` does
-    not change.
+    """Give what `LoraModel.add_weighted_adapter` makes of the adapters as exact LoRAs.
 
     Args:
-        model: the model.
-        layers: its adapted layers by name, in the order of the model.
+        layers: the adapted layers by name, in the order of the model.
         adapters, weights, combination_type, options: as in `WaRAModel.add_weighted_adapter`.
 
     Returns:
-        For each module A, (rank, n, *kernel), and B, (m, rank). The update is B A, with scaling 1.
+        For each module A, (rank, n, *kernel) or (rank, n · kernel), and B, (m, rank). The update is B A.
 
     Raises:
-        ValueError: the type does not support a kind of layer or a rank, or needs a density and gets none; or an
-            adapter cannot be converted to LoRA.
+        ValueError: the type takes no convolutions with groups or no unequal ranks, or it needs a density and gets
+            none; or an adapter has no ΔW, or one that is not finite.
     """
     if combination_type != "svd" and options["density"] is None:
         raise ValueError(
             f"combination_type={combination_type!r} needs `density`, the share of values that it keeps, in [0, 1]."
         )
-    _check_layers(layers, combination_type)
-    places = {name: str(index) for index, name in enumerate(layers)}
-    # The user's names may be ones that PEFT refuses for a LoRA.
-    names = [f"adapter{index}" for index in range(len(adapters))]
-    loras = [_lora(model, adapter, places) for adapter in adapters]
-    _check_ranks(adapters, [config for config, _ in loras], combination_type)
-    if combination_type in OF_DELTA_WEIGHTS:
-        _check_sides(layers, options["svd_rank"] or max(config.r for config, _ in loras), combination_type)
-    gpus = {value.device for _, tensors in loras for value in tensors.values() if value.is_cuda}
-    # LoRA's initialisation draws values that are overwritten at once. It must not advance the user's random numbers,
-    # which DARE draws from below.
-    with torch.random.fork_rng(gpus):
-        host = nn.ModuleList([_stand_in(layer, _some(loras, places[name])) for name, layer in layers.items()])
-        host_model: PeftModel = get_peft_model(host, loras[0][0], adapter_name=names[0])
-        for name, (config, _) in zip(names[1:], loras[1:], strict=True):
-            host_model.add_adapter(name, config)
-        for name, (_, tensors) in zip(names, loras, strict=True):
-            set_peft_model_state_dict(host_model, tensors, adapter_name=name)
-    tuner = cast(LoraModel, host_model.base_model)
-    tuner.add_weighted_adapter(names, list(weights), NEW, combination_type=cast(Any, combination_type), **options)
-    made = get_peft_model_state_dict(host_model, adapter_name=NEW, save_embedding_layers=False)
+    ranks = _ranks(layers, adapters)
+    rank = max(ranks.values())
+    if combination_type in OF_FACTORS:
+        _check_factors(layers, ranks, combination_type)
+    combine = _function(combination_type, options)
     result = {}
     for name, layer in layers.items():
-        lora_a, lora_b = (made[f"{PEFT_PREFIX}{places[name]}.{key}"] for key in layer.kind.lora_names)
-        # If the rank is larger than a side of ΔW, PEFT's SVD may give A more rows than B has columns.
-        rank = min(len(lora_a), lora_b.shape[1])
-        result[name] = lora_a[:rank], lora_b[:, :rank].flatten(1)
+        own = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if adapter in layer.wara_A]
+        weighted = [(_exported(name, layer, adapter), weight) for adapter, weight in own]
+        if combination_type in OF_FACTORS:
+            result[name] = _combined_factors(weighted, combine, rank)
+        else:
+            result[name] = _factors_of(_combined_delta_weight(weighted, combine), options["svd_rank"] or rank, options)
     return result
 
 
-def _lora(model: nn.Module, adapter: str, places: Mapping[str, str]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Convert an adapter to a LoRA of the stand-ins, whose names in the temporary model are `places`."""
-    source = adapter_source(model, adapter)
-    with torch.no_grad():
-        modules = [LoraModule.of(name, source.update(name, source.dtypes[name]), None) for name in source.modules]
-        rank = common_rank((part.rank, part.update.groups) for part in modules)
-        tensors = {
-            f"{PEFT_PREFIX}{places[part.name]}.{key}": value
-            for part in modules
-            for key, value in part.tensors(rank, source.dtypes[part.name]).items()
-        }
-    targets = "|".join(places[name] for name in source.modules)
-    in_first = fan_in_fan_out(source.modules.values())
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, fan_in_fan_out=in_first), tensors
+def _exported(name: str, layer: WaRALayer, adapter: str) -> LoraModule:
+    """Return the adapter's LoRA in one module, in float32 at least, which the SVD and the weights need."""
+    dtype = torch.promote_types(layer.factors(adapter)[0].dtype, torch.float32)
+    return LoraModule.of(name, layer.low_rank_update(adapter, dtype), None)
 
 
-def _some(loras: Sequence[tuple[LoraConfig, Mapping[str, Tensor]]], place: str) -> Tensor:
-    """Find some factor for the stand-in with this name, of any adapter; its dtype and device serve as examples."""
-    prefix = f"{PEFT_PREFIX}{place}."
-    return next(value for _, tensors in loras for key, value in tensors.items() if key.startswith(prefix))
+def _function(combination_type: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """Return PEFT's function that makes one tensor of those of several adapters and their weights."""
+    function = {**OF_FACTORS, **OF_DELTA_WEIGHTS}[combination_type]
+    if function is task_arithmetic:
+        return function
+    signs = {"majority_sign_method": options["majority_sign_method"]} if function in (ties, dare_ties) else {}
+    return partial(function, density=options["density"], **signs)
 
 
-def _stand_in(layer: WaRALayer, some: Tensor) -> nn.Module:
-    """Make a layer of the same kind and shape, with the dtype and device of `some`, whose weight is a single zero."""
-    shape = layer.shape
-    # PEFT reads the shape and device of the weight. An expanded zero has both, and takes the memory of one number.
-    with torch.device("meta"):
-        module = shape.kind.stand_in(shape)
-    zero = torch.zeros((), dtype=some.dtype, device=some.device)
-    module.weight = nn.Parameter(zero.expand(shape.weight_shape), requires_grad=False)
-    return module
-
-
-def _check_layers(layers: Mapping[str, WaRALayer], combination_type: str) -> None:
-    refused = [
-        f"{name!r} ({layer.kind.name}{', with groups' if layer.shape.groups > 1 else ''})"
-        for name, layer in layers.items()
-        if layer.shape.groups > 1 or (combination_type in OF_DELTA_WEIGHTS and len(layer.shape.kernel) in (1, 3))
-    ]
-    if refused:
-        raise ValueError(
-            f"PEFT's combination_type={combination_type!r} does not take convolutions such as {first_few(refused)}. "
-            "Use 'cat', which is exact."
-        )
-
-
-def _check_ranks(adapters: Sequence[str], configs: Sequence[LoraConfig], combination_type: str) -> None:
-    if combination_type in OF_FACTORS and len({config.r for config in configs}) > 1:
-        ranks = ", ".join(f"{name!r} has {config.r}" for name, config in zip(adapters, configs, strict=True))
-        raise ValueError(
-            f"combination_type={combination_type!r} needs adapters of one rank R, but {ranks}. Use "
-            f"'{combination_type}_svd', which takes any."
-        )
-
-
-def _check_sides(layers: Mapping[str, WaRALayer], rank: int, combination_type: str) -> None:
-    """Refuse a rank above the sides of a convolution's ΔW: PEFT would give it factors that do not fit this rank."""
-    sides = {
-        name: min(layer.shape.out_features, layer.shape.in_features * math.prod(layer.shape.kernel))
-        for name, layer in layers.items()
-        if layer.shape.kernel
+def _ranks(layers: Mapping[str, WaRALayer], adapters: Sequence[str]) -> dict[str, int]:
+    """Return the rank of each adapter as a LoRA, which is the largest of its modules'."""
+    return {
+        adapter: max(layer.total_rank(adapter) for layer in layers.values() if adapter in layer.wara_A)
+        for adapter in adapters
     }
-    smaller = [f"{name!r} (at most {side})" for name, side in sides.items() if side < rank]
-    if smaller:
+
+
+def _combined_factors(weighted: Weighted, combine: Callable[..., Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """Combine all A and all B of one module. LoRA fills them up with zeros to the rank that all modules share."""
+    pairs = [lora.tensors(rank, lora.update.factor_a.dtype).values() for lora, _ in weighted]
+    all_a, all_b = (list(factors) for factors in zip(*pairs, strict=True))
+    # The root of a weight goes to either factor, and its sign only to A.
+    roots = all_a[0].new_tensor([math.sqrt(abs(weight)) for _, weight in weighted])
+    signs = all_a[0].new_tensor([math.copysign(1, weight) for _, weight in weighted])
+    return combine(all_a, signs * roots), combine(all_b, roots).flatten(1)
+
+
+def _combined_delta_weight(weighted: Weighted, combine: Callable[..., Tensor]) -> Tensor:
+    """Combine all ΔW of one module, and return the result as a matrix, (m, n · kernel)."""
+    updates = [lora.update for lora, _ in weighted]
+    deltas = [update.dense() for update in updates]
+    combined = combine(deltas, deltas[0].new_tensor([weight for _, weight in weighted]))
+    return combined.T if updates[0].kind.keeps_in_first else combined.flatten(1)
+
+
+def _factors_of(delta_weight: Tensor, rank: int, options: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return A and B of the best approximation of a rank, or of full rank if that is lower, clamped as in PEFT."""
+    u, values, vh = torch.linalg.svd(
+        delta_weight, full_matrices=options["svd_full_matrices"], driver=options["svd_driver"]
+    )
+    rank = min(rank, len(values))
+    lora_a, lora_b = vh[:rank], u[:, :rank] * values[:rank]
+    if options["svd_clamp"] is not None:
+        limit = torch.cat([lora_b.flatten(), lora_a.flatten()]).quantile(options["svd_clamp"])
+        lora_a, lora_b = lora_a.clamp(-limit, limit), lora_b.clamp(-limit, limit)
+    return lora_a, lora_b
+
+
+def _check_factors(layers: Mapping[str, WaRALayer], ranks: Mapping[str, int], combination_type: str) -> None:
+    grouped = [f"{name!r} ({layer.kind.name})" for name, layer in layers.items() if layer.shape.groups > 1]
+    if grouped:
         raise ValueError(
-            f"PEFT's combination_type={combination_type!r} does not take rank {rank} for convolutions such as "
-            f"{first_few(smaller)}. Give a lower `svd_rank`, or use 'cat', which is exact."
+            f"combination_type={combination_type!r} does not take convolutions with groups, over which LoRA shares "
+            f"its rank out, such as {first_few(grouped)}. Use '{combination_type}_svd', or 'cat', which is exact."
+        )
+    if len(set(ranks.values())) > 1:
+        listed = ", ".join(f"{name!r} has {rank}" for name, rank in ranks.items())
+        raise ValueError(
+            f"combination_type={combination_type!r} needs adapters of one rank R, but {listed}. Use "
+            f"'{combination_type}_svd', which takes any."
         )
