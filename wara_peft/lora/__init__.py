@@ -1,1 +1,1 @@
-"""Converts WaRA adapters to LoRA, and LoRA to WaRA: export, checkpoints, diffusers' files, loading."""
+"""Converts WaRA to LoRA and back: export, loading, LoRA in the wavelet domain, checkpoints, diffusers' files."""

@@ -136,10 +136,10 @@ def write_loras(directory: Path, loras: Sequence[Lora]) -> None:
         write_components(directory, {name: lora[:2] for name, lora in zip(components, loras, strict=True)})
     else:
         (lora,) = loras
-        write_lora(directory, lora.config, lora.state_dict)
+        _write_lora(directory, lora.config, lora.state_dict)
 
 
-def write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
+def _write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
     """Write a LoRA in PEFT's format, as `to_lora` returns it, into an existing directory."""
     # Tied modules that train in full are one tensor with two names, which safetensors refuses to write.
     owner = {id_tensor_storage(value): key for key, value in state_dict.items()}
