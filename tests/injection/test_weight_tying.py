@@ -273,6 +273,29 @@ def test_embeddings_tied_to_an_embedding(kind, tmp_path):
     torch.testing.assert_close(outputs(model.merge_and_unload()), outputs(dense), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA")
+@pytest.mark.parametrize(("kind", "name"), [("T5", "shared"), ("BART", "model.shared")])
+def test_a_lora_of_an_embedding_that_peft_does_not_tie_is_to_be_merged(kind, name, tmp_path):
+    """PEFT ties layers only to embeddings with names that it knows, which the warning says, and it is so."""
+    config = WaRAConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, init_weights=False)
+    model = get_peft_model(encoder_decoder(kind), config).eval()
+    model.save_pretrained(tmp_path / "wara", save_embedding_layers=False)
+
+    def outputs(of: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of(input_ids=TOKENS, labels=TOKENS).logits
+
+    for source in (model, tmp_path / "wara"):
+        with pytest.warns(
+            UserWarning, match=rf"input embedding '{name}' and layers .* ties no .* merge it before use"
+        ):
+            save_as_lora(tmp_path / "lora", source)
+        with pytest.warns(UserWarning, match="You have requested `ensure_weight_tying`, but no tied modules"):
+            lora = PeftModel.from_pretrained(encoder_decoder(kind), tmp_path / "lora").eval()
+        assert not torch.allclose(outputs(lora), outputs(model), atol=1e-2)
+        torch.testing.assert_close(outputs(lora.merge_and_unload()), outputs(model), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "fields", [{"combination_type": "cat"}, {"combination_type": "svd", "svd_rank": 100}]
 )  # more than ΔW's rank: exact
