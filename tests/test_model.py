@@ -21,7 +21,6 @@ from wara_peft import WaRAConfig, WaRAModel
 from wara_peft.layers.base import WaRALayer
 from wara_peft.layers.linear import Linear
 
-
 KIND_CASES = {case.name for case in every_form_and_kind()}
 SWITCHED = ("llama, all-linear", "gpt2, shared", "llama, tiny", "gpt2, tiny, diagonal", "vit, tiny")
 # of the embedding that PEFT saves with its adapters, and of an index in the model's config
@@ -84,7 +83,7 @@ class TestEveryCase:
             weights = model.unload().state_dict()
             assert all(torch.equal(weights[name], value) for name, value in case.base().state_dict().items())
 
-    @each_case(where=lambda case: case.name in SWITCHED or case.form == "grid" and case.is_of_transformers)
+    @each_case(where=lambda case: case.name in SWITCHED or (case.form == "grid" and case.is_of_transformers))
     def test_adapters_of_transformers(self, case, tmp_path):
         model = case.adapted()
         expected, before = case.output(model), case.output(case.base())
