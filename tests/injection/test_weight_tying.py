@@ -310,6 +310,29 @@ def test_combining_keeps_the_tie(order, fields):
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.parametrize("combination_type", ["cat", "svd"])
+@pytest.mark.parametrize("kind", ["T5", "BART"])
+def test_combining_keeps_the_tie_of_embeddings(kind, combination_type, tmp_path):
+    config = WaRAConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, init_weights=False, r=2)
+    model = get_peft_model(encoder_decoder(kind), config).eval()
+    model.add_adapter("other", copy.deepcopy(config))
+    embedding, dense = model.get_input_embeddings(), encoder_decoder(kind)
+    for name, weight in (("default", 0.7), ("other", -1.5)):
+        dense.get_input_embeddings().weight.data += weight * embedding.get_delta_weight(name)
+    model.add_weighted_adapter(["default", "other"], [0.7, -1.5], "both", combination_type, svd_rank=16)
+    model.set_adapter("both")
+
+    def outputs(of: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of(input_ids=TOKENS, labels=TOKENS).logits
+
+    torch.testing.assert_close(outputs(model), outputs(dense), atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path, selected_adapters=["both"], save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(encoder_decoder(kind), tmp_path / "both").eval()
+    torch.testing.assert_close(outputs(loaded), outputs(dense), atol=1e-4, rtol=1e-4)
+
+
 def test_combining_tied_with_untied_is_refused():
     model = tied(FIELDS[0])
     with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
