@@ -26,7 +26,6 @@ from tests.models import (
     Everything,
     Matrix,
     OneLayer,
-    X,
     bert,
     dictionary,
     gpt2,
@@ -105,6 +104,12 @@ class Case:
                 nn.init.normal_(parameter)
         return model.eval()
 
+    def with_twin(self) -> PeftModel:
+        """A model with the adapter, and with another that differs only in the values of its factors."""
+        model = self.adapted()
+        model.add_adapter("twin", self.config(init_weights=False, bias="none", trainable_token_indices=None))
+        return model.eval()
+
     def output(self, model: nn.Module, **options: Any) -> Tensor:
         return output(model, self.inputs, **options)
 
@@ -123,7 +128,7 @@ def tied_llama() -> nn.Module:
 
 
 BOTH, UNMERGED, MERGED = ("unmerged", "merged"), ("unmerged",), ("merged",)
-ANY_FEATURES = pictures(2, 16, 12)
+FEATURES, SAMPLES = pictures(2, 16, 12), pictures(2, 12)
 IMAGES = {"pixel_values": pictures(2, 1, 14, 14)}
 SCENES = {"pixel_values": pictures(2, 3, 16, 16)}
 SEQUENCES = {**WORDS, "decoder_input_ids": TOKENS}
@@ -131,7 +136,9 @@ LAYER, MLP, QUERIES = ({"target_modules": names} for names in (["layer"], ["up",
 EMBEDDING = {"target_modules": ["embed_tokens", "q_proj"]}
 OF_EXPERTS = {"target_modules": [], "target_parameters": EXPERTS}
 MIXES_TOKENS = {
-    **dict.fromkeys(("merge", "export", "merge on disk"), "it mixes tokens, which no weight of a layer can do"),
+    **dict.fromkeys(
+        ("merge", "export", "merge on disk"), r"form='grid', and in module '.+' it mixes tokens, which no weight"
+    ),
     "combine": "it has form='grid', and mixes tokens",
 }
 FORMS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -144,25 +151,25 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 # kind: model, inputs, fields, and how its LoRA computes the same
 LINEAR_KINDS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], tuple[str, ...]]] = {
-    "Linear": (one(nn.Linear, 12, 10), ANY_FEATURES, LAYER, BOTH),
+    "Linear": (one(nn.Linear, 12, 10), FEATURES, LAYER, BOTH),
     "Conv1D": (one(Conv1D, 14, 9), pictures(2, 16, 9), LAYER, BOTH),
-    "LowRankLinear": (one(low_rank), ANY_FEATURES, {**LAYER, "r": 1}, ()),
-    "DictionaryLinear": (one(dictionary), ANY_FEATURES, {**LAYER, "r": 1}, ()),
+    "LowRankLinear": (one(low_rank), FEATURES, {**LAYER, "r": 1}, ()),
+    "DictionaryLinear": (one(dictionary), FEATURES, {**LAYER, "r": 1}, ()),
 }
 OTHER_KINDS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "Embedding": (one(nn.Embedding, 40, 6), TOKENS),
     "Conv1d": (one(nn.Conv1d, 6, 10, 3), pictures(2, 6, 9)),
     "Conv2d": (one(nn.Conv2d, 5, 8, 3, padding=1), pictures(2, 5, 7, 7)),
-    "Conv3d": (one(nn.Conv3d, 4, 6, 2), pictures(1, 4, 4, 4, 4)),
+    "Conv3d": (one(nn.Conv3d, 4, 6, 2), pictures(2, 4, 4, 4, 4)),
 }
 PARAMETERS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], tuple[str, ...]]] = {
     "Parameter": (
         one(Matrix, 10, 12),
-        ANY_FEATURES,
+        FEATURES,
         {"target_modules": [], "target_parameters": ["layer.matrix"]},
         BOTH,
     ),
-    "MultiheadAttention": (Attention, ANY_FEATURES, {"target_modules": ["attention"]}, ()),
+    "MultiheadAttention": (Attention, FEATURES, {"target_modules": ["attention"]}, ()),
     "Experts": (mixture, WORDS, OF_EXPERTS, BOTH),
     "ExpertsInFirst": (partial(mixture, "gpt-oss"), WORDS, OF_EXPERTS, BOTH),
 }
@@ -210,14 +217,14 @@ def settings_of_configs() -> Iterator[Case]:
         "tiny, diagonal": {"target_modules": ["up"], "form": "tiny", "core": "diagonal", "r": 2},
         "with biases": {**MLP, "bias": "wara_only"},
     }.items():
-        yield Case(name, mlp, X, fields)
+        yield Case(name, mlp, SAMPLES, fields)
     in_full = {"combine": "train module 'head' in full"}
-    yield Case("with a head", mlp, X, {"target_modules": ["up"], "modules_to_save": ["head"]}, refused=in_full)
-    yield Case("odd sizes", partial(Mlp, 7, 13), pictures(5, 7), {**MLP, "levels": 2})
+    yield Case("with a head", mlp, SAMPLES, {"target_modules": ["up"], "modules_to_save": ["head"]}, refused=in_full)
+    yield Case("odd sizes", partial(Mlp, 7, 13), pictures(2, 7), {**MLP, "levels": 2})
     fields = {**LAYER, "wavelet": "db2", "levels": 2, "wara_alpha": 50}
     for name in ("nf4", "int8"):
         make = one(quantized, name)
-        yield Case(name, make, pictures(5, 64), fields, lora=UNMERGED, merges_exactly=False)
+        yield Case(name, make, pictures(2, 64), fields, lora=UNMERGED, merges_exactly=False)
 
 
 def settings_of_convolutions() -> Iterator[Case]:

@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from peft import PeftModel
 
 from tests.cases import CASES, Case
 from wara_peft import to_lora
@@ -15,13 +14,6 @@ from wara_peft.base_layers.kinds import KINDS
 from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.forms import FORMS
-
-
-def with_twin(case: Case) -> PeftModel:
-    """A model with the adapter, and another that differs only in its values."""
-    model = case.adapted()
-    model.add_adapter("twin", case.config(init_weights=False, bias="none", trainable_token_indices=None))
-    return model
 
 
 def merge(case: Case, path: Path) -> Iterator[Callable[[], object]]:
@@ -59,7 +51,7 @@ ABILITIES: dict[str, Callable[[Case, Path], Iterator[Callable[[], object]]]] = {
         [lambda: case.output(case.adapted(), adapter_names=["default", "__base__"])]
     ),
     "combine": lambda case, path: iter(
-        [lambda: with_twin(case).add_weighted_adapter(["default", "twin"], [0.7, -1.5], "both", "cat")]
+        [lambda: case.with_twin().add_weighted_adapter(["default", "twin"], [0.7, -1.5], "both", "cat")]
     ),
 }
 REFUSED = [
