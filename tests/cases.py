@@ -249,7 +249,13 @@ def language_models() -> Iterator[Case]:
     for name, fields in {
         "all-linear": {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
         "three levels": {"target_modules": ["q_proj", "v_proj"], "wavelet": "db4", "levels": 3},
-        "rslora": {"target_modules": ["q_proj", "down_proj"], "wavelet": "db2", "levels": 3, "use_rslora": True},
+        "rslora": {
+            "target_modules": ["q_proj", "down_proj"],
+            "wavelet": "db2",
+            "levels": 3,
+            "wara_alpha": 3,
+            "use_rslora": True,
+        },
         "shared": {"form": "shared", "alpha_pattern": {r".*layers\.1\..*": 30}},
         "undecomposed": {"target_modules": r".*mlp.*proj", "subband_ranks": {"aa0": 3}},
         "tiny": {"target_modules": "all-linear", "form": "tiny", "wavelet": "db2"},

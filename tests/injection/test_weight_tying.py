@@ -9,16 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
-    BertConfig,
     BertForMaskedLM,
-    LlamaConfig,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
+from tests import models
+from tests.models import bert, t5
 from tests.references import Chain, module_shapes
 from wara_peft import WaRAConfig, save_as_lora
 
@@ -34,16 +31,7 @@ each_config = pytest.mark.parametrize("fields", FIELDS, ids=["embedding", "head"
 
 
 def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=40,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config).double().eval()
+    return models.llama(num_hidden_layers=1, tie_word_embeddings=True).double()
 
 
 def tied(fields: dict[str, object], **more) -> PeftModel:
@@ -169,8 +157,7 @@ def test_merging_into_a_weight_that_another_layer_uses_unadapted_is_refused(targ
 
 
 def test_a_tie_that_peft_does_not_see_is_refused_too():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    base = BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).eval()
+    base = bert(BertForMaskedLM)
     fields = {"target_modules": ["word_embeddings"], "init_weights": False, "ensure_weight_tying": True}
     model = get_peft_model(base, WaRAConfig(**fields))
     with pytest.raises(ValueError, match=r"'bert.embeddings.word_embeddings': .*'cls.predictions.decoder'"):
@@ -236,10 +223,9 @@ def test_tokens_that_peft_ties_merge(tokens):
 
 
 def encoder_decoder(kind: str) -> nn.Module:
-    torch.manual_seed(0)
     if kind == "T5":
-        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
-        return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)).eval()
+        return t5(num_layers=1)
+    torch.manual_seed(0)
     layers = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SMALL.items()}
     config = BartConfig(vocab_size=40, d_model=16, scale_embedding=True, max_position_embeddings=64, **layers)
     return BartForConditionalGeneration(config).eval()
