@@ -7,7 +7,7 @@ Tests of the model, of export, of merging on disk, of reports and of batches run
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -132,8 +132,10 @@ FEATURES, SAMPLES = pictures(2, 16, 12), pictures(2, 12)
 IMAGES = {"pixel_values": pictures(2, 1, 14, 14)}
 SCENES = {"pixel_values": pictures(2, 3, 16, 16)}
 SEQUENCES = {**WORDS, "decoder_input_ids": TOKENS}
-LAYER, MLP, QUERIES = ({"target_modules": names} for names in (["layer"], ["up", "down"], ["q_proj"]))
-EMBEDDING = {"target_modules": ["embed_tokens", "q_proj"]}
+LAYER, MLP, QUERIES, DOWN, EMBEDDING = (
+    {"target_modules": names}
+    for names in (["layer"], ["up", "down"], ["q_proj"], ["q_proj", "down_proj"], ["embed_tokens", "q_proj"])
+)
 OF_EXPERTS = {"target_modules": [], "target_parameters": EXPERTS}
 MIXES_TOKENS = {
     **dict.fromkeys(
@@ -203,7 +205,7 @@ def every_form_and_kind() -> Iterator[Case]:
             )
 
 
-def settings_of_configs() -> Iterator[Case]:
+def options_of_configs() -> Iterator[Case]:
     """The options of a config, beside two linear layers and a head."""
     for name, fields in {
         "linear": MLP,
@@ -215,11 +217,8 @@ def settings_of_configs() -> Iterator[Case]:
         "undecomposed": {"target_modules": r"up|down", "subband_ranks": {"aa0": 3}},
         "tiny": {**MLP, "form": "tiny", "wavelet": "db2", "wara_alpha": 60},
         "tiny, diagonal": {"target_modules": ["up"], "form": "tiny", "core": "diagonal", "r": 2},
-        "with biases": {**MLP, "bias": "wara_only"},
     }.items():
         yield Case(name, mlp, SAMPLES, fields)
-    in_full = {"combine": "train module 'head' in full"}
-    yield Case("with a head", mlp, SAMPLES, {"target_modules": ["up"], "modules_to_save": ["head"]}, refused=in_full)
     yield Case("odd sizes", partial(Mlp, 7, 13), pictures(2, 7), {**MLP, "levels": 2})
     fields = {**LAYER, "wavelet": "db2", "levels": 2, "wara_alpha": 50}
     for name in ("nf4", "int8"):
@@ -245,36 +244,16 @@ def settings_of_convolutions() -> Iterator[Case]:
     yield Case("everything", Everything, TOKENS, everything, kinds, same_kernels=False)
 
 
-def language_models() -> Iterator[Case]:
+def whole_models() -> Iterator[Case]:
     for name, fields in {
         "all-linear": {"target_modules": "all-linear", "task_type": "CAUSAL_LM"},
         "three levels": {"target_modules": ["q_proj", "v_proj"], "wavelet": "db4", "levels": 3},
-        "rslora": {
-            "target_modules": ["q_proj", "down_proj"],
-            "wavelet": "db2",
-            "levels": 3,
-            "wara_alpha": 3,
-            "use_rslora": True,
-        },
+        "rslora": {**DOWN, "wavelet": "db2", "levels": 3, "wara_alpha": 60, "use_rslora": True},
         "shared": {"form": "shared", "alpha_pattern": {r".*layers\.1\..*": 30}},
         "undecomposed": {"target_modules": r".*mlp.*proj", "subband_ranks": {"aa0": 3}},
         "tiny": {"target_modules": "all-linear", "form": "tiny", "wavelet": "db2"},
-        "tokens": {**QUERIES, "trainable_token_indices": [3, 7]},
     }.items():
         yield Case(f"llama, {name}", llama, WORDS, fields)
-    in_full = {"combine": "in full; they cannot", "mixed batch": "Mixed batching is only supported for"}
-    fields = {**QUERIES, "modules_to_save": ["embed_tokens", "norm"]}
-    yield Case("llama, layers in full", llama, WORDS, fields, refused=in_full)
-    kinds = ("Embedding", "Linear")
-    yield Case("llama, embedding", llama, WORDS, EMBEDDING, kinds)
-    fields = {**EMBEDDING, "ensure_weight_tying": True}
-    yield Case("llama, tied embedding", tied_llama, WORDS, fields, kinds, lora=UNMERGED)
-    refused = dict.fromkeys(("merge", "merge on disk"), "its weight is tied to 'lm_head")
-    yield Case("llama, half of a tie", tied_llama, WORDS, EMBEDDING, kinds, refused, UNMERGED)
-    fields = {**QUERIES, "trainable_token_indices": {"embed_tokens": [3, 7]}}
-    yield Case("llama, tied tokens", tied_llama, WORDS, fields)
-    fields = {"target_modules": ["embed_tokens", "q"], "ensure_weight_tying": True, "task_type": "SEQ_2_SEQ_LM"}
-    yield Case("t5, tied embeddings", t5, SEQUENCES, fields, kinds, lora=MERGED)
     fields = {"target_modules": ["c_attn", "c_fc", "c_proj"], "levels": 2, "task_type": "CAUSAL_LM"}
     yield Case("gpt2", gpt2, WORDS, fields, ("Conv1D",))
     yield Case("gpt2, shared", gpt2, WORDS, {"form": "shared", "wavelet": "coif1"}, ("Conv1D",))
@@ -284,12 +263,6 @@ def language_models() -> Iterator[Case]:
     in_full = {"combine": "train module 'classifier' in full"}
     fields = {"rank_pattern": {"query": 2, "key": {"dd1": 0}}, "alpha_pattern": {"value": 3}, "task_type": "SEQ_CLS"}
     yield Case("bert, patterns", bert, WORDS, {"target_modules": "all-linear", **fields}, refused=in_full)
-    fields = {"target_modules": ["query", "dense"], "bias": "all", "modules_to_save": ["classifier"]}
-    yield Case("bert, biases", bert, WORDS, fields, refused=in_full)
-
-
-def vision_models() -> Iterator[Case]:
-    fields: dict[str, Any]
     yield Case("vit", tiny_vit, IMAGES, {"target_modules": ["q_proj", "o_proj"]})
     fields = {"target_modules": ["q_proj", "fc1"], "form": "tiny", "subband_ranks": {"aa0": 2, "dd1": 1}}
     yield Case("vit, tiny", tiny_vit, IMAGES, fields)
@@ -301,11 +274,38 @@ def vision_models() -> Iterator[Case]:
     yield Case("resnet", resnet, SCENES, {"target_modules": r".*convolution"}, ("Conv2d",))
 
 
-PARTS = (every_form_and_kind, settings_of_configs, settings_of_convolutions, language_models, vision_models)
+def weights_besides_layers() -> Iterator[Case]:
+    """Embeddings, weights that several layers have, and what trains in full."""
+    yield Case("with biases", mlp, SAMPLES, {**MLP, "bias": "wara_only"})
+    in_full = {"combine": "train module '.*' in full"}
+    yield Case("with a head", mlp, SAMPLES, {"target_modules": ["up"], "modules_to_save": ["head"]}, refused=in_full)
+    fields = {"target_modules": ["query", "dense"], "bias": "all", "modules_to_save": ["classifier"]}
+    yield Case("bert, biases", bert, WORDS, fields, refused=in_full)
+    fields = {**QUERIES, "modules_to_save": ["embed_tokens", "norm"]}
+    refused = {**in_full, "mixed batch": "Mixed batching is only supported for"}
+    yield Case("llama, layers in full", llama, WORDS, fields, refused=refused)
+    yield Case("llama, tokens", llama, WORDS, {**QUERIES, "trainable_token_indices": [3, 7]})
+    fields = {**QUERIES, "trainable_token_indices": {"embed_tokens": [3, 7]}}
+    yield Case("llama, tied tokens", tied_llama, WORDS, fields)
+    kinds = ("Embedding", "Linear")
+    yield Case("llama, embedding", llama, WORDS, EMBEDDING, kinds)
+    fields = {**EMBEDDING, "ensure_weight_tying": True}
+    yield Case("llama, tied embedding", tied_llama, WORDS, fields, kinds, lora=UNMERGED)
+    refused = dict.fromkeys(("merge", "merge on disk"), "its weight is tied to 'lm_head")
+    yield Case("llama, half of a tie", tied_llama, WORDS, EMBEDDING, kinds, refused, UNMERGED)
+    fields = {"target_modules": ["embed_tokens", "q"], "ensure_weight_tying": True, "task_type": "SEQ_2_SEQ_LM"}
+    yield Case("t5, tied embeddings", t5, SEQUENCES, fields, kinds, lora=MERGED)
+
+
+PARTS = (every_form_and_kind, options_of_configs, settings_of_convolutions, whole_models, weights_besides_layers)
 CASES = {case.name: case for part in PARTS for case in part()}
 
 
-def each_case(*abilities: str, where: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
-    """Run a test for all rows that have these abilities."""
-    cases = [case for case in CASES.values() if case.can(*abilities) and where(case)]
+def each_case(
+    *abilities: str,
+    parts: Sequence[Callable[[], Iterator[Case]]] = PARTS,
+    where: Callable[[Case], bool] = lambda case: True,
+) -> pytest.MarkDecorator:
+    """Run a test for the rows of these parts of the table that have these abilities."""
+    cases = [CASES[case.name] for part in parts for case in part() if case.can(*abilities) and where(case)]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from tests.cases import each_case
+from tests.cases import each_case, every_form_and_kind, settings_of_convolutions, weights_besides_layers
 from tests.models import Everything, llama, t5
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.layers.base import WaRALayer
@@ -56,7 +56,7 @@ def one_by_one(model: PeftModel, compute, other: str = "other") -> dict[str, tor
 
 
 @pytest.mark.filterwarnings("ignore:levels=")
-@each_case("mixed batch")
+@each_case("mixed batch", parts=(every_form_and_kind, settings_of_convolutions, weights_besides_layers))
 def test_forward(case):
     """The second adapter differs in its values only, which must not be mixed up."""
     model = case.with_twin()
@@ -143,7 +143,7 @@ class TestWeightedAdapters:
         return {layer_name: layer.get_delta_weight(name).detach() for layer_name, layer in layers.items()}
 
     @pytest.mark.filterwarnings("ignore:levels=|Model with `tie_word_embeddings")
-    @each_case("combine")
+    @each_case("combine", parts=(every_form_and_kind, weights_besides_layers))
     def test_cat_of_every_case_is_exact(self, case):
         model = case.with_twin()
         model.add_weighted_adapter(["default", "twin"], [0.7, -1.5], "combined", "cat")

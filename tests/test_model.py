@@ -14,15 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.cases import each_case, every_form_and_kind
+from tests.cases import each_case, every_form_and_kind, whole_models
 from tests.models import llama, run
 from tests.references import Chain, Conv1DModel, Mlp, module_shapes
 from wara_peft import WaRAConfig, WaRAModel
 from wara_peft.layers.base import WaRALayer
 from wara_peft.layers.linear import Linear
 
-KIND_CASES = {case.name for case in every_form_and_kind()}
-SWITCHED = ("llama, all-linear", "gpt2, shared", "llama, tiny", "gpt2, tiny, diagonal", "vit, tiny")
 # of the embedding that PEFT saves with its adapters, and of an index in the model's config
 TIES = "ignore:Model with `tie_word_embeddings|Could not find a config file|Setting `save_embedding_layers`"
 
@@ -83,7 +81,7 @@ class TestEveryCase:
             weights = model.unload().state_dict()
             assert all(torch.equal(weights[name], value) for name, value in case.base().state_dict().items())
 
-    @each_case(where=lambda case: case.name in SWITCHED or (case.form == "grid" and case.is_of_transformers))
+    @each_case(parts=[whole_models], where=lambda case: case.form != "subband" or "all-linear" in case.name)
     def test_adapters_of_transformers(self, case, tmp_path):
         model = case.adapted()
         expected, before = case.output(model), case.output(case.base())
@@ -105,7 +103,9 @@ class TestEveryCase:
         assert torch.equal(case.output(added), before)
         assert added.active_adapters() == ["default"]
 
-    @each_case(where=lambda case: case.name in SWITCHED or case.name.startswith("vit") or case.name in KIND_CASES)
+    @each_case(
+        parts=(every_form_and_kind, whole_models), where=lambda case: case.form != "subband" or "subband" in case.name
+    )
     def test_is_switched_and_saved_beside_another(self, case, tmp_path):
         model = case.adapted()
         first = case.output(model)

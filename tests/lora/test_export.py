@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
 
-from tests.cases import CASES, each_case
+from tests.cases import CASES, PARTS, each_case, whole_models
 from tests.models import bert, llama
 from tests.references import Mlp
 from wara_peft import WaRAConfig, lora_error, save_as_lora, to_lora
@@ -92,7 +92,7 @@ def test_files(tmp_path):
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 16, 16)
 
 
-@each_case("export", "read")
+@each_case("export", "read", parts=[part for part in PARTS if part is not whole_models])
 def test_a_directory_gives_what_the_model_gives(case, tmp_path):
     model = case.adapted()
     model.save_pretrained(tmp_path, save_embedding_layers=False)
