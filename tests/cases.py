@@ -297,7 +297,11 @@ def weights_besides_layers() -> Iterator[Case]:
     yield Case("t5, tied embeddings", t5, SEQUENCES, fields, kinds, lora=MERGED)
 
 
-PARTS = (every_form_and_kind, options_of_configs, settings_of_convolutions, whole_models, weights_besides_layers)
+SMALL = (every_form_and_kind, options_of_configs, settings_of_convolutions, weights_besides_layers)
+"""The parts for tests of what a single layer does."""
+LARGE = (every_form_and_kind, settings_of_convolutions, weights_besides_layers, whole_models)
+"""The parts for tests of what a model does, whatever the options of its layers."""
+PARTS = (*SMALL, whole_models)
 CASES = {case.name: case for part in PARTS for case in part()}
 
 

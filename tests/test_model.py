@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.cases import each_case, every_form_and_kind, whole_models
+from tests.cases import LARGE, each_case, every_form_and_kind, whole_models
 from tests.models import llama, run
 from tests.references import Chain, Conv1DModel, Mlp, module_shapes
 from wara_peft import WaRAConfig, WaRAModel
@@ -27,7 +27,7 @@ TIES = "ignore:Model with `tie_word_embeddings|Could not find a config file|Sett
 
 @pytest.mark.filterwarnings("ignore:levels=. is more than is useful", TIES)
 class TestEveryCase:
-    @each_case()
+    @each_case(parts=LARGE)
     def test_a_new_adapter_changes_nothing_and_trains(self, case):
         base, model = case.base(), case.adapted(init=True)
         before = case.output(base)
@@ -50,7 +50,7 @@ class TestEveryCase:
             with model.disable_adapter():
                 torch.testing.assert_close(case.output(model), before, atol=tolerance, rtol=tolerance)
 
-    @each_case()
+    @each_case(parts=LARGE)
     def test_save_and_load(self, case, tmp_path):
         model = case.adapted()
         model.save_pretrained(tmp_path)
@@ -60,7 +60,7 @@ class TestEveryCase:
             assert torch.equal(case.output(loaded), expected)
         assert module_shapes(loaded) == module_shapes(model)
 
-    @each_case("merge", where=lambda case: case.merges_exactly)
+    @each_case("merge", parts=LARGE, where=lambda case: case.merges_exactly)
     def test_merge_and_unload_then_save_as_a_plain_model(self, case, tmp_path):
         model = case.adapted()
         expected = case.output(model)
@@ -81,7 +81,10 @@ class TestEveryCase:
             weights = model.unload().state_dict()
             assert all(torch.equal(weights[name], value) for name, value in case.base().state_dict().items())
 
-    @each_case(parts=[whole_models], where=lambda case: case.form != "subband" or "all-linear" in case.name)
+    @each_case(
+        parts=[whole_models],
+        where=lambda case: case.form == "grid" or case.name in ("llama, all-linear", "gpt2, shared", "llama, tiny"),
+    )
     def test_adapters_of_transformers(self, case, tmp_path):
         model = case.adapted()
         expected, before = case.output(model), case.output(case.base())
@@ -103,9 +106,7 @@ class TestEveryCase:
         assert torch.equal(case.output(added), before)
         assert added.active_adapters() == ["default"]
 
-    @each_case(
-        parts=(every_form_and_kind, whole_models), where=lambda case: case.form != "subband" or "subband" in case.name
-    )
+    @each_case(parts=(every_form_and_kind, whole_models), where=lambda case: case.form != "subband")
     def test_is_switched_and_saved_beside_another(self, case, tmp_path):
         model = case.adapted()
         first = case.output(model)

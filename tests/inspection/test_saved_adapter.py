@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from tests.cases import PARTS, each_case, whole_models
+from tests.cases import SMALL, each_case
 from tests.references import Mlp, transform
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.disk.adapters.adapter import SavedAdapter
@@ -38,7 +38,7 @@ def check_by_pywavelets(module: ModuleReport, layer: WaRALayer, report: AdapterR
     "ignore:PEFT loads all|PEFT's LoRA |Neither PEFT|If its|This adapter is|levels=|bias='",
     "ignore:Model with `tie_word|Could not find a config file|Setting `save_embedding_layers`",
 )
-@each_case("read", parts=[part for part in PARTS if part is not whole_models])
+@each_case("read", parts=SMALL)
 def test_report(case, tmp_path):
     model = case.adapted()
     model.save_pretrained(tmp_path)

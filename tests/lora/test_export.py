@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertModel
 
-from tests.cases import CASES, PARTS, each_case, whole_models
+from tests.cases import CASES, SMALL, each_case
 from tests.models import bert, llama
 from tests.references import Mlp
 from wara_peft import WaRAConfig, lora_error, save_as_lora, to_lora
@@ -36,7 +36,7 @@ def adapted(name: str) -> tuple[nn.Module, PeftModel, torch.Tensor]:
     return case.base(), case.adapted(), case.inputs
 
 
-@each_case("export", where=lambda case: bool(case.lora))
+@each_case("export", parts=SMALL, where=lambda case: bool(case.lora))
 def test_lora_computes_the_same(case, tmp_path):
     model = case.adapted()
     expected = case.output(model)
@@ -55,6 +55,7 @@ def test_lora_computes_the_same(case, tmp_path):
 # a LoRA of parameters and of groups lies otherwise, which the test above shows
 @each_case(
     "export",
+    parts=SMALL,
     where=lambda case: (
         not {"Parameter", "MultiheadAttention", "Experts", "ExpertsInFirst"} & {*case.kinds}
         and case.name not in ("Conv2d, grouped", "Conv2d, depthwise")
@@ -92,7 +93,7 @@ def test_files(tmp_path):
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 16, 16)
 
 
-@each_case("export", "read", parts=[part for part in PARTS if part is not whole_models])
+@each_case("export", "read", parts=SMALL)
 def test_a_directory_gives_what_the_model_gives(case, tmp_path):
     model = case.adapted()
     model.save_pretrained(tmp_path, save_embedding_layers=False)
