@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.models import llama
 from wara_peft import (
     WaRAConfig,
     allocate_ranks,
@@ -40,17 +40,7 @@ def traced_nothing(request):
 
 
 def base() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=40,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return llama(eos_token_id=None, num_key_value_heads=2)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -15,8 +15,9 @@ import torch
 from huggingface_hub import metadata_load
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.utils.other import get_pattern_key
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import HfArgumentParser, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
+from tests.models import llama
 from wara_peft import WaRAConfig
 
 
@@ -323,8 +324,7 @@ class TestModelCard:
 
     @pytest.mark.parametrize("adapter_name", ["default", "other"])
     def test_the_tag_stays_when_peft_writes_the_card_again(self, adapter_name, tmp_path):
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-        base = LlamaModel(LlamaConfig(vocab_size=40, pad_token_id=0, **sizes))
+        base = llama(LlamaModel)
         model = get_peft_model(base, WaRAConfig(target_modules=["q_proj"]), adapter_name)
         for _ in range(3):
             model.save_pretrained(tmp_path)
@@ -362,9 +362,8 @@ class TestModelCard:
 
     @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS", "FEATURE_EXTRACTION", None])
     def test_the_snippet_loads_the_adapter(self, task_type, tmp_path):
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
         classes = {"CAUSAL_LM": LlamaForCausalLM, "SEQ_CLS": LlamaForSequenceClassification}
-        base = classes.get(task_type, LlamaModel)(LlamaConfig(vocab_size=40, pad_token_id=0, **sizes))
+        base = llama(classes.get(task_type, LlamaModel))
         base.save_pretrained(tmp_path / "base")
         base = type(base).from_pretrained(tmp_path / "base")
         config = WaRAConfig(target_modules=["q_proj"], init_weights=False, task_type=task_type)

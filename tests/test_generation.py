@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
+from tests import models
 from wara_peft import WaRAConfig, frozen_factors
 from wara_peft.forms.factor_cache import _call, factors_of_one_call
 
@@ -23,17 +24,7 @@ NEW_TOKENS = 12
 
 
 def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=40,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return models.llama(eos_token_id=None)
 
 
 def adapted(task_type: str | None = "CAUSAL_LM", **fields) -> PeftModel:

@@ -8,40 +8,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config
 
+from tests.cases import each_case, every_form_and_kind, settings_of_convolutions, weights_besides_layers
+from tests.models import Everything, llama, t5
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.layers.base import WaRALayer
 
-SIZES = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TOKENS = torch.arange(3, 23).view(4, 5)
 NAMES = ["default", "other", "__base__", "default"]
-
-
-class Everything(nn.Module):
-    """One layer of each kind that is adapted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(40, 8)
-        self.conv = nn.Conv1d(8, 12, 3, padding=1)
-        self.linear = nn.Linear(12, 6)
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.linear(torch.tanh(self.conv(self.embedding(input_ids).mT).mT))
-
-
-def llama() -> nn.Module:
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, **SIZES)
-    )
-
-
-def t5() -> nn.Module:
-    config = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, **SIZES)
-    return AutoModelForSeq2SeqLM.from_config(config)
-
-
 MODELS = {
     "everything": (Everything, ["embedding", "conv", "linear"], ["conv", "linear"]),
     "llama": (llama, ["q_proj", "down_proj"], "all-linear"),
@@ -69,10 +43,10 @@ def outputs(model: PeftModel, **kwargs) -> torch.Tensor:
     return result if isinstance(result, torch.Tensor) else result.logits
 
 
-def one_by_one(model: PeftModel, compute) -> dict[str, torch.Tensor]:
+def one_by_one(model: PeftModel, compute, other: str = "other") -> dict[str, torch.Tensor]:
     """What each adapter computes alone, and the base model."""
     results = {}
-    for name in ("default", "other"):
+    for name in ("default", other):
         model.set_adapter(name)
         results[name] = compute()
     with model.disable_adapter():
@@ -81,8 +55,20 @@ def one_by_one(model: PeftModel, compute) -> dict[str, torch.Tensor]:
     return results
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.filterwarnings("ignore:levels=")
+@each_case("mixed batch", parts=(every_form_and_kind, settings_of_convolutions, weights_besides_layers))
 def test_forward(case):
+    """The second adapter differs in its values only, which must not be mixed up."""
+    model = case.with_twin()
+    alone = one_by_one(model, lambda: case.output(model), "twin")
+    assert not torch.allclose(alone["default"], alone["twin"], atol=1e-3)
+    for names in (["default", "twin"], ["twin", "__base__"]):
+        expected = torch.stack([alone[name][index] for index, name in enumerate(names)])
+        torch.testing.assert_close(case.output(model, adapter_names=names), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_forward_of_adapters_with_other_targets(case):
     model = build(case)
     alone = one_by_one(model, lambda: outputs(model))
     expected = torch.stack([alone[name][index] for index, name in enumerate(NAMES)])
@@ -90,6 +76,23 @@ def test_forward(case):
     found = outputs(model, adapter_names=NAMES)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(outputs(model), alone["default"])
+
+
+@pytest.mark.parametrize("more", [{"trainable_token_indices": [3, 7]}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_forward_where_one_adapter_trains_more_than_factors(more, reverse):
+    configs = [WaRAConfig(target_modules=["q_proj"], init_weights=False, **fields) for fields in (more, {})]
+    model = get_peft_model(llama(), configs[reverse])
+    model.add_adapter("other", configs[not reverse])
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name or "trainable_tokens" in name:
+            nn.init.normal_(parameter.data)
+    model.eval()
+    for active in ("default", "other"):
+        alone = one_by_one(model, lambda: outputs(model))
+        model.set_adapter(active)
+        expected = torch.stack([alone[name][index] for index, name in enumerate(NAMES)])
+        torch.testing.assert_close(outputs(model, adapter_names=NAMES), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -138,6 +141,16 @@ class TestWeightedAdapters:
     def delta_of(self, model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, WaRALayer) and name in m.wara_A}
         return {layer_name: layer.get_delta_weight(name).detach() for layer_name, layer in layers.items()}
+
+    @pytest.mark.filterwarnings("ignore:levels=|Model with `tie_word_embeddings")
+    @each_case("combine", parts=(every_form_and_kind, weights_besides_layers))
+    def test_cat_of_every_case_is_exact(self, case):
+        model = case.with_twin()
+        model.add_weighted_adapter(["default", "twin"], [0.7, -1.5], "combined", "cat")
+        ours, twins, found = (self.delta_of(model, name) for name in ("default", "twin", "combined"))
+        assert found.keys() == ours.keys()
+        for name, delta in found.items():
+            torch.testing.assert_close(delta, 0.7 * ours[name] - 1.5 * twins[name], atol=1e-5, rtol=1e-5)
 
     def with_twin(self) -> PeftModel:
         """Adapters default and twin of one wavelet, levels and form, but other ranks and modules."""

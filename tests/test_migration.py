@@ -13,8 +13,8 @@ from peft import LoraConfig, LoraRuntimeConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, replicate_layers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests import models
 from wara_peft import WaRAConfig
 from wara_peft.config_fields.from_lora import IMPLIED, LORA_FIELDS, carried_fields
 from wara_peft.layers.base import WaRALayer
@@ -105,9 +105,7 @@ def test_other_attributes_are_missing_as_ever():
 
 def test_replicating_layers_first_is_what_lora_does():
     def llama() -> nn.Module:
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 40}
-        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)).eval()
+        return models.llama(num_hidden_layers=3)
 
     layer_map = [[0, 2], [1, 3]]
     lora = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], layer_replication=layer_map)).eval()

@@ -13,162 +13,122 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, GPT2Config, LlamaConfig
 
-from tests.references import Chain, Conv1DModel, Mlp, module_shapes, tiny_vit
+from tests.cases import LARGE, each_case, every_form_and_kind, whole_models
+from tests.models import llama, run
+from tests.references import Chain, Conv1DModel, Mlp, module_shapes
 from wara_peft import WaRAConfig, WaRAModel
 from wara_peft.layers.base import WaRALayer
 from wara_peft.layers.linear import Linear
 
-
-def tiny_llama() -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=50,
-        )
-    )
+# of the embedding that PEFT saves with its adapters, and of an index in the model's config
+TIES = "ignore:Model with `tie_word_embeddings|Could not find a config file|Setting `save_embedding_layers`"
 
 
-def tiny_gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(GPT2Config(n_embd=24, n_layer=2, n_head=4, vocab_size=50, n_positions=32))
-
-
-def tiny_bert() -> nn.Module:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, num_labels=3
-    )
-    return BertForSequenceClassification(config)
-
-
-TOKENS = torch.arange(1, 13).view(2, 6)
-IMAGES = torch.randn(2, 1, 14, 14, generator=torch.Generator().manual_seed(0))
-
-# model, target modules, further fields: one row a case
-CASES = {
-    "llama-subband": (tiny_llama, "all-linear", {}),
-    "llama-db4-three-levels": (tiny_llama, ["q_proj", "v_proj"], {"wavelet": "db4", "levels": 3}),
-    "llama-shared": (tiny_llama, None, {"form": "shared"}),
-    "llama-aa0": (tiny_llama, r".*mlp.*proj", {"subband_ranks": {"aa0": 3}}),
-    "gpt2-subband": (tiny_gpt2, ["c_attn", "c_fc", "c_proj"], {"levels": 2}),
-    "gpt2-shared": (tiny_gpt2, None, {"form": "shared", "wavelet": "coif1"}),
-    "bert-patterns": (
-        tiny_bert,
-        "all-linear",
-        {"rank_pattern": {"query": 2, "key": {"dd1": 0}}, "alpha_pattern": {"value": 3}, "task_type": "SEQ_CLS"},
-    ),
-    "llama-tiny": (tiny_llama, "all-linear", {"form": "tiny"}),
-    "gpt2-tiny-diagonal": (
-        tiny_gpt2,
-        ["c_attn", "c_fc"],
-        {"form": "tiny", "core": "diagonal", "wavelet": "db2", "levels": 2, "save_basis": False},
-    ),
-    "vit-tiny": (tiny_vit, ["q_proj", "fc1"], {"form": "tiny", "subband_ranks": {"aa0": 2, "dd1": 1}}),
-    "vit-grid": (
-        tiny_vit,
-        ["q_proj", "fc1"],
-        {"form": "grid", "wavelet": "db2", "subband_ranks": {"aa1": 6}, "rank_pattern": {"fc1": {"dd1": 0}}},
-    ),
-    "vit-grid-shared": (tiny_vit, ["v_proj", "fc2"], {"form": "grid", "grid_pairs": "shared", "levels": 2}),
-}
-MERGEABLE = [case for case in CASES if "grid" not in case]
-
-
-def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {"pixel_values": IMAGES} if model.config.model_type == "vit" else {"input_ids": TOKENS}
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs_of(model)).logits
-
-
-def build(case: str, **fields) -> tuple[nn.Module, PeftModel]:
-    make, targets, more = CASES[case]
-    base = make().eval()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "levels=3 is more than is useful")
-        torch.manual_seed(1)
-        model = get_peft_model(copy.deepcopy(base), WaRAConfig(target_modules=targets, **more, **fields)).eval()
-    return base, model
-
-
-@pytest.mark.filterwarnings("ignore:levels=3 is more than is useful")
-class TestWorkflows:
-    @pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:levels=. is more than is useful", TIES)
+class TestEveryCase:
+    @each_case(parts=LARGE)
     def test_a_new_adapter_changes_nothing_and_trains(self, case):
-        base, model = build(case)
-        assert torch.equal(logits(model), logits(base))
+        base, model = case.base(), case.adapted(init=True)
+        before = case.output(base)
+        assert {shape[0] for shape in module_shapes(model).values()} == set(case.kinds)
+        tolerance = 0 if case.same_kernels else 1e-6
+        torch.testing.assert_close(case.output(model), before, atol=tolerance, rtol=tolerance)
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        assert trainable
-        assert all(".wara_" in name or "modules_to_save" in name for name in trainable)
+        has_biases = "bias" in case.fields
+        besides = ("modules_to_save", "trainable_tokens", *(["bias"] if has_biases else []))
+        assert any(".wara_" in name for name in trainable)
+        assert all(any(part in name for part in (".wara_", *besides)) for name in trainable)
 
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
         for _ in range(2):
-            model(**inputs_of(model)).logits.square().mean().backward()
+            run(model, case.inputs).square().mean().backward()
             optimizer.step()
-        assert not torch.allclose(logits(model), logits(base))
-        with model.disable_adapter():
-            if "bert" not in case:  # BERT's head trains too
-                torch.testing.assert_close(logits(model), logits(base), atol=0, rtol=0)
+        after = case.output(model)
+        assert after.isfinite().all() and not torch.allclose(after, before)
+        if not has_biases:  # which stay as they are trained, as in LoRA
+            with model.disable_adapter():
+                torch.testing.assert_close(case.output(model), before, atol=tolerance, rtol=tolerance)
 
-    @pytest.mark.parametrize("case", CASES)
+    @each_case(parts=LARGE)
     def test_save_and_load(self, case, tmp_path):
-        base, model = build(case, init_weights=False)
+        model = case.adapted()
         model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-        assert torch.equal(logits(loaded), logits(model))
-        low_memory = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, low_cpu_mem_usage=True)
-        assert torch.equal(logits(low_memory), logits(model))
+        expected = case.output(model)
+        for low_cpu_mem_usage in (False, True):
+            loaded = PeftModel.from_pretrained(case.base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+            assert torch.equal(case.output(loaded), expected)
         assert module_shapes(loaded) == module_shapes(model)
 
-    @pytest.mark.parametrize("case", MERGEABLE)
+    @each_case("merge", parts=LARGE, where=lambda case: case.merges_exactly)
     def test_merge_and_unload_then_save_as_a_plain_model(self, case, tmp_path):
-        base, model = build(case, init_weights=False)
-        expected = logits(model)
+        model = case.adapted()
+        expected = case.output(model)
         merged = copy.deepcopy(model).merge_and_unload()
-        assert type(merged) is type(base)
+        assert type(merged) is type(case.base())
         assert not any(isinstance(module, WaRALayer) for module in merged.modules())
-        torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
-        merged.save_pretrained(tmp_path)
-        plain = type(base).from_pretrained(tmp_path).eval()
-        torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(case.output(merged), expected, atol=1e-5, rtol=1e-5)
+        if case.is_of_transformers:
+            merged.save_pretrained(tmp_path)
+            plain = type(merged).from_pretrained(tmp_path)
+            torch.testing.assert_close(case.output(plain), expected, atol=1e-5, rtol=1e-5)
 
         model.merge_adapter()
-        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(case.output(model), expected, atol=1e-5, rtol=1e-5)
         model.unmerge_adapter()
-        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
-        assert torch.equal(logits(model.unload()), logits(model))
+        torch.testing.assert_close(case.output(model), expected, atol=1e-5, rtol=1e-5)
+        if not any(p.requires_grad and ".wara_" not in name for name, p in model.named_parameters()):
+            weights = model.unload().state_dict()
+            assert all(torch.equal(weights[name], value) for name, value in case.base().state_dict().items())
 
-    @pytest.mark.parametrize("case", ["llama-subband", "gpt2-shared", "llama-tiny", "vit-grid", "vit-grid-shared"])
+    @each_case(
+        parts=[whole_models],
+        where=lambda case: case.form == "grid" or case.name in ("llama, all-linear", "gpt2, shared", "llama, tiny"),
+    )
     def test_adapters_of_transformers(self, case, tmp_path):
-        make, targets, more = CASES[case]
-        base, model = build(case, init_weights=False)
-        expected = logits(model)
+        model = case.adapted()
+        expected, before = case.output(model), case.output(case.base())
         model.save_pretrained(tmp_path / "from_peft")
 
-        loaded = make().eval()
+        loaded = case.base()
         loaded.load_adapter(str(tmp_path / "from_peft"))
-        assert torch.equal(logits(loaded), expected)
+        assert torch.equal(case.output(loaded), expected)
         loaded.disable_adapters()
-        assert torch.equal(logits(loaded), logits(base))
+        assert torch.equal(case.output(loaded), before)
         loaded.enable_adapters()
         loaded.save_pretrained(tmp_path / "from_transformers")
         assert "import wara_peft" in (tmp_path / "from_transformers" / "README.md").read_text()
-        again = PeftModel.from_pretrained(make().eval(), tmp_path / "from_transformers")
-        assert torch.equal(logits(again), expected)
+        again = PeftModel.from_pretrained(case.base(), tmp_path / "from_transformers")
+        assert torch.equal(case.output(again), expected)
 
-        added = make().eval()
-        added.add_adapter(WaRAConfig(target_modules=targets, **more))
-        assert torch.equal(logits(added), logits(base))
+        added = case.base()
+        added.add_adapter(case.config())
+        assert torch.equal(case.output(added), before)
         assert added.active_adapters() == ["default"]
+
+    @each_case(parts=(every_form_and_kind, whole_models), where=lambda case: case.form != "subband")
+    def test_is_switched_and_saved_beside_another(self, case, tmp_path):
+        model = case.adapted()
+        first = case.output(model)
+        targets = {name: case.fields.get(name) for name in ("target_modules", "target_parameters")}
+        model.add_adapter("other", WaRAConfig(**targets, init_weights=False))
+        assert torch.equal(case.output(model), first)
+        model.set_adapter("other")
+        second = case.output(model)
+        assert not torch.allclose(second, first)
+        with model.disable_adapter():
+            assert torch.equal(case.output(model), case.output(case.base()))
+        model.set_adapter("default")
+        assert torch.equal(case.output(model), first)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(case.base(), tmp_path)
+        loaded.load_adapter(tmp_path / "other", adapter_name="renamed")
+        assert torch.equal(case.output(loaded), first)
+        loaded.set_adapter("renamed")
+        assert torch.equal(case.output(loaded), second)
+        loaded.delete_adapter("default")
+        assert torch.equal(case.output(loaded), second)
+        assert not any("default" in name for name in loaded.state_dict())
 
 
 class TestKeysOnDisk:
@@ -198,29 +158,6 @@ class TestKeysOnDisk:
 
 
 class TestSeveralAdapters:
-    @pytest.mark.parametrize("case", ["llama-tiny", "gpt2-tiny-diagonal", "vit-tiny", "vit-grid", "vit-grid-shared"])
-    def test_other_forms_switch_and_are_saved_beside_another(self, case, tmp_path):
-        base, model = build(case, init_weights=False)
-        first = logits(model)
-        model.add_adapter("other", WaRAConfig(target_modules=CASES[case][1], init_weights=False))
-        assert torch.equal(logits(model), first)
-        model.set_adapter("other")
-        second = logits(model)
-        assert not torch.allclose(second, first)
-        with model.disable_adapter():
-            assert torch.equal(logits(model), logits(base))
-        model.set_adapter("default")
-        assert torch.equal(logits(model), first)
-        model.save_pretrained(tmp_path)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-        loaded.load_adapter(tmp_path / "other", adapter_name="renamed")
-        assert torch.equal(logits(loaded), first)
-        loaded.set_adapter("renamed")
-        assert torch.equal(logits(loaded), second)
-        loaded.delete_adapter("default")
-        assert torch.equal(logits(loaded), second)
-        assert not any("default" in name for name in loaded.state_dict())
-
     def model(self) -> PeftModel:
         torch.manual_seed(0)
         model = get_peft_model(Mlp(), WaRAConfig(target_modules=["up", "down"], init_weights=False))
@@ -359,7 +296,7 @@ class TestBadInput:
         assert_unchanged(model, before)
 
     def test_transformers_model_keeps_no_failed_adapter(self):
-        model = tiny_llama()
+        model = llama()
         model.add_adapter(WaRAConfig(target_modules=["q_proj"]))
         with pytest.raises(TypeError, match="not supported"):
             model.add_adapter(WaRAConfig(target_modules=["q_proj", "norm"]), adapter_name="other")
@@ -405,7 +342,7 @@ class TestBadInput:
         assert model(torch.randn(2, width)).isfinite().all()
 
     def test_transformers_loading_warns_of_another_model(self, tmp_path):
-        model = tiny_llama()
+        model = llama()
         model.add_adapter(WaRAConfig(target_modules=["q_proj"]))
         model.save_pretrained(tmp_path)
         config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -413,7 +350,7 @@ class TestBadInput:
         config["module_shapes"][name] = [kind, out, in_ - 1]
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         with pytest.warns(UserWarning, match=r"made for modules of other \(out, in\) shapes"):
-            tiny_llama().load_adapter(str(tmp_path))
+            llama().load_adapter(str(tmp_path))
 
     def test_a_second_injection_from_an_outer_root_reads_patterns_by_the_outer_names(self):
         inner = Mlp()
@@ -590,7 +527,7 @@ def test_bias_trains_and_is_saved(tmp_path):
 
 def test_trainable_parameters_are_those_of_lora_of_rank_8():
     counts = [
-        get_peft_model(tiny_llama(), config).get_nb_trainable_parameters()[0]
+        get_peft_model(llama(), config).get_nb_trainable_parameters()[0]
         for config in (WaRAConfig(target_modules="all-linear"), LoraConfig(r=8, target_modules="all-linear"))
     ]
     assert counts[0] == counts[1]

@@ -16,16 +16,15 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
-    LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
 )
 
+from tests import models
 from tests.references import Chain, Mlp, module_shapes, saved_config
 from wara_peft import WaRAConfig
 from wara_peft.layers.lookup import layers_of
@@ -35,16 +34,7 @@ TOKENS = torch.arange(1, 13).view(2, 6)
 
 
 def llama(layers: int = 1, tied: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        vocab_size=40,
-        tie_word_embeddings=tied,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return models.llama(num_hidden_layers=layers, tie_word_embeddings=tied)
 
 
 def mixtral() -> nn.Module:

@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from transformers import (
     DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -18,6 +16,7 @@ from transformers import (
 )
 
 from tests.compression.models import batches, llama
+from tests.models import gpt2
 from wara_peft.compression import LowRankCache, cache_bases, calibrate, factorize
 from wara_peft.compression.budget.depth import depth_shares
 
@@ -131,10 +130,6 @@ def test_bfloat16() -> None:
     with torch.no_grad():
         assert model(IDS, past_key_values=cache).logits.dtype == torch.bfloat16
     assert cache.layers[0].values.dtype == torch.bfloat16
-
-
-def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32))
 
 
 def mistral() -> MistralForCausalLM:

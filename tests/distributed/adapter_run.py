@@ -22,10 +22,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.vit.modeling_vit import ViTLayer
 
+from tests.models import llama
 from wara_peft import RankSchedule, WaRAConfig
 
 CONFIGS = {
@@ -45,10 +46,7 @@ def base_model(method: str = "wara") -> nn.Module:
     if method == "grid":
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
         return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=40, **sizes))
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40
-    )
-    return AutoModelForCausalLM.from_config(config)
+    return llama().train()
 
 
 def build(method: str) -> PeftModel:

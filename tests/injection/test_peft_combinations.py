@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from tests.references import Conv1DModel, Mlp
+from tests.cases import CASES as ALL
+from tests.models import TOKENS, Everything, X, mlp
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.layers.base import WaRALayer
 
@@ -44,22 +45,12 @@ class Pictures(nn.Module):
         return self.linear(self.flat(torch.tanh(self.conv(x))).mean((2, 3)))
 
 
-class Words(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(40, 8)
-        self.linear = nn.Linear(8, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.embedding(x))
-
-
 # model, an input, targets of the three adapters, whose ranks differ by module, but not the largest
 CASES = {
-    "linear": (Mlp, torch.randn(4, 12), [["up"], ["up", "down"], ["down"]]),
-    "conv1d": (Conv1DModel, torch.randn(4, 9), [["proj"]] * 3),
+    "linear": (mlp, X, [["up"], ["up", "down"], ["down"]]),
+    "conv1d": (ALL["Conv1D, subband"].base, torch.randn(4, 9), [["layer"]] * 3),
     "conv2d": (Pictures, torch.randn(4, 6, 5, 5), [["conv", "flat"], ["linear", "conv"], ["flat", "linear"]]),
-    "embedding": (Words, torch.arange(8), [["embedding"], ["embedding", "linear"], ["linear"]]),
+    "embedding": (Everything, TOKENS, [["embedding"], ["embedding", "linear"], ["linear"]]),
 }
 
 
@@ -128,6 +119,7 @@ def test_it_is_what_peft_makes_of_the_exported_loras(case, combination_type, tmp
     assert model.active_adapter == "default"
     model.set_adapter("new")
     lora.set_adapter("new")
+    model.requires_grad_(False)  # as what is loaded is, or products take other kernels
     torch.testing.assert_close(model(x), lora(x), atol=1e-5, rtol=1e-5)
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "new").eval()
@@ -177,7 +169,7 @@ def test_random_numbers_beside_those_of_peft_are_not_drawn():
 
 
 def test_tiny_and_trained_biases():
-    base = Mlp()
+    base = mlp()
     config = WaRAConfig(target_modules=["up"], form="tiny", r=2, init_weights=False, bias="wara_only")
     model = get_peft_model(copy.deepcopy(base), config)
     model.add_adapter("other", WaRAConfig(target_modules=["up"], r=2, init_weights=False))

@@ -12,8 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
+from tests import models
 from tests.references import Mlp
 from wara_peft import WaRAConfig
 from wara_peft.layers.base import WaRALayer
@@ -43,16 +44,7 @@ CASES = {
 
 
 def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        vocab_size=40,
-        attention_bias=True,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return models.llama(num_hidden_layers=3, attention_bias=True)
 
 
 def adapted_modules(model: PeftModel) -> set[str]:

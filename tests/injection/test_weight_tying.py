@@ -9,16 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
-    BertConfig,
     BertForMaskedLM,
-    LlamaConfig,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
+from tests import models
+from tests.models import bert, t5
 from tests.references import Chain, module_shapes
 from wara_peft import WaRAConfig, save_as_lora
 
@@ -34,16 +31,7 @@ each_config = pytest.mark.parametrize("fields", FIELDS, ids=["embedding", "head"
 
 
 def llama() -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=40,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config).double().eval()
+    return models.llama(num_hidden_layers=1, tie_word_embeddings=True).double()
 
 
 def tied(fields: dict[str, object], **more) -> PeftModel:
@@ -169,8 +157,7 @@ def test_merging_into_a_weight_that_another_layer_uses_unadapted_is_refused(targ
 
 
 def test_a_tie_that_peft_does_not_see_is_refused_too():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    base = BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).eval()
+    base = bert(BertForMaskedLM)
     fields = {"target_modules": ["word_embeddings"], "init_weights": False, "ensure_weight_tying": True}
     model = get_peft_model(base, WaRAConfig(**fields))
     with pytest.raises(ValueError, match=r"'bert.embeddings.word_embeddings': .*'cls.predictions.decoder'"):
@@ -236,10 +223,9 @@ def test_tokens_that_peft_ties_merge(tokens):
 
 
 def encoder_decoder(kind: str) -> nn.Module:
-    torch.manual_seed(0)
     if kind == "T5":
-        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
-        return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)).eval()
+        return t5(num_layers=1)
+    torch.manual_seed(0)
     layers = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in SMALL.items()}
     config = BartConfig(vocab_size=40, d_model=16, scale_embedding=True, max_position_embeddings=64, **layers)
     return BartForConditionalGeneration(config).eval()
@@ -273,6 +259,29 @@ def test_embeddings_tied_to_an_embedding(kind, tmp_path):
     torch.testing.assert_close(outputs(model.merge_and_unload()), outputs(dense), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA")
+@pytest.mark.parametrize(("kind", "name"), [("T5", "shared"), ("BART", "model.shared")])
+def test_a_lora_of_an_embedding_that_peft_does_not_tie_is_to_be_merged(kind, name, tmp_path):
+    """PEFT ties layers only to embeddings with names that it knows, which the warning says, and it is so."""
+    config = WaRAConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, init_weights=False)
+    model = get_peft_model(encoder_decoder(kind), config).eval()
+    model.save_pretrained(tmp_path / "wara", save_embedding_layers=False)
+
+    def outputs(of: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of(input_ids=TOKENS, labels=TOKENS).logits
+
+    for source in (model, tmp_path / "wara"):
+        with pytest.warns(
+            UserWarning, match=rf"input embedding '{name}' and layers .* ties no .* merge it before use"
+        ):
+            save_as_lora(tmp_path / "lora", source)
+        with pytest.warns(UserWarning, match="You have requested `ensure_weight_tying`, but no tied modules"):
+            lora = PeftModel.from_pretrained(encoder_decoder(kind), tmp_path / "lora").eval()
+        assert not torch.allclose(outputs(lora), outputs(model), atol=1e-2)
+        torch.testing.assert_close(outputs(lora.merge_and_unload()), outputs(model), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "fields", [{"combination_type": "cat"}, {"combination_type": "svd", "svd_rank": 100}]
 )  # more than ΔW's rank: exact
@@ -285,6 +294,29 @@ def test_combining_keeps_the_tie(order, fields):
     model.add_weighted_adapter(order, [1.0, 1.0], "both", **fields)
     model.set_adapter("both")
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.parametrize("combination_type", ["cat", "svd"])
+@pytest.mark.parametrize("kind", ["T5", "BART"])
+def test_combining_keeps_the_tie_of_embeddings(kind, combination_type, tmp_path):
+    config = WaRAConfig(target_modules=["embed_tokens"], ensure_weight_tying=True, init_weights=False, r=2)
+    model = get_peft_model(encoder_decoder(kind), config).eval()
+    model.add_adapter("other", copy.deepcopy(config))
+    embedding, dense = model.get_input_embeddings(), encoder_decoder(kind)
+    for name, weight in (("default", 0.7), ("other", -1.5)):
+        dense.get_input_embeddings().weight.data += weight * embedding.get_delta_weight(name)
+    model.add_weighted_adapter(["default", "other"], [0.7, -1.5], "both", combination_type, svd_rank=16)
+    model.set_adapter("both")
+
+    def outputs(of: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return of(input_ids=TOKENS, labels=TOKENS).logits
+
+    torch.testing.assert_close(outputs(model), outputs(dense), atol=1e-4, rtol=1e-4)
+    model.save_pretrained(tmp_path, selected_adapters=["both"], save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(encoder_decoder(kind), tmp_path / "both").eval()
+    torch.testing.assert_close(outputs(loaded), outputs(dense), atol=1e-4, rtol=1e-4)
 
 
 def test_combining_tied_with_untied_is_refused():

@@ -3,63 +3,75 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
+import torch
 from peft import get_peft_model
 from torch import nn
 
-from tests.references import Mlp, dense_coefficients
+from tests.cases import SMALL, each_case
+from tests.references import Mlp, transform
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.disk.adapters.adapter import SavedAdapter
-from wara_peft.inspection.saved_adapter import inspect_adapter
-
-CASES = {
-    "haar": {"wara_alpha": 5},
-    "two levels": {"levels": 2, "use_rslora": True},
-    "shared": {"form": "shared", "wavelet": "db2"},
-    "unequal ranks": {"rank_pattern": {"up": {"aa1": 9, "dd1": 0}}},
-}
+from wara_peft.inspection.saved_adapter import AdapterReport, ModuleReport, inspect_adapter
+from wara_peft.layers.base import WaRALayer
+from wara_peft.layers.lookup import layers_of
 
 
-@pytest.mark.filterwarnings("ignore:levels=. is more than is useful")
-@pytest.mark.parametrize("case", CASES)
+def check_by_pywavelets(module: ModuleReport, layer: WaRALayer, report: AdapterReport) -> None:
+    """Energies are those of the subbands of ΔW, where all axes can be halved, so that subbands are orthogonal."""
+    if any(side % 2**report.levels for side in layer.shape.lengths):
+        return
+    delta = layer.get_delta_weight("default", torch.float64).detach()
+    delta = delta.mT if layer.kind.keeps_in_first else delta
+    delta = delta.flatten(2).permute(2, 0, 1) if layer.kind.kernel_dimensions else delta  # a matrix for each place
+    expected = Counter()
+    for matrix in delta.reshape(-1, *layer.shape.lengths):
+        bands = transform(matrix.numpy(), report.wavelet, report.levels)
+        expected.update({band: (value**2).sum() for band, value in bands.items()})
+    assert module.energy == pytest.approx({band: expected[band] for band in module.energy}, rel=1e-5)
+    assert sum(module.energy.values()) == pytest.approx(expected.total(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:PEFT loads all|PEFT's LoRA |Neither PEFT|If its|This adapter is|levels=|bias='",
+    "ignore:Model with `tie_word|Could not find a config file|Setting `save_embedding_layers`",
+)
+@each_case("read", parts=SMALL)
 def test_report(case, tmp_path):
-    fields = {"target_modules": ["up", "down"], **CASES[case]}
-    model = get_peft_model(Mlp(), WaRAConfig(init_weights=False, **fields))
+    model = case.adapted()
     model.save_pretrained(tmp_path)
     report = inspect_adapter(SavedAdapter(tmp_path))
-    assert [module.name for module in report.modules] == ["down", "up"]
-    state_dict = to_lora(model)[1]
-    assert (
-        report.rank
-        == max(module.rank for module in report.modules)
-        == state_dict["base_model.model.up.lora_A.weight"].shape[0]
-    )
-    energies = {}
+    layers = {name.removeprefix("base_model.model."): layer for name, layer in layers_of(model, "default").items()}
+    layers = {name: layer for name, layer in layers.items() if "default" not in layer.tied_to}
+    assert [module.name for module in report.modules] == sorted(layers)
+    energies = Counter()
     for module in report.modules:
-        layer = model.base_model.model.get_submodule(module.name)
-        adapter = [p for name, p in layer.named_parameters() if "wara_" in name]
-        assert module.parameters == sum(p.numel() for p in adapter)
-        assert module.lora_parameters == module.rank * (layer.in_features + layer.out_features)
-        assert (module.kind, module.out_features, module.in_features) == (
-            "Linear",
-            layer.out_features,
-            layer.in_features,
-        )
-        assert module.ranks == layer.wara_A["default"].ranks
-        scaling = layer.scaling["default"]
-        for band, coefficients in dense_coefficients(layer).items():
-            expected = (scaling * coefficients**2 * scaling).sum()
-            assert module.energy[band] == pytest.approx(expected, rel=1e-5)
-            energies[band] = energies.get(band, 0.0) + expected
-        # Lengths here are multiples of four, so the subbands are orthogonal.
-        delta = layer.get_delta_weight("default").double()
-        assert sum(module.energy.values()) == pytest.approx(float(delta.square().sum()), rel=1e-5)
+        layer = layers[module.name]
+        assert module.kind in case.kinds
+        assert module.parameters == sum(p.numel() for name, p in layer.named_parameters() if "wara_" in name)
+        assert module.rank == layer.total_rank("default") * module.groups
+        coefficients = layer.forms["default"].coefficients(layer.parts("default"))
+        assert module.ranks == {band: columns.shape[-1] for band, (_, columns) in coefficients.items()}
+        for band, (rows, columns) in coefficients.items():
+            rows = rows.flatten(1) if layer.kind.kernel_dimensions else rows  # others may have experts first
+            product = layer.scaling["default"] * columns.double() @ rows.double()
+            assert module.energy[band] == pytest.approx(product.square().sum().item(), rel=1e-5)
+            energies[band] += module.energy[band]
+        if case.can("export") and "aa0" not in coefficients:
+            check_by_pywavelets(module, layer, report)
     for band, energy in energies.items():
-        assert report.energy_shares()[band] == pytest.approx(energy / sum(energies.values()), rel=1e-5)
-    assert sum(report.level_shares().values()) == pytest.approx(1.0)
-    assert report.level_shares()["approximation"] == report.energy_shares()[f"aa{report.levels}"]
+        assert report.energy_shares()[band] == pytest.approx(energy / energies.total(), rel=1e-5)
+    shares = report.level_shares()
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares.get("approximation") == report.energy_shares().get(f"aa{report.levels}")
     assert json.loads(json.dumps(report.as_dict()))["rank"] == report.rank
+    if case.can("export"):
+        config, state_dict = to_lora(model)
+        assert report.rank == config.r
+        factors = [value.numel() for key, value in state_dict.items() if ".lora_" in key]
+        assert report.lora_parameters == sum(factors)
 
 
 def test_a_new_adapter_has_no_energy(tmp_path):

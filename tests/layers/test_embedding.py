@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.references import WAVELETS, dense_coefficients, inverse_transform, module_shapes, sizes
-from wara_peft import WaRAConfig, save_as_lora
+from tests.references import WAVELETS, dense_coefficients, inverse_transform, sizes
+from wara_peft import WaRAConfig
 from wara_peft.layers.embedding import Embedding
 
 TOKENS = torch.tensor([[0, 3, 12, 12], [5, 6, 11, 1]])
@@ -143,21 +143,6 @@ def test_the_vocabulary_axis_is_never_synthesised():
         layer.wara_A["default"](TOKENS.flatten())
     # Never as wide as the vocabulary, nor as the coefficients of a level.
     assert 0 < widest < min(coefficients)
-
-
-@pytest.mark.filterwarnings("ignore:PEFT loads all of this LoRA")
-def test_saves_loads_and_exports(tmp_path):
-    base = Bag()
-    config = WaRAConfig(target_modules=["embedding", "head"], init_weights=False, r=3)
-    model = get_peft_model(copy.deepcopy(base), config).eval()
-    assert module_shapes(model)["embedding"] == ["Embedding", 6, 13]
-    model.save_pretrained(tmp_path / "wara")
-    save_as_lora(tmp_path / "lora", model)
-    for directory, exact in (("wara", True), ("lora", False)):
-        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / directory).eval()
-        difference = (loaded(TOKENS) - model(TOKENS)).abs().max()
-        assert difference == 0 if exact else difference < 1e-5
-    assert isinstance(loaded.peft_config["default"], LoraConfig)
 
 
 @pytest.mark.filterwarnings("ignore:The saved adapter was made")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.models import llama
 from tests.references import Mlp
 from wara_peft import WaRAConfig
 
@@ -58,13 +58,10 @@ def test_what_its_user_froze_stays_frozen(fields: dict[str, Any]) -> None:
 
 
 def test_transformers_enabling_is_right_too(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    model = llama()
     model.add_adapter(WaRAConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_config(config)
+    loaded = llama()
     loaded.load_adapter(str(tmp_path))
     for switched, trains in ((model, True), (loaded, False)):
         before = flags(switched)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from tests.models import llama
 from wara_peft import WaRAConfig, load_lora, save_as_lora, to_lora
 from wara_peft.layers.base import WaRALayer
 
@@ -359,11 +360,6 @@ def test_keys_that_do_not_fit_are_refused(tmp_path, change, match):
     trained_lora(tmp_path, Model(), modules_to_save=["head"])
     rewrite_weights(tmp_path, change)
     refused(tmp_path, match)
-
-
-def llama(**sizes: int) -> LlamaForCausalLM:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **sizes}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, **sizes))
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 
+from tests.models import WORDS, X, llama, mlp, output
 from wara_peft import save_as_lora
 
-from .models import WORDS, X, adapted, close, llama, mlp, output, train
+from .models import adapted, close, train
 from .table import LORA, REFUSED, WARA, Area, Method
 
 AREA = Area("Several adapters")

@@ -20,10 +20,11 @@ from peft import (
 )
 from transformers import HfArgumentParser
 
+from tests.models import WORDS, X, llama, run
 from wara_peft import WaRAConfig
 from wara_peft.config_fields.from_lora import LORA_FIELDS
 
-from .models import ATTENTION, WORDS, X, adapted, layers_of, llama, run, train
+from .models import ATTENTION, adapted, layers_of, train
 from .table import LORA, Area, Method
 
 AREA = Area("Configuration")
@@ -182,7 +183,7 @@ for init in ("gaussian", "pissa", "olora"):
 
 
 def has_field(method: Method, name: str, value: Any) -> None:
-    model = adapted(method, llama(), **{name: value})
+    model = adapted(method, llama(num_key_value_heads=2), **{name: value})
     run(model.train(), WORDS | {"use_cache": False}).sum().backward()
     assert any(value.grad is not None for value in model.parameters())
 

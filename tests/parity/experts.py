@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
-import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
-from .models import WORDS, adapted, close, output, train
+from tests.models import EXPERTS, MIXTURES, WORDS, mixture, output
+
+from .models import adapted, close, train
 from .table import LORA, Area, Method
 
 AREA = Area("Experts of a mixture")
 row = AREA.row
-EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "Mixtral": MixtralConfig(**SIZES, num_local_experts=4),
-    "Qwen3-MoE": Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=16, head_dim=8),
-    "gpt-oss": GptOssConfig(**SIZES, num_local_experts=4, head_dim=8, rope_parameters={"rope_theta": 1e4}),
-}
-
-
-def mixture(name: str = "Mixtral") -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
 
 
 def of_experts(method: Method, init: bool = True, **fields: object) -> PeftModel:
@@ -59,7 +38,7 @@ def trains_and_merges(method: Method, name: str) -> None:
     assert close(output(model.merge_and_unload(), WORDS), after, 1e-3)
 
 
-for name in CONFIGS:
+for name in MIXTURES:
 
     @row(f"`target_parameters`, the experts of {name}: training and merging")
     def target_parameters(method: Method, name: str = name) -> str | None:

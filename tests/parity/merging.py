@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .models import WORDS, adapted, close, layers_of, llama, mlp, output
+from tests.models import WORDS, llama, mlp, output
+
+from .models import adapted, close, layers_of
 from .table import Area, Method
 
 AREA = Area("Merging")

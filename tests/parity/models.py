@@ -8,66 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    LlamaConfig,
-    MambaConfig,
-)
 
+from tests.models import X, mlp, output, run
 from tests.references import Mlp
 
 from .table import Method
 
-TOKENS = torch.arange(1, 13).view(2, 6)
-WORDS = {"input_ids": TOKENS}
-X = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
 ATTENTION = ["q_proj", "v_proj"]
-
-
-def mlp() -> Mlp:
-    torch.manual_seed(0)
-    return Mlp().eval()
-
-
-def llama(**fields: Any) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=40, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes, **fields)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=16)
-    ).eval()
-
-
-def bert() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=40, num_labels=3, **sizes)).eval()
-
-
-def mamba() -> nn.Module:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(
-        MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=4)
-    ).eval()
-
-
-def run(model: nn.Module, inputs: Any = X, **options: Any) -> Tensor:
-    """The output, or logits, for a tensor or a dict of them."""
-    result = model(**inputs, **options) if isinstance(inputs, dict) else model(inputs, **options)
-    return getattr(result, "logits", result)
-
-
-@torch.no_grad()
-def output(model: nn.Module, inputs: Any = X, **options: Any) -> Tensor:
-    return run(model.eval(), inputs, **options).float()
 
 
 def adapted(method: Method, base: nn.Module | None = None, init: Any = False, **fields: Any) -> PeftModel:

@@ -18,7 +18,9 @@ from peft import (
 from peft.helpers import check_if_peft_model
 from transformers import AutoModelForCausalLM
 
-from .models import ATTENTION, WORDS, adapted, close, layers_of, llama, mlp, output, train
+from tests.models import WORDS, llama, mlp, output
+
+from .models import ATTENTION, adapted, close, layers_of, train
 from .table import LORA, Area, Method
 
 AREA = Area("Saving and loading")

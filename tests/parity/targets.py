@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.models import TOKENS, WORDS, Attention, X, mamba, mlp, output
+from tests.models import quantized as quantized_layer
 from tests.references import Conv1DModel
 
-from .models import TOKENS, WORDS, X, adapted, check_adapts, close, layers_of, mamba, mlp, output, train
+from .models import adapted, check_adapts, close, layers_of, train
 from .table import Area, Method
 
 AREA = Area("Layers")
@@ -73,14 +75,6 @@ def lstm(method: Method) -> str | None:
 
 
 def attention() -> nn.Module:
-    class Attention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.attention(x, x, x, need_weights=False)[0]
-
     torch.manual_seed(0)
     return Attention()
 
@@ -147,11 +141,8 @@ row(
 
 
 def quantized(method: Method, bits: int) -> str | None:
-    import bitsandbytes as bnb
-
     torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(64, 64) if bits == 4 else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-    base = nn.Sequential(layer, nn.Linear(64, 3)).to("cpu")
+    base = nn.Sequential(quantized_layer("nf4" if bits == 4 else "int8"), nn.Linear(64, 3))
     x = torch.randn(4, 64)
     base.is_loaded_in_4bit, base.is_loaded_in_8bit = bits == 4, bits == 8
     output(base, x)

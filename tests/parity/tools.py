@@ -19,8 +19,9 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils import cast_mixed_precision_params
 
 import wara_peft
+from tests.models import TOKENS, WORDS, X, llama, mlp, output
 
-from .models import TOKENS, WORDS, X, adapted, close, layers_of, llama, mlp, output, train
+from .models import adapted, close, layers_of, train
 from .table import LORA, Area, Method
 
 AREA = Area("Serving and helpers")

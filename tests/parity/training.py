@@ -10,9 +10,10 @@ from peft import get_peft_model, initialize_lora_eva_weights, prepare_model_for_
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from transformers import Trainer, TrainingArguments
 
+from tests.models import TOKENS, WORDS, X, llama, mlp, output, run
 from wara_peft import initialize_from_data
 
-from .models import ATTENTION, TOKENS, WORDS, X, adapted, close, llama, mlp, output, run, train
+from .models import ATTENTION, adapted, close, train
 from .table import LORA, Area, Method
 
 AREA = Area("Training")

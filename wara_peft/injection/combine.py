@@ -71,7 +71,14 @@ def combine(
     }
     config = _config(configs[0], ranks, in_subbands)
     config.ensure_weight_tying = any(other.ensure_weight_tying for other in configs)
-    config.exclude_modules = suffix_matches(ranks, [name for name, _ in tuner.model.named_modules()])
+    # PEFT ties layers to an embedding only if it knows the name of one of them as a target: `embed_tokens`, `lm_head`.
+    tied = [
+        name
+        for name, layer in adapted_layers(tuner.model).items()
+        if any(adapter in layer.tied_to for adapter in adapters)
+    ]
+    config.target_modules = [*ranks, *tied]
+    config.exclude_modules = suffix_matches(config.target_modules, [name for name, _ in tuner.model.named_modules()])
     tuner.peft_config[adapter_name] = config
     # Injection makes factors of the right shapes, which are then overwritten.
     tuner.inject_adapter(tuner.model, adapter_name)
@@ -159,7 +166,6 @@ def _config(first: WaRAConfig, ranks: dict[str, dict[str, int]], in_subbands: bo
         pattern[exact_pattern(name)] = next(iter(of_module.values())) if single_pair else every
     return replace(
         first,
-        target_modules=list(ranks),
         exclude_modules=None,
         init_weights=True,
         layers_to_transform=None,

@@ -54,6 +54,10 @@ def mixed_batch(tuner: BaseTuner, adapter_names: list[str], beams: int) -> Itera
         for module in tuner.modules():
             if isinstance(module, (WaRALayer, AuxiliaryTrainingWrapper)):
                 names = list(adapter_names) if module in in_encoder else repeated
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    # PEFT looks every name up there, also that of an adapter that trains no copy or tokens of this
+                    # module, and so leaves it as it is.
+                    names = [name if name in module._adapters else "__base__" for name in names]
                 hook = partial(_pass_adapter_names, adapter_names=names)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         # `generate` runs many forwards in one call, and weights stay the same meanwhile, so factors may be kept.

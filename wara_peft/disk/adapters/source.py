@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from ...arguments import short_form
@@ -29,11 +30,16 @@ TIED_IN_MODEL = (
     "This adapter is shared by the input embedding and layers tied to it. The exported LoRA computes alike, but "
     "PEFT's LoRA merges it twice into the one tied weight: to merge, merge the WaRA adapter."
 )
+NOT_TIED_BY_PEFT = (
+    "This adapter is shared by the input embedding {} and layers tied to it. PEFT's LoRA ties no layers to an "
+    "embedding of this name, so the exported LoRA computes without them until it is merged: merge it before use, or "
+    "merge the WaRA adapter."
+)
 ATTENTION = (
     "PEFT's LoRA of nn.MultiheadAttention adds the update of out_proj twice (0.21 and before; its pull request 3774 "
     "mends that). For such a version, halve each `out_proj.lora_B.weight`, or merge the adapter instead."
 )
-TIED_ON_DISK = f"If its base model ties layers to the input embedding, the following holds. {TIED_IN_MODEL}"
+IF_TIED = "If its base model ties layers to the input embedding, the following holds. "
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def _in_directory(path: Path, component: str | None) -> AdapterSource:
         base_class=_recorded_class(saved.config),
         component=saved.component,
         warnings=[
-            *([TIED_ON_DISK] if saved.tied else []),
+            *([IF_TIED + _about_ties(saved.modules)] if saved.tied else []),
             *([ATTENTION] if has_attention(saved.modules.values()) else []),
         ],
     )
@@ -148,10 +154,21 @@ def _of_model(model: nn.Module, adapter_name: str) -> AdapterSource:
         base_class=(base_class.__name__, base_class.__module__),
         warnings=[
             *_about_convolutions(layers),
-            *([TIED_IN_MODEL] if len(layers) < len(adapted) else []),
+            *([_about_ties(modules)] if len(layers) < len(adapted) else []),
             *([ATTENTION] if has_attention(modules.values()) else []),
         ],
     )
+
+
+def _about_ties(modules: Mapping[str, ModuleShape]) -> str:
+    """What PEFT's LoRA does otherwise, where layers use the adapter of the input embedding.
+
+    PEFT decides by the embedding's name whether it ties layers to it. It knows that of Llama, but not `shared`, as T5
+    and BART call theirs.
+    """
+    embeddings = [name for name, shape in modules.items() if shape.kind.has_vocabulary]
+    unknown = [repr(name) for name in embeddings if name.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES]
+    return NOT_TIED_BY_PEFT.format(first_few(unknown)) if len(unknown) == len(embeddings) else TIED_IN_MODEL
 
 
 def _about_convolutions(layers: dict[str, WaRALayer]) -> Iterator[str]:
