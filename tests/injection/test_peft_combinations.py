@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.cases import CASES as ALL
 from tests.models import TOKENS, Everything, X, mlp
+from tests.references import Mlp
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.layers.base import WaRALayer
 
