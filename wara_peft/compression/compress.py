@@ -130,7 +130,7 @@ def compress(
         gains[name] = _gains(weight, solver, entry, compensate_bias) if allocation in ("greedy", "cost") else []
     unit, costs = _costs(shapes, budget, allocation, cost)
     candidates = [
-        Candidate(name, ranks_that_pay(costs[name], shapes[name].most), costs[name](None), gains[name])
+        Candidate(name, ranks_that_pay(costs[name], shapes[name].max_rank), costs[name](None), gains[name])
         for name in targets
     ]
     before = sum(candidate.dense for candidate in candidates)
@@ -227,7 +227,7 @@ def _given(
     ranks: list[int | None] = []
     for name, candidate in zip(names, candidates, strict=True):
         rank = given[name]
-        check_whole_number("rank", rank, most=shapes[name].most, of=f" of {name!r}")
+        check_whole_number("rank", rank, most=shapes[name].max_rank, of=f" of {name!r}")
         ranks.append(rank if rank <= len(candidate.costs) else None)
     return ranks
 

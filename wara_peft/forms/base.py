@@ -193,7 +193,7 @@ class Form:
         """The modules that hand out Â, (R, n), and B̂, (m, R)."""
         return parts["wara_A"], parts["wara_B"]
 
-    def between(self, hidden: Tensor, parts: Parts) -> Tensor:
+    def mix_tokens(self, hidden: Tensor, parts: Parts) -> Tensor:
         """Change x Âᵀ, (..., R), before B̂ is applied. Forms without ΔW do this; others are not asked."""
         raise NotImplementedError
 

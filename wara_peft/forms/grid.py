@@ -138,7 +138,7 @@ class GridForm(Form):
         if "wara_gain" in parts:
             nn.init.ones_(parts["wara_gain"])
 
-    def between(self, hidden: Tensor, parts: Parts) -> Tensor:
+    def mix_tokens(self, hidden: Tensor, parts: Parts) -> Tensor:
         result: Tensor = parts["token_mixing"](hidden, parts.get("wara_gain"))
         return result
 

@@ -25,5 +25,5 @@ class Linear(WaRALayer, kinds=[LINEAR, CONV1D]):
         hidden = F.linear(self.wara_dropout[adapter](x), factor_a)  # (..., R)
         form = self.forms[adapter]
         if not form.has_delta_weight:
-            hidden = form.between(hidden, self.parts(adapter))
+            hidden = form.mix_tokens(hidden, self.parts(adapter))
         return add_low_rank(result, hidden, factor_b, self.scaling[adapter])

@@ -142,7 +142,7 @@ class TestCosts:
     @pytest.mark.parametrize("gets_bias", [True, False])
     def test_ranks_up_to_the_break_even(self, has_bias: bool, gets_bias: bool) -> None:
         shape = Shape(12, 20, torch.bfloat16, has_bias, gets_bias)
-        costs = ranks_that_pay(shape.parameters, shape.most)
+        costs = ranks_that_pay(shape.parameters, shape.max_rank)
         bias = 12 * (has_bias or gets_bias)
         assert list(costs) == [rank * 32 + bias for rank in range(1, len(costs) + 1)]
         assert costs[-1] < 240 + 12 * has_bias <= (len(costs) + 1) * 32 + bias
@@ -155,7 +155,7 @@ class TestCosts:
 
     def test_no_rank_pays_in_a_narrow_layer(self) -> None:
         shape = Shape(2, 20, torch.float32, True)
-        assert list(ranks_that_pay(shape.parameters, shape.most)) == [24]  # of 42
+        assert list(ranks_that_pay(shape.parameters, shape.max_rank)) == [24]  # of 42
         assert ranks_that_pay(Shape(1, 20, torch.float32).parameters, 1) == []
 
     def test_costs_that_do_not_grow_still_have_a_price(self) -> None:

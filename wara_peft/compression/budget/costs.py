@@ -37,7 +37,7 @@ class Shape:
     positions: int = 1
 
     @property
-    def most(self) -> int:
+    def max_rank(self) -> int:
         """The largest possible rank or number of atoms."""
         return self.out_features if self.is_dictionary else min(self.out_features, self.in_features)
 

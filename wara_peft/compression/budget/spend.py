@@ -60,7 +60,7 @@ class Candidate:
             yield Step(self.gain(rank or 0, further) / cost, cost)
 
 
-def least(candidates: Sequence[Candidate]) -> list[int | None]:
+def lowest_ranks(candidates: Sequence[Candidate]) -> list[int | None]:
     """Give the lowest ranks: 1 for each candidate, or None where no rank costs less than the dense layer."""
     return [1 if candidate.costs else None for candidate in candidates]
 
@@ -75,7 +75,7 @@ def check_budget(candidates: Sequence[Candidate], budget: float, unit: str) -> N
     Raises:
         ValueError: the budget is less than all layers together cost at their lowest ranks.
     """
-    lowest = total_cost(candidates, least(candidates))
+    lowest = total_cost(candidates, lowest_ranks(candidates))
     if budget < lowest:
         dense = [repr(candidate.name) for candidate in candidates if not candidate.costs]
         why = f", as no rank pays in {first_few(dense)}" if dense else ""
@@ -98,7 +98,7 @@ def greedy_ranks(
 
     The loss exceeds the optimum by no more than the gain of the first step that was left out.
     """
-    ranks = least(candidates) if floors is None else list(floors)
+    ranks = lowest_ranks(candidates) if floors is None else list(floors)
     # Along a hull each step gains less for its cost than the one before, as `spend` needs for its bound.
     hulls = [_hull(candidate, rank) for candidate, rank in zip(candidates, ranks, strict=True)]
     ranks = _spent_on(candidates, hulls, budget)
