@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ class Twice(PreTrainedModel):
     """A layer and a block that are registered under two names each, as where a model repeats its blocks."""
 
     config_class = TwiceConfig
-    _tied_weights_keys = {r"second\.": r"first\.", r"other\.": r"block\."}
+    _tied_weights_keys: ClassVar = {r"second\.": r"first\.", r"other\.": r"block\."}
 
     def __init__(self, config: TwiceConfig) -> None:
         super().__init__(config)
