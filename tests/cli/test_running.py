@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+from tests.forked_python import run_python
 from tests.training_run import base_model, logits
 from wara_peft import WaRAConfig
 from wara_peft_cli.run import STARTUP, command, environment
@@ -121,7 +122,7 @@ def test_accelerate_launch(made, tmp_path):
 def test_without_it_peft_does_not_know_the_adapter(made, tmp_path):
     """What the others would see if nothing were done."""
     words = [made / "loader.py", made / "base", made / "adapter", tmp_path / "logits.pt", "here"]
-    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=1800)
+    result = run_python(*words)
     assert result.returncode != 0 and "WARA" in result.stderr
 
 
