@@ -225,7 +225,8 @@ def run_all(task: Task, wanted: list[Run], store: Store, args: argparse.Namespac
     if not missing:
         return
     dense = dense_model(task, args.output_dir / f"dense-{task.name.replace(' ', '-')}.pt")
-    batches = list(islice(task.batches("train", torch.Generator().manual_seed(0)), CALIBRATION_BATCHES))
+    count = 8 if args.quick else CALIBRATION_BATCHES
+    batches = list(islice(task.batches("train", torch.Generator().manual_seed(0)), count))
     with warnings.catch_warnings():
         if args.quick:
             warnings.filterwarnings("ignore", "Too few samples for a regular moment")

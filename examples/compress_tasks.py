@@ -127,7 +127,7 @@ class Bytes(Task):
                 vocab_size=256,
                 hidden_size=128,
                 intermediate_size=352,
-                num_hidden_layers=3,
+                num_hidden_layers=1 if self.quick else 3,
                 num_attention_heads=4,
                 max_position_embeddings=BLOCK,
                 bos_token_id=None,

@@ -57,6 +57,7 @@ class Study:
         results: folder of the JSON lines.
         steps: of each training; None takes those of the task.
         rounds: in which times are measured.
+        judged: rows of each split on which a model is judged; None takes all.
     """
 
     seeds: range
@@ -65,6 +66,7 @@ class Study:
     results: Path
     steps: int | None = None
     rounds: int = 5
+    judged: int | None = None
 
     def cells(self) -> list[tuple[type[Task], Cell]]:
         """Seeds outside, so that no method has the machine's quiet hour to itself."""
@@ -103,7 +105,7 @@ class Study:
         ended = copy.deepcopy(method)
         method.finish()
         model = method.model.eval()
-        result: dict[str, Any] = {split: task.evaluate(model, split) for split in ("validation", "test")}
+        result: dict[str, Any] = {split: task.evaluate(model, split, self.judged) for split in ("validation", "test")}
         result["metric"] = task.metric
         result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         result["seconds"] = round(seconds, 3)
@@ -153,7 +155,7 @@ def times(dense: Dense, first: Dense, last: Dense, final: Dense, rounds: int) ->
         "first": steps(first),
         "last": steps(last),
     }
-    seconds = interleaved(calls, rounds, warmup=1)
+    seconds = interleaved(calls, rounds, warmup=1 if rounds > 1 else 0)
     return {
         "first": ratio(seconds["first"], seconds["dense"]),
         "last": ratio(seconds["last"], seconds["dense"]),

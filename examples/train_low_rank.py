@@ -42,7 +42,7 @@ def main() -> None:
         results=args.results,
     )
     if args.quick:
-        study = replace(study, steps=8, rounds=1)
+        study = replace(study, steps=8, rounds=1, judged=64)
     try:
         results = study.run()
     except RuntimeError as error:  # a package whose docstrings are data is not installed

@@ -1,10 +1,14 @@
-"""Parses the docstrings that the examples learn from, which takes five seconds, before processes are forked."""
+"""Parses docstrings that the examples learn from, before processes are forked.
+
+All files of the packages would take ten seconds. A process that is no fork parses them all.
+"""
 
 import sys
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
-from docstring_data import load_docstrings
+import docstring_data
 
-load_docstrings()
+docstring_data._MAX_FILES = 50
+docstring_data.load_docstrings()

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
 
@@ -49,6 +50,46 @@ def test_the_first_argument(module, name):
     assert said.startswith(f"{name}(") and f": {first.name} must be " in said
     assert said.endswith("0.5." if takes_a_model else "a PeftModel.")
     assert len(said) < 200
+
+
+class Engine(nn.Module):
+    """Wraps a model as DeepSpeed does, whose class is none of PyTorch's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.module = inner
+
+
+def data_parallel_of_one_process(inner: nn.Module) -> nn.Module:
+    """A `DistributedDataParallel`, in a group of this process only."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(inner)
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, data_parallel_of_one_process, Engine], ids=lambda wrap: wrap.__name__
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        wara_peft.to_lora,
+        lambda wrapped: wara_peft.save_as_lora("never-written", wrapped),
+        lambda wrapped: wara_peft.lora_error(wrapped, 1),
+        wara_peft.lora_view,
+        lambda wrapped: wara_peft.initialize_from_data(wrapped, [torch.ones(1, 4)]),
+        lambda wrapped: wara_peft.allocate_ranks(wrapped, WaRAConfig(target_modules=["0"]), [torch.ones(1, 4)]),
+    ],
+)
+def test_a_wrapped_model_names_the_model_inside(wrap, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        with pytest.raises(TypeError, match=r"is a \w+ around a PeftModel: pass the model inside, `model\.module`"):
+            call(wrap(model()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

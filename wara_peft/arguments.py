@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _IS: dict[str, Callable[[object], bool]] = {
     "an nn.Module": lambda value: isinstance(value, nn.Module),
@@ -40,6 +41,21 @@ def check_argument(call: str, name: str, value: object, kind: str) -> None:
     """
     if not _IS[kind](value):
         raise TypeError(f"{call}: {name} must be {kind}, and is {short_form(value)}.")
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Refuse a wrapper that keeps the model as its `module`, for adapters and names are those of the model inside.
+
+    Raises:
+        TypeError: the model is wrapped, for example by `nn.DataParallel`, DDP or DeepSpeed.
+    """
+    inner = getattr(model, "module", None)
+    has_adapters = isinstance(inner, nn.Module) and hasattr(inner, "peft_config") and not hasattr(model, "peft_config")
+    if has_adapters or isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise TypeError(
+            f"The model is a {type(model).__name__} around a {type(inner).__name__}: pass the model inside, "
+            "`model.module`."
+        )
 
 
 def check_whole_number(

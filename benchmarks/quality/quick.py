@@ -11,7 +11,7 @@ from quality.tasks.task import Task
 
 SEEDS = (0, 1)
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Digits(8, "clean", 8, 4, pretraining_epochs=1), Planted("low-rank", 60))
+    task.name: task for task in (Digits(8, "clean", 8, 4, pretraining_epochs=1, judged=50), Planted("low-rank", 60))
 }
 METHODS = (
     "LoRA",

@@ -1,7 +1,7 @@
 """Run the cells that a stage still needs, and keep each as a line of JSON; stop it at any time, start it again.
 
     python benchmarks/quality/run.py --stage 1 --minutes 30
-    python benchmarks/quality/run.py --quick          # three minutes; whether everything runs, on tiny tasks
+    python benchmarks/quality/run.py --quick          # half a minute; whether everything runs, on tiny tasks
 
 Finished cells are never run again, and several processes may work on the same stage.
 """

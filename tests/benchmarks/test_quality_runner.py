@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -156,17 +154,21 @@ class TestPlan:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A quick run, begun with hardly any time, and then finished by two fresh interpreters at once."""
+    """A quick run, begun with hardly any time, and then finished by two processes at once."""
     folder = tmp_path_factory.mktemp("quick") / "results"
     output = run_quick(folder, "--minutes", "0.05")
     assert "The time is over" in output and "more are known to be needed" in output
     assert cells_in(folder)
-    command = [sys.executable, str(SCRIPT), "--quick", "--results", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
-    for process in [subprocess.Popen(command, **pipes) for _ in range(2)]:
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
+    both = f"""
+import os, runpy, sys
+sys.argv = ["run.py", "--quick", "--results", {str(folder)!r}]
+child = os.fork()
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    done = run_python("-c", both)
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 

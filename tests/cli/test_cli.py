@@ -1,4 +1,7 @@
-"""The installed command `wara-peft`: run as a process for what it does, and in this one for what it says."""
+"""The installed command `wara-peft`: run as a process for what it does, and in this one for what it says.
+
+Most processes are forks of one that has imported the libraries, which takes seven seconds; one is the command itself.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,11 @@ import importlib.metadata
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
+from tests.forked_python import run_python
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.disk.checkpoints.tensors import TensorFile
 from wara_peft_cli.app import app
@@ -32,10 +34,27 @@ COMMAND = Path(sys.executable).parent / "wara-peft"
 TOKENS = torch.arange(1, 7).view(1, 6)
 
 
-def run(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     command = [COMMAND, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, **options)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+
+
+def run_fork(
+    *arguments: object, cwd: Path, before: str = "", call: str = "main()"
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in a fork, in a folder.
+
+    Args:
+        arguments: the command's.
+        cwd: the folder.
+        before: code that runs before the command.
+        call: code that runs the command.
+    """
+    code = f"import sys\nfrom wara_peft_cli import main\nsys.argv = {['wara-peft', *map(str, arguments)]!r}\n"
+    return run_python(
+        "-c", f"{code}{textwrap.dedent(before)}\n{textwrap.dedent(call)}", cwd=cwd, env={"COLUMNS": "120"}
+    )
 
 
 def say(*arguments: object) -> Result:
@@ -140,10 +159,23 @@ class TestExport:
     @pytest.mark.parametrize("options", [[], ["--overwrite"]])
     def test_of_two_to_one_place_one_succeeds(self, made, tmp_path, options):
         """Whether they meet, or one comes after the other, which then finds the place taken."""
-        arguments = [COMMAND, "export", made / "adapter", tmp_path / "lora", *options]
-        processes = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-        said = [process.communicate(timeout=1800)[1] for process in processes]
-        codes = [process.returncode for process in processes]
+        said_in = [tmp_path / "said" / str(number) for number in range(3)]
+        said_in[0].parent.mkdir()
+        together = f"""
+            import os, wara_peft.lora.export
+            children = []
+            for path in {list(map(str, said_in))}:
+                children.append(os.fork())
+                if not children[-1]:
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
+                    main()
+            print("codes", *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+        """
+        result = run_fork("export", made / "adapter", tmp_path / "lora", *options, cwd=tmp_path, call=together)
+        codes = [int(code) for code in result.stdout.splitlines()[-1].removeprefix("codes ").split()]
+        said = [path.read_text() for path in said_in]
+        shutil.rmtree(said_in[0].parent)
+        assert len(codes) == 3
         assert codes.count(0) == 1 or (options and 0 in codes), said
         assert all(code == 0 or "Traceback" not in text for code, text in zip(codes, said, strict=True))
         assert [path.name for path in tmp_path.iterdir()] == ["lora"]
@@ -166,7 +198,7 @@ class TestExport:
 class TestMerge:
     @pytest.mark.slow
     def test_equals_merge_and_unload(self, made, tmp_path):
-        result = run("merge", made / "base", made / "adapter", tmp_path / "merged")
+        result = run_fork("merge", made / "base", made / "adapter", "merged", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         expected = PeftModel.from_pretrained(llama(), made / "adapter").merge_and_unload()
@@ -182,12 +214,16 @@ class TestMerge:
         model.save_pretrained(tmp_path / "base", max_shard_size="4MB")
         model = get_peft_model(model, WaRAConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
         model.save_pretrained(tmp_path / "adapter")
-        arguments = [COMMAND, "merge", "base", "adapter", "merged"]
-        process = subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and not list(tmp_path.glob(".merged.*/model-00002*")):
-            time.sleep(0.002)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=1800)
+        signals = f"""
+            import glob, os, threading, time
+            def meet():
+                while not glob.glob(".merged.*/model-00002*"):
+                    time.sleep(0.002)
+                os.kill(os.getpid(), {int(number)})
+            threading.Thread(target=meet, daemon=True).start()
+        """
+        process = run_fork("merge", "base", "adapter", "merged", cwd=tmp_path, before=signals)
+        said = process.stderr
         left = sorted(path.name for path in tmp_path.iterdir())
         if number == signal.SIGTERM:
             assert process.returncode == 1, said
@@ -239,7 +275,7 @@ class TestInspect:
 
     @pytest.mark.slow
     def test_json_and_plot(self, made, tmp_path):
-        result = run("inspect", made / "adapter", "--json", "--plot", tmp_path / "energy.png")
+        result = run_fork("inspect", made / "adapter", "--json", "--plot", "energy.png", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         report = json.loads(result.stdout)
         assert report["rank"] == 12
@@ -314,8 +350,7 @@ class TestImports:
                 print("both ran")
                 app(["merge", "base", "adapter", "{tmp_path}/merged"])
             """
-            command = [sys.executable, "-c", textwrap.dedent(code)]
-            result = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=1800)
+            result = run_python("-c", textwrap.dedent(code), cwd=made)
             assert "both ran" in result.stdout, result.stderr
             assert result.returncode == 1
             (line,) = complaints(result)
@@ -369,9 +404,8 @@ class TestUsage:
         assert not list(tmp_path.iterdir())
 
 
-def limited_file_size() -> None:
-    """As on a full disk, writing fails half way."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+LIMITED_FILE_SIZE = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
+"""As on a full disk, writing fails half way."""
 
 
 class TestFailures:
@@ -409,7 +443,7 @@ class TestFailures:
     @pytest.mark.slow
     @pytest.mark.parametrize("command", [["export", "adapter", "new/out"], ["merge", "base", "adapter", "new/out"]])
     def test_a_disk_that_is_full(self, copied, command):
-        result = run(*command, preexec_fn=limited_file_size)
+        result = run_fork(*command, cwd=Path.cwd(), before=LIMITED_FILE_SIZE)
         assert result.returncode == 1, result.stderr
         (line,) = complaints(result)
         assert "File too large" in line

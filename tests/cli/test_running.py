@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
+from tests.forked_python import run_python
 from tests.training_run import base_model, logits
 from wara_peft import WaRAConfig
 from wara_peft_cli.run import STARTUP, command, environment
@@ -22,36 +23,43 @@ from wara_peft_cli.run import STARTUP, command, environment
 COMMAND = Path(sys.executable).parent / "wara-peft"
 ROOT = Path(__file__).parents[2]
 
-# Loads the adapter of its first argument through plain PEFT, and writes the logits.
+# Loads the adapter of its second argument through plain PEFT, and writes the logits.
 LOADER = """
 import sys
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-def write_logits(base, adapter, out):
-    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter).eval()
-    with torch.no_grad():
-        torch.save(model(input_ids=torch.arange(1, 25).view(4, 6)).logits, out)
+base, adapter, out, kind = sys.argv[1:]
+if kind == "accelerate":
+    from accelerate import PartialState
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2, state
+    out = f"{out}.{state.process_index}"
+model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(1, 25).view(4, 6)).logits, out)
+"""
+
+# Ends with status 7 if `wara_peft` is imported right after `peft`, in the process that its argument asks for.
+ASKS = """
+import multiprocessing, subprocess, sys
+
+def ask():
+    import peft
+    sys.exit(7 if "wara_peft" in sys.modules else 1)
 
 if __name__ == "__main__":
-    base, adapter, out, kind = sys.argv[1:]
+    kind = sys.argv[1]
+    assert "wara_peft" not in sys.modules
     if kind == "here":
-        write_logits(base, adapter, out)
-    elif kind == "spawn":
-        import multiprocessing
-        process = multiprocessing.get_context("spawn").Process(target=write_logits, args=(base, adapter, out))
-        process.start()
-        process.join()
-        sys.exit(process.exitcode)
-    elif kind == "child":
-        import subprocess
-        sys.exit(subprocess.run([sys.executable, __file__, base, adapter, out, "here"]).returncode)
-    elif kind == "accelerate":
-        from accelerate import PartialState
-        state = PartialState(cpu=True)
-        assert state.num_processes == 2, state
-        write_logits(base, adapter, f"{out}.{state.process_index}")
+        ask()
+    if kind == "child":
+        sys.exit(subprocess.run([sys.executable, __file__, "here"]).returncode)
+    process = multiprocessing.get_context(kind).Process(target=ask)
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
 """
 
 
@@ -74,12 +82,30 @@ def run(*words: object, python_path: str = str(ROOT), **options) -> subprocess.C
     )
 
 
+@pytest.fixture
+def empty_libraries(tmp_path) -> str:
+    """A path on which `peft` and `wara_peft` are empty: they import at once, and who imports them is seen as well."""
+    for name in ("peft", "wara_peft"):
+        (tmp_path / "libraries" / name).mkdir(parents=True)
+        (tmp_path / "libraries" / name / "__init__.py").touch()
+    return os.pathsep.join([str(tmp_path / "libraries"), str(ROOT)])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["here", "child", "spawn"])
-def test_a_script_and_its_children_load_the_adapter(made, tmp_path, kind):
-    result = run(made / "loader.py", made / "base", made / "adapter", tmp_path / "logits.pt", kind)
+def test_a_script_loads_the_adapter(made, tmp_path):
+    result = run(made / "loader.py", made / "base", made / "adapter", tmp_path / "logits.pt", "here")
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), torch.load(made / "expected.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["here", "child", "spawn", "fork", "forkserver"])
+def test_a_script_and_its_children_import_the_plugin(empty_libraries, tmp_path, kind):
+    program = written(tmp_path / "asks.py", ASKS)
+    result = run(program, kind, python_path=empty_libraries)
+    assert result.returncode == 7, result.stderr
+    alone = subprocess.run([sys.executable, program, kind], env=os.environ | {"PYTHONPATH": empty_libraries})
+    assert alone.returncode == 1
 
 
 @pytest.mark.slow
@@ -96,7 +122,7 @@ def test_accelerate_launch(made, tmp_path):
 def test_without_it_peft_does_not_know_the_adapter(made, tmp_path):
     """What the others would see if nothing were done."""
     words = [made / "loader.py", made / "base", made / "adapter", tmp_path / "logits.pt", "here"]
-    result = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=1800)
+    result = run_python(*words)
     assert result.returncode != 0 and "WARA" in result.stderr
 
 
@@ -154,20 +180,18 @@ def test_exit_codes_signals_and_tracebacks_are_the_programs_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_asking_whether_peft_is_there_and_a_python_without_the_plugin(tmp_path):
+def test_asking_whether_peft_is_there_and_a_python_without_the_plugin(empty_libraries, tmp_path):
     (tmp_path / "asks.py").write_text(
         "import importlib.util, sys\n"
         "assert importlib.util.find_spec('peft') and 'peft' not in sys.modules\n"
         "import peft\n"
-        "assert 'wara_peft' in sys.modules and peft.PeftType.WARA"
+        "assert 'wara_peft' in sys.modules"
     )
-    result = run(tmp_path / "asks.py")
+    result = run(tmp_path / "asks.py", python_path=empty_libraries)
     assert result.returncode == 0, result.stderr
 
-    (tmp_path / "lacks.py").write_text(
-        "import sys\nsys.modules['wara_peft'] = None\nimport peft\nprint(peft.PeftModel)"
-    )
-    result = run(tmp_path / "lacks.py")
+    (tmp_path / "lacks.py").write_text("import sys\nsys.modules['wara_peft'] = None\nimport peft\nprint(peft)")
+    result = run(tmp_path / "lacks.py", python_path=empty_libraries)
     assert result.returncode == 0, result.stderr
     assert "has no wara_peft, so PEFT will not load WaRA adapters in this process" in result.stderr
 
@@ -262,15 +286,14 @@ def test_files_that_the_system_cannot_start(tmp_path, text, said):
 
 
 @pytest.mark.slow
-def test_other_programs_run_as_they_are(tmp_path):
-    """A shell script, whose exit code and signals are its own, and in which Python children load WaRA adapters."""
-    child = written(
-        tmp_path / "child.py", "import sys, peft\nsys.exit(7 if 'WARA' in peft.PeftType.__members__ else 1)"
-    )
+def test_other_programs_run_as_they_are(empty_libraries, tmp_path):
+    """A shell script, whose exit code and signals are its own, and in which Python children import the plugin."""
+    child = written(tmp_path / "child.py", "import sys, peft\nsys.exit(7 if 'wara_peft' in sys.modules else 1)")
     script = written(tmp_path / "run.sh", '#!/bin/sh\nshift\n"$@"\nexit $?\n', 0o755)
-    assert run(script, "first", sys.executable, child).returncode == 7
-    assert run(sys.executable, child).returncode == 7
-    assert run(sys.executable, "-c", child.read_text()).returncode == 7
+    for words in ([script, "first", sys.executable, child], [sys.executable, child]):
+        assert run(*words, python_path=empty_libraries).returncode == 7
+    result = run(sys.executable, "-c", child.read_text(), python_path=empty_libraries, cwd=tmp_path)
+    assert result.returncode == 7, result.stderr
     killed = written(tmp_path / "killed", "#!/bin/sh\nkill -TERM $$\n", 0o755)
     assert run(killed).returncode == -signal.SIGTERM
     # Python ignores SIGPIPE, and what it executes must not: it would not end when its reader does.
@@ -292,9 +315,28 @@ FIRST_IMPORTS = [
     "from sentence_transformers import SentenceTransformer",
     "from peft.tuners.lora import LoraLayer",
 ]
-# A process for each of them, begun where no library but PyTorch is imported.
+OTHERS = [
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "scipy.stats",
+    "scipy.optimize",
+    "sklearn.metrics",
+    "pandas",
+    "pyarrow.dataset",
+    "tokenizers",
+    "huggingface_hub.hf_api",
+    "fsspec",
+    "pywt",
+]
+"""Modules that these libraries import, that take most of the time, and that import none of these libraries."""
+# A process for each of them, begun where none of them is imported.
 FIRST = f"""
-import importlib.util, os, sys, torch, traceback
+import importlib, importlib.util, os, sys, torch, traceback
+for name in {OTHERS!r}:
+    if importlib.util.find_spec(name.split(".")[0]):
+        importlib.import_module(name)
 def program(first):
     exec(first)
     import peft, pickle, transformers
@@ -304,7 +346,7 @@ def program(first):
     for callback in (wara_peft.SaveAsLora, wara_peft.RankSchedule):
         assert issubclass(callback, transformers.TrainerCallback)
         assert pickle.loads(pickle.dumps(callback)) is callback
-assert not {{"transformers", "peft", "accelerate"}} & sys.modules.keys()
+assert not {{"transformers", "peft", "accelerate", "datasets", "diffusers", "trl", "wara_peft"}} & sys.modules.keys()
 for first in {FIRST_IMPORTS!r}:
     if importlib.util.find_spec(first.split()[1].strip(",").split(".")[0]) is None:
         continue

@@ -132,6 +132,12 @@ def test_bfloat16() -> None:
     assert cache.layers[0].values.dtype == torch.bfloat16
 
 
+def broken() -> nn.Module:
+    model = llama()
+    model.model.layers[1].self_attn.v_proj.weight.data[0, 0] = torch.inf
+    return model
+
+
 def mistral() -> MistralForCausalLM:
     config = MistralConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -146,6 +152,8 @@ def mistral() -> MistralForCausalLM:
         (llama, {"rank": 2, "keys": True}, "keys of LlamaForCausalLM are turned by rotary"),
         (llama, {"rank": 5}, "rank=5 for heads of width 4 must be an int from 1 to 4"),
         (llama, {"rank": 2, "statistics": {}}, r"no inputs of 'model\.layers\.0\.self_attn\.v_proj'"),
+        (broken, {"rank": 2}, r"'model\.layers\.1\.self_attn\.v_proj' cannot be factorised: its weight holds NaN"),
+        (broken, {"rank": 2, "by_depth": True}, r"'model\.layers\.1\.self_attn\.v_proj' cannot be .* NaN"),
         (gpt2, {"rank": 2}, "GPT2LMHeadModel has 0 attentions with 'v_proj'"),
         (mistral, {"rank": 2}, "MistralForCausalLM has layers of kinds .'sliding_attention'"),
     ],

@@ -108,6 +108,12 @@ def test_rows_of_zeros_bfloat16_and_state() -> None:
     assert float(other.scale) == 7
 
 
+def broken_head() -> LowRankTextHead:
+    head = LowRankTextHead(features(), 2)
+    head.basis.data[0, 0] = torch.nan
+    return head
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -119,6 +125,7 @@ def test_rows_of_zeros_bfloat16_and_state() -> None:
         (lambda: LowRankTextHead(features()[0], 1), ValueError, "must be a matrix of finite floats"),
         (lambda: LowRankTextHead(features() * torch.nan, 1), ValueError, "finite floats"),
         (lambda: LowRankTextHead(features(), 2).add_classes(features(2, 6)), ValueError, "have 6 features"),
+        (lambda: broken_head().add_classes(features(2)), ValueError, "basis holds NaN or infinity"),
         (lambda: LowRankTextHead(features(), 2).reconstruction_loss(features(8)), ValueError, r"shape \(8, 7\)"),
         (lambda: LowRankTextHead.from_clip(nn.Linear(2, 2), 1), TypeError, "Linear has no get_text_features"),
     ],

@@ -114,11 +114,15 @@ class TestAllAtOnce:
         assert model.again is model.first and model.first.rank == 2
         torch.testing.assert_close(model.again.weight.detach(), left[:, :2] * values[:2] @ right[:2])
 
-    def test_an_error_in_the_last_layer_leaves_the_first_as_it_was(self) -> None:
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("part", ["down", "up"])
+    def test_an_error_in_the_last_layer_leaves_the_first_as_it_was(self, part: str, value: float) -> None:
         _, model, _, _ = healed()
+        first, second = model.first, model.second
         with torch.no_grad():
-            model.second.up.weight[0, 0] = torch.nan
-        first = model.first
-        with pytest.raises(torch.linalg.LinAlgError):
+            getattr(second, part).weight[0, 0] = value
+        with pytest.raises(ValueError, match=r"'second' cannot be factorised: .* NaN .* leave the layer out"):
             truncate(model, 2)
-        assert model.first is first
+        assert model.first is first and model.second is second
+        truncate(model, {"first": 2})
+        assert model.first.rank == 2

@@ -7,7 +7,6 @@ import importlib
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +24,7 @@ TABLE = ["--dataset", "{table}", "--text-column", "sentence", "--label-column", 
 PATHS = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(EXAMPLES)))}
 
 
-def run(script: Path, *arguments: object, directory: Path) -> subprocess.CompletedProcess[str]:
+def run(script: Path | str, *arguments: object, directory: Path) -> subprocess.CompletedProcess[str]:
     """Run a script of the examples in a folder, as users do; in a fork, which saves it the imports."""
     return run_python(script, *arguments, cwd=directory, env=PATHS)
 
@@ -39,11 +38,12 @@ def example(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A whole run on a few docstrings, by a fresh interpreter, and the folder that it was started in."""
+    """A whole run on a few docstrings, and the folder that it was started in.
+
+    It begins in a fork, and starts a fresh interpreter itself to load the adapter.
+    """
     folder = tmp_path_factory.mktemp("smoke")
-    command = [sys.executable, str(QUICKSTART), "--smoke", "--levels", "2", "--r", "2"]
-    done = subprocess.run(command, cwd=folder, env=os.environ | PATHS, capture_output=True, text=True, timeout=1800)
-    return done, folder
+    return run(QUICKSTART, "--smoke", "--levels", "2", "--r", "2", directory=folder), folder
 
 
 @pytest.fixture

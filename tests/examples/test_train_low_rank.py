@@ -238,10 +238,41 @@ class TestQuickRun:
         assert (quick[1] / "low_rank_training.png").read_bytes().startswith(b"\x89PNG")
 
 
+# The script with processes that begin where the imports are done, in place of fresh interpreters.
+RESUMING_BY_FORKS = f"""
+import os, runpy, subprocess, sys
+
+class Fork:
+    def __init__(self, command, stdout, text):
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.dup2(write, 1)
+            sys.argv = command[1:]
+            runpy.run_path(command[1], run_name="__main__")
+            sys.stdout.flush()
+            os._exit(0)
+        os.close(write)
+        self.stdout = os.fdopen(read)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+subprocess.Popen = Fork
+sys.argv = [{str(RESUMING)!r}]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_a_training_that_is_killed_resumes_to_the_bit(tmp_path: Path) -> None:
-    """The script starts fresh interpreters for the three trainings."""
-    result = run(RESUMING, directory=tmp_path)
+    result = run("-c", RESUMING_BY_FORKS, directory=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "killed after step 10" in result.stdout and "A fresh process resumes checkpoint-6" in result.stdout
     assert re.search(r"all [\d,]+ numbers of \d+ tensors are equal to the bit", result.stdout)

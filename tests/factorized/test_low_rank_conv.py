@@ -9,6 +9,13 @@ from torch import nn
 
 from wara_peft.factorized import LowRankConv, factorize_conv
 
+
+def broken() -> nn.Conv2d:
+    conv = nn.Conv2d(4, 6, 3)
+    conv.weight.data[0, 0] = torch.nan
+    return conv
+
+
 CONVS = {
     "1d": lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1),
     "2d": lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=False),
@@ -58,6 +65,7 @@ def test_bias_mode_dtype_and_gradients_are_kept() -> None:
     [
         (lambda: factorize_conv(nn.Conv2d(4, 4, 3, groups=2), 1), "groups=2"),
         (lambda: LowRankConv(nn.Conv2d(4, 6, 3), 7), r"rank=7 .*\(6, 4, 3, 3\) must be an int from 1 to 6"),
+        (lambda: factorize_conv(broken(), 2), "its weight holds NaN or infinity"),
     ],
 )
 def test_is_refused(make, message: str) -> None:

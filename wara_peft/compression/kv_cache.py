@@ -13,8 +13,10 @@ from transformers.cache_utils import DynamicLayer
 
 from ..arguments import check_argument, check_whole_number
 from ..compiled import on_plain_model
+from ..factorized.base import check_values
 from .budget.depth import depth_shares
-from .statistics.layer_statistics import LayerStatistics
+from .statistics.layer_statistics import LayerStatistics, check_finite
+from .targets import errors_naming
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +82,9 @@ def cache_bases(
         Bases, one entry for each layer.
 
     Raises:
-        ValueError: `rank` is out of range; statistics are missing or of another layer; `keys` is set and the model has
-            rotary embeddings; the model changes its values after `v_proj`; or its cache is not one that only grows.
+        ValueError: `rank` is out of range; weights or statistics are not finite; statistics are missing or of another
+            layer; `keys` is set and the model has rotary embeddings; the model changes its values after `v_proj`; or
+            its cache is not one that only grows.
     """
     check_argument("cache_bases(model, rank)", "model", model, "an nn.Module")
     projections = _projections(model, "v_proj")
@@ -175,6 +178,9 @@ def _bases(
 ) -> list[HeadBases]:
     width = projections[0][2]
     check_whole_number("rank", rank, most=width, of=f" for heads of width {width}")
+    for name, projection, _ in projections:
+        with errors_naming(name):
+            check_values(cast(Tensor, projection.weight))
     shares = [1.0] * len(projections)
     if by_depth:
         shares = depth_shares({name: projection for name, projection, _ in projections})
@@ -198,6 +204,7 @@ def _head_bases(
                 f"statistics have no inputs of {name!r} with shape {tuple(weight.shape)}; calibrate this model with "
                 "statistics=['inputs'] and this layer among target_modules."
             )
+        check_finite(name, entry)
         moment = entry.moment.to(weight)
         if entry.mean is not None:
             mean = entry.mean.to(weight)

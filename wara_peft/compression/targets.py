@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from ..base_layers.embeddings import embeddings
 from ..base_layers.tied_weights import names_by_parameter
 from ..compiled import on_plain_model
+from ..factorized.base import check_values
 from ..factorized.low_rank_conv import CONVOLUTIONS, require_conv
-from ..factorized.low_rank_linear import check_values, require_linear
+from ..factorized.low_rank_linear import require_linear
 from ..factorized.saved import FACTORIZED
 
 Layer = TypeVar("Layer", bound=nn.Module)

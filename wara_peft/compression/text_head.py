@@ -118,11 +118,13 @@ class LowRankTextHead(nn.Module):
             text_features: features of the new classes, (classes, D), with rows of any length.
 
         Raises:
-            ValueError: `text_features` has another width, or is not finite.
+            ValueError: `text_features` has another width, or it or the basis is not finite.
         """
         features = _checked(text_features)
         if features.shape[1] != self.basis.shape[1]:
             raise ValueError(f"text_features have {features.shape[1]} features, and the basis {self.basis.shape[1]}.")
+        if not bool(self.basis.isfinite().all()):
+            raise ValueError("The head's basis holds NaN or infinity: make the head again, or load it.")
         new = features.double() @ torch.linalg.pinv(self.basis.double())
         requires_grad = self.weights.requires_grad
         self.weights = nn.Parameter(torch.cat((self.weights, new.to(self.weights))), requires_grad=requires_grad)

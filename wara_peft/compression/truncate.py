@@ -11,11 +11,12 @@ from torch import nn
 from ..arguments import check_argument, check_whole_number
 from ..compiled import on_plain_model
 from ..factorized import LowRankLinear
+from ..factorized.base import check_values
 from ..messages import first_few
 from .replacement import replace_everywhere
 from .solvers.solve import factorize_weight
 from .statistics.layer_statistics import LayerStatistics, check_finite, probe_of
-from .targets import check_base
+from .targets import check_base, errors_naming
 
 
 @on_plain_model
@@ -44,7 +45,7 @@ def truncate(
 
     Raises:
         ValueError: a name belongs to no `LowRankLinear`, a rank is less than 1, the statistics lack a layer's moment
-            or are for another shape, or the model has adapters. No layer is cut then.
+            or are for another shape, factors are not finite, or the model has adapters. No layer is cut then.
     """
     check_argument("truncate(model, ranks)", "model", model, "an nn.Module")
     check_base(model)
@@ -68,6 +69,8 @@ def truncate(
 
 def _entry(name: str, layer: LowRankLinear, statistics: Mapping[str, LayerStatistics] | None) -> LayerStatistics:
     """Give the layer's entry in `statistics`, without gradients; or an empty entry if there are no statistics."""
+    with errors_naming(name):
+        check_values(layer.weight)
     # The weight is not compared with the one at calibration, as `compress` does: merging an adapter has changed it.
     shape = layer.out_features, layer.in_features
     if statistics is None:

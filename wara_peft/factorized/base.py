@@ -79,8 +79,28 @@ class DownThenUp(nn.Module):
         self.down.weight.copy_(down.view_as(self.down.weight))
 
 
+def check_values(weight: Tensor) -> None:
+    """Refuse a weight that has no SVD.
+
+    Raises:
+        ValueError: the weight is on the meta device, or not finite; the message speaks of a layer as "it".
+    """
+    if weight.is_meta:
+        raise ValueError("its weight is on the meta device, without values. Load the model first, or use 'random'.")
+    if not bool(weight.isfinite().all()):
+        raise ValueError(
+            "its weight holds NaN or infinity, which have no SVD. Load or train the model again, or leave the layer "
+            "out."
+        )
+
+
 def svd_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U_r √Σ_r and √Σ_r V_rᵀ, (m, r) and (r, n), of a matrix U Σ Vᵀ, in float64."""
+    """U_r √Σ_r and √Σ_r V_rᵀ, (m, r) and (r, n), of a matrix U Σ Vᵀ, in float64.
+
+    Raises:
+        ValueError: see `check_values`.
+    """
+    check_values(matrix)
     # In float32 the errors of six encoder layers, at full rank, add up to more than 1e-5.
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     roots = values[:rank].sqrt()

@@ -117,7 +117,8 @@ def factorize_conv(module: nn.Module, rank: int) -> LowRankConv:
 
     Raises:
         TypeError: the module is not a convolution.
-        ValueError: the rank is out of its range, or the module has groups or a weight that is no plain parameter.
+        ValueError: the rank is out of its range, the module has groups, or its weight is no plain parameter or
+            has no SVD.
     """
     conv = require_conv(module)
     made = LowRankConv(conv, rank)

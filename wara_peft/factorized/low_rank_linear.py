@@ -151,18 +151,6 @@ def require_linear(module: nn.Module) -> nn.Linear | Conv1D:
     return module
 
 
-def check_values(weight: Tensor) -> None:
-    """Refuse a weight that has no SVD.
-
-    Raises:
-        ValueError: the weight is on the meta device, or not finite.
-    """
-    if weight.is_meta:
-        raise ValueError("its weight is on the meta device, without values. Load the model first, or use 'random'.")
-    if not bool(weight.isfinite().all()):
-        raise ValueError("its weight holds NaN or infinity, which have no SVD. Repair it, or use solver='random'.")
-
-
 @torch.no_grad()
 def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd") -> LowRankLinear:
     """Return two linear layers for one. The module itself stays as it is.
@@ -199,6 +187,5 @@ def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd
         dtype=weight.dtype,
     )
     if solver == "svd":
-        check_values(weight)
         factorized.set_matrices(*svd_factors(weight.T if isinstance(module, Conv1D) else weight, factorized.rank))
     return in_place_of(module, factorized)

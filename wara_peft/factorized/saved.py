@@ -94,7 +94,7 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
         shapes: shapes of the checkpoint's tensors, by key. Keys may have or lack the prefix of the model's base model.
 
     Returns:
-        Names of the layers replaced.
+        Names of the layers replaced, all names of each.
 
     Raises:
         ValueError: the shapes of factors do not fit the layer or each other, the checkpoint has the layer's dense
@@ -103,20 +103,31 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
     prefix = getattr(model, "base_model_prefix", "")
     replaced = []
     bases: dict[int, nn.Parameter] = {}
-    # A layer that stands in several places has a name for each, and has to be replaced in each.
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)):
+    # transformers has collected tied parameters when it made the model, before the layers were replaced.
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    names_of: dict[Dense, list[str]] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)):
+            names_of.setdefault(layer, []).append(name)
+    for layer, names in names_of.items():
+        # Checkpoints of the base model lack the prefix that a model with a head has, and the other way round. A layer
+        # with several names may have its tensors under one of them only.
+        keys = [key for name in names for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")]
+        made = (_of(key, layer, shapes) for key in dict.fromkeys(keys))
+        factorised = next((found for found in made if found is not None), None)
+        if factorised is None:
             continue
-        # Checkpoints of the base model lack the prefix that a model with a head has, and the other way round.
-        for key in dict.fromkeys((name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")):
-            factorised = _of(key, layer, shapes)
-            if factorised is not None:
-                if isinstance(factorised, SharedBaseLinear):
-                    factorised.base = bases.setdefault(factorised.number, factorised.base)
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, factorised.train(layer.training))
-                replaced.append(name)
-                break
+        if isinstance(factorised, SharedBaseLinear):
+            factorised.base = bases.setdefault(factorised.number, factorised.base)
+        factorised.train(layer.training)
+        for name in names:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, factorised)
+            for parameter, _ in layer.named_parameters():
+                ties.pop(f"{name}.{parameter}", None)
+        for name in names[1:]:
+            ties |= {f"{name}.{part}": f"{names[0]}.{part}" for part, _ in factorised.named_parameters()}
+        replaced += names
     tie_bases(model)
     return replaced
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..arguments import check_unwrapped
 from ..base_layers.quantization import base_weight
 from ..config import WaRAConfig
 from ..config_fields.resolution import config_in_model, note_resolution
@@ -106,8 +107,9 @@ def wara_config(model: nn.Module, adapter_name: str) -> WaRAConfig:
 
     Raises:
         ValueError: the model has no adapter of that name.
-        TypeError: the adapter is no WaRA adapter.
+        TypeError: the adapter is no WaRA adapter, or the model is wrapped.
     """
+    check_unwrapped(model)
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
         raise ValueError(f"The model has no adapter {adapter_name!r}, only {', '.join(map(repr, configs)) or 'none'}.")

@@ -9,8 +9,8 @@ from torch import Tensor
 def largest_singular(matrix: Tensor, count: int, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values, in descending order, with their vectors.
 
-    If the count is far below the size, a randomised SVD computes them, with a seed of its own: the same matrix gives
-    the same result. The random numbers that follow on the matrix's device do not change.
+    If the count is far below the size, a randomised SVD computes them, from random numbers of its own: the same matrix
+    gives the same result, and no other random number of any device changes.
 
     Args:
         matrix: (m, n).
@@ -25,8 +25,32 @@ def largest_singular(matrix: Tensor, count: int, exact: bool) -> tuple[Tensor, T
         u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
         v = vt.T
     else:
-        # `fork_rng` restores the generators of the CPU and of the GPUs in the list; without a list, of all GPUs.
-        with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix, q=sampled, niter=6)
+        u, s, v = randomised_svd(matrix, sampled)
     return u[:, :count], s[:count], v[:, :count]
+
+
+def randomised_svd(matrix: Tensor, sampled: int, iterations: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Approximations of the largest singular values, with their vectors, from the range of A Ω for a random Ω.
+
+    It computes what `torch.svd_lowrank` does after `torch.manual_seed(0)`, which would seed all devices.
+    Source: Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
+
+    Args:
+        matrix: A, (m, n).
+        sampled: number of columns of Ω, which is more than the singular values that are wanted.
+        iterations: how often A and Aᵀ are applied, for an accurate range.
+
+    Returns:
+        U, (m, sampled), Σ, (sampled,), and V, (n, sampled).
+    """
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if is_wide else matrix
+    generator = torch.Generator(tall.device).manual_seed(0)
+    omega = torch.randn(tall.shape[1], sampled, generator=generator, dtype=tall.dtype, device=tall.device)
+    basis = torch.linalg.qr(tall @ omega).Q  # of the range of A Ω
+    for _ in range(iterations):
+        basis = torch.linalg.qr(tall.T @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    left, s, right = torch.linalg.svd(basis.T @ tall, full_matrices=False)
+    u, v = basis @ left, right.T
+    return (v, s, u) if is_wide else (u, s, v)

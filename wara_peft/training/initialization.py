@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..arguments import check_argument
+from ..arguments import check_argument, check_unwrapped
 from ..calibration.batches import arguments_of, in_eval_mode
 from ..calibration.input_moments import Moments
 from ..compiled import on_plain_model
@@ -45,6 +45,7 @@ def initialize_from_data(
     Raises:
         ValueError: there is no such adapter, its `init_weights` is another or it has been trained, no batch reached
             one of its layers, or the inputs of a layer are not finite. Nothing is changed then.
+        TypeError: an argument is of another kind, or the model is wrapped, as by `nn.DataParallel`.
     """
     call = "initialize_from_data(model, dataloader)"
     check_argument(call, "model", model, "an nn.Module")
@@ -70,6 +71,7 @@ def initialize_from_data(
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[WaRALayer]:
+    check_unwrapped(model)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if getattr(config, "init_weights", None) != "activation":
         state = "is not in the model" if config is None else "has another `init_weights` than 'activation'"

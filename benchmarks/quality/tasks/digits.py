@@ -71,13 +71,24 @@ def seen_as(domain: str, pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Digits:
-    """Args: images of a class, one of `DOMAINS`, images of a batch, steps, passes of the pretraining, the family."""
+    """A share of the digits, in a domain of their own.
+
+    Args:
+        per_class: images of a class.
+        domain: one of `DOMAINS`.
+        batch_size: images of a batch.
+        steps: of the training.
+        pretraining_epochs: passes of the pretraining.
+        judged: images that validation and test each take; None takes all.
+        family: of the task.
+    """
 
     per_class: int
     domain: str
     batch_size: int
     steps: int
     pretraining_epochs: int = 15
+    judged: int | None = None
     family: str = "digits"
     metric = "accuracy"
     higher_is_better = True
@@ -101,6 +112,7 @@ class Digits:
         pool, held_out = order[VALIDATION + TEST :], order[: VALIDATION + TEST]
         chosen = torch.cat([pool[labels[pool] == label][: self.per_class] for label in range(CLASSES)])
         parts = {"train": chosen, "validation": held_out[:VALIDATION], "test": held_out[VALIDATION:]}
+        parts = {name: part if name == "train" else part[: self.judged] for name, part in parts.items()}
         return Problem(
             model=model,
             targets=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],

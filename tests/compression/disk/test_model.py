@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertModel, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, BertModel, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from tests.compression.models import TwoLayers, batches, bert, llama
 from wara_peft import WaRAConfig
@@ -24,6 +25,7 @@ from wara_peft.compression import (
     save_compressed,
 )
 from wara_peft.disk.adapters.merge import merge_checkpoint
+from wara_peft.factorized.saved import put_in_place
 
 QUIET = {"show_progress_bar": False}
 
@@ -39,6 +41,55 @@ def compressed(
 def equal(one: nn.Module, other: nn.Module, batch: dict[str, Tensor]) -> bool:
     with torch.no_grad():
         return torch.equal(one(**batch).logits, other(**batch).logits)
+
+
+class TwiceConfig(PreTrainedConfig):
+    model_type = "twice"
+
+
+class Twice(PreTrainedModel):
+    """A layer and a block that are registered under two names each, as where a model repeats its blocks."""
+
+    config_class = TwiceConfig
+    _tied_weights_keys: ClassVar = {r"second\.": r"first\.", r"other\.": r"block\."}
+
+    def __init__(self, config: TwiceConfig) -> None:
+        super().__init__(config)
+        self.first = self.second = nn.Linear(12, 12)
+        self.block = self.other = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+        self.post_init()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.block(self.second(self.first(x))))
+
+
+class TestOneLayerOfTwoNames:
+    def test_is_one_layer_again(self, tmp_path: Path) -> None:
+        AutoConfig.register("twice", TwiceConfig, exist_ok=True)
+        model = Twice(TwiceConfig(tie_word_embeddings=True)).eval()
+        compress(model, 0.6, "svd", **QUIET)
+        assert isinstance(model.first, LowRankLinear) and model.second is model.first
+        save_compressed(model, tmp_path / "a")
+        loaded = load_compressed(tmp_path / "a", Twice)
+        assert isinstance(loaded.first, LowRankLinear) and loaded.second is loaded.first
+        assert isinstance(loaded.block[0], LowRankLinear) and loaded.other is loaded.block
+        x = torch.randn(3, 12)
+        assert torch.equal(loaded(x), model(x))
+        # A step of training keeps the names together, too.
+        for one in (loaded, model):
+            optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+            one(x).square().sum().backward()
+            optimizer.step()
+        assert torch.equal(loaded(x), model(x))
+
+    @pytest.mark.parametrize("names", [["first"], ["second"], ["first", "second"]])
+    def test_whichever_name_the_checkpoint_has(self, names: list[str]) -> None:
+        model = nn.ModuleDict({"first": nn.Linear(6, 4)})
+        model["second"] = model["first"]
+        shapes = {"down.weight": (2, 6), "up.weight": (4, 2), "up.bias": (4,)}
+        replaced = put_in_place(model, {f"{name}.{key}": shape for name in names for key, shape in shapes.items()})
+        assert replaced == ["first", "second"]
+        assert isinstance(model["first"], LowRankLinear) and model["second"] is model["first"]
 
 
 class TestAgain:

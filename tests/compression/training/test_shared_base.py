@@ -22,6 +22,7 @@ from wara_peft.compression import (
     share_bases,
     to_dense,
 )
+from wara_peft.compression.statistics.layer_statistics import LayerStatistics
 from wara_peft.compression.training.shared_base import cubic_sparsity, prune_together, shared_rank
 
 
@@ -234,6 +235,9 @@ def test_adapters_are_refused_by_name(config: type) -> None:
         get_peft_model(model, config(target_modules=["fc1"]))
 
 
+BROKEN = {GROUP[0]: LayerStatistics((16, 8), 4, torch.zeros(1), moment=torch.full((8, 8), torch.nan))}
+
+
 @pytest.mark.parametrize(
     ("groups", "fields", "message"),
     [
@@ -243,6 +247,7 @@ def test_adapters_are_refused_by_name(config: type) -> None:
         ([[*GROUP, "nothing"]], {"budget": 0.5}, "each once: 'nothing'"),
         ([GROUP, GROUP[:1]], {"budget": 0.5}, "each once"),
         ([[*GROUP, "other"]], {"budget": 0.5}, "'other' has 4 rows to share, and 'blocks.0.fc1' 8"),
+        ([GROUP[:1]], {"budget": 0.5, "statistics": BROKEN}, "The moment of 'blocks.0.fc1' is not finite"),
         ([GROUP[:1]], {"budget": 0.5, "statistics": {}}, "no inputs of 'blocks.0.fc1'"),
     ],
 )

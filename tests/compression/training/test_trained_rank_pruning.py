@@ -211,6 +211,19 @@ def test_out_of_range(fields: dict[str, object], message: str) -> None:
         TrainedRankPruning(**fields)
 
 
+def test_a_weight_that_diverged_is_named_before_any_is_truncated() -> None:
+    model = net()
+    pruning = TrainedRankPruning()
+    pruning.start(model)
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    before = model.conv.weight.detach().clone()
+    for truncation in (lambda: pruning.before_forward(0), pruning.finish):
+        with pytest.raises(ValueError, match=r"'head' cannot be truncated: .* lower learning rate"):
+            truncation()
+    assert torch.equal(model.conv.weight, before) and type(model.conv) is nn.Conv2d
+
+
 def test_targets_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="'nothing' matches no"):
         TrainedRankPruning(target_modules=["nothing"]).start(net())

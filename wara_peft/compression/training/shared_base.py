@@ -18,7 +18,7 @@ from ...factorized.shared_base_linear import SharedBaseLinear, tie_bases
 from ...messages import first_few
 from ..replacement import replace_everywhere
 from ..solvers.low_rank import Metric, low_rank
-from ..statistics.layer_statistics import LayerStatistics
+from ..statistics.layer_statistics import LayerStatistics, check_finite
 from ..targets import TIED, check_base, factorizable_weight, linear_layers, separate_tied
 
 
@@ -60,7 +60,7 @@ def share_bases(
 
     Raises:
         ValueError: a share is out of range; the budget is below rank 1; layers do not fit together, do not exist, are
-            named twice or are tied; or statistics are missing. The model is not changed then.
+            named twice or are tied; or weights or statistics are missing or not finite. The model is not changed then.
     """
     call = "share_bases(model, groups, budget)"
     check_argument(call, "model", model, "an nn.Module")
@@ -112,6 +112,7 @@ def _moment(name: str, statistics: Mapping[str, LayerStatistics]) -> Tensor:
     entry = statistics.get(name)
     if entry is None or entry.moment is None:
         raise ValueError(f"statistics have no inputs of {name!r}: calibrate with it among target_modules.")
+    check_finite(name, entry)
     return entry.moment.double()
 
 

@@ -67,7 +67,7 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
 
     Raises:
         ValueError: a number is out of range. `start` refuses targets that match nothing or cannot be factorised,
-            sharded weights, and a model with adapters.
+            sharded weights, and a model with adapters. Truncation refuses weights that are not finite.
     """
 
     adds_to_gradients = True
@@ -122,6 +122,12 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
     @torch.no_grad()
     def _truncate(self) -> dict[str, int]:
         self._started()
+        for name, layer in self._targets.items():
+            if not bool(layer.get_parameter("weight").isfinite().all()):
+                raise ValueError(
+                    f"{name!r} cannot be truncated: training has brought NaN or infinity into its weight. Begin again "
+                    "from an earlier checkpoint with a lower learning rate."
+                )
         ranks = {}
         for name, layer in self._targets.items():
             weight = layer.get_parameter("weight")
