@@ -1,7 +1,8 @@
 """A short `Trainer` run in a process of its own, for the tests of checkpoints: it can kill itself and resume.
 
-python -m tests.training_run OUTPUT_DIR [--kill-at-step N] [--resume] [--as-lora] [--kill-after-save N]
+python -m tests.training_run OUTPUT_DIR [--kill-at-step N] [--resume] [--as-lora] [--kill-after-save N] [--inside-lora]
 
+With --inside-lora the adapter is a reparametrised LoRA.
 Writes the logged losses to OUTPUT_DIR/losses.json and the final logits to OUTPUT_DIR/logits.pt, and saves the adapter
 in OUTPUT_DIR/adapter; with --load it loads that adapter instead, and checks that the logits are the same to the bit.
 """
@@ -15,10 +16,10 @@ import signal
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from wara_peft import SaveAsLora, WaRAConfig
+from wara_peft import SaveAsLora, WaRAConfig, reparametrize_lora
 
 TOKENS = torch.arange(1, 25).view(4, 6)
 
@@ -58,11 +59,19 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=TOKENS).logits
 
 
-def train(output_dir: Path, callbacks: list[TrainerCallback], resume: bool) -> None:
-    config = WaRAConfig(
-        r=2, wavelet="db2", target_modules="all-linear", wara_dropout=0.1, task_type="SEQ_CLS", wara_alpha=16
-    )
-    model = get_peft_model(base_model(), config)
+def adapted(inside_lora: bool) -> PeftModel:
+    settings = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    if not inside_lora:
+        return get_peft_model(
+            base_model(), WaRAConfig(r=2, wavelet="db2", wara_dropout=0.1, wara_alpha=16, **settings)
+        )
+    model = get_peft_model(base_model(), LoraConfig(r=8, lora_dropout=0.1, lora_alpha=16, **settings))
+    reparametrize_lora(model, wavelet="db2")
+    return model
+
+
+def train(output_dir: Path, callbacks: list[TrainerCallback], resume: bool, inside_lora: bool) -> None:
+    model = adapted(inside_lora)
     arguments = TrainingArguments(
         output_dir=str(output_dir / "checkpoints"),
         per_device_train_batch_size=8,
@@ -95,6 +104,7 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--as-lora", action="store_true")
     parser.add_argument("--load", action="store_true")
+    parser.add_argument("--inside-lora", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.load:
@@ -104,4 +114,4 @@ if __name__ == "__main__":
             KillAt(options.kill_at_step, options.kill_after_save),
             *([SaveAsLora()] if options.as_lora else []),
         ]
-        train(options.output_dir, callbacks, options.resume)
+        train(options.output_dir, callbacks, options.resume, options.inside_lora)

@@ -17,6 +17,7 @@ registration.peft_type()
 from .allocation import allocate_ranks  # noqa: E402
 from .config import WaRAConfig  # noqa: E402
 from .forms import frozen_factors  # noqa: E402
+from .lora.automatic import obey_environment  # noqa: E402
 from .lora.export import lora_error, save_as_lora, to_lora  # noqa: E402
 from .lora.load import load_lora  # noqa: E402
 from .lora.reparametrize import plain_lora, reparametrize_lora  # noqa: E402
@@ -26,6 +27,7 @@ from .training.optimizer_groups import optimizer_groups  # noqa: E402
 from .training.scale import rescale_adapter_scale  # noqa: E402
 
 registration.register(WaRAConfig, WaRAModel)
+obey_environment()
 
 __all__ = [
     "RankSchedule",

@@ -57,6 +57,23 @@ def check_device(value: str) -> None:
         raise typer.BadParameter(f"{value!r}: {str(error).splitlines()[0]}", param_hint="'--device'") from error
 
 
+def check_wavelet(value: str) -> str:
+    """Raise a usage error if `wara_peft` would refuse the wavelet; PyWavelets imports NumPy, and not PyTorch."""
+    import pywt
+
+    try:
+        is_orthogonal = pywt.Wavelet(value).orthogonal
+    except (ValueError, TypeError, AttributeError) as error:
+        raise typer.BadParameter(
+            f"{value!r} is not a wavelet that PyWavelets knows.", param_hint="'--wavelet'"
+        ) from error
+    if not is_orthogonal:
+        raise typer.BadParameter(
+            f"{value!r} is not orthogonal; use one of the families haar, db, sym or coif.", param_hint="'--wavelet'"
+        )
+    return value
+
+
 def read_budget(value: str) -> float | int | str:
     """Read a budget: digits are a number of parameters, another number is a share, other text is a size in bytes."""
     if re.fullmatch(r"\d+", value):

@@ -1,8 +1,12 @@
-"""`wara-peft run`: runs a program that does not import `wara_peft`, so that its PEFT can load WaRA adapters."""
+"""`wara-peft run`: runs a program that does not import `wara_peft`, so that its PEFT can load WaRA adapters.
+
+With `--reparametrize-lora` every LoRA that trains in the program does so in the wavelet domain.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -15,25 +19,49 @@ from typing import Annotated, NoReturn
 import typer
 
 from .interruption import PROGRAM
+from .options import check_wavelet
 from .terminal import failures_in_a_line
 
 # Python imports the file `sitecustomize.py` in this folder when it starts, if the folder is on PYTHONPATH.
 STARTUP = str(Path(__file__).parent / "startup")
+REPARAMETRIZE = "WARA_PEFT_REPARAMETRIZE_LORA"
+"""The environment variable that `wara_peft.lora.automatic` reads."""
 PYTHON_ENDINGS = (".py", ".pyw", ".pyc", ".pyz")
 EXAMPLES = f"""Examples:\n
     {PROGRAM} run evaluate.py --adapter my-adapter\n
     {PROGRAM} run -m lm_eval --model hf --model_args pretrained=my-base-model,peft=my-adapter\n
-    {PROGRAM} run accelerate launch train.py"""
+    {PROGRAM} run accelerate launch train.py\n
+    {PROGRAM} run --reparametrize-lora --wavelet db2 trl sft --use_peft --model_name_or_path my-base-model"""
 
 
 def run(
     program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A Python script, or any other program.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Handed on as they are.")] = None,
     module: Annotated[bool, typer.Option("-m", help="PROGRAM is a module, as in python -m.")] = False,
+    reparametrize_lora: Annotated[
+        bool,
+        typer.Option(
+            "--reparametrize-lora",
+            help="Let every LoRA that trains do so in the wavelet domain, with half of its parameters at one level.",
+        ),
+    ] = False,
+    wavelet: Annotated[
+        str | None, typer.Option(help="With --reparametrize-lora: an orthogonal wavelet; haar if left out.")
+    ] = None,
+    levels: Annotated[
+        int | None, typer.Option(min=1, help="With --reparametrize-lora: number of levels; 1 if left out.")
+    ] = None,
 ) -> None:
     """Run a program, and all that it starts, in which PEFT loads WaRA adapters though nothing imports wara_peft."""
+    chosen = {"wavelet": wavelet, "levels": levels}
+    settings = {name: value for name, value in chosen.items() if value is not None}
+    if settings and not reparametrize_lora:
+        raise typer.BadParameter("it needs --reparametrize-lora.", param_hint=f"'--{next(iter(settings))}'")
+    if wavelet is not None:
+        check_wavelet(wavelet)
     with failures_in_a_line(debug=False):
-        execute(command(program, arguments or [], module), environment(os.environ))
+        words = command(program, arguments or [], module)
+        execute(words, environment(os.environ, settings if reparametrize_lora else None))
 
 
 def execute(words: list[str], environment: Mapping[str, str]) -> NoReturn:
@@ -91,13 +119,19 @@ def command(program: str, arguments: Sequence[str], is_module: bool) -> list[str
     )
 
 
-def environment(before: Mapping[str, str]) -> dict[str, str]:
+def environment(before: Mapping[str, str], reparametrize_lora: Mapping[str, object] | None = None) -> dict[str, str]:
     """An environment in which every Python imports `wara_peft` right after `peft`.
 
     Programs hand their environment on, so this holds for all processes below the first one.
+
+    Args:
+        before: the environment of this process.
+        reparametrize_lora: arguments of the function of this name, for every LoRA that trains; None leaves LoRA plain.
     """
+    wanted = {} if reparametrize_lora is None else {REPARAMETRIZE: json.dumps(reparametrize_lora)}
     others = [path for path in before.get("PYTHONPATH", "").split(os.pathsep) if path and path != STARTUP]
-    return {**before, "PYTHONPATH": os.pathsep.join([STARTUP, *others])}
+    kept = {name: value for name, value in before.items() if name != REPARAMETRIZE}
+    return {**kept, **wanted, "PYTHONPATH": os.pathsep.join([STARTUP, *others])}
 
 
 def _begins_as_another_program(path: Path) -> bool:

@@ -68,6 +68,9 @@ def test_help_and_usage_errors_import_no_library(tmp_path):
         (["inspect"], 2),
         (["inspect", "nowhere"], 1),
         (["run"], 2),
+        (["run", "--wavelet", "db2", "nowhere.py"], 2),
+        (["run", "--reparametrize-lora", "--levels", "0", "nowhere.py"], 2),
+        (["run", "--reparametrize-lora", "nowhere.py"], 1),
         (["run", "nowhere.py"], 1),
         (["run", "-m", "program", "--help"], "executed"),
     ]

@@ -7,27 +7,93 @@ ignore it. Keys are `<module>.lora_A.level1` and so on, without the name of the 
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..compiled import plain_name
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.checkpoints.directory import written_at_once
 from .reparametrized_layers import FACTOR, ReparametrizedLayer
 
 FILE = "lora_coefficients.safetensors"
+_Layer = TypeVar("_Layer", bound=nn.Module)
 
 
 def keep_coefficients_in_checkpoints(model: nn.Module) -> None:
     """Let `save_pretrained` and `load_adapter` of this model write and read the second file."""
-    for name, wrapper in (("save_pretrained", _Saving), ("load_adapter", _Loading)):
-        if hasattr(type(model), name) and name not in vars(model):
-            setattr(model, name, wrapper(model))
+    if hasattr(type(model), "load_adapter"):  # what others save, nothing would read
+        for name, wrapper in (("save_pretrained", _Saving), ("load_adapter", _Loading)):
+            if name not in vars(model):
+                setattr(model, name, wrapper(model))
+
+
+def factors_of(model: nn.Module, adapter: str, kind: type[_Layer]) -> Iterator[tuple[str, _Layer]]:
+    """The factors of an adapter that are of this kind, by the beginning of their keys in the second file."""
+    for name, module in model.named_modules():
+        place, _, last = name.rpartition(".")
+        if isinstance(module, kind) and last == adapter and place.endswith(("lora_A", "lora_B")):
+            yield plain_name(place).removeprefix(PEFT_PREFIX), module
+
+
+@contextmanager
+def remembered(
+    model: nn.Module, adapter: str, path: Any, subfolder: str | None = None
+) -> Iterator[list[tuple[str, ReparametrizedLayer]]]:
+    """Scope in which weights are looked up in the second file of a saved LoRA before coefficients are computed.
+
+    Args:
+        model, adapter: the adapter into which the saved one is loaded.
+        path, subfolder: where it is saved. A name on the Hub has no second file.
+
+    Yields:
+        The factors that the file has coefficients of.
+    """
+    tensors = _read(Path(path, subfolder or "", FILE)) if isinstance(path, (str, os.PathLike)) else {}
+    found: list[tuple[str, ReparametrizedLayer]] = []
+    for key, layer in factors_of(model, adapter, ReparametrizedLayer):
+        expected = dict(layer.factor.named_parameters())
+        saved = {level: tensors.get(f"{key}.{level}") for level in expected}
+        if all(rows is not None and _alike(rows, expected[level]) for level, rows in saved.items()):
+            # Another device might round in another way, and so not recognise the weight.
+            layer.remembered = {level: _beside(rows, expected[level]) for level, rows in saved.items()}  # type: ignore
+            found.append((key, layer))
+    try:
+        yield found
+    finally:
+        for _, layer in found:
+            layer.remembered = None
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        return {}
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        warnings.warn(
+            f"{str(file)!r} cannot be read ({error}), so the coefficients are computed from the LoRA beside it, "
+            "which gives them to rounding, not to the bit."
+        )
+        return {}
+
+
+def _alike(saved: Tensor, present: Tensor) -> bool:
+    return saved.shape == present.shape and saved.is_floating_point()
+
+
+def _beside(saved: Tensor, present: Tensor) -> Tensor:
+    return saved if present.is_meta else saved.to(present.device)
 
 
 def keep_only_weights_in_checkpoints(model: nn.Module) -> None:
@@ -45,63 +111,52 @@ class _Method:
 
 
 class _Saving(_Method):
-    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        model = self.model
-        if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = _with_weights(model, kwargs["state_dict"])
-        result = type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            for adapter in kwargs.get("selected_adapters") or _adapters(model):
-                tensors = {
-                    f"{key}.{level}": rows.detach().contiguous()
-                    for key, layer in _layers(model, adapter)
-                    for level, rows in layer.factor.named_parameters()
-                }
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, save = self.model, type(self.model).save_pretrained
+        bound = inspect.signature(save).bind(model, *args, **kwargs)
+        given = bound.arguments | bound.arguments.get("kwargs", {})
+        state_dict = given.get("state_dict") or {}
+        if state_dict:
+            holder = bound.arguments if "state_dict" in bound.arguments else bound.arguments["kwargs"]
+            holder["state_dict"] = _with_weights(model, state_dict)
+        result = save(*bound.args, **bound.kwargs)
+        if given.get("is_main_process", True):
+            for adapter, directory in _directories(model, given).items():
+                tensors = _coefficients(model, adapter, state_dict)
                 # Sharded coefficients would have to be gathered by all processes, and this may run in one of them.
                 if tensors and not any(isinstance(rows, DTensor) or not rows.numel() for rows in tensors.values()):
-                    with written_at_once(_directory(model, save_directory, adapter), existing="update") as directory:
-                        save_file(tensors, Path(directory) / FILE)
+                    with written_at_once(directory, existing="update") as temporary:
+                        save_file(tensors, Path(temporary) / FILE, metadata={"format": "pt"})
         return result
 
 
 class _Loading(_Method):
-    def __call__(self, path: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        model = self.model
-        file = Path(path, kwargs.get("subfolder") or "", FILE) if isinstance(path, (str, os.PathLike)) else None
-        layers: list[tuple[str, ReparametrizedLayer]] = []
-        if file is not None and file.is_file():
-            tensors = load_file(file)
-            layers = list(_layers(model, adapter_name or "default"))
-            for key, layer in layers:
-                names = [level for level, _ in layer.factor.named_parameters()]
-                if all(f"{key}.{level}" in tensors for level in names):
-                    layer.remembered = {level: tensors[f"{key}.{level}"] for level in names}
-        try:
-            return type(model).load_adapter(model, path, adapter_name, *args, **kwargs)
-        finally:
-            for _, layer in layers:
-                layer.remembered = None
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, load = self.model, type(self.model).load_adapter
+        bound = inspect.signature(load).bind(model, *args, **kwargs)
+        given = bound.arguments | bound.arguments.get("kwargs", {})
+        path = given.get("model_id", given.get("peft_model_id"))
+        with remembered(model, given.get("adapter_name") or "default", path, given.get("subfolder")):
+            return load(*bound.args, **bound.kwargs)
 
 
-def _directory(model: nn.Module, save_directory: str | os.PathLike[str], adapter: str) -> Path:
-    """Where PEFT saves an adapter; transformers' own models save one adapter, in the directory itself."""
-    subfolder = adapter if hasattr(model, "base_model") and hasattr(model, "get_base_model") else "default"
-    return Path(save_directory) if subfolder == "default" else Path(save_directory, subfolder)
+def _directories(model: Any, given: Mapping[str, Any]) -> dict[str, Path]:
+    """The adapters that have been saved, and where: models of transformers save the active one."""
+    place = Path(given["save_directory"])
+    if not isinstance(model, PeftModel):
+        return dict.fromkeys(model.active_adapters(), place)
+    adapters = given.get("selected_adapters") or list(model.peft_config)
+    return {adapter: place if adapter == "default" else place / adapter for adapter in adapters}
 
 
-def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, ReparametrizedLayer]]:
-    """The reparametrised layers of an adapter, by the beginning of their keys."""
-    for name, module in model.named_modules():
-        place, _, last = name.rpartition(".")
-        if isinstance(module, ReparametrizedLayer) and last == adapter:
-            yield place.removeprefix(PEFT_PREFIX), module
-
-
-def _adapters(model: nn.Module) -> list[str]:
-    names = (
-        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, ReparametrizedLayer)
-    )
-    return list(dict.fromkeys(names))
+def _coefficients(model: nn.Module, adapter: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the second file, from the state dict if that has them."""
+    names = {module: name for name, module in model.named_modules()}
+    return {
+        f"{key}.{level}": state_dict.get(f"{names[layer]}.{FACTOR}.{level}", rows).detach().contiguous()
+        for key, layer in factors_of(model, adapter, ReparametrizedLayer)
+        for level, rows in layer.factor.named_parameters()
+    }
 
 
 def _with_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
