@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import warnings
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -271,6 +272,30 @@ def test_an_error_while_loading_forgets_the_file(tmp_path):
     with pytest.raises(Exception, match=r"(?i)header"):
         model.load_adapter(tmp_path, "default")
     assert all(module.remembered is None for module in model.modules() if hasattr(module, "remembered"))
+
+
+def test_a_file_of_another_wavelet_changes_nothing(tmp_path):
+    """Its coefficients have the shapes of the present ones, and make other weights."""
+    adapted().save_pretrained(tmp_path)
+    other = get_peft_model(base_model(), lora())
+    reparametrize_lora(other, wavelet="haar")
+    move(other)
+    before = coefficients(other)
+    with pytest.raises(ValueError, match=r"The weight of 'base_model.*lora_A.default' cannot become this one"):
+        other.load_adapter(tmp_path, "default")
+    assert equal(coefficients(other), before)
+
+
+def test_a_copy_saves_its_own_values(tmp_path):
+    model = adapted()
+    torch.save(model, tmp_path / "model.pt")
+    for index, copied in enumerate((deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False))):
+        move(copied)
+        copied.save_pretrained(tmp_path / str(index))
+        again = adapted()
+        again.load_adapter(tmp_path / str(index), "default")
+        assert equal(coefficients(again), coefficients(copied))
+        assert not close(coefficients(again), coefficients(model))
 
 
 def test_a_narrower_dtype_resumes_to_the_bit(tmp_path):

@@ -38,6 +38,13 @@ def keep_coefficients_in_checkpoints(model: nn.Module) -> None:
                 setattr(model, name, wrapper(model))
 
 
+def keep_only_weights_in_checkpoints(model: nn.Module) -> None:
+    """Undo `keep_coefficients_in_checkpoints`."""
+    for name in ("save_pretrained", "load_adapter"):
+        if isinstance(vars(model).get(name), _Method):
+            delattr(model, name)
+
+
 def factors_of(model: nn.Module, adapter: str, kind: type[_Layer]) -> Iterator[tuple[str, _Layer]]:
     """The factors of an adapter that are of this kind, by the beginning of their keys in the second file."""
     for name, module in model.named_modules():
@@ -94,13 +101,6 @@ def _alike(saved: Tensor, present: Tensor) -> bool:
 
 def _beside(saved: Tensor, present: Tensor) -> Tensor:
     return saved if present.is_meta else saved.to(present.device)
-
-
-def keep_only_weights_in_checkpoints(model: nn.Module) -> None:
-    """Undo `keep_coefficients_in_checkpoints`."""
-    for name in ("save_pretrained", "load_adapter"):
-        if isinstance(vars(model).get(name), _Method):
-            delattr(model, name)
 
 
 class _Method:
