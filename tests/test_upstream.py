@@ -147,7 +147,7 @@ PYTHON = [
 ]
 """Attributes by which a member is added to PEFT's enumeration; Python 3.13 has one more, which is looked for."""
 SINCE_PYTHON_3_13 = {"_hashable_values_"}
-OURS = {"_added_by_wara_peft", "_asks_the_tuner", "_use_nested_tensor_without_adapters"}
+OURS = {"_added_by_wara_peft", "_asks_the_tuner", "_reparametrizes", "_use_nested_tensor_without_adapters"}
 """Attributes that we put on objects of others."""
 
 OWNERS = [*(pair for seen in UPSTREAM.values() for pair in seen.names), *PYTHON]
