@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import warnings
@@ -219,6 +221,20 @@ def test_arguments_by_position_and_by_name(tmp_path):
     again = adapted(default=lora(), other=lora())
     again.load_adapter(tmp_path, "other", subfolder="a/other")
     assert equal(coefficients(again, "other"), coefficients(model, "other"))
+
+
+def test_several_processes_may_save_to_one_place(tmp_path):
+    """PEFT lets them, so a lock of the directory by another one stops nothing."""
+    model = adapted()
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    os.close(descriptor)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "adapter_config.json", LORA, FILE}
+    again = adapted()
+    again.load_adapter(tmp_path, "default")
+    assert equal(coefficients(again), coefficients(model))
 
 
 def test_a_file_of_another_time_is_not_taken(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,6 @@ from torch.distributed.tensor import DTensor
 
 from ..compiled import plain_name
 from ..disk.adapters.contents import PEFT_PREFIX
-from ..disk.checkpoints.directory import written_at_once
 from .reparametrized_layers import FACTOR, ReparametrizedLayer
 
 FILE = "lora_coefficients.safetensors"
@@ -125,8 +125,10 @@ class _Saving(_Method):
                 tensors = _coefficients(model, adapter, state_dict)
                 # Sharded coefficients would have to be gathered by all processes, and this may run in one of them.
                 if tensors and not any(isinstance(rows, DTensor) or not rows.numel() for rows in tensors.values()):
-                    with written_at_once(directory, existing="update") as temporary:
-                        save_file(tensors, Path(temporary) / FILE, metadata={"format": "pt"})
+                    # Every process of a training may save to one place, as PEFT allows.
+                    temporary = directory / f".{FILE}.{uuid.uuid4().hex[:8]}.partial"
+                    save_file(tensors, temporary, metadata={"format": "pt"})
+                    temporary.replace(directory / FILE)
         return result
 
 
