@@ -10,6 +10,7 @@ import signal
 import warnings
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,8 @@ def test_arguments_by_position_and_by_name(tmp_path):
     assert [path.parent.name for path in (tmp_path / "a").rglob(FILE)] == ["other"]
     model.save_pretrained(save_directory=str(tmp_path / "b"), selected_adapters=["default"], is_main_process=True)
     assert [path.parent.name for path in (tmp_path / "b").rglob(FILE)] == ["b"]
+    for name in ("save_pretrained", "load_adapter"):  # programs look at what these take
+        assert signature(getattr(model, name)) == signature(getattr(get_peft_model(base_model(), lora()), name))
     model.save_pretrained(tmp_path / "c", is_main_process=False)
     assert not list((tmp_path / "c").rglob(FILE))
     again = adapted(default=lora(), other=lora())

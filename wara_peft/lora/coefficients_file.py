@@ -33,16 +33,16 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 def keep_coefficients_in_checkpoints(model: nn.Module) -> None:
     """Let `save_pretrained` and `load_adapter` of this model write and read the second file."""
     if hasattr(type(model), "load_adapter"):  # what others save, nothing would read
-        for name, wrapper in (("save_pretrained", _Saving), ("load_adapter", _Loading)):
-            if name not in vars(model):
-                setattr(model, name, wrapper(model))
+        for kind in (_Saving, _Loading):
+            if kind.name not in vars(model):
+                setattr(model, kind.name, kind(model))
 
 
 def keep_only_weights_in_checkpoints(model: nn.Module) -> None:
     """Undo `keep_coefficients_in_checkpoints`."""
-    for name in ("save_pretrained", "load_adapter"):
-        if isinstance(vars(model).get(name), _Method):
-            delattr(model, name)
+    for kind in (_Saving, _Loading):
+        if isinstance(vars(model).get(kind.name), kind):
+            delattr(model, kind.name)
 
 
 def factors_of(model: nn.Module, adapter: str, kind: type[_Layer]) -> Iterator[tuple[str, _Layer]]:
@@ -106,23 +106,35 @@ def _beside(saved: Tensor, present: Tensor) -> Tensor:
 class _Method:
     """A method of one model. An object, unlike a function, is copied and pickled with the model that it belongs to."""
 
+    name: str
+
     def __init__(self, model: Any) -> None:
         self.model = model
 
+    @property
+    def method(self) -> Any:
+        """The method of this name that the model's class has."""
+        return getattr(type(self.model), self.name).__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.method)
+
 
 class _Saving(_Method):
+    name = "save_pretrained"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, save = self.model, type(self.model).save_pretrained
-        bound = inspect.signature(save).bind(model, *args, **kwargs)
+        bound = self.__signature__.bind(*args, **kwargs)
         given = bound.arguments | bound.arguments.get("kwargs", {})
         state_dict = given.get("state_dict") or {}
         if state_dict:
             holder = bound.arguments if "state_dict" in bound.arguments else bound.arguments["kwargs"]
-            holder["state_dict"] = _with_weights(model, state_dict)
-        result = save(*bound.args, **bound.kwargs)
+            holder["state_dict"] = _with_weights(self.model, state_dict)
+        result = self.method(*bound.args, **bound.kwargs)
         if given.get("is_main_process", True):
-            for adapter, directory in _directories(model, given).items():
-                tensors = _coefficients(model, adapter, state_dict)
+            for adapter, directory in _directories(self.model, given).items():
+                tensors = _coefficients(self.model, adapter, state_dict)
                 # Sharded coefficients would have to be gathered by all processes, and this may run in one of them.
                 if tensors and not any(isinstance(rows, DTensor) or not rows.numel() for rows in tensors.values()):
                     # Every process of a training may save to one place, as PEFT allows.
@@ -133,13 +145,13 @@ class _Saving(_Method):
 
 
 class _Loading(_Method):
+    name = "load_adapter"
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model, load = self.model, type(self.model).load_adapter
-        bound = inspect.signature(load).bind(model, *args, **kwargs)
-        given = bound.arguments | bound.arguments.get("kwargs", {})
+        given = self.__signature__.bind(*args, **kwargs).arguments
         path = given.get("model_id", given.get("peft_model_id"))
-        with remembered(model, given.get("adapter_name") or "default", path, given.get("subfolder")):
-            return load(*bound.args, **bound.kwargs)
+        with remembered(self.model, given.get("adapter_name") or "default", path, kwargs.get("subfolder")):
+            return self.method(*args, **kwargs)
 
 
 def _directories(model: Any, given: Mapping[str, Any]) -> dict[str, Path]:
