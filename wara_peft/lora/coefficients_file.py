@@ -31,20 +31,20 @@ def keep_coefficients_in_checkpoints(model: nn.Module) -> None:
 
 
 def keep_only_weights_in_checkpoints(model: nn.Module) -> None:
-    """Undo `keep_coefficients_in_checkpoints`."""
-    for name in ("save_pretrained", "load_adapter"):
-        if isinstance(vars(model).get(name), _Method):
+    """Undo `keep_coefficients_in_checkpoints`, and take away the other methods of this kind."""
+    for name in ("save_pretrained", "load_adapter", "add_adapter"):
+        if isinstance(vars(model).get(name), ModelMethod):
             delattr(model, name)
 
 
-class _Method:
+class ModelMethod:
     """A method of one model. An object, unlike a function, is copied and pickled with the model that it belongs to."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
 
-class _Saving(_Method):
+class _Saving(ModelMethod):
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         model = self.model
         if kwargs.get("state_dict") is not None:
@@ -64,7 +64,7 @@ class _Saving(_Method):
         return result
 
 
-class _Loading(_Method):
+class _Loading(ModelMethod):
     def __call__(self, path: Any = None, adapter_name: str | None = None, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         file = Path(path, kwargs.get("subfolder") or "", FILE) if isinstance(path, (str, os.PathLike)) else None
