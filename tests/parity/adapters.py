@@ -19,10 +19,10 @@ from peft import (
 )
 from peft.utils.hotswap import hotswap_adapter
 
-from tests.models import WORDS, X, llama, mlp, output
+from tests.models import WORDS, llama, mlp
 from wara_peft import save_as_lora
 
-from .models import adapted, close, train
+from .models import X, adapted, add, close, output, train
 from .table import LORA, REFUSED, WARA, Area, Method
 
 AREA = Area("Several adapters")
@@ -31,7 +31,7 @@ row = AREA.row
 
 def two(method: Method, **fields: Any) -> PeftModel:
     model = adapted(method, **fields)
-    model.add_adapter("other", method.config(False, target_modules=["up"]))
+    add(model, method, "other", target_modules=["up"])
     return model.eval()
 
 
@@ -65,12 +65,13 @@ def both(method: Method) -> str | None:
     model.base_model.set_adapter(["default", "other"])
     delta = layer.get_delta_weight("default") + layer.get_delta_weight("other")
     assert close(layer(X), layer.base_layer(X) + X @ delta.T)
+    output(model)
 
 
 @row("a frozen copy of an adapter from its config and values, as TRL's DPO and GRPO make their reference")
 def reference(method: Method) -> str | None:
     model = adapted(method)
-    model.add_adapter("ref", model.peft_config["default"])
+    model.add_adapter("ref", model.peft_config["default"])  # which is then of the same kind
     values = dict(model.named_parameters())
     for name, value in values.items():
         if ".default." in name:
@@ -86,6 +87,7 @@ def requires_grad(method: Method) -> str | None:
     model = two(method)
     model.set_requires_grad("other")
     assert all(value.requires_grad for name, value in model.named_parameters() if ".other." in name)
+    train(model)
 
 
 @row("a batch of several adapters, by `adapter_names`")
@@ -107,11 +109,13 @@ def mixed_training(method: Method) -> str | None:
 
 @row("`add_weighted_adapter` by default: of two adapters one of their rank")
 def weighted_by_default(method: Method) -> str | None:
-    model = two(method, r=2)
-    model.add_adapter("third", method.config(False, r=2, target_modules=["up", "down"]))
+    rank = 2 if method is WARA else 4
+    model = two(method, r=rank)
+    add(model, method, "third", r=rank, target_modules=["up", "down"])
     model.add_weighted_adapter(["default", "third"], [0.5, 0.5], "new")
     layer = model.base_model.model.up
     assert layer.r["new"] == layer.r["default"] == layer.r["third"]
+    alone(model, "new")
 
 
 TYPES: dict[str, dict[str, Any]] = {
@@ -119,19 +123,19 @@ TYPES: dict[str, dict[str, Any]] = {
     "cat": {},
     "linear": {},
     "ties": {"density": 0.5},
-    "ties_svd": {"density": 0.5, "svd_rank": 2},
+    "ties_svd": {"density": 0.5, "svd_rank": 4},
     "dare_linear": {"density": 0.5},
-    "dare_linear_svd": {"density": 0.5, "svd_rank": 2},
+    "dare_linear_svd": {"density": 0.5, "svd_rank": 4},
     "dare_ties": {"density": 0.5},
-    "dare_ties_svd": {"density": 0.5, "svd_rank": 2},
+    "dare_ties_svd": {"density": 0.5, "svd_rank": 4},
     "magnitude_prune": {"density": 0.5},
-    "magnitude_prune_svd": {"density": 0.5, "svd_rank": 2},
+    "magnitude_prune_svd": {"density": 0.5, "svd_rank": 4},
 }
 
 
 def weighted(method: Method, kind: str, options: dict[str, Any]) -> None:
-    model = adapted(method, r=2)
-    model.add_adapter("other", method.config(False, r=2, target_modules=["up", "down"]))
+    model = adapted(method, r=4)
+    add(model, method, "other", r=4, target_modules=["up", "down"])
     model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "new", kind, **options)
     layer = model.base_model.model.up
     if kind in ("svd", "cat"):
@@ -167,7 +171,7 @@ def taken(method: Method) -> str | None:
 def hotswap(method: Method, directory: Path) -> str | None:
     model = adapted(method)
     model.save_pretrained(directory)
-    other = get_peft_model(mlp(), method.config(target_modules=["up", "down"]))
+    other = adapted(method, init=True)
     hotswap_adapter(other, directory, "default")
     assert torch.equal(output(other), output(model))
 
@@ -175,7 +179,7 @@ def hotswap(method: Method, directory: Path) -> str | None:
 @row("a hotswap of the adapter as a LoRA")
 def hotswap_exported(method: Method, directory: Path) -> str | None:
     model = adapted(method)
-    model.save_pretrained(directory) if method is LORA else save_as_lora(directory, model)
+    save_as_lora(directory, model) if method is WARA else model.save_pretrained(directory)
     other = get_peft_model(mlp(), LoraConfig.from_pretrained(directory))
     hotswap_adapter(other, directory, "default")
     assert close(output(other), output(model))
@@ -187,7 +191,14 @@ def hotswap_exported(method: Method, directory: Path) -> str | None:
     instead="`inject_adapter_in_model` once for each method",
 )
 def mixed(method: Method) -> str | None:
-    get_peft_model(mlp(), method.config(target_modules=["up"]), mixed=True)
+    torch.manual_seed(1)
+    model = get_peft_model(mlp(), method.config(False, target_modules=["up"]), mixed=True)
+    method.finish(model, "default")
+    model.add_adapter("other", LoHaConfig(init_weights=False, target_modules=["up", "down"]))
+    for names in ("default", "other", ["default", "other"]):
+        model.set_adapter(names)
+        assert not close(output(model), output(mlp()), 1e-3)
+    train(model)
 
 
 @row("an adapter of another method beside it (LoHa beside LoRA, LoRA beside WaRA), by `inject_adapter_in_model`")
@@ -195,7 +206,9 @@ def two_methods(method: Method) -> str | None:
     other = LoHaConfig(init_weights=False, target_modules=["up", "down"])
     if method is WARA:
         other = LoraConfig(init_lora_weights=False, target_modules=["up", "down"])
+    torch.manual_seed(1)
     model = inject_adapter_in_model(method.config(False, target_modules=["up"]), mlp(), "first")
+    method.finish(model, "first")
     outputs = [output(mlp()), output(model)]
     inject_adapter_in_model(other, model, "second")
     outputs.append(output(model))
@@ -210,7 +223,7 @@ def two_methods(method: Method) -> str | None:
     instead="`inject_adapter_in_model` once for each method",
 )
 def other_type(method: Method) -> str | None:
-    other = WARA if method is LORA else LORA
+    other = LORA if method is WARA else WARA
     adapted(method).add_adapter("other", other.config(target_modules=["up"]))
 
 

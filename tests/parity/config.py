@@ -20,12 +20,13 @@ from peft import (
 )
 from transformers import HfArgumentParser
 
-from tests.models import WORDS, X, llama, run
+from tests.models import WORDS, llama
 from wara_peft import WaRAConfig
 from wara_peft.config_fields.from_lora import LORA_FIELDS
 
-from .models import ATTENTION, adapted, layers_of, train
-from .table import LORA, Area, Method
+from . import same_factors
+from .models import ATTENTION, X, adapted, layers_of, output, run, train
+from .table import INSIDE, REFUSED, WARA, Area, Method
 
 AREA = Area("Configuration")
 row = AREA.row
@@ -35,6 +36,7 @@ row = AREA.row
     "`r=16, lora_alpha=32` with the fields renamed",
     wara="differs: scaling 0.5 and 2 times the parameters, of which a warning tells",
     instead="`WaRAConfig.from_lora(lora_config)`: alpha is divided by R = (3 levels + 1) r",
+    inside="differs: scaling 2 and 0.5 times the parameters, which is what it is for",
 )
 def numbers(method: Method) -> str | None:
     with warnings.catch_warnings(record=True) as caught:
@@ -43,10 +45,13 @@ def numbers(method: Method) -> str | None:
     warned = any("from_lora" in str(warning.message) for warning in caught)
     base = torch.nn.ModuleDict({"up": torch.nn.Linear(32, 32)})
     model = get_peft_model(base, config)
+    method.finish(model, "default")
     scaling = next(iter(layers_of(model, method).values())).scaling["default"]
     ratio = model.get_nb_trainable_parameters()[0] / (16 * (32 + 32))
     if (scaling, ratio) == (2, 1):
         return None
+    if method is INSIDE:
+        return f"scaling {scaling:g} and {ratio:g} times the parameters, which is what it is for"
     return f"scaling {scaling:g} and {ratio:g} times the parameters" + (", of which a warning tells" if warned else "")
 
 
@@ -54,9 +59,10 @@ def numbers(method: Method) -> str | None:
 def carried_over(method: Method) -> str | None:
     config = LoraConfig(r=16, lora_alpha=32, target_modules=["up"], lora_dropout=0.1)
     base = torch.nn.ModuleDict({"up": torch.nn.Linear(32, 32)})
-    model = get_peft_model(base, config if method is LORA else WaRAConfig.from_lora(config))
+    model = get_peft_model(base, WaRAConfig.from_lora(config) if method is WARA else config)
+    method.finish(model, "default")
     assert next(iter(layers_of(model, method).values())).scaling["default"] == 2
-    assert model.get_nb_trainable_parameters()[0] == 16 * (32 + 32)
+    assert model.get_nb_trainable_parameters()[0] == (8 if method is INSIDE else 16) * (32 + 32)
 
 
 @row("`use_rslora`")
@@ -64,21 +70,24 @@ def rslora(method: Method) -> str | None:
     model = adapted(method, alpha=6, use_rslora=True)
     for layer in layers_of(model, method).values():
         assert abs(layer.scaling["default"] - 6 / layer.r["default"] ** 0.5) < 1e-6
+    output(model)
 
 
 @row("`rank_pattern`, `alpha_pattern`")
 def patterns(method: Method) -> str | None:
-    model = adapted(method, r=2, rank_pattern={"down": 3}, alpha_pattern={"up": 5})
+    model = adapted(method, r=4, rank_pattern={"down": 6}, alpha_pattern={"up": 5})
     layers = layers_of(model.base_model.model, method)
     assert layers["down"].r["default"] == 1.5 * layers["up"].r["default"]
     assert layers["up"].scaling["default"] == 5 / layers["up"].r["default"]
+    output(model)
 
 
 @row("dropout")
 def dropout(method: Method) -> str | None:
     model = adapted(method, dropout=0.5)
-    assert torch.equal(model.eval()(X), model(X))
+    assert torch.equal(output(model), output(model))
     assert not torch.equal(model.train()(X), model(X))
+    train(model)
 
 
 def named_targets(method: Method, expected: set[str], **fields: Any) -> None:
@@ -133,6 +142,7 @@ def all_biases(method: Method) -> str | None:
     model = adapted(method, bias="all")
     trained = {name for name, value in model.named_parameters() if value.requires_grad and "bias" in name}
     assert len(trained) == 2
+    train(model)
 
 
 @row(
@@ -141,7 +151,7 @@ def all_biases(method: Method) -> str | None:
     instead='`bias="wara_only"`',
 )
 def biases_by_loras_name(method: Method) -> str | None:
-    adapted(method, bias="lora_only")
+    train(adapted(method, bias="lora_only"))
 
 
 @row("the biases of adapted layers, under the method's own name")
@@ -149,6 +159,7 @@ def own_biases(method: Method) -> str | None:
     model = adapted(method, bias=f"{method.prefix}_only")
     trained = {name for name, value in model.named_parameters() if value.requires_grad and "bias" in name}
     assert trained == {"base_model.model.up.base_layer.bias"}
+    train(model)
 
 
 @row("`trainable_token_indices`")
@@ -160,7 +171,10 @@ def tokens(method: Method) -> str | None:
     assert changed.tolist() == [3, 5]
 
 
-@row("`ensure_weight_tying`, the embedding and the tied head adapted together")
+@row(
+    "`ensure_weight_tying`, the embedding and the tied head adapted together",
+    inside="refused: its factors are tied to those of another module",
+)
 def weight_tying(method: Method) -> str | None:
     model = adapted(method, llama(tie_word_embeddings=True), target_modules=["embed_tokens"], ensure_weight_tying=True)
     assert len(layers_of(model, method)) == 2
@@ -172,19 +186,28 @@ def starts(method: Method, init: Any) -> None:
     train(model)
 
 
-for init in ("True", "False", "'orthogonal'"):
-    row(f"`init_lora_weights={init}`, `init_weights={init}` here")(partial(starts, init=eval(init)))
+MEANT = "refused: (init_lora_weights={!r} gives the first values a meaning) that cannot be taken over exactly"
+for init in (True, False, "orthogonal"):
+    row(
+        f"`init_lora_weights={init!r}`, `init_weights={init!r}` here",
+        inside=None if isinstance(init, bool) else MEANT.format(init),
+    )(partial(starts, init=init))
 for init in ("gaussian", "pissa", "olora"):
     row(
         f'`init_lora_weights="{init}"`',
         wara=f"refused: init_weights='{init}' must be one of True, False, 'orthogonal', 'activation'",
         instead="`True`, or one of the others",
+        inside=None if init == "gaussian" else MEANT.format(init),
+        dtype=torch.float32,
     )(partial(starts, init=init))
 
 
 def has_field(method: Method, name: str, value: Any) -> None:
     model = adapted(method, llama(num_key_value_heads=2), **{name: value})
-    run(model.train(), WORDS | {"use_cache": False}).sum().backward()
+    loss = run(model.train(), WORDS | {"use_cache": False}).square().sum()
+    loss.backward()
+    same_factors.meet(loss)
+    same_factors.meet_gradients(model)
     assert any(value.grad is not None for value in model.parameters())
 
 
@@ -192,7 +215,7 @@ for name, value in (
     ("use_dora", True),
     ("lora_bias", True),
     ("layer_replication", [(0, 2), (1, 2)]),
-    ("alora_invocation_tokens", [1]),
+    ("alora_invocation_tokens", [5]),
     ("use_qalora", True),
     ("use_bdlora", BdLoraConfig(target_modules_bd_a=["o_proj"], target_modules_bd_b=ATTENTION, nblocks=2)),
     ("monteclora_config", MontecloraConfig()),
@@ -205,6 +228,7 @@ for name, value in (
         f"the field `{name}`",
         wara=f"refused: WaRAConfig got an unexpected keyword argument '{name}'",
         instead=LORA_FIELDS[name],
+        inside=f"{REFUSED}is a BlockDiagonalLinear, which cannot be" if name == "use_bdlora" else None,
     )(partial(has_field, name=name, value=value))
 
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from tests.models import EXPERTS, MIXTURES, WORDS, mixture, output
+from tests.models import EXPERTS, MIXTURES, WORDS
+from tests.models import mixture as any_mixture
 
-from .models import adapted, close, train
-from .table import LORA, Area, Method
+from .models import adapted, close, output, train
+from .table import INSIDE, LORA, WARA, Area, Method
 
 AREA = Area("Experts of a mixture")
 row = AREA.row
+
+
+def mixture(name: str = "Mixtral") -> nn.Module:
+    model = any_mixture(name)
+    model.set_experts_implementation("eager")  # the others have no float64
+    return model
 
 
 def of_experts(method: Method, init: bool = True, **fields: object) -> PeftModel:
@@ -22,7 +30,9 @@ def of_experts(method: Method, init: bool = True, **fields: object) -> PeftModel
 
 def trained_parameters(method: Method, name: str, **fields: object) -> tuple[set[str], int]:
     """What a config adapts, by name, and how many parameters train, with LoRA's r=4 and as many of WaRA's."""
-    model = get_peft_model(mixture(name), method.config(r=4 if method is LORA else 2, **fields))
+    rank = {WARA.name: 2, INSIDE.name: 8}.get(method.name, 4)
+    model = get_peft_model(mixture(name), method.config(r=rank, **fields))
+    method.finish(model, "default")
     tuner = model.base_model
     named = {*tuner.targeted_module_names, *tuner.targeted_parameter_names}
     return named, model.get_nb_trainable_parameters()[0]
@@ -89,6 +99,7 @@ QUANTIZED = [f"model.layers.0.mlp.{name}" for name in EXPERTS]
     "experts quantized to 4 bits by bitsandbytes: training",
     lora="refused: only Tensors of floating point dtype can require gradients",
     needs="bitsandbytes",
+    dtype=torch.float32,
 )
 def quantized(method: Method) -> str | None:
     train(adapted(method, in_four_bits(), init=True, target_modules=[], target_parameters=QUANTIZED), WORDS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tests.models import WORDS, llama, mlp, output
+from tests.models import WORDS, llama, mlp
 
-from .models import adapted, close, layers_of
+from .models import adapted, add, close, layers_of, output
 from .table import Area, Method
 
 AREA = Area("Merging")
@@ -71,7 +71,7 @@ def unmerge(method: Method) -> str | None:
 @row("some of several adapters, by `adapter_names`")
 def some(method: Method) -> str | None:
     model = adapted(method)
-    model.add_adapter("other", method.config(False, target_modules=["up"]))
+    add(model, method, "other", target_modules=["up"])
     model.set_adapter("other")
     expected = output(model)
     assert close(output(model.merge_and_unload(adapter_names=["other"])), expected)
@@ -79,7 +79,9 @@ def some(method: Method) -> str | None:
 
 @row("`unload`")
 def unload(method: Method) -> str | None:
-    assert torch.equal(output(adapted(method).unload()), output(mlp()))
+    model = adapted(method)
+    output(model)
+    assert torch.equal(output(model.unload()), output(mlp()))
 
 
 @row(
@@ -94,7 +96,11 @@ def tied(method: Method) -> str | None:
     return None if close(output(model.merge_and_unload(), WORDS), expected, 1e-4) else "the other layer changes too"
 
 
-@row("both tied layers adapted, with `ensure_weight_tying=True`", lora="differs: the adapter is added twice")
+@row(
+    "both tied layers adapted, with `ensure_weight_tying=True`",
+    lora="differs: the adapter is added twice",
+    inside="refused: its factors are tied to those of another module",
+)
 def tied_together(method: Method) -> str | None:
     model = adapted(method, llama(tie_word_embeddings=True), target_modules=["embed_tokens"], ensure_weight_tying=True)
     expected = output(model, WORDS)

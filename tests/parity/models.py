@@ -9,12 +9,29 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from tests.models import X, mlp, output, run
+from tests import models
+from tests.models import mlp
 from tests.references import Mlp
 
+from . import same_factors
 from .table import Method
 
+X = models.X.double()
 ATTENTION = ["q_proj", "v_proj"]
+
+
+def run(model: nn.Module, inputs: Any = X, **options: Any) -> Tensor:
+    """The output, logits or last hidden state, for a tensor or a dict of them."""
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        inputs = inputs.to(torch.get_default_dtype())
+    return models.run(model, inputs, **options)
+
+
+@torch.no_grad()
+def output(model: nn.Module, inputs: Any = X, **options: Any) -> Tensor:
+    result = run(model.eval(), inputs, **options)
+    same_factors.meet(result)
+    return result.double()
 
 
 def adapted(method: Method, base: nn.Module | None = None, init: Any = False, **fields: Any) -> PeftModel:
@@ -22,7 +39,15 @@ def adapted(method: Method, base: nn.Module | None = None, init: Any = False, **
     base = mlp() if base is None else base
     fields.setdefault("target_modules", ["up", "down"] if isinstance(base, Mlp) else ATTENTION)
     torch.manual_seed(1)
-    return get_peft_model(base, method.config(init, **fields)).eval()
+    model = get_peft_model(base, method.config(init, **fields)).eval()
+    method.finish(model, "default")
+    return model
+
+
+def add(model: nn.Module, method: Method, name: str, **fields: Any) -> None:
+    """Add an adapter that changes something."""
+    model.add_adapter(name, method.config(False, **fields))
+    method.finish(model, name)
 
 
 def layers_of(model: nn.Module, method: Method) -> dict[str, Any]:
@@ -39,14 +64,18 @@ def train(model: nn.Module, inputs: Any = X, steps: int = 5) -> None:
     goal = torch.randn(output(model, inputs).shape, generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.Adam(trained, lr=0.05)
     losses = []
-    for _ in range(steps):
-        loss = (run(model.train(), inputs).float() - goal).square().mean()
+    for step in range(steps):
+        loss = (run(model.train(), inputs).double() - goal).square().mean()
         optimizer.zero_grad()
         loss.backward()
+        if not step:
+            same_factors.meet(loss)
+            same_factors.meet_gradients(model)
         optimizer.step()
         losses.append(loss.item())
     model.eval()
     assert losses[-1] < losses[0]
+    same_factors.take_trained(model)
 
 
 def check_adapts(method: Method, base: nn.Module, inputs: Any, targets: Any, tolerance: float = 1e-4) -> PeftModel:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.models import TOKENS, WORDS, Attention, X, mamba, mlp, output
+from tests.models import TOKENS, WORDS, Attention, mamba, mlp
 from tests.models import quantized as quantized_layer
 from tests.references import Conv1DModel
 
-from .models import adapted, check_adapts, close, layers_of, train
+from .models import X, adapted, check_adapts, close, layers_of, output, train
 from .table import Area, Method
 
 AREA = Area("Layers")
@@ -29,7 +29,7 @@ def conv1d_of_transformers(method: Method) -> str | None:
     check_adapts(method, Conv1DModel(), torch.randn(4, 9), ["proj"])
 
 
-@row("`nn.Embedding`")
+@row("`nn.Embedding`", inside="refused: LoRA of embeddings has bare parameters")
 def embedding(method: Method) -> str | None:
     check_adapts(method, nn.Sequential(nn.Embedding(40, 12), mlp()), TOKENS, ["0"])
 
@@ -54,9 +54,11 @@ for name, layer, shape in (
     ("Conv3d", nn.Conv3d, (2, 4, 4, 4, 4)),
 ):
     row(f"`nn.{name}`")(partial(convolution, layer=layer, shape=shape))
-row("a convolution with groups", lora="refused: Merging is not supported for _ConvNd layers with groups > 1")(
-    partial(convolution, layer=nn.Conv2d, shape=(2, 4, 6, 6), groups=2)
-)
+row(
+    "a convolution with groups",
+    lora="refused: Merging is not supported for _ConvNd layers with groups > 1",
+    inside="refused: LoRA shares its rank out over the groups of a convolution",
+)(partial(convolution, layer=nn.Conv2d, shape=(2, 4, 6, 6), groups=2))
 row("a convolution with a dilation", lora="refused: The size of tensor a (2) must match the size of tensor b (4)")(
     partial(convolution, layer=nn.Conv2d, shape=(2, 4, 6, 6), dilation=2)
 )
@@ -151,5 +153,5 @@ def quantized(method: Method, bits: int) -> str | None:
 
 
 for bits in (4, 8):
-    row(f"bitsandbytes, {bits} bits", needs="bitsandbytes")(partial(quantized, bits=bits))
+    row(f"bitsandbytes, {bits} bits", needs="bitsandbytes", dtype=torch.float32)(partial(quantized, bits=bits))
 AREA.shown_in("merging into and out of bitsandbytes layers", "tests/base_layers/test_quantization.py")

@@ -19,10 +19,11 @@ from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils import cast_mixed_precision_params
 
 import wara_peft
-from tests.models import TOKENS, WORDS, X, llama, mlp, output
+from tests.models import TOKENS, WORDS, llama, mlp
 
-from .models import adapted, close, layers_of, train
-from .table import LORA, Area, Method
+from . import same_factors
+from .models import X, adapted, close, layers_of, output, train
+from .table import WARA, WORKS, Area, Method
 
 AREA = Area("Serving and helpers")
 row = AREA.row
@@ -35,6 +36,7 @@ def generated(model: torch.nn.Module, **options: Any) -> list[list[int]]:
 @row("`generate`, greedy and with beams")
 def generate(method: Method) -> str | None:
     model = adapted(method, llama(), alpha=200)
+    output(model, WORDS)
     found = [generated(model), generated(model, num_beams=2)]
     merged = model.merge_and_unload()
     assert found == [generated(merged), generated(merged, num_beams=2)]
@@ -43,6 +45,7 @@ def generate(method: Method) -> str | None:
 @row("`generate` with `adapter_names`")
 def generate_mixed(method: Method) -> str | None:
     model = adapted(method, llama(), alpha=200)
+    output(model, WORDS, adapter_names=["default", "__base__"])
     expected = [generated(model)[0], generated(llama())[1]]
     assert generated(model, adapter_names=["default", "__base__"]) == expected
 
@@ -51,12 +54,14 @@ def generate_mixed(method: Method) -> str | None:
 def export(method: Method) -> str | None:
     model = adapted(method)
     program = torch.export.export(model, (X,))
-    assert close(program.module()(X), model(X))
+    assert close(program.module()(X), output(model))
 
 
 @row("`inject_adapter_in_model`")
 def inject(method: Method) -> str | None:
+    torch.manual_seed(1)
     model = inject_adapter_in_model(method.config(False, target_modules=["up"]), mlp())
+    method.finish(model, "default")
     assert type(model) is type(mlp()) and not close(output(model), output(mlp()))
     train(model)
 
@@ -82,6 +87,7 @@ def status(method: Method) -> str | None:
 def reading(method: Method) -> str | None:
     layer = adapted(method, alpha=3).base_model.model.up
     assert layer.get_delta_weight("default").shape == layer.base_layer.weight.shape
+    same_factors.meet(layer.get_delta_weight("default"))
     assert layer.scaling["default"] == 3 / layer.r["default"]
 
 
@@ -92,6 +98,7 @@ def scales(method: Method) -> str | None:
     layer.set_scale("default", 3.0)
     layer.scale_layer(2.0)
     assert close(layer.get_delta_weight("default"), 6 * before)
+    same_factors.meet(6 * before)
     layer.unscale_layer()
     assert close(layer.get_delta_weight("default"), before)
 
@@ -113,7 +120,7 @@ row(
 
 @row("`rescale_adapter_scale`, each method's own")
 def own_rescale(method: Method) -> str | None:
-    return rescaled(method, rescale_adapter_scale if method is LORA else wara_peft.rescale_adapter_scale)
+    return rescaled(method, wara_peft.rescale_adapter_scale if method is WARA else rescale_adapter_scale)
 
 
 @row(
@@ -125,6 +132,9 @@ def intruders(method: Method) -> str | None:
     model = adapted(method)
     reduce_intruder_dimension(model, logging_sink=None)
     assert "intruder_reduced" in model.peft_config
+    for name in model.peft_config:
+        model.set_adapter(name)
+        output(model)
 
 
 @row("`find_kappa_target_modules`, for `target_modules`")
@@ -137,6 +147,7 @@ def kappa(method: Method) -> str | None:
 def casting(method: Method) -> str | None:
     model = adapted(method)
     with disable_input_dtype_casting(model):
+        output(model)
         assert not any(layer.cast_input_dtype_enabled for layer in layers_of(model, method).values())
     assert all(layer.cast_input_dtype_enabled for layer in layers_of(model, method).values())
 
@@ -168,10 +179,23 @@ def trainable(method: Method) -> str | None:
 
 @row("`model.double()`")
 def double(method: Method) -> str | None:
-    model = adapted(method).double()
-    assert model(X.double()).dtype == torch.float64
+    model = adapted(method, mlp().float()).double()
+    assert model(X).dtype == torch.float64
 
 
-AREA.shown_in("a server that rolls out the policy of each step", "tests/lora/test_rollouts.py")
+AREA.shown_in(
+    "a server that rolls out the policy of each step",
+    "tests/lora/test_rollouts.py",
+    inside=WORKS,
+    inside_test="tests/lora/test_rollouts.py",
+)
+AREA.shown_in(
+    "TRL's sync to vLLM, of the adapter only",
+    "tests/lora/test_rollouts.py",
+    wara="refused: supports LoRA adapters only, got `WaRAConfig`",
+    instead="inside LoRA, or TRL's sync of merged weights",
+    inside=WORKS,
+    inside_test="tests/lora/test_reparametrize_tools.py",
+)
 AREA.shown_in("the ranks that vLLM takes, of exported adapters", "tests/lora/test_export.py")
 AREA.shown_in("programs that cannot be edited: `wara-peft run`", "tests/cli/test_running.py")

@@ -39,10 +39,10 @@ def keep_coefficients_in_checkpoints(model: nn.Module) -> None:
 
 
 def keep_only_weights_in_checkpoints(model: nn.Module) -> None:
-    """Undo `keep_coefficients_in_checkpoints`."""
-    for kind in (_Saving, _Loading):
-        if isinstance(vars(model).get(kind.name), kind):
-            delattr(model, kind.name)
+    """Undo `keep_coefficients_in_checkpoints`, and take away the other methods of this kind."""
+    for name, method in list(vars(model).items()):
+        if isinstance(method, ModelMethod):
+            delattr(model, name)
 
 
 def factors_of(model: nn.Module, adapter: str, kind: type[_Layer]) -> Iterator[tuple[str, _Layer]]:
@@ -103,7 +103,7 @@ def _beside(saved: Tensor, present: Tensor) -> Tensor:
     return saved if present.is_meta else saved.to(present.device)
 
 
-class _Method:
+class ModelMethod:
     """A method of one model. An object, unlike a function, is copied and pickled with the model that it belongs to."""
 
     name: str
@@ -121,7 +121,7 @@ class _Method:
         return inspect.signature(self.method)
 
 
-class _Saving(_Method):
+class _Saving(ModelMethod):
     name = "save_pretrained"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +144,7 @@ class _Saving(_Method):
         return result
 
 
-class _Loading(_Method):
+class _Loading(ModelMethod):
     name = "load_adapter"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -23,10 +23,14 @@ from ..forms.factors import IN_DIM, OUT_DIM
 from ..messages import first_few
 from ..wavelet import subbands
 from .coefficients_file import keep_coefficients_in_checkpoints, keep_only_weights_in_checkpoints
+from .copied_adapters import reparametrize_copies
 from .reparametrized_layers import CLASSES, ReparametrizedLayer, factor_from_weight, nearest, outside, tolerance
 
-VARIANTS = ("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant", "ALoraLinearVariant")
-"""PEFT's variants of LoRA that use its factors as LoRA does."""
+VARIANTS = (
+    *("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant", "ALoraLinearVariant"),
+    *("VeloraLinearVariant", "QALoraLinearVariant", "KasaLinearVariant", "MontecloraLinearVariant"),
+)
+"""PEFT's variants of LoRA that read its factors, and leave it to autograd and the optimizer to change them."""
 MEANT = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "orthogonal", "mica")
 """How values of `init_lora_weights` begin whose first A and B mean something, so that they are not drawn again."""
 
@@ -139,6 +143,8 @@ def reparametrize_lora(
 
     The model stays one with PEFT's LoRA for everybody else: `lora_A[name].weight` can be read, differentiated and
     written, checkpoints are LoRA's, which load without this package. Call it before an optimizer is made.
+    An adapter that is later added to a `PeftModel` with the same config object is reparametrised too, as TRL's
+    references have to be.
 
     A LoRA whose B is zero, as LoRA begins, is drawn again as WaRA draws its coefficients; what the seed gave A is
     thrown away. Any other is taken over exactly, which is possible if this function made it, or refused.
@@ -171,7 +177,8 @@ def reparametrize_lora(
     report = Reparametrization()
     sides: list[_Side] = []
     shared = _shared_parameters(model)
-    for adapter in _adapters(model, adapter_name):
+    adapters = _adapters(model, adapter_name)
+    for adapter in adapters:
         init = getattr(getattr(model, "peft_config", {}).get(adapter), "init_lora_weights", True)
         for name, layer in _lora_layers(model, adapter):
             reason = _why_left(layer, adapter, shared)
@@ -202,6 +209,9 @@ def reparametrize_lora(
     if not any(getattr(hook, "hook", None) is _check_before_loading for hook in hooks):
         model.register_load_state_dict_pre_hook(_check_before_loading)  # type: ignore[no-untyped-call]
     keep_coefficients_in_checkpoints(model)
+    for adapter in adapters:
+        kept = {"wavelet": wavelet, "levels": levels, "subband_ranks": subband_ranks}
+        reparametrize_copies(model, adapter, kept, reparametrize_lora)
     return report
 
 
@@ -259,8 +269,14 @@ def _lora_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {key for key, count in counts.items() if count > 1}
+    """Places of parameters that stand twice. PEFT ties a head's A to the transpose of an embedding's B."""
+    counts = Counter(_place(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {place for place, count in counts.items() if count > 1}
+
+
+def _place(parameter: Tensor) -> int:
+    """Address of the values, or of the object where they have none, as on the meta device."""
+    return (parameter.data_ptr() if type(parameter) is nn.Parameter else 0) or id(parameter)
 
 
 def _why_left(layer: Any, adapter: str, shared: set[int]) -> str | None:
@@ -272,7 +288,7 @@ def _why_left(layer: Any, adapter: str, shared: set[int]) -> str | None:
         return None
     if any(getattr(factor, "groups", 1) > 1 for factor in factors):
         return "LoRA shares its rank out over the groups of a convolution"
-    if any(id(parameter) in shared for factor in factors for parameter in factor.parameters()):
+    if any(_place(parameter) in shared for factor in factors for parameter in factor.parameters()):
         return "its factors are tied to those of another module"
     return None
 

@@ -25,6 +25,7 @@ from ..forms import ExpertsFactor, SubbandFactor
 from ..forms.factors import IN_DIM
 from ..wavelet import is_transformed
 from .computed_weight import read
+from .factor_optimizers import refuse_factor_optimizers
 
 FACTOR = "factor"
 """Name, in a reparametrised layer, of the module with the coefficients."""
@@ -41,17 +42,26 @@ class ReparametrizedLayer(nn.Module):
         name: name of the layer in the model, for errors.
         remembered: while a checkpoint is loaded, coefficients from a file beside it. They count if they make its
             weight.
+        gives_way: whether the layer becomes plain where a weight is written that no coefficients make, if it does not
+            train.
     """
 
     factor: SubbandFactor
     weight_size: torch.Size
     name: str
     remembered: Mapping[str, Tensor] | None = None
+    gives_way: bool = False
 
     def reparametrize(self, name: str, factor: SubbandFactor) -> None:
         """Take a factor in the place of the plain weight that the layer still has as a parameter."""
         self.name, self.weight_size = name, self._parameters.pop("weight").shape  # type: ignore[union-attr]
         self.factor = factor
+        refuse_factor_optimizers(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called for copies and for what is unpickled."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        refuse_factor_optimizers(self)
 
     def restore(self) -> None:
         """Be the plain layer again, with the weight as a parameter."""
@@ -106,7 +116,15 @@ class ReparametrizedLayer(nn.Module):
             ValueError: the weight has another shape, or no coefficients make it.
         """
         with gather_params_ctx(list(self.factor.parameters())):
-            for level, rows in self.coefficients_of(weight).items():
+            try:
+                coefficients = self.coefficients_of(weight)
+            except ValueError:
+                if not self.gives_way or weight.shape != self.weight_size or self.coefficients()[0].requires_grad:
+                    raise
+                self.restore()
+                self.weight.copy_(weight)
+                return
+            for level, rows in coefficients.items():
                 getattr(self.factor, level).copy_(rows)
             self.factor.keeping.changed()
 
