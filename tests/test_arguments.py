@@ -76,7 +76,6 @@ def data_parallel_of_one_process(inner: nn.Module) -> nn.Module:
         wara_peft.to_lora,
         lambda wrapped: wara_peft.save_as_lora("never-written", wrapped),
         lambda wrapped: wara_peft.lora_error(wrapped, 1),
-        wara_peft.lora_view,
         lambda wrapped: wara_peft.initialize_from_data(wrapped, [torch.ones(1, 4)]),
         lambda wrapped: wara_peft.allocate_ranks(wrapped, WaRAConfig(target_modules=["0"]), [torch.ones(1, 4)]),
     ],
