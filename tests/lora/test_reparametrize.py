@@ -48,6 +48,8 @@ class Attention(nn.Module):
 
 
 class FourBit(nn.Module):
+    is_loaded_in_4bit = True  # by which PEFT knows
+
     def __init__(self) -> None:
         super().__init__()
         self.up = bnb.nn.Linear4bit(32, 24, bias=False, quant_type="nf4").to("cpu")
@@ -458,6 +460,12 @@ def test_an_adapter_beside_a_base_in_four_bits():
     plain_lora(plain)
     x = torch.randn(3, 32)
     torch.testing.assert_close(output(model, x), output(plain, x))
+    merged = output(copy.deepcopy(plain).merge_and_unload(), x)
+    assert not torch.allclose(merged, output(model.get_base_model(), x), atol=1e-3)
+    torch.testing.assert_close(output(copy.deepcopy(model).merge_and_unload(), x), merged)
+    model.merge_adapter()
+    torch.testing.assert_close(output(model, x), merged)
+    model.unmerge_adapter()
     model(x).square().sum().backward()
     layer = next(layers(model))[1]
     assert layer.lora_A["default"].factor.level1.grad.norm() > 0

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from tests.models import WORDS, llama, mlp
 
 from .models import ATTENTION, adapted, add, close, layers_of, output, train
-from .table import WARA, Area, Method
+from .table import WARA, WORKS, Area, Method
 
 AREA = Area("Saving and loading")
 row = AREA.row
@@ -190,6 +190,13 @@ AREA.shown_in(
     "loading in a process that does not import `wara_peft`",
     "tests/test_plugin_hook.py",
     wara="refused: KeyError: 'WARA'",
-    instead="`import wara_peft`, `wara-peft run`, or `SaveAsLora`",
+    instead="`import wara_peft`, `wara-peft run`, `SaveAsLora`, or inside LoRA",
+    inside=WORKS,
+    inside_test="tests/lora/test_reparametrize_checkpoints.py",
 )
-AREA.shown_in("checkpoints that load without the plugin, by `SaveAsLora`", "tests/lora/test_checkpoint_callback.py")
+AREA.shown_in(
+    "checkpoints of `Trainer` that load without the plugin, by `SaveAsLora`",
+    "tests/lora/test_checkpoint_callback.py",
+    inside=WORKS,
+    inside_test="tests/lora/test_reparametrize_checkpoints.py",
+)

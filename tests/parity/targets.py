@@ -13,7 +13,7 @@ from tests.models import quantized as quantized_layer
 from tests.references import Conv1DModel
 
 from .models import X, adapted, check_adapts, close, layers_of, output, train
-from .table import Area, Method
+from .table import WORKS, Area, Method
 
 AREA = Area("Layers")
 row = AREA.row
@@ -154,4 +154,9 @@ def quantized(method: Method, bits: int) -> str | None:
 
 for bits in (4, 8):
     row(f"bitsandbytes, {bits} bits", needs="bitsandbytes", dtype=torch.float32)(partial(quantized, bits=bits))
-AREA.shown_in("merging into and out of bitsandbytes layers", "tests/base_layers/test_quantization.py")
+AREA.shown_in(
+    "merging into and out of bitsandbytes layers",
+    "tests/base_layers/test_quantization.py",
+    inside=WORKS,
+    inside_test="tests/lora/test_reparametrize.py",
+)

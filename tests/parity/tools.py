@@ -198,4 +198,9 @@ AREA.shown_in(
     inside_test="tests/lora/test_reparametrize_tools.py",
 )
 AREA.shown_in("the ranks that vLLM takes, of exported adapters", "tests/lora/test_export.py")
-AREA.shown_in("programs that cannot be edited: `wara-peft run`", "tests/cli/test_running.py")
+AREA.shown_in(
+    "programs that cannot be edited: `wara-peft run`",
+    "tests/cli/test_running.py",
+    inside=WORKS,
+    inside_test="tests/cli/test_run_reparametrize.py",
+)

@@ -15,7 +15,7 @@ from wara_peft import initialize_from_data
 
 from . import same_factors
 from .models import ATTENTION, X, adapted, close, output, run, train
-from .table import WARA, Area, Method
+from .table import WARA, WORKS, Area, Method
 
 AREA = Area("Training")
 row = AREA.row
@@ -223,6 +223,11 @@ def eva(method: Method) -> str | None:
     initialize_lora_eva_weights(model, batches, show_progress_bar=False)
 
 
-AREA.shown_in("`Trainer`: kill and resume, `load_best_model_at_end`", "tests/test_workflows.py")
+AREA.shown_in(
+    "`Trainer`: kill and resume, `load_best_model_at_end`",
+    "tests/test_workflows.py",
+    inside=WORKS,
+    inside_test="tests/lora/test_reparametrize_checkpoints.py",
+)
 AREA.shown_in("DDP, FSDP1 with `use_orig_params=True`, FSDP2", "tests/distributed/test_distributed.py")
 AREA.shown_in("`nn.DataParallel`", "tests/test_replicas.py")
