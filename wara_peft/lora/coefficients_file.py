@@ -150,8 +150,31 @@ class _Loading(ModelMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self.__signature__.bind(*args, **kwargs).arguments
         path = given.get("model_id", given.get("peft_model_id"))
-        with remembered(self.model, given.get("adapter_name") or "default", path, kwargs.get("subfolder")):
+        adapter = given.get("adapter_name") or "default"
+        second_file = remembered(self.model, adapter, path, kwargs.get("subfolder"))
+        with restored_after_errors(self.model, adapter), second_file:
             return self.method(*args, **kwargs)
+
+
+@contextmanager
+def restored_after_errors(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Scope that gives an adapter back the values that it had, if it raises.
+
+    transformers' hotswap assigns one weight after the other, and one that lies outside of the span is refused.
+    """
+    before = [
+        (module, name, parameter, parameter.detach().clone())
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if adapter in f"{path}.{name}".split(".")
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, name, parameter, values in before:
+            module._parameters[name] = parameter
+            parameter.detach().copy_(values)
+        raise
 
 
 def _directories(model: Any, given: Mapping[str, Any]) -> dict[str, Path]:

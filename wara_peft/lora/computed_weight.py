@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ class WeightSource(Protocol):
         """The gradients of the coefficients for a gradient of the weight."""
         ...
 
-    def write(self, weight: Tensor) -> None:
-        """Set the coefficients so that this is the weight, or raise a ValueError."""
+    def prepared(self, weight: Tensor) -> Callable[[], None]:
+        """What sets the coefficients so that this is the weight. Raises a ValueError where none do."""
         ...
 
 
@@ -54,39 +55,46 @@ class ComputedWeight(Tensor):
         source: the factor.
         values_of_view: None for the weight itself, whose values are computed at every use; else a plain view of
             `whole`.
-        whole: a plain tensor with all of the weight, as it was when the view was taken.
+        whole: a plain tensor with all of the weight, which all views of it share. Every use brings it up to date.
         kept: the last values whose address somebody has asked for, which live as long as this tensor.
+        is_layers: whether this is what the layer gives as its weight, and no `.data`, view or detached tensor of it.
+            Whether it trains is then a matter of the coefficients.
     """
 
     # Slots make `torch.utils.swap_tensors` refuse such a tensor. PEFT's hotswap then writes through `.data`.
-    __slots__ = ("kept", "source", "values_of_view", "whole")
+    __slots__ = ("is_layers", "kept", "source", "values_of_view", "whole")
 
     source: WeightSource
     values_of_view: Tensor | None
     whole: Tensor | None
     kept: Tensor | None
+    is_layers: bool
 
     @staticmethod
     def __new__(
         cls: type[ComputedWeight], source: WeightSource, view: Tensor | None = None, whole: Tensor | None = None
     ) -> ComputedWeight:
         like = source.coefficients()[0] if view is None else view
-        shape, strides = (source.weight_shape(), None) if view is None else (view.shape, view.stride())
-        made: ComputedWeight = Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=like.dtype, device=like.device
-        )
-        made.source, made.values_of_view, made.whole, made.kept = source, view, whole, None
+        shape = source.weight_shape() if view is None else view.shape
+        place: dict[str, Any] = {}
+        if view is not None:
+            place = {"strides": view.stride(), "storage_offset": view.storage_offset()}
+        made: ComputedWeight = Tensor._make_wrapper_subclass(cls, shape, **place, dtype=like.dtype, device=like.device)
+        made.source, made.values_of_view, made.whole, made.kept, made.is_layers = source, view, whole, None, False
         return made
 
     def values(self) -> Tensor:
-        """The present values, as a plain tensor without a graph. Views give the values of their time."""
-        return self.source.computed() if self.values_of_view is None else self.values_of_view
+        """The present values, as a plain tensor without a graph."""
+        whole = _present(self.source)
+        return whole if self.values_of_view is None else self.values_of_view
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        own = _IN_PYTHON.get(func)
+        own = None
+        if args and isinstance(args[0], ComputedWeight):
+            own = _IN_PYTHON.get(func) or (_OF_LAYERS.get(func) if args[0].is_layers else None)
         if own is not None:
             return own(func, *args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
@@ -103,29 +111,32 @@ class ComputedWeight(Tensor):
                 "A collective cannot use the weight of a reparametrised LoRA, which is computed from coefficients. "
                 "Pass `weight.detach().clone()`, or take `wara_peft.plain_lora(model)` first."
             )
-        used: dict[int, tuple[ComputedWeight, Tensor, Tensor]] = {}
+        wholes: dict[WeightSource, Tensor] = {}  # an operator may get a weight twice, also as two views of it
 
         def plain(weight: ComputedWeight) -> Tensor:
-            if id(weight) not in used:
-                values = weight.values()
-                used[id(weight)] = (weight, values, values if weight.whole is None else weight.whole)
-            return used[id(weight)][1]
+            if weight.source not in wholes:
+                wholes[weight.source] = _present(weight.source)
+            return wholes[weight.source] if weight.values_of_view is None else weight.values_of_view
 
         kwargs = kwargs or {}
         result = func(
             *tree_map_only(ComputedWeight, plain, args),
             **tree_map_only(ComputedWeight, plain, kwargs),
         )
-        for weight in _written(func, args, kwargs):
-            weight.source.write(used[id(weight)][2])
+        written = _written(func, args, kwargs)
+        # An operator may write to several weights. All are checked before the first is set.
+        for write in [source.prepared(wholes[source]) for source in {weight.source for weight in written}]:
+            write()
 
         def as_seen(tensor: Tensor) -> Tensor:
             """A result that shares memory with the weight, as a tensor that writes to it too."""
-            for weight, values, whole in used.values():
-                if tensor is values:
-                    return weight
+            for source, whole in wholes.items():
+                if tensor is whole:
+                    own = [weight for weight in written if weight.source is source]
+                    return own[0] if own else ComputedWeight(source)
                 if _share_memory(tensor, whole):
-                    return ComputedWeight(weight.source, tensor, whole)
+                    _SHARED[id(source)] = whole
+                    return ComputedWeight(source, tensor, whole)
             return tensor
 
         return tree_map_only(Tensor, as_seen, result)
@@ -134,10 +145,13 @@ class ComputedWeight(Tensor):
 def read(source: WeightSource) -> ComputedWeight:
     """The weight of a factor, with a node in the autograd graph if gradients are recorded."""
     coefficients = source.coefficients()
+    weight: ComputedWeight
     if torch.is_grad_enabled() and any(rows.requires_grad for rows in coefficients):
-        weight: ComputedWeight = _Read.apply(source, *coefficients)  # type: ignore[no-untyped-call]
-        return weight
-    return ComputedWeight(source)
+        weight = _Read.apply(source, *coefficients)  # type: ignore[no-untyped-call]
+    else:
+        weight = ComputedWeight(source)
+    weight.is_layers = True
+    return weight
 
 
 class _Read(torch.autograd.Function):
@@ -157,6 +171,19 @@ class _Read(torch.autograd.Function):
                 "weight and the backward. Call backward before the optimizer's step."
             )
         return None, *ctx.source.gradients(grad)
+
+
+_SHARED: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+"""The tensor that all views of one weight share, by the id of the factor, which views keep alive."""
+
+
+def _present(source: WeightSource) -> Tensor:
+    """The present weight, in the tensor that its views share if there are any."""
+    with torch.inference_mode(False), torch.no_grad():  # a view may outlive the mode in which it was taken
+        weight, shared = source.computed(), _SHARED.get(id(source))
+        if shared is None or (shared.dtype, shared.device) != (weight.dtype, weight.device):
+            return weight
+        return shared.copy_(weight)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[ComputedWeight]:
@@ -184,7 +211,7 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 def _set_data(_: Any, weight: ComputedWeight, values: Tensor) -> None:
     if weight.values_of_view is not None:
         raise RuntimeError("`.data` of a view of a reparametrised LoRA's weight cannot be replaced; use `copy_`.")
-    weight.source.write(values)
+    weight.source.prepared(values)()
 
 
 def _trains(_: Any, weight: ComputedWeight) -> bool:
@@ -212,9 +239,17 @@ def _read_only(function: Any, weight: ComputedWeight, *args: Any, **kwargs: Any)
     return array
 
 
+def _write_elements(function: Any, weight: ComputedWeight, *args: Any) -> ComputedWeight:
+    """Write by a function of Python for each element, which takes memory and calls no operator."""
+    whole = _present(weight.source)
+    function(whole if weight.values_of_view is None else weight.values_of_view, *args)
+    weight.source.prepared(whole)()
+    return weight
+
+
 def _at_an_address(function: Any, weight: ComputedWeight, *args: Any, **kwargs: Any) -> Any:
     """An answer about memory, which the values have from now on for as long as the weight is there."""
-    weight.kept = weight.values().contiguous()
+    weight.kept = weight.values()
     return function(weight.kept, *args, **kwargs)
 
 
@@ -222,8 +257,19 @@ def _of_values(function: Any, weight: ComputedWeight, *args: Any, **kwargs: Any)
     return function(weight.values(), *args, **kwargs)
 
 
+def _shared(_: Any, weight: ComputedWeight) -> ComputedWeight:
+    """The weight, after its coefficients have moved to memory that processes share."""
+    for rows in weight.source.coefficients():
+        rows.share_memory_()  # type: ignore[no-untyped-call]
+    return weight
+
+
+def _is_shared(_: Any, weight: ComputedWeight) -> bool:
+    return all(map(Tensor.is_shared, weight.source.coefficients()))
+
+
 def _as_parameter(weight: ComputedWeight) -> nn.Parameter:
-    return nn.Parameter(weight.values().clone(), _trains(None, weight))
+    return nn.Parameter(weight.values().clone(), weight.requires_grad)
 
 
 def _copied(_: Any, weight: ComputedWeight, memo: dict[int, Any]) -> nn.Parameter:
@@ -236,9 +282,7 @@ def _pickled(_: Any, weight: ComputedWeight, protocol: Any) -> Any:
 
 
 _ATTRIBUTES: Any = Tensor  # its attributes are descriptors, which type checkers take for values
-_HOOKS = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad)
-_IN_PYTHON: dict[Any, Callable[..., Any]] = {
-    _ATTRIBUTES.data.__set__: _set_data,
+_OF_LAYERS: dict[Any, Callable[..., Any]] = {
     _ATTRIBUTES.requires_grad.__get__: _trains,
     _ATTRIBUTES.requires_grad.__set__: _set_trains,
     Tensor.requires_grad_: _set_trains,
@@ -246,8 +290,17 @@ _IN_PYTHON: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad), _no_gradient
     ),
+}
+_IN_PYTHON: dict[Any, Callable[..., Any]] = {
+    _ATTRIBUTES.data.__set__: _set_data,
     **dict.fromkeys((Tensor.numpy, Tensor.__array__), _read_only),
-    **dict.fromkeys((Tensor.data_ptr, Tensor.untyped_storage, Tensor.__dlpack__), _at_an_address),
+    **dict.fromkeys(
+        (Tensor.data_ptr, Tensor.untyped_storage, Tensor._typed_storage, Tensor.storage, Tensor.__dlpack__),
+        _at_an_address,
+    ),
+    **dict.fromkeys((Tensor.apply_, Tensor.map_, Tensor.map2_), _write_elements),
+    Tensor.share_memory_: _shared,
+    Tensor.is_shared: _is_shared,
     **dict.fromkeys((Tensor.__repr__, Tensor.tolist, Tensor.__format__), _of_values),
     Tensor.__deepcopy__: _copied,
     Tensor.__reduce_ex__: _pickled,

@@ -24,6 +24,7 @@ from ..messages import first_few
 from ..wavelet import subbands
 from .coefficients_file import keep_coefficients_in_checkpoints, keep_only_weights_in_checkpoints
 from .copied_adapters import reparametrize_copies
+from .guarded_functions import guard_functions, keep_adapter_in_refused_hotswaps
 from .reparametrized_layers import CLASSES, ReparametrizedLayer, factor_from_weight, nearest, outside, tolerance
 
 VARIANTS = (
@@ -208,6 +209,8 @@ def reparametrize_lora(
     hooks = model._load_state_dict_pre_hooks.values()
     if not any(getattr(hook, "hook", None) is _check_before_loading for hook in hooks):
         model.register_load_state_dict_pre_hook(_check_before_loading)  # type: ignore[no-untyped-call]
+    guard_functions()
+    keep_adapter_in_refused_hotswaps(model)
     keep_coefficients_in_checkpoints(model)
     for adapter in adapters:
         kept = {"wavelet": wavelet, "levels": levels, "subband_ranks": subband_ranks}

@@ -11,7 +11,8 @@ can be read and written, and a state dict has it under the key `weight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,8 +82,12 @@ class ReparametrizedLayer(nn.Module):
         return read(self)
 
     @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.write(value)
+    def weight(self, value: Any) -> None:
+        # A parameter comes to `register_parameter`. Anything else `nn.Module` refuses for a parameter.
+        raise TypeError(
+            f"The weight of {self.name!r} can be assigned an nn.Parameter, not a {type(value).__name__}. "
+            "`torch.func.functional_call` takes the names of `model.named_parameters()`."
+        )
 
     def weight_shape(self) -> torch.Size:
         return self.weight_size
@@ -93,7 +98,9 @@ class ReparametrizedLayer(nn.Module):
     def computed(self) -> Tensor:
         """The weight as a new plain tensor, of all ranks' parts where the coefficients are sharded."""
         with gather_params_ctx(list(self.factor.parameters()), modifier_rank=None):
-            return self.made_of(dict(self.factor.named_parameters()))
+            # A replica of `nn.DataParallel` has plain tensors in the place of parameters.
+            levels = enumerate(self.factor.coefficients())
+            return self.made_of({f"level{level}": rows for level, rows in levels if rows is not None})
 
     @torch.no_grad()
     def made_of(self, coefficients: Mapping[str, Tensor]) -> Tensor:
@@ -115,18 +122,32 @@ class ReparametrizedLayer(nn.Module):
         Raises:
             ValueError: the weight has another shape, or no coefficients make it.
         """
+        self.prepared(weight)()
+
+    def prepared(self, weight: Tensor) -> Callable[[], None]:
+        """Check a write, and return what does it, so that several writes can be checked before the first is done.
+
+        Raises:
+            ValueError: as `write` does.
+        """
+        try:
+            return partial(self._put, self.coefficients_of(weight))
+        except ValueError:
+            if not self.gives_way or weight.shape != self.weight_size or self.coefficients()[0].requires_grad:
+                raise
+            return partial(self._become_plain, weight)
+
+    @torch.no_grad()
+    def _put(self, coefficients: Mapping[str, Tensor]) -> None:
         with gather_params_ctx(list(self.factor.parameters())):
-            try:
-                coefficients = self.coefficients_of(weight)
-            except ValueError:
-                if not self.gives_way or weight.shape != self.weight_size or self.coefficients()[0].requires_grad:
-                    raise
-                self.restore()
-                self.weight.copy_(weight)
-                return
             for level, rows in coefficients.items():
                 getattr(self.factor, level).copy_(rows)
             self.factor.keeping.changed()
+
+    @torch.no_grad()
+    def _become_plain(self, weight: Tensor) -> None:
+        self.restore()
+        self.weight.copy_(weight)
 
     @torch.no_grad()
     def coefficients_of(self, weight: Tensor) -> dict[str, Tensor]:
@@ -137,16 +158,16 @@ class ReparametrizedLayer(nn.Module):
         Raises:
             ValueError: the weight has another shape, or no coefficients make it.
         """
-        present = dict(self.factor.named_parameters())
         sample = self.coefficients()[0]
         if weight.shape != self.weight_size:
             raise ValueError(
                 f"The weight of {self.name!r} has shape {tuple(self.weight_size)}, and cannot become one of shape "
                 f"{tuple(weight.shape)}. Take `wara_peft.plain_lora(model)` first to change the rank."
             )
-        for known in (self.remembered, None if sample.is_meta else present):
-            if known is not None and torch.equal(self.made_of(known).to(weight), weight):
-                return dict(known)
+        if self.remembered is not None and torch.equal(self.made_of(self.remembered).to(weight), weight):
+            return dict(self.remembered)
+        if not sample.is_meta and torch.equal(self.computed().to(weight), weight):
+            return dict(self.factor.named_parameters())
         distance, found = nearest(self.factor, self._as_factor(weight.detach()))
         if not distance <= tolerance(self.factor, weight):
             raise ValueError(
@@ -262,7 +283,7 @@ def nearest(factor: SubbandFactor, values: Tensor) -> tuple[float, list[Tensor |
     rest = values - factor.synthesis_of(found)
     others = [dim for dim in range(values.ndim) if dim != factor.rank_dim]
     norms, distances = (tensor.square().sum(others).sqrt() for tensor in (values, rest))
-    shares = torch.where(norms > 0, distances / norms.clamp_min(torch.finfo(torch.float64).tiny), 0)
+    shares = torch.where(norms == 0, 0, distances / norms.clamp_min(torch.finfo(torch.float64).tiny))  # or NaN
     return float(shares.max()), found
 
 
