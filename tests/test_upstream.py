@@ -112,7 +112,7 @@ UPSTREAM = {
         [
             (torch, "_C _grouped_mm _subclasses"),
             (torch._C, "_are_functorch_transforms_active _get_tracing_state _is_any_autocast_enabled"),
-            (torch.Tensor, "_make_wrapper_subclass _version"),
+            (torch.Tensor, "_make_wrapper_subclass _typed_storage _version"),
             (torch.ops.aten.detach.default, "_schema"),
             (torch.utils, "_pytree"),
             (torch.compile(nn.Identity()), "_orig_mod"),
