@@ -29,6 +29,7 @@ from peft.config import PeftConfigMixin
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import wara_peft
@@ -38,6 +39,8 @@ from tests.test_project import PROJECT
 PACKAGE = Path(wara_peft.__file__).parent
 HOOKED = nn.Identity()
 HookRegistry.check_if_exists_or_initialize(HOOKED)
+FLATTENED = nn.Parameter(torch.zeros(1))
+_set_fsdp_flattened(FLATTENED)
 TINY = {"num_local_experts": 1, "hidden_size": 2, "intermediate_size": 2}
 
 
@@ -119,7 +122,8 @@ UPSTREAM = {
             (nn.Module(), "_buffers _call_impl _compiled_call_impl"),
             (nn.Module(), "_forward_hooks _forward_pre_hooks _forward_pre_hooks_with_kwargs _modules _parameters"),
             (nn.Module()._replicate_for_data_parallel(), "_is_replica"),
-            (nn.Module(), "_load_state_dict_pre_hooks"),
+            (nn.Module(), "_load_state_dict_pre_hooks _register_state_dict_hook"),
+            (FLATTENED, "_fsdp_flattened"),
             (nn.modules.conv, "_ConvNd"),
             (nn.Conv1d, "_conv_forward"),
             (nn.MultiheadAttention(1, 1), "_qkv_same_embed_dim"),

@@ -27,13 +27,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from tests.models import llama
-from wara_peft import RankSchedule, WaRAConfig
+from wara_peft import RankSchedule, WaRAConfig, reparametrize_lora
 
 CONFIGS = {
     "wara": lambda: WaRAConfig(target_modules="all-linear", wavelet="db2", wara_alpha=64),
     "lora": lambda: LoraConfig(target_modules="all-linear", r=8, lora_alpha=64),
     "tiny": lambda: WaRAConfig(form="tiny", target_modules="all-linear", wavelet="db2", wara_alpha=64),
     "schedule": lambda: WaRAConfig(target_modules="all-linear", r=6, wara_alpha=64),
+    "reparametrized": lambda: LoraConfig(target_modules="all-linear", r=8, lora_alpha=64),
+    "reparametrized_dora": lambda: LoraConfig(target_modules="all-linear", r=8, lora_alpha=64, use_dora=True),
     "grid": lambda: WaRAConfig(form="grid", grid_pairs="shared", target_modules=["q_proj", "fc1"], wara_alpha=64),
 }
 SHARDED = ("fsdp1", "fsdp2")
@@ -52,7 +54,10 @@ def base_model(method: str = "wara") -> nn.Module:
 def build(method: str) -> PeftModel:
     base = base_model(method)
     torch.manual_seed(1)
-    return get_peft_model(base, CONFIGS[method]())
+    model = get_peft_model(base, CONFIGS[method]())
+    if method.startswith("reparametrized"):
+        reparametrize_lora(model, wavelet="db2")
+    return model
 
 
 def batches() -> torch.Tensor:

@@ -20,11 +20,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..compiled import plain_name
 from ..disk.adapters.contents import PEFT_PREFIX
 from .reparametrized_layers import FACTOR, ReparametrizedLayer
+from .sharded_coefficients import is_whole
 
 FILE = "lora_coefficients.safetensors"
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -136,7 +136,7 @@ class _Saving(ModelMethod):
             for adapter, directory in _directories(self.model, given).items():
                 tensors = _coefficients(self.model, adapter, state_dict)
                 # Sharded coefficients would have to be gathered by all processes, and this may run in one of them.
-                if tensors and not any(isinstance(rows, DTensor) or not rows.numel() for rows in tensors.values()):
+                if tensors and all(map(is_whole, tensors.values())):
                     # Every process of a training may save to one place, as PEFT allows.
                     temporary = directory / f".{FILE}.{uuid.uuid4().hex[:8]}.partial"
                     save_file(tensors, temporary, metadata={"format": "pt"})

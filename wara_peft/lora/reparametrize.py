@@ -11,7 +11,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..arguments import check_argument
 from ..compiled import on_plain_model
@@ -26,6 +25,8 @@ from .coefficients_file import keep_coefficients_in_checkpoints, keep_only_weigh
 from .copied_adapters import reparametrize_copies
 from .guarded_functions import guard_functions, keep_adapter_in_refused_hotswaps
 from .reparametrized_layers import CLASSES, ReparametrizedLayer, factor_from_weight, nearest, outside, tolerance
+from .sharded_coefficients import is_whole
+from .state_dicts import attend_state_dicts
 
 VARIANTS = (
     *("DoraLinearVariant", "DoraConv1dVariant", "DoraConv2dVariant", "DoraConv3dVariant", "ALoraLinearVariant"),
@@ -206,9 +207,7 @@ def reparametrize_lora(
     # All checks are done; only now the model changes.
     for side in sides:
         side.put_in_place()
-    hooks = model._load_state_dict_pre_hooks.values()
-    if not any(getattr(hook, "hook", None) is _check_before_loading for hook in hooks):
-        model.register_load_state_dict_pre_hook(_check_before_loading)  # type: ignore[no-untyped-call]
+    attend_state_dicts(model)
     guard_functions()
     keep_adapter_in_refused_hotswaps(model)
     keep_coefficients_in_checkpoints(model)
@@ -241,6 +240,12 @@ def plain_lora(model: nn.Module, adapter_name: str | None = None) -> None:
     if not found:
         which = "" if adapter_name is None else f" of the name {adapter_name!r}"
         raise ValueError(f"The model has no reparametrised LoRA{which}; `reparametrize_lora` makes one.")
+    for factor in found:
+        if not is_whole(factor.coefficients()[0]):
+            raise ValueError(
+                f"{factor.name!r} is sharded, so it cannot get a plain weight. Save the model, whose files are "
+                "LoRA's, and load these as LoRA."
+            )
     for factor in found:
         factor.restore()
     if not any(isinstance(module, ReparametrizedLayer) for module in model.modules()):
@@ -313,7 +318,7 @@ def _check(layer: Any, adapter: str, name: str) -> None:
             )
         if factor.weight.is_meta:
             raise ValueError(f"{side} of {name!r} has no values (it is on the meta device); load the adapter first.")
-        if isinstance(factor.weight, DTensor):
+        if not is_whole(factor.weight):
             raise ValueError(f"{side} of {name!r} is sharded; reparametrise the model before it is sharded.")
     variant = type(layer.lora_variant.get(adapter)).__name__
     if variant not in ("NoneType", *VARIANTS):
@@ -407,12 +412,3 @@ def _lost(pair: list[_Side]) -> float:
     whole = ((b.mT @ b) * (a @ a.mT)).sum()
     rest = ((all_b.mT @ all_b) * (all_a @ all_a.mT)).sum()
     return float((rest.clamp_min(0) / whole).sqrt()) if whole > 0 else 0.0
-
-
-def _check_before_loading(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict before the first module takes its part, if a reparametrised layer cannot take its own."""
-    for name, module in model.named_modules():
-        if isinstance(module, ReparametrizedLayer):
-            weight = state_dict.get(f"{prefix}{name}.weight")
-            if isinstance(weight, Tensor) and not weight.is_meta:
-                module.coefficients_of(weight)

@@ -12,6 +12,7 @@ can be read and written, and a state dict has it under the key `weight`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,13 @@ import torch.nn.functional as F
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from ..forms import ExpertsFactor, SubbandFactor
 from ..forms.factors import IN_DIM
 from ..wavelet import is_transformed
 from .computed_weight import read
 from .factor_optimizers import refuse_factor_optimizers
+from .sharded_coefficients import belongs_to_fsdp1, gathered, is_flat, is_whole, placed_like, sharded_weight
 
 FACTOR = "factor"
 """Name, in a reparametrised layer, of the module with the coefficients."""
@@ -97,21 +98,41 @@ class ReparametrizedLayer(nn.Module):
 
     def computed(self) -> Tensor:
         """The weight as a new plain tensor, of all ranks' parts where the coefficients are sharded."""
-        with gather_params_ctx(list(self.factor.parameters()), modifier_rank=None):
+        with self._put_together(modifier_rank=None):
             # A replica of `nn.DataParallel` has plain tensors in the place of parameters.
             levels = enumerate(self.factor.coefficients())
             return self.made_of({f"level{level}": rows for level, rows in levels if rows is not None})
+
+    def _put_together(self, modifier_rank: int | None) -> AbstractContextManager[None]:
+        """A scope in which this process has all values that DeepSpeed's stage 3 keeps in several.
+
+        Args:
+            modifier_rank: the process whose changes all get; None if there are none.
+        """
+        parameters = list(self.factor.parameters())
+        # DeepSpeed would scatter, at the end, also what an outer scope has put together.
+        return gather_params_ctx(parameters, modifier_rank) if any(map(is_flat, parameters)) else nullcontext()
 
     @torch.no_grad()
     def made_of(self, coefficients: Mapping[str, Tensor]) -> Tensor:
         """The weight that coefficients make, by the names of the factor's parameters, as a new plain tensor."""
         levels = [coefficients.get(f"level{level}") for level in range(len(self.factor.axis.bands))]
-        whole = [rows.full_tensor() if isinstance(rows, DTensor) else rows for rows in levels]
+        self._check_is_put_together(coefficients)
+        whole = [None if rows is None else gathered(rows) for rows in levels]
         # Without transformed rows a factor is its parameter, which a reader must not get.
         return self._as_weight(self.factor.synthesis_of(whole)).clone(memory_format=torch.contiguous_format)
 
     def gradients(self, grad: Tensor) -> list[Tensor]:
-        return [rows for rows in self.factor.adjoint(self._as_factor(grad)) if rows is not None]
+        found = [rows for rows in self.factor.adjoint(self._as_factor(grad)) if rows is not None]
+        return [placed_like(rows, like) for rows, like in zip(found, self.coefficients(), strict=True)]
+
+    def _check_is_put_together(self, coefficients: Mapping[str, Tensor]) -> None:
+        if any(map(is_flat, coefficients.values())):
+            raise RuntimeError(
+                f"The weight of {self.name!r} is computed from coefficients of which this process has a part. With "
+                "FSDP1, use it inside `FullyShardedDataParallel.summon_full_params(model)`; with DeepSpeed's stage 3, "
+                "inside `deepspeed.zero.GatheredParameters(list(model.parameters()))`."
+            )
 
     # Writing.
 
@@ -121,6 +142,7 @@ class ReparametrizedLayer(nn.Module):
 
         Raises:
             ValueError: the weight has another shape, or no coefficients make it.
+            RuntimeError: this process has a flat part of the coefficients.
         """
         self.prepared(weight)()
 
@@ -128,18 +150,22 @@ class ReparametrizedLayer(nn.Module):
         """Check a write, and return what does it, so that several writes can be checked before the first is done.
 
         Raises:
-            ValueError: as `write` does.
+            ValueError, RuntimeError: as `write` does.
         """
+        with self._put_together(modifier_rank=None):
+            self._check_is_put_together(dict(self.factor.named_parameters()))
         try:
             return partial(self._put, self.coefficients_of(weight))
         except ValueError:
-            if not self.gives_way or weight.shape != self.weight_size or self.coefficients()[0].requires_grad:
+            sample = self.coefficients()[0]
+            can_give_way = self.gives_way and not sample.requires_grad and is_whole(sample)
+            if not can_give_way or weight.shape != self.weight_size:
                 raise
             return partial(self._become_plain, weight)
 
     @torch.no_grad()
     def _put(self, coefficients: Mapping[str, Tensor]) -> None:
-        with gather_params_ctx(list(self.factor.parameters())):
+        with self._put_together(modifier_rank=0):
             for level, rows in coefficients.items():
                 getattr(self.factor, level).copy_(rows)
             self.factor.keeping.changed()
@@ -159,15 +185,17 @@ class ReparametrizedLayer(nn.Module):
             ValueError: the weight has another shape, or no coefficients make it.
         """
         sample = self.coefficients()[0]
+        weight = gathered(weight)
         if weight.shape != self.weight_size:
             raise ValueError(
                 f"The weight of {self.name!r} has shape {tuple(self.weight_size)}, and cannot become one of shape "
                 f"{tuple(weight.shape)}. Take `wara_peft.plain_lora(model)` first to change the rank."
             )
+        present: dict[str, Tensor] = dict(self.factor.named_parameters())
         if self.remembered is not None and torch.equal(self.made_of(self.remembered).to(weight), weight):
-            return dict(self.remembered)
-        if not sample.is_meta and torch.equal(self.computed().to(weight), weight):
-            return dict(self.factor.named_parameters())
+            return {level: placed_like(rows, present[level]) for level, rows in self.remembered.items()}
+        if not (sample.is_meta or is_flat(sample)) and torch.equal(self.computed().to(weight), weight):
+            return present
         distance, found = nearest(self.factor, self._as_factor(weight.detach()))
         if not distance <= tolerance(self.factor, weight):
             raise ValueError(
@@ -176,7 +204,15 @@ class ReparametrizedLayer(nn.Module):
                 "the wavelet domain, follow it with `wara_peft.reparametrize_lora(model, project=True)`."
             )
         device = weight.device if sample.is_meta else sample.device
-        return {f"level{level}": rows.to(device, sample.dtype) for level, rows in enumerate(found) if rows is not None}
+        return {
+            f"level{level}": placed_like(rows.to(device, sample.dtype).contiguous(), present[f"level{level}"])
+            for level, rows in enumerate(found)
+            if rows is not None
+        }
+
+    def is_placeholder(self, weight: Tensor) -> bool:
+        """Whether a weight in a state dict stands for one that ZeRO-3 keeps elsewhere, as `state_dict` has it."""
+        return not weight.numel() and is_flat(self.coefficients()[0])
 
     # The layout of PEFT's weights.
 
@@ -203,9 +239,18 @@ class ReparametrizedLayer(nn.Module):
         # PyTorch calls this method for every module inside of the one that is saved.
         result = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
-        for key in self.factor.state_dict(prefix=f"{prefix}{FACTOR}."):
-            del result[key]
-        result[f"{prefix}weight"] = self.weight if kwargs.get("keep_vars") else self.computed()
+        sample = self.coefficients()[0]
+        if not belongs_to_fsdp1(sample):  # FSDP1 asserts that each of its parameters is there, by its name
+            for key in self.factor.state_dict(prefix=f"{prefix}{FACTOR}."):
+                del result[key]
+        if is_flat(sample):
+            # Processes may save without each other, so nothing is gathered. Plain LoRA has an empty weight here too.
+            if not belongs_to_fsdp1(sample):
+                result[f"{prefix}weight"] = sample.detach()
+        elif kwargs.get("keep_vars"):
+            result[f"{prefix}weight"] = self.weight
+        else:
+            result[f"{prefix}weight"] = sharded_weight(self.computed(), sample)
         return result
 
     def _load_from_state_dict(
@@ -218,11 +263,16 @@ class ReparametrizedLayer(nn.Module):
         *others: Any,
     ) -> None:
         # `load_state_dict` gives each module a dict of its own, and makes that of `factor` from it after this.
+        # Who gathers parameters by their names loads coefficients.
         weight = state_dict.pop(f"{prefix}weight", None)
-        made = dict(self.factor.named_parameters()) if weight is None else self.coefficients_of(weight)
-        state_dict |= {f"{prefix}{FACTOR}.{name}": rows for name, rows in made.items()}
-        if weight is None and strict:
-            missing_keys.append(f"{prefix}weight")
+        present = {f"{prefix}{FACTOR}.{level}": rows for level, rows in self.factor.named_parameters()}
+        if weight is not None and not self.is_placeholder(weight):
+            made = self.coefficients_of(weight)
+            state_dict |= {f"{prefix}{FACTOR}.{level}": rows for level, rows in made.items()}
+        elif not all(key in state_dict for key in present):
+            state_dict |= present
+            if weight is None and strict:
+                missing_keys.append(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
 
 
