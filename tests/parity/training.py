@@ -229,5 +229,15 @@ AREA.shown_in(
     inside=WORKS,
     inside_test="tests/lora/test_reparametrize_checkpoints.py",
 )
-AREA.shown_in("DDP, FSDP1 with `use_orig_params=True`, FSDP2", "tests/distributed/test_distributed.py")
-AREA.shown_in("`nn.DataParallel`", "tests/test_replicas.py")
+AREA.shown_in(
+    "DDP, FSDP1 with `use_orig_params=True`, FSDP2",
+    "tests/distributed/test_distributed.py",
+    inside=WORKS,
+    inside_test="tests/distributed/test_reparametrized.py",
+)
+AREA.shown_in(
+    "`nn.DataParallel`",
+    "tests/test_replicas.py",
+    inside=WORKS,
+    inside_test="tests/lora/test_reparametrize_models.py",
+)

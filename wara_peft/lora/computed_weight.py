@@ -142,7 +142,7 @@ class ComputedWeight(Tensor):
         return tree_map_only(Tensor, as_seen, result)
 
 
-def read(source: WeightSource) -> ComputedWeight:
+def read_weight(source: WeightSource) -> ComputedWeight:
     """The weight of a factor, with a node in the autograd graph if gradients are recorded."""
     coefficients = source.coefficients()
     weight: ComputedWeight

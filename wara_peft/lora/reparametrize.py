@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from ..config_fields.from_lora import subband_ranks as shared_out
 from ..forms import SUBBAND, ExpertsFactor, SubbandFactor
 from ..forms.base import warn_about_levels
 from ..forms.factors import IN_DIM, OUT_DIM
-from ..messages import first_few
 from ..wavelet import subbands
 from .coefficients_file import keep_coefficients_in_checkpoints, keep_only_weights_in_checkpoints
 from .copied_adapters import reparametrize_copies
 from .guarded_functions import guard_functions, keep_adapter_in_refused_hotswaps
-from .reparametrized_layers import CLASSES, ReparametrizedLayer, factor_from_weight, nearest, outside, tolerance
+from .reparametrization_report import Reparametrization, ReparametrizedModule
+from .reparametrized_layers import CLASSES, ReparametrizedLayer
 from .sharded_coefficients import is_whole
+from .span import describe_distance, factor_from_weight, nearest_coefficients, rounding_tolerance
 from .state_dicts import attend_state_dicts
 
 VARIANTS = (
@@ -35,61 +36,6 @@ VARIANTS = (
 """PEFT's variants of LoRA that read its factors, and leave it to autograd and the optimizer to change them."""
 MEANT = ("pissa", "olora", "eva", "corda", "loftq", "lora_ga", "orthogonal", "mica")
 """How values of `init_lora_weights` begin whose first A and B mean something, so that they are not drawn again."""
-
-
-@dataclass(frozen=True)
-class ReparametrizedModule:
-    """A module whose LoRA is reparametrised.
-
-    Attributes:
-        name: the module's name.
-        rank: R.
-        before, after: numbers of LoRA's parameters and of coefficients.
-        lost: ‖ΔW − ΔW'‖ / ‖ΔW‖, where ΔW' is what is kept; 0 unless projected.
-    """
-
-    name: str
-    rank: int
-    before: int
-    after: int
-    lost: float = 0.0
-
-
-@dataclass(frozen=True)
-class Reparametrization:
-    """What `reparametrize_lora` did; printing it shows it.
-
-    Attributes:
-        modules: the modules of which the LoRA is reparametrised.
-        left: reasons by name of the modules whose LoRA stays plain.
-    """
-
-    modules: list[ReparametrizedModule] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def before(self) -> int:
-        """Number of parameters of these modules' LoRA."""
-        return sum(module.before for module in self.modules)
-
-    @property
-    def after(self) -> int:
-        """Number of their coefficients."""
-        return sum(module.after for module in self.modules)
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.modules)} modules train in the wavelet domain: {self.after:,} parameters in place of "
-            f"{self.before:,} ({self.after / self.before:.0%})."
-        ]
-        lost = max(self.modules, key=lambda module: module.lost)
-        if lost.lost:
-            lines.append(f"Projection lost {lost.lost:.1%} of ΔW at most, in {lost.name!r}.")
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.left.items():
-            reasons.setdefault(reason, []).append(repr(name))
-        lines += [f"Left as LoRA: {first_few(names)} ({reason})." for reason, names in reasons.items()]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -116,7 +62,7 @@ class _Side:
         return weight
 
     def is_exact(self) -> bool:
-        return self.distance <= tolerance(self.factor, self.weight)
+        return self.distance <= rounding_tolerance(self.factor, self.weight)
 
     def put_in_place(self) -> None:
         weight = self.layer.weight
@@ -358,7 +304,7 @@ def _side(settings: WaRAConfig, layer: Any, adapter: str, name: str, side: str, 
     else:
         kernel = tuple(weight.shape[2:]) if dim == IN_DIM else ()
         factor = SubbandFactor(settings.wavelet, settings.levels, length, ranks, dim, kernel)
-    distance, found = nearest(factor, factor_from_weight(factor, weight))
+    distance, found = nearest_coefficients(factor, factor_from_weight(factor, weight))
     return _Side(f"{name}.{side}.{adapter}", lora, factor.to(weight.device, weight.dtype), found, distance)
 
 
@@ -388,8 +334,9 @@ def _refusal(name: str, pair: list[_Side], init: Any) -> str:
     meant = f" (init_lora_weights={init!r} gives the first values a meaning)" if isinstance(init, str) else ""
     return (
         f"The LoRA of {name!r} has values{meant} that cannot be taken over exactly: "
-        f"{outside(side.factor, side.distance)}. If it was reparametrised before, give the same wavelet, levels and "
-        "subband_ranks; otherwise project=True takes the nearest values and says what is lost. The model is as it was."
+        f"{describe_distance(side.factor, side.distance)}. If it was reparametrised before, give the same wavelet, "
+        "levels and subband_ranks; otherwise project=True takes the nearest values and says what is lost. The model is "
+        "as it was."
     )
 
 

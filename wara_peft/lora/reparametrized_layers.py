@@ -25,9 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..forms import ExpertsFactor, SubbandFactor
 from ..forms.factors import IN_DIM
 from ..wavelet import is_transformed
-from .computed_weight import read
+from .computed_weight import read_weight
 from .factor_optimizers import refuse_factor_optimizers
 from .sharded_coefficients import belongs_to_fsdp1, gathered, is_flat, is_whole, placed_like, sharded_weight
+from .span import describe_distance, factor_from_weight, nearest_coefficients, rounding_tolerance
 
 FACTOR = "factor"
 """Name, in a reparametrised layer, of the module with the coefficients."""
@@ -80,7 +81,7 @@ class ReparametrizedLayer(nn.Module):
         is_traced = torch.compiler.is_compiling() or is_transformed()
         if is_traced or isinstance(self.coefficients()[0], FakeTensor):
             return self._as_weight(self.factor())
-        return read(self)
+        return read_weight(self)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -196,11 +197,11 @@ class ReparametrizedLayer(nn.Module):
             return {level: placed_like(rows, present[level]) for level, rows in self.remembered.items()}
         if not (sample.is_meta or is_flat(sample)) and torch.equal(self.computed().to(weight), weight):
             return present
-        distance, found = nearest(self.factor, self._as_factor(weight.detach()))
-        if not distance <= tolerance(self.factor, weight):
+        distance, found = nearest_coefficients(self.factor, self._as_factor(weight.detach()))
+        if not distance <= rounding_tolerance(self.factor, weight):
             raise ValueError(
-                f"The weight of {self.name!r} cannot become this one: {outside(self.factor, distance)}. Nothing is "
-                "written. To set any values, take `wara_peft.plain_lora(model)` first; to train the nearest ones in "
+                f"The weight of {self.name!r} cannot become this one: {describe_distance(self.factor, distance)}. "
+                "Nothing is written. To set any values, take `wara_peft.plain_lora(model)` first; to train the nearest ones in "
                 "the wavelet domain, follow it with `wara_peft.reparametrize_lora(model, project=True)`."
             )
         device = weight.device if sample.is_meta else sample.device
@@ -309,48 +310,3 @@ CLASSES: Mapping[type[nn.Module], type[ReparametrizedLayer]] = {
     nn.Conv3d: ReparametrizedConv3d,
 }
 """The classes of layers that PEFT's LoRA has as factors, and their like here."""
-
-
-def factor_from_weight(factor: SubbandFactor, weight: Tensor) -> Tensor:
-    """A weight of PEFT's in the shape in which the factor gives it.
-
-    Experts follow each other in the rows of LoRA's A, (E R, n), and alternate in the columns of its B, (m, R E).
-    """
-    if not isinstance(factor, ExpertsFactor):
-        return weight if factor.dim == IN_DIM else weight.flatten(1)  # a convolution's B has a kernel of size one
-    if factor.dim == IN_DIM:
-        return weight.view(factor.experts, -1, weight.shape[1])
-    return weight.view(len(weight), -1, factor.experts).permute(2, 0, 1)
-
-
-def nearest(factor: SubbandFactor, values: Tensor) -> tuple[float, list[Tensor | None]]:
-    """How far values are from those that a factor can have, and the coefficients of the nearest ones, in float64.
-
-    The distance is the largest of all rows of Â, or columns of B̂, each as a share of the row's norm.
-    """
-    values = values.to("cpu" if values.device.type == "mps" else values.device, torch.float64)
-    found = factor.nearest(values)
-    rest = values - factor.synthesis_of(found)
-    others = [dim for dim in range(values.ndim) if dim != factor.rank_dim]
-    norms, distances = (tensor.square().sum(others).sqrt() for tensor in (values, rest))
-    shares = torch.where(norms == 0, 0, distances / norms.clamp_min(torch.finfo(torch.float64).tiny))  # or NaN
-    return float(shares.max()), found
-
-
-def tolerance(factor: SubbandFactor, weight: Tensor) -> float:
-    """The distance up to which a weight counts as one that the factor can have: each level rounds once.
-
-    A weight may have been saved in a narrower dtype than it has now. The narrowest that holds all its values counts.
-    """
-    narrower = (torch.bfloat16, torch.float16, torch.float32)
-    exact = (dtype for dtype in narrower if torch.equal(weight.to(dtype).to(weight.dtype), weight))
-    return 2 * factor.axis.levels * torch.finfo(next(exact, weight.dtype)).eps
-
-
-def outside(factor: SubbandFactor, distance: float) -> str:
-    """Say how far a weight is from those that the factor can have."""
-    ranks = ", ".join(f"{name}={rank}" for name, rank in factor.ranks.items())
-    return (
-        f"it is not in the span of wavelet={factor.axis.wavelet!r}, levels={factor.axis.levels} with the ranks "
-        f"{ranks} (a row is off by {distance:.1%} of its norm)"
-    )
