@@ -335,8 +335,8 @@ def _refusal(name: str, pair: list[_Side], init: Any) -> str:
     return (
         f"The LoRA of {name!r} has values{meant} that cannot be taken over exactly: "
         f"{describe_distance(side.factor, side.distance)}. If it was reparametrised before, give the same wavelet, "
-        "levels and subband_ranks; otherwise project=True takes the nearest values and says what is lost. The model is "
-        "as it was."
+        "levels and subband_ranks; otherwise project=True takes the nearest values and says what is lost. "
+        "The model is as it was."
     )
 
 
