@@ -201,8 +201,8 @@ class ReparametrizedLayer(nn.Module):
         if not distance <= rounding_tolerance(self.factor, weight):
             raise ValueError(
                 f"The weight of {self.name!r} cannot become this one: {describe_distance(self.factor, distance)}. "
-                "Nothing is written. To set any values, take `wara_peft.plain_lora(model)` first; to train the "
-                "nearest ones in the wavelet domain, follow it with `wara_peft.reparametrize_lora(model, project=True)`."
+                "Nothing is written. To set any values, take `wara_peft.plain_lora(model)` first. Then "
+                "`wara_peft.reparametrize_lora(model, project=True)` trains the nearest ones in the wavelet domain."
             )
         device = weight.device if sample.is_meta else sample.device
         return {
