@@ -250,7 +250,7 @@ class WaRAConfig(PeftConfig):
 
     @property
     def total_rank(self) -> int:
-        """R in a module that no pattern matches: the rank of the adapter there, seen as a LoRA."""
+        """The rank R that the adapter has as a LoRA, in a module that no pattern matches."""
         return self.form_object.total_rank(self, self.ranks_of(""))
 
     def ranks_of(self, module_name: str) -> dict[str, int]:

@@ -40,8 +40,8 @@ def truncate(
             Weights may have changed since then; the inputs are assumed to be still the same.
 
     Returns:
-        Maps the name of each layer that was cut to its loss: ‖U V − Û V̂‖² / ‖U V‖² without statistics, and the same
-        ratio for the outputs with them.
+        A dict with the loss of each layer that was cut, by its name. The loss is ‖U V − Û V̂‖² / ‖U V‖² without
+        statistics, and the same ratio for the outputs with them.
 
     Raises:
         ValueError: a name belongs to no `LowRankLinear`, a rank is less than 1, the statistics lack a layer's moment

@@ -25,10 +25,20 @@ from torch.utils._pytree import tree_map_only
 
 
 class WeightSource(Protocol):
-    """What a `ComputedWeight` asks of the factor that it is the weight of."""
+    """What a `ComputedWeight` asks of the factor that it is the weight of.
+
+    Attributes:
+        last_read: what the last read without a graph gave, the device, and whether inference mode was on.
+    """
+
+    last_read: tuple[ComputedWeight, torch.device, bool] | None
 
     def coefficients(self) -> Sequence[nn.Parameter]:
         """The parameters that the weight is computed from."""
+        ...
+
+    def sample(self) -> Tensor:
+        """One of them, which tells dtype and device."""
         ...
 
     def weight_shape(self) -> torch.Size:
@@ -56,31 +66,34 @@ class ComputedWeight(Tensor):
         values_of_view: None for the weight itself, whose values are computed at every use; else a plain view of
             `whole`.
         whole: a plain tensor with all of the weight, which all views of it share. Every use brings it up to date.
+        own_dtype: its dtype.
         kept: the last values whose address somebody has asked for, which live as long as this tensor.
         is_layers: whether this is what the layer gives as its weight, and no `.data`, view or detached tensor of it.
             Whether it trains is then a matter of the coefficients.
     """
 
     # Slots make `torch.utils.swap_tensors` refuse such a tensor. PEFT's hotswap then writes through `.data`.
-    __slots__ = ("is_layers", "kept", "source", "values_of_view", "whole")
+    __slots__ = ("is_layers", "kept", "own_dtype", "source", "values_of_view", "whole")
 
     source: WeightSource
     values_of_view: Tensor | None
     whole: Tensor | None
     kept: Tensor | None
     is_layers: bool
+    own_dtype: torch.dtype
 
     @staticmethod
     def __new__(
         cls: type[ComputedWeight], source: WeightSource, view: Tensor | None = None, whole: Tensor | None = None
     ) -> ComputedWeight:
-        like = source.coefficients()[0] if view is None else view
+        like = source.sample() if view is None else view
         shape = source.weight_shape() if view is None else view.shape
         place: dict[str, Any] = {}
         if view is not None:
             place = {"strides": view.stride(), "storage_offset": view.storage_offset()}
         made: ComputedWeight = Tensor._make_wrapper_subclass(cls, shape, **place, dtype=like.dtype, device=like.device)
         made.source, made.values_of_view, made.whole, made.kept, made.is_layers = source, view, whole, None, False
+        made.own_dtype = like.dtype
         return made
 
     def values(self) -> Tensor:
@@ -92,6 +105,8 @@ class ComputedWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is _DTYPE:  # PEFT asks for it in every forward
+            return args[0].own_dtype
         own = None
         if args and isinstance(args[0], ComputedWeight):
             own = _IN_PYTHON.get(func) or (_OF_LAYERS.get(func) if args[0].is_layers else None)
@@ -144,13 +159,26 @@ class ComputedWeight(Tensor):
 
 def read_weight(source: WeightSource) -> ComputedWeight:
     """The weight of a factor, with a node in the autograd graph if gradients are recorded."""
-    coefficients = source.coefficients()
     weight: ComputedWeight
-    if torch.is_grad_enabled() and any(rows.requires_grad for rows in coefficients):
-        weight = _Read.apply(source, *coefficients)  # type: ignore[no-untyped-call]
-    else:
-        weight = ComputedWeight(source)
+    if torch.is_grad_enabled():
+        coefficients = source.coefficients()
+        if any(rows.requires_grad for rows in coefficients):
+            weight = _Read.apply(source, *coefficients)  # type: ignore[no-untyped-call]
+            weight.is_layers = True
+            return weight
+    # Without a graph one tensor serves all reads, as it has no values. Making it takes longer than the rest of a read.
+    sample, known = source.sample(), source.last_read
+    if (
+        known is not None
+        and known[0].own_dtype is sample.dtype
+        and known[1] == sample.device
+        and known[2] is torch.is_inference_mode_enabled()
+        and known[0].kept is None
+    ):
+        return known[0]
+    weight = ComputedWeight(source)
     weight.is_layers = True
+    source.last_read = weight, sample.device, torch.is_inference_mode_enabled()
     return weight
 
 
@@ -282,6 +310,7 @@ def _pickled(_: Any, weight: ComputedWeight, protocol: Any) -> Any:
 
 
 _ATTRIBUTES: Any = Tensor  # its attributes are descriptors, which type checkers take for values
+_DTYPE = _ATTRIBUTES.dtype.__get__
 _OF_LAYERS: dict[Any, Callable[..., Any]] = {
     _ATTRIBUTES.requires_grad.__get__: _trains,
     _ATTRIBUTES.requires_grad.__set__: _set_trains,

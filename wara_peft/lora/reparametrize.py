@@ -187,7 +187,7 @@ def plain_lora(model: nn.Module, adapter_name: str | None = None) -> None:
         which = "" if adapter_name is None else f" of the name {adapter_name!r}"
         raise ValueError(f"The model has no reparametrised LoRA{which}; `reparametrize_lora` makes one.")
     for factor in found:
-        if not is_whole(factor.coefficients()[0]):
+        if not is_whole(factor.sample()):
             raise ValueError(
                 f"{factor.name!r} is sharded, so it cannot get a plain weight. Save the model, whose files are "
                 "LoRA's, and load these as LoRA."

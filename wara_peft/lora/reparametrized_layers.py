@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..forms import ExpertsFactor, SubbandFactor
 from ..forms.factors import IN_DIM
 from ..wavelet import is_transformed
-from .computed_weight import read_weight
+from .computed_weight import ComputedWeight, read_weight
 from .factor_optimizers import refuse_factor_optimizers
 from .sharded_coefficients import belongs_to_fsdp1, gathered, is_flat, is_whole, placed_like, sharded_weight
 from .span import describe_distance, factor_from_weight, nearest_coefficients, rounding_tolerance
@@ -45,6 +45,7 @@ class ReparametrizedLayer(nn.Module):
         name: name of the layer in the model, for errors.
         remembered: while a checkpoint is loaded, coefficients from a file beside it. They count if they make its
             weight.
+        last_read: for `computed_weight`.
         gives_way: whether the layer becomes plain where a weight is written that no coefficients make, if it does not
             train.
     """
@@ -54,12 +55,17 @@ class ReparametrizedLayer(nn.Module):
     name: str
     remembered: Mapping[str, Tensor] | None = None
     gives_way: bool = False
+    last_read: tuple[ComputedWeight, torch.device, bool] | None = None
 
     def reparametrize(self, name: str, factor: SubbandFactor) -> None:
         """Take a factor in the place of the plain weight that the layer still has as a parameter."""
         self.name, self.weight_size = name, self._parameters.pop("weight").shape  # type: ignore[union-attr]
         self.factor = factor
         refuse_factor_optimizers(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Called for copies and for what is pickled: a tensor that was read belongs to this layer."""
+        return {name: value for name, value in vars(self).items() if name != "last_read"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called for copies and for what is unpickled."""
@@ -68,8 +74,10 @@ class ReparametrizedLayer(nn.Module):
 
     def restore(self) -> None:
         """Be the plain layer again, with the weight as a parameter."""
-        weight = nn.Parameter(self.computed(), self.coefficients()[0].requires_grad)
-        del self.factor, self.weight_size, self.name
+        weight = nn.Parameter(self.computed(), self.sample().requires_grad)
+        for name in ("weight_size", "name", "last_read", "gives_way"):
+            vars(self).pop(name, None)
+        del self.factor
         self.__class__ = next(plain for plain, own in CLASSES.items() if own is type(self))  # type: ignore[assignment]
         self.weight = weight
 
@@ -79,7 +87,7 @@ class ReparametrizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """Â or B̂. Reads are differentiable, and writes reach the coefficients: see `computed_weight`."""
         is_traced = torch.compiler.is_compiling() or is_transformed()
-        if is_traced or isinstance(self.coefficients()[0], FakeTensor):
+        if is_traced or isinstance(self.sample(), FakeTensor):
             return self._as_weight(self.factor())
         return read_weight(self)
 
@@ -96,6 +104,12 @@ class ReparametrizedLayer(nn.Module):
 
     def coefficients(self) -> list[nn.Parameter]:
         return [rows for rows in self.factor.coefficients() if rows is not None]  # type: ignore[misc]
+
+    def sample(self) -> Tensor:
+        """One of the coefficients, which tells dtype, device and whether they train."""
+        for rows in self.factor._parameters.values():  # this runs for each factor in every forward of LoRA
+            return rows  # type: ignore[return-value]  # none is None
+        return self.coefficients()[0]
 
     def computed(self) -> Tensor:
         """The weight as a new plain tensor, of all ranks' parts where the coefficients are sharded."""
@@ -158,7 +172,7 @@ class ReparametrizedLayer(nn.Module):
         try:
             return partial(self._put, self.coefficients_of(weight))
         except ValueError:
-            sample = self.coefficients()[0]
+            sample = self.sample()
             can_give_way = self.gives_way and not sample.requires_grad and is_whole(sample)
             if not can_give_way or weight.shape != self.weight_size:
                 raise
@@ -185,7 +199,7 @@ class ReparametrizedLayer(nn.Module):
         Raises:
             ValueError: the weight has another shape, or no coefficients make it.
         """
-        sample = self.coefficients()[0]
+        sample = self.sample()
         weight = gathered(weight)
         if weight.shape != self.weight_size:
             raise ValueError(
@@ -213,7 +227,7 @@ class ReparametrizedLayer(nn.Module):
 
     def is_placeholder(self, weight: Tensor) -> bool:
         """Whether a weight in a state dict stands for one that ZeRO-3 keeps elsewhere, as `state_dict` has it."""
-        return not weight.numel() and is_flat(self.coefficients()[0])
+        return not weight.numel() and is_flat(self.sample())
 
     # The layout of PEFT's weights.
 
@@ -240,7 +254,7 @@ class ReparametrizedLayer(nn.Module):
         # PyTorch calls this method for every module inside of the one that is saved.
         result = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
-        sample = self.coefficients()[0]
+        sample = self.sample()
         if not belongs_to_fsdp1(sample):  # FSDP1 asserts that each of its parameters is there, by its name
             for key in self.factor.state_dict(prefix=f"{prefix}{FACTOR}."):
                 del result[key]
