@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..messages import first_few
 
@@ -34,8 +34,8 @@ class Reparametrization:
         left: reasons by name of the modules whose LoRA stays plain.
     """
 
-    modules: list[ReparametrizedModule] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)
+    modules: list[ReparametrizedModule]
+    left: dict[str, str]
 
     @property
     def before(self) -> int:

@@ -122,7 +122,7 @@ def reparametrize_lora(
     check_argument("reparametrize_lora(model, adapter_name)", "model", model, "an nn.Module")
     # The config checks wavelet, levels and names of subbands.
     settings = WaRAConfig(wavelet=wavelet, levels=levels, subband_ranks=subband_ranks)
-    report = Reparametrization()
+    report = Reparametrization([], {})
     sides: list[_Side] = []
     shared = _shared_parameters(model)
     adapters = _adapters(model, adapter_name)
