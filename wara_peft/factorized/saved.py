@@ -187,6 +187,11 @@ def _of(key: str, layer: Dense, shapes: Shapes) -> nn.Module | None:
             "0.1.0 load the model, make it dense by `wara_peft.compression.to_dense(model)`, and save it by "
             "`model.save_pretrained`; or compress the original model again."
         )
+    if f"{key}.factors.bases" in shapes:
+        raise ValueError(
+            f"{key!r} is a StraightThroughLinear, which is still being trained: resume the training, or call "
+            "`StraightThroughFactorizer.finish` before the model is saved."
+        )
     there = {part for known in kinds.values() for part in known.parts if f"{key}.{part}" in shapes}
     complete = [kind for kind, known in kinds.items() if known.parts <= there]
     if not complete:
