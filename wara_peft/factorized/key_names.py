@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+import re
+from collections.abc import Container, Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -35,6 +36,20 @@ def names_on_loading(model: nn.Module, keys: Iterable[str], state: Container[str
         if converted is None:
             names[key] = name
     return names
+
+
+def missing_names(model: nn.Module, state: Mapping[str, Tensor], there: Container[str]) -> list[str]:
+    """Give the names of a model's state dict that a checkpoint lacks, and should have.
+
+    Transformers writes a tensor of several names once, and no tensor that it makes from the config.
+    """
+    written = {tensor.data_ptr() for name, tensor in state.items() if name in there}
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_save", None) or ["(?!)"]))
+    return [
+        name
+        for name, tensor in state.items()
+        if name not in there and tensor.data_ptr() not in written and not ignored.search(name)
+    ]
 
 
 def write_names_of_modules(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +24,7 @@ from ...disk.checkpoints.checkpoint import Checkpoint, read_json
 from ...disk.checkpoints.directory import written_at_once
 from ...disk.checkpoints.skeleton import Skeleton, keys_of_parameters
 from ...factorized import DenseSparseLinear, DictionaryLinear, LowRankPlusSparseLinear, SharedBaseLinear
+from ...factorized.key_names import missing_names
 from ...factorized.low_rank_plus_sparse_linear import check_places
 from ...factorized.saved import FACTORIZED, kinds_and_sizes, name_tensors, put_in_place
 from ...factorized.sparse_rows import unpack_bits
@@ -106,13 +106,7 @@ def _check_written(model: PreTrainedModel, layers: dict[str, dict[str, object]],
         for key in keys_of.get(name, []):
             if not value.is_meta and not torch.equal(checkpoint.read(key), value.detach().cpu()):
                 wrong.append(name)
-    there = {state[name].data_ptr() for name in keys_of if name in state}  # further names of a tensor are not written
-    ignored = re.compile("|".join(model._keys_to_ignore_on_save or ["(?!)"]))
-    wrong += [
-        name
-        for name, value in state.items()
-        if name not in keys_of and value.data_ptr() not in there and not ignored.search(name)
-    ]
+    wrong += missing_names(model, state, keys_of)
     if wrong:
         raise ValueError(
             f"What transformers has written of {first_few([repr(name) for name in dict.fromkeys(wrong)])} is not what "

@@ -219,3 +219,6 @@ class StraightThroughFactorizer(TrainingMethod):
             made[layer] = factors
         replace_everywhere(self._started(), made)
         self._model = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {"iterations": self.iterations}
