@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import NomicBertConfig, NomicBertModel, PreTrainedModel, ViTModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from tests.compression.models import vit
+from wara_peft import WaRAConfig
 from wara_peft.compression import (
     LayerStatistics,
     LowRankLinear,
@@ -28,6 +31,7 @@ from wara_peft.compression import (
     straight_through,
 )
 from wara_peft.compression.disk import model as disk_model
+from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.factorized import saved
 
 
@@ -131,3 +135,26 @@ def test_what_cannot_be_read_back_is_not_left(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match="is not what the model has"):
         save_compressed(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_an_adapter_on_the_factors_merges_on_disk(tmp_path: Path, renamed: bool) -> None:
+    model = vit()
+    factorize(model, 0.5)
+    save_compressed(model, tmp_path / "base")
+    if renamed:  # as releases before wrote it
+        file = tmp_path / "base" / "model.safetensors"
+        del model._weight_conversions
+        save_file(revert_weight_conversion(model, load_file(file)), file, metadata={"format": "pt"})
+    targets = [name for name, _ in model.named_modules() if name.endswith(("fc1.down", "fc2.up", "v_proj.up"))]
+    base = load_compressed(tmp_path / "base")
+    adapted = get_peft_model(base, WaRAConfig(r=2, target_modules=targets, init_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    images = torch.randn(2, 1, 8, 8)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    keys = load_file(tmp_path / "merged" / "model.safetensors").keys()
+    assert keys == load_file(tmp_path / "base" / "model.safetensors").keys()
+    with torch.no_grad():
+        expected = adapted.eval()(images).logits
+        assert not torch.allclose(expected, model(images).logits, atol=1e-3)
+        torch.testing.assert_close(load_compressed(tmp_path / "merged")(images).logits, expected, rtol=0, atol=1e-5)

@@ -252,6 +252,8 @@ def test_a_model_in_training_is_not_saved_as_compressed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"up_proj' is a StraightThroughLinear, which is still being trained"):
         save_compressed(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match=r"up_proj'.* is still being trained"):
+        to_dense(model)
     model.save_pretrained(tmp_path / "b")  # as `Trainer` does
     with pytest.raises(ValueError, match=r"up_proj' is a StraightThroughLinear, which is still being trained"):
         load_compressed(tmp_path / "b")
