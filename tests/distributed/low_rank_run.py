@@ -44,7 +44,7 @@ def train(method: str) -> dict[str, Tensor]:
         training = TrainedRankPruning(energy=0.7, penalty=1e-2, period=2)
     elif method == "straight-through":
         straight_through(model, 10, 4, 2, ["first"])
-        training = StraightThroughFactorizer(period=3)
+        training = StraightThroughFactorizer()
     else:
         share_bases(model, [["first", "second"]], 0.6)
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
@@ -63,8 +63,6 @@ def train(method: str) -> dict[str, Tensor]:
         optimizer.zero_grad()
         if method == "ordered" and step in (3, 6):
             training.shrink(optimizer)
-        if method == "straight-through":
-            training.after_step(step + 1)
     if training is not None:
         training.finish()
     return model.state_dict()

@@ -66,9 +66,11 @@ def build(family: Family) -> nn.Module:
     """The model in float64, frozen, with no parameter that is zero or one in all its entries."""
     torch.manual_seed(0)
     model = family.build().eval().double()
+    fixed = re.compile("|".join(getattr(model, "_keys_to_ignore_on_save", None) or ["(?!)"]))  # made from the config
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        for name, parameter in model.named_parameters():
+            if not fixed.search(name):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     norms = batch_norms(model)
     if norms:  # where signals would fade away in eval mode
         for norm in norms:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from ..factorized.low_rank_linear import LowRankLinear, Solver, factorize_linear, resolve_rank
+from ..factorized.saved import OPENED
 from .projected import Heads, ProjectedAttention
 
 
@@ -122,3 +125,16 @@ class LowRankMultiheadAttention(ProjectedAttention):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+def _with_dense_projections(module: nn.MultiheadAttention, rank: int) -> LowRankMultiheadAttention:
+    """Make an attention for factors of a checkpoint: its projections are dense and without values, to be replaced."""
+    bias = module.in_proj_bias is not None
+    with torch.device("meta"):
+        attention: Any = LowRankMultiheadAttention(module.embed_dim, module.num_heads, rank, module.dropout, bias)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(attention, name, nn.Linear(module.embed_dim, module.embed_dim, bias))
+    return cast(LowRankMultiheadAttention, attention.train(module.training))
+
+
+OPENED[nn.MultiheadAttention] = _with_dense_projections

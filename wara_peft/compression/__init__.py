@@ -8,7 +8,6 @@ from ..factorized import (
     LowRankPlusSparseLinear,
     OrderedLowRankLinear,
     SharedBaseLinear,
-    StraightThroughLinear,
     factorize_conv,
     factorize_linear,
 )
@@ -20,7 +19,7 @@ from .report import CompressionReport, Factorization, LayerReport
 from .statistics.collect import calibrate
 from .statistics.layer_statistics import LayerStatistics, load_statistics, save_statistics
 from .text_head import LowRankTextHead
-from .training.dense_sparse import StraightThroughFactorizer, dense_sparse, straight_through
+from .training.dense_sparse import StraightThroughFactorizer, StraightThroughLinear, dense_sparse, straight_through
 from .training.ordered import OrderedRankTraining, ordered_low_rank
 from .training.pretraining import low_rank_plus_sparse, to_dense
 from .training.shared_base import minimise_block_errors, share_bases

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..calibration.batches import LossFunction, arguments_of, in_eval_mode
+from ..factorized.saved import name_tensors
 from ..messages import first_few
 from .report import Factorization
 from .solvers.needed_statistics import empty_statistics
@@ -123,6 +124,7 @@ class Replacement:
         except BaseException:  # also when the user interrupts a long run
             for parent, name, child in places:
                 setattr(parent, name, child)
+            name_tensors(self.model)
             raise
 
 
@@ -177,3 +179,4 @@ def replace_everywhere(model: nn.Module, made: Mapping[Any, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child in made:
                 setattr(parent, name, made[child])
+    name_tensors(model)

@@ -1,6 +1,6 @@
 """Layers whose weight is made of smaller matrices. They do not know the methods of compression that make them."""
 
-from .dense_sparse_linear import DenseSparseLinear, StraightThroughLinear
+from .dense_sparse_linear import DenseSparseLinear
 from .dictionary_linear import DictionaryLinear
 from .low_rank_conv import LowRankConv, factorize_conv
 from .low_rank_linear import LowRankLinear, factorize_linear
@@ -16,7 +16,6 @@ __all__ = [
     "LowRankPlusSparseLinear",
     "OrderedLowRankLinear",
     "SharedBaseLinear",
-    "StraightThroughLinear",
     "factorize_conv",
     "factorize_linear",
 ]

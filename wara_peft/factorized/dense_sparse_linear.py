@@ -1,12 +1,11 @@
-"""A linear layer in blocks of rows, each a dense basis times sparse coefficients, and a layer for its training."""
+"""A linear layer in blocks of rows, each a dense basis times sparse coefficients."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .sparse_rows import SparseRows, check_nonzeros, pack_bits
 
@@ -84,40 +83,3 @@ class DenseSparseLinear(SparseRows):
         self.bases[index] = basis
         self.support[rows] = pack_bits(places)
         self.values[rows] = values.to(self.values.dtype)
-
-
-class StraightThroughLinear(nn.Module):
-    """A linear layer that computes with a factorisation Ŵ of its weight W, and passes the gradient of Ŵ on to W.
-
-    y = Ŵ x + b with Ŵ from `factors`, and ∂loss/∂W := ∂loss/∂Ŵ. The optimizer moves W. The factors get no gradient:
-    `compression.StraightThroughFactorizer` fits them to W from time to time.
-
-    Args:
-        weight: W, (m, n).
-        bias: b, (m,), or None.
-        factors: the layer that has Ŵ, without a bias.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, factors: DenseSparseLinear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = factors.in_features, factors.out_features
-        self.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.factors = factors.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., n) to (..., m)."""
-        passed: Any = _StraightThrough.apply(self.weight, self.factors.weight)  # type: ignore[no-untyped-call]
-        return functional.linear(x, passed, self.bias)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Returns `approximation`, and passes its gradient on to `weight`."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, approximation: Tensor) -> Tensor:
-        return approximation.to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None

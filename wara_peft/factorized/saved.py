@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .dense_sparse_linear import DenseSparseLinear
 from .dictionary_linear import DictionaryLinear
+from .key_names import names_on_loading, write_names_of_modules, write_names_of_transformers
 from .low_rank_conv import CONVOLUTIONS, Convolution, LowRankConv
 from .low_rank_linear import LowRankLinear, linear_shape
 from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
@@ -84,6 +85,9 @@ CONVOLUTION_KINDS: dict[type[nn.Module], Kind] = {
 SPATIAL = ("vertical.weight", "horizontal.weight")
 """Tensors of a kind of layer that only 0.1.0 had: a convolution along the height, and then one along the width."""
 FACTORIZED = (*LINEAR_KINDS, *CONVOLUTION_KINDS)
+OPENED: dict[type[nn.Module], Callable[[Any, int], nn.Module]] = {}
+"""Modules that are factorised as one unit, such as PyTorch's attention. The function makes the module's replacement,
+whose linear layers are dense and without values. It takes the module and the rank. `attention` fills this table."""
 
 
 def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
@@ -91,7 +95,8 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
 
     Args:
         model: a model without values. New layers have the default device and dtype.
-        shapes: shapes of the checkpoint's tensors, by key. Keys may have or lack the prefix of the model's base model.
+        shapes: shapes of the checkpoint's tensors, by key. Keys may have or lack the prefix of the model's base model,
+            and may be those that transformers renames when it loads the model.
 
     Returns:
         Names of the layers replaced, all names of each.
@@ -101,6 +106,9 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
             weight too, or the layer is of a kind that only 0.1.0 had.
     """
     prefix = getattr(model, "base_model_prefix", "")
+    renamed = {name: shapes[key] for key, name in names_on_loading(model, shapes).items()}
+    shapes = {**shapes, **renamed}
+    _open(model, prefix, shapes)
     replaced = []
     bases: dict[int, nn.Parameter] = {}
     # transformers has collected tied parameters when it made the model, before the layers were replaced.
@@ -110,9 +118,8 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
         if isinstance(layer, (nn.Linear, Conv1D, *CONVOLUTIONS)):
             names_of.setdefault(layer, []).append(name)
     for layer, names in names_of.items():
-        # Checkpoints of the base model lack the prefix that a model with a head has, and the other way round. A layer
-        # with several names may have its tensors under one of them only.
-        keys = [key for name in names for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")]
+        # A layer with several names may have its tensors under one of them only.
+        keys = [key for name in names for key in _with_and_without(prefix, name)]
         made = (_of(key, layer, shapes) for key in dict.fromkeys(keys))
         factorised = next((found for found in made if found is not None), None)
         if factorised is None:
@@ -129,7 +136,36 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
             ties |= {f"{name}.{part}": f"{names[0]}.{part}" for part, _ in factorised.named_parameters()}
         replaced += names
     tie_bases(model)
+    name_tensors(model)
     return replaced
+
+
+def name_tensors(model: nn.Module) -> None:
+    """Let transformers write a model with factorised layers under the names of its modules, and others as it does."""
+    if any(isinstance(module, FACTORIZED) for module in model.modules()):
+        write_names_of_modules(model)
+    else:
+        write_names_of_transformers(model)
+
+
+def _with_and_without(prefix: str, name: str) -> tuple[str, str, str]:
+    """Give the keys that a module may have in a checkpoint of the model, of its base model, or of one with a head."""
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
+
+
+def _open(model: nn.Module, prefix: str, shapes: Shapes) -> None:
+    """Replace modules in `OPENED` whose linear layers have factors in the checkpoint."""
+    for parent_name, parent in list(model.named_modules()):
+        for attribute, module in list(parent.named_children()):
+            if type(module) not in OPENED:
+                continue
+            for key in _with_and_without(prefix, f"{parent_name}.{attribute}".removeprefix(".")):
+                down = shapes.get(f"{key}.q_proj.down.weight")
+                if down is not None:
+                    setattr(parent, attribute, OPENED[type(module)](module, _size(down, 0)))
+                    # Transformers would draw values for tensors that the old module had.
+                    vars(parent)["_is_hf_initialized"] = True
+                    break
 
 
 def kinds_and_sizes(model: nn.Module) -> dict[str, dict[str, object]]:
@@ -150,6 +186,11 @@ def _of(key: str, layer: Dense, shapes: Shapes) -> nn.Module | None:
             f"{key!r} is a SpatialLowRankConv2d, which wara-peft 0.1.0 wrote and later releases cannot compute: with "
             "0.1.0 load the model, make it dense by `wara_peft.compression.to_dense(model)`, and save it by "
             "`model.save_pretrained`; or compress the original model again."
+        )
+    if f"{key}.factors.bases" in shapes:
+        raise ValueError(
+            f"{key!r} is a StraightThroughLinear, which is still being trained: resume the training, or call "
+            "`StraightThroughFactorizer.finish` before the model is saved."
         )
     there = {part for known in kinds.values() for part in known.parts if f"{key}.{part}" in shapes}
     complete = [kind for kind, known in kinds.items() if known.parts <= there]

@@ -24,8 +24,9 @@ from ...disk.checkpoints.checkpoint import Checkpoint, read_json
 from ...disk.checkpoints.directory import written_at_once
 from ...disk.checkpoints.skeleton import Skeleton, keys_of_parameters
 from ...factorized import DenseSparseLinear, DictionaryLinear, LowRankPlusSparseLinear, SharedBaseLinear
+from ...factorized.key_names import missing_names
 from ...factorized.low_rank_plus_sparse_linear import check_places
-from ...factorized.saved import FACTORIZED, kinds_and_sizes, put_in_place
+from ...factorized.saved import FACTORIZED, kinds_and_sizes, name_tensors, put_in_place
 from ...factorized.sparse_rows import unpack_bits
 from ...messages import first_few
 from ..report import CompressionReport
@@ -74,10 +75,10 @@ def save_compressed(
 
 
 def write_compressed(model: PreTrainedModel, directory: Path, max_shard_size: str = "5GB") -> None:
-    """Write the files of a compressed model into a directory.
+    """Write the files of a compressed model into a directory, and read them back.
 
     Raises:
-        ValueError: the model has no factorised layer.
+        ValueError: the model has no factorised layer, or its files do not hold what it has.
     """
     layers = kinds_and_sizes(model)
     if not layers:
@@ -90,6 +91,27 @@ def write_compressed(model: PreTrainedModel, directory: Path, max_shard_size: st
     }
     cast(Any, model).save_pretrained(directory, max_shard_size=max_shard_size)
     (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _check_written(model, layers, directory)
+
+
+def _check_written(model: PreTrainedModel, layers: dict[str, dict[str, object]], directory: Path) -> None:
+    """Refuse files from which another model than this one would be loaded. One tensor is read at a time."""
+    checkpoint = Checkpoint(directory)
+    empty = Skeleton(checkpoint).make(type(model))
+    found = kinds_and_sizes(empty)
+    wrong = [name for name in {**layers, **found} if layers.get(name) != found.get(name)]
+    state = model.state_dict()
+    keys_of = keys_of_parameters(empty, checkpoint)
+    for name, value in state.items():
+        for key in keys_of.get(name, []):
+            if not value.is_meta and not torch.equal(checkpoint.read(key), value.detach().cpu()):
+                wrong.append(name)
+    wrong += missing_names(model, state, keys_of)
+    if wrong:
+        raise ValueError(
+            f"What transformers has written of {first_few([repr(name) for name in dict.fromkeys(wrong)])} is not what "
+            f"the model has, so nothing is kept. Update transformers, or save the state_dict of the model."
+        )
 
 
 def load_compressed(
@@ -145,6 +167,7 @@ def load_compressed(
             raise ValueError(f"{str(base)!r} {what} {keys}. Use a complete copy of the model.")
     # The subclass was only needed for loading. Saving, copying and `isinstance` see the model's own class.
     model.__class__ = chosen
+    name_tensors(model)
     _check_values(base, model)
     report = _report_of(base, record)
     if report is not None:

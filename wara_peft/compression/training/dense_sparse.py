@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument
-from ...factorized.dense_sparse_linear import DenseSparseLinear, StraightThroughLinear
+from ...factorized.dense_sparse_linear import DenseSparseLinear
 from ..replacement import replace_everywhere, replace_targets
 from ..report import Factorization
 from ..solvers.dictionary import ITERATIONS, Dictionary, ksvd
@@ -55,13 +57,82 @@ def set_dictionary(layer: DenseSparseLinear, index: int, found: Dictionary) -> N
     layer.set_block(index, found.atoms.T.to(layer.bases.dtype), found.places, found.values)
 
 
-@torch.no_grad()
-def refresh(layer: StraightThroughLinear, iterations: int = 1) -> None:
-    """Fit the factors of a layer to its present weight. K-SVD starts with the bases that they have."""
-    factors = layer.factors
-    for index, rows in enumerate(torch.split(layer.weight.detach(), factors.block)):
-        found = ksvd(rows.T, factors.atoms, factors.nonzeros, Metric(), iterations, factors.bases[index].T)
-        set_dictionary(factors, index, found)
+class StraightThroughLinear(nn.Module):
+    """A linear layer that computes with a factorisation Ŵ of its weight W, and passes the gradient of Ŵ on to W.
+
+    y = Ŵ x + b with Ŵ from `factors`, and ∂loss/∂W := ∂loss/∂Ŵ. The optimizer moves W. The factors get no gradient:
+    each forward first fits them to W, if W has changed since they were fitted.
+
+    Args:
+        weight: W, (m, n).
+        bias: b, (m,), or None.
+        factors: the layer that has Ŵ, without a bias, fitted to W.
+
+    Attributes:
+        iterations: iterations of K-SVD in each fit, which starts with the present bases.
+        fitted_to: two numbers that tell to which values of W the factors are fitted. A checkpoint has them too.
+        name: what messages call the layer. `StraightThroughFactorizer.start` sets it.
+
+    Raises:
+        ValueError: a forward finds a weight that is not finite.
+    """
+
+    iterations = 1
+    name = "a layer of no name"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, factors: DenseSparseLinear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = factors.in_features, factors.out_features
+        self.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.factors = factors.requires_grad_(False)
+        self.fitted_to: Tensor
+        self.register_buffer("fitted_to", self._mark())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., n) to (..., m)."""
+        self.fit()
+        passed: Any = _StraightThrough.apply(self.weight, self.factors.weight)  # type: ignore[no-untyped-call]
+        return functional.linear(x, passed, self.bias)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # K-SVD chooses by values
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Fit the factors to the present weight, unless they are."""
+        # Values are compared, and not versions of the tensor: some optimizers write to `weight.data`, and activation
+        # checkpointing runs a forward twice, which must not move the factors in between.
+        mark = self._mark()
+        if torch.equal(mark, self.fitted_to):
+            return
+        if not bool(mark.view(torch.float64).isfinite().all()):
+            raise ValueError(
+                f"{self.name!r} cannot be factorised: training has brought NaN or infinity into its weight. Begin "
+                "again from an earlier checkpoint with a lower learning rate."
+            )
+        for index, rows in enumerate(torch.split(self.weight.detach(), self.factors.block)):
+            start = self.factors.bases[index].T
+            found = ksvd(rows.T, self.factors.atoms, self.factors.nonzeros, Metric(), self.iterations, start)
+            set_dictionary(self.factors, index, found)
+        self.fitted_to.copy_(mark)
+
+    @torch.no_grad()
+    def _mark(self) -> Tensor:
+        weight = self.weight.detach()
+        numbers = (weight.sum(dtype=torch.float64), torch.linalg.vector_norm(weight, dtype=torch.float64))
+        # As bits of integers, which a change of the module's dtype leaves as they are.
+        return torch.stack(numbers).view(torch.int64)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Returns `approximation`, and passes its gradient on to `weight`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, approximation: Tensor) -> Tensor:
+        return approximation.to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def straight_through(
@@ -104,53 +175,50 @@ def _layers(model: nn.Module) -> list[StraightThroughLinear]:
 
 
 class StraightThroughFactorizer(TrainingMethod):
-    """Fits the factors of `StraightThroughLinear` layers to their weights every few steps of a training.
+    """Trains a model of `StraightThroughLinear` layers, and keeps only their factors at the end.
 
-    At the end only the factors are kept. After DSFormer, arXiv 2312.13211: gradients go straight through to dense
-    weights, and the places of coefficients follow these. Period and iterations are our choice. Call `start(model)`,
-    `after_step(step)` after each step of the optimizer, and `finish()`; or give this object to transformers' `Trainer`
-    as a callback.
+    After DSFormer, arXiv 2312.13211: gradients go straight through to dense weights, and each forward factorises these
+    again, so bases, places and values follow them step by step. The iterations are our choice. Call `start(model)`
+    before a training and `finish()` after it; or give this object to transformers' `Trainer` as a callback.
 
     Args:
-        period: steps between two fits.
-        iterations: iterations of K-SVD in each fit, which starts with the present bases.
+        iterations: iterations of K-SVD in each forward after a change of the weight. It starts with the present bases.
 
     Raises:
-        ValueError: an argument is less than 1. `start` raises it for a model without such layers.
+        ValueError: `iterations` is less than 1. `start` refuses a model without such layers, or with sharded ones.
     """
 
-    def __init__(self, period: int = 10, iterations: int = 1) -> None:
-        for name, value in (("period", period), ("iterations", iterations)):
-            check_argument("StraightThroughFactorizer(period, iterations)", name, value, "an int")
-            if value < 1:
-                raise ValueError(f"{name}={value!r} must be at least 1.")
-        self.period, self.iterations = period, iterations
+    def __init__(self, iterations: int = 1) -> None:
+        check_argument("StraightThroughFactorizer(iterations)", "iterations", iterations, "an int")
+        if iterations < 1:
+            raise ValueError(f"iterations={iterations!r} must be at least 1.")
+        self.iterations = iterations
 
     def start(self, model: nn.Module) -> None:
         """Begin to train a model."""
         check_base(model)
-        if not _layers(model):
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, StraightThroughLinear)}
+        if not layers:
             raise ValueError("The model has no StraightThroughLinear; call straight_through(model, ...) first.")
+        for name, layer in layers.items():
+            if isinstance(layer.weight, DTensor):
+                raise ValueError(f"{name!r} is sharded, as by FSDP, and is factorised as a whole. Train with DDP.")
+        for name, layer in layers.items():
+            layer.name, layer.iterations = name, self.iterations
         self._model = model
-
-    def after_step(self, step: int) -> None:
-        """Fit all factors if `step`, counted from 1, is a multiple of `period`."""
-        if step % self.period == 0:
-            for layer in _layers(self._started()):
-                refresh(layer, self.iterations)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Replace the layers, in place, by their `DenseSparseLinear` factors, which compute the same."""
+        """Replace the layers, in place, by their `DenseSparseLinear` factors, fitted to the last weights."""
         # The factors go on training if the dense weight did.
         made: dict[nn.Module, nn.Module] = {}
         for layer in _layers(self._started()):
+            layer.fit()
             factors = layer.factors.requires_grad_(layer.weight.requires_grad)
             factors.bias = layer.bias
             made[layer] = factors
         replace_everywhere(self._started(), made)
         self._model = None
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # `Trainer` raises `global_step` after this event.
-        self.after_step(state.global_step + 1)
+    def arguments(self) -> dict[str, Any]:
+        return {"iterations": self.iterations}

@@ -207,6 +207,9 @@ class OrderedRankTraining(TrainingMethod):
         self._model = None
         return ranks
 
+    def arguments(self) -> dict[str, Any]:
+        return {"penalty": self.factor, "threshold": self.threshold, "seed": self.seed}
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         self.shrink(optimizer)
 

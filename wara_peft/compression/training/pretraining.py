@@ -16,6 +16,7 @@ from ...messages import first_few
 from ..replacement import replace_everywhere, replace_targets
 from ..report import Factorization
 from ..targets import check_base, linear_targets, weight_of
+from .dense_sparse import StraightThroughLinear
 
 
 @on_plain_model
@@ -92,7 +93,7 @@ def to_dense(model: nn.Module) -> list[str]:
         Names of the layers replaced.
 
     Raises:
-        ValueError: the model has no factorised layer, or has PEFT adapters.
+        ValueError: the model has no factorised layer, has a `StraightThroughLinear`, or has PEFT adapters.
     """
     check_argument("to_dense(model)", "model", model, "an nn.Module")
     check_base(model)
@@ -100,6 +101,9 @@ def to_dense(model: nn.Module) -> list[str]:
     if not names:
         kinds = [kind.__name__ for kind in FACTORIZED]
         raise ValueError(f"The model has no factorised layer: no {first_few(kinds, len(kinds))}.")
+    trained = [repr(name) for name, layer in model.named_modules() if isinstance(layer, StraightThroughLinear)]
+    if trained:
+        raise ValueError(f"{first_few(trained)} is still being trained; call StraightThroughFactorizer.finish first.")
     # A set, so that a layer with several names is made dense once and stays one layer.
     layers = {model.get_submodule(name) for name in names}
     made = {layer: cast(Any, layer).dense() for layer in layers}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.trainer_callback import ExportableState
 
 from ...arguments import check_argument
 from ...calibration.processes import take_from_first_process
+from ...factorized.key_names import write_names_of_modules
 from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
 from ..compress import compress
 from ..replacement import count_parameters, replace_everywhere
@@ -22,7 +22,7 @@ from ..targets import TIED, check_base, factorizable_weight, layer_targets, sepa
 from .callback import TrainingMethod
 
 
-class TrainedRankPruning(TrainingMethod, ExportableState):
+class TrainedRankPruning(TrainingMethod):
     """Truncates weights to low rank every few steps of a training, and shrinks their singular values.
 
     Every m-th step has two additions. Before its forward, each weight W = U Σ Vᵀ is overwritten by its truncation
@@ -71,6 +71,7 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
     """
 
     adds_to_gradients = True
+    resumed = ("_references",)
 
     def __init__(
         self,
@@ -110,6 +111,8 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
             factorizable_weight(name, layer)
         if not targets:
             raise ValueError(f"There is no layer to prune: of those in target_modules {TIED}, or none is left.")
+        # The weights stay dense until the end. A training that resumes must find them by their names, too.
+        write_names_of_modules(model)
         self._model, self._targets = model, targets
         self._references, self._directions = {}, {}
 
@@ -205,17 +208,9 @@ class TrainedRankPruning(TrainingMethod, ExportableState):
         self._model, self._directions = None, {}
         return report
 
-    # `Trainer` writes the result of `state` into its checkpoints.
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"_references": self._references}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, model, **kwargs)
-        # `start` has forgotten the references. A training that resumes takes them from the checkpoint that it loads.
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
-        if state.global_step and isinstance(saved, dict):
-            self._references = dict(saved["attributes"]["_references"])
+    def arguments(self) -> dict[str, Any]:
+        names = ("energy", "penalty", "period", "target_modules")
+        return {name: getattr(self, name) for name in names}
 
 
 def _unfolded(layer: nn.Module) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import CONFIG_NAME
 
+from ... import attention  # noqa: F401  # lets `put_in_place` know of attentions
+from ...factorized.key_names import names_on_loading
 from ...factorized.saved import put_in_place
 from .checkpoint import Checkpoint, read_json
 
@@ -103,18 +103,12 @@ class Skeleton:
 def keys_of_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[str]]:
     """For each parameter of a model, the keys in a checkpoint that transformers loads as this parameter.
 
-    On loading, transformers renames keys, and converts some tensors: it may fuse or split them. A tensor that it
-    converts is left out, because a change of the parameter cannot be carried back through a conversion.
+    A tensor that it converts is left out, because a change of the parameter cannot be carried back through a
+    conversion.
     """
-    mapping = get_model_conversion_mapping(model)
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    parameters = model.state_dict()
     keys_of: dict[str, list[str]] = {}
-    for key in checkpoint.file_of:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
-        if converted is None:
-            keys_of.setdefault(name, []).append(key)
+    for key, name in names_on_loading(model, checkpoint.file_of, model.state_dict()).items():
+        keys_of.setdefault(name, []).append(key)
     return keys_of
 
 
