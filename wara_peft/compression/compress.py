@@ -36,7 +36,7 @@ from .solvers.needed_statistics import statistics_of
 from .solvers.solve import move_statistics
 from .solvers.table import SOLVERS
 from .statistics.layer_statistics import LayerStatistics
-from .targets import TIED, check_base, factorizable_weight, linear_targets, separate_tied
+from .targets import check_base, factorizable_weight, linear_targets, reasons_of, separate_replaceable
 
 
 @on_plain_model
@@ -81,7 +81,7 @@ def compress(
             d_ℓ ∝ 1 − (max log κ̃ − log κ̃_ℓ)/(max log κ̃ − min log κ̃)/2 with κ̃_ℓ = Π_{j≥ℓ} κ_j. The formula is
             LoRC's (arXiv 2410.03111), taken from a second-hand source.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
-            linear layers but the output layer of a model of transformers.
+            linear layers but the output layer or classifier of a model of transformers.
         cost: for allocation="cost": "flops" (of the positions seen in calibration), "bytes", or a function of (name,
             m, n, rank or None for dense).
         compensate_bias: let the bias make up for the error at the mean input, if statistics have that mean. A layer
@@ -198,9 +198,9 @@ def _targets(
     """Give the layers to compress, each under its first name, and the reasons why others are left."""
     if allocation == "depth" and target_modules is None:
         target_modules = rf"(.*\.)?({'|'.join(KEYS_AND_VALUES)})"
-    targets, left = separate_tied(model, linear_targets(model, target_modules))
+    targets, left = separate_replaceable(model, linear_targets(model, target_modules))
     if not targets:
-        raise ValueError(f"{first_few([repr(name) for name in left])} cannot be compressed: {TIED}. Untie them.")
+        raise ValueError(f"No layer can be compressed. {reasons_of(left)}. Untie them, or name others.")
     return targets, left
 
 
