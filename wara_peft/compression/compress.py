@@ -19,7 +19,7 @@ from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first_few
 from .budget.costs import COSTS, Cost, Shape, nonzeros_of, ranks_that_pay
-from .budget.depth import KEYS_AND_VALUES, depth_shares
+from .budget.depth import KEYS_AND_VALUES, block_numbers, depth_shares
 from .budget.spend import (
     ALLOCATIONS,
     Candidate,
@@ -190,6 +190,37 @@ def check_options(
         raise ValueError(f"cost={cost!r} is unknown; use one of {', '.join(map(repr, COSTS))}, or a function.")
     if not isinstance(budget, Mapping):
         _limit(budget, 1.0, "bytes" if isinstance(budget, str) else "parameters")
+
+
+def check_plan(
+    model: nn.Module,
+    budget: float | int | str,
+    solver: str,
+    allocation: str,
+    *,
+    target_modules: str | list[str] | None,
+    cost: str | Cost,
+) -> None:
+    """Refuse what `compress` would refuse for the sizes of a model's layers, whose weights need no values yet.
+
+    Raises:
+        ValueError: a target matches nothing or cannot be replaced; allocation="depth" finds no numbered blocks; the
+            budget is of a wrong kind for the unit of costs, or below the cost of rank 1 in all layers.
+    """
+    check_base(model)
+    targets, _ = _targets(model, target_modules, allocation)
+    if allocation == "depth":
+        block_numbers(targets)
+    # A bias that compensation adds is left out, as only statistics tell whether there will be one.
+    shapes = {name: _shape(layer, 1, solver, gets_bias=False) for name, layer in targets.items()}
+    unit, costs = _costs(shapes, budget, allocation, cost)
+    candidates = [
+        Candidate(name, ranks_that_pay(costs[name], shape.max_rank), costs[name](None))
+        for name, shape in shapes.items()
+    ]
+    limit = _limit(budget, sum(candidate.dense for candidate in candidates), unit)
+    if unit != "flops":  # how often layers run, which FLOPs depend on, is not known yet
+        check_budget(candidates, limit, unit)
 
 
 def _targets(
