@@ -58,6 +58,12 @@ HEADS = [
         ["cls_classifier", "distillation_classifier"],
     ),
     ("swin", "SwinForImageClassification", SWIN, ["classifier"]),
+    (
+        "yolos",
+        "YolosForObjectDetection",
+        {**IMAGES, "image_size": [8, 8], **LABELS},
+        [f"{head}.layers.{number}" for head in ("class_labels_classifier", "bbox_predictor") for number in range(3)],
+    ),
     ("wav2vec2", "Wav2Vec2ForSequenceClassification", {**SPEECH, **LABELS}, ["projector", "classifier"]),
     ("wav2vec2", "Wav2Vec2ForCTC", SPEECH, ["lm_head"]),
 ]

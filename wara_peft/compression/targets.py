@@ -195,6 +195,13 @@ def _linear_candidates(model: nn.Module, target_modules: str | list[str] | None)
 HEADS = (
     *SEQ_CLS_HEAD_NAMES,
     "answer_head",
+    "bbox_embed",
+    "bbox_predictor",
+    "box_head",
+    "class_embed",
+    "class_head",
+    "class_labels_classifier",
+    "class_predictor",
     "classification_head",
     "head",
     "multiple_choice_head",
