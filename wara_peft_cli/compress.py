@@ -15,6 +15,7 @@ from .terminal import err, failures_in_a_line, print_message
 EXAMPLES = f"""Examples:\n
     {PROGRAM} compress my-base-model my-small-model --budget 0.6 --texts texts.txt\n
     {PROGRAM} compress my-base-model my-small-model --budget 48MB --solver svd\n
+    {PROGRAM} compress my-classifier out --budget 0.5 --solver fisher --texts train.csv --evaluate test.csv\n
     {PROGRAM} compress my-base-model my-small-model --budget 0.5 --texts texts.txt --statistics my-statistics"""
 
 
@@ -32,7 +33,13 @@ def compress(
     ],
     solver: Annotated[Solver, typer.Option(help="What error each layer's factors minimise.")] = "activation",
     allocation: Annotated[Allocation, typer.Option(help="How the budget is shared among layers.")] = "greedy",
-    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="A text in each line, to calibrate with.")] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Texts to calibrate with: one in each line, or .jsonl or .csv with text and, for classifiers, label.",
+        ),
+    ] = None,
     statistics: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Take statistics from there, or leave them there.")
     ] = None,
@@ -43,8 +50,14 @@ def compress(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Take statistics anew as layers are compressed.")
     ] = False,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Texts to measure perplexity or accuracy with, before and after."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that are run together.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each text that count at most.")] = 512,
+    length: Annotated[
+        int, typer.Option(min=1, help="Tokens of a text, or of a block into which a decoder's texts are packed.")
+    ] = 512,
     batches: Annotated[int | None, typer.Option(min=1, help="Batches to use at most.")] = None,
     memory: Annotated[int, typer.Option(min=1, metavar="BYTES", help="What statistics may take at a time.")] = 2**31,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
@@ -68,6 +81,7 @@ def compress(
             target_modules=target,
             cost=cost,
             sequential=sequential,
+            evaluate=evaluate,
             batch_size=batch_size,
             length=length,
             batches=batches,

@@ -40,6 +40,8 @@ def print_compression(report: CompressionReport, now: Mapping[str, Mapping[str, 
     for name, reason in report.left.items():
         print_message(f"{name} is left as it is: {reason}.")
     print_message(report.summary)
+    if report.evaluation is not None:
+        print_message(str(report.evaluation))
 
 
 def print_adapter(report: AdapterReport) -> None:

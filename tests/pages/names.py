@@ -58,6 +58,10 @@ def arguments(**options: Any) -> TrainingArguments:
 def save_base(name: str, width: int = 32) -> None:
     """A language model with a tokenizer of ten words."""
     llama(width).save_pretrained(name)
+    save_tokenizer(name)
+
+
+def save_tokenizer(name: str) -> None:
     words = Tokenizer(WordLevel({word: index for index, word in enumerate("_abcdefghi")}, "_"))
     words.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="_", unk_token="_").save_pretrained(name)
@@ -156,6 +160,10 @@ def compression() -> Names:
     if not Path("my-base-model").exists():
         save_base("my-base-model")
         Path("texts.txt").write_text("a b c d\ne f g h i\n")
+        classifier().save_pretrained("my-classifier")
+        save_tokenizer("my-classifier")
+        for file in ("train.csv", "test.csv"):
+            Path(file).write_text("text,label\na b c,0\nd e f g,1\nh i,0\n")
     return {
         "model": classifier().eval(),
         "dataloader": labelled_batches(),

@@ -19,7 +19,7 @@ from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first_few
 from .budget.costs import COSTS, Cost, Shape, nonzeros_of, ranks_that_pay
-from .budget.depth import KEYS_AND_VALUES, depth_shares
+from .budget.depth import KEYS_AND_VALUES, block_numbers, depth_shares
 from .budget.spend import (
     ALLOCATIONS,
     Candidate,
@@ -36,7 +36,7 @@ from .solvers.needed_statistics import statistics_of
 from .solvers.solve import move_statistics
 from .solvers.table import SOLVERS
 from .statistics.layer_statistics import LayerStatistics
-from .targets import TIED, check_base, factorizable_weight, linear_targets, separate_tied
+from .targets import check_base, factorizable_weight, linear_targets, reasons_of, separate_replaceable
 
 
 @on_plain_model
@@ -81,7 +81,7 @@ def compress(
             d_ℓ ∝ 1 − (max log κ̃ − log κ̃_ℓ)/(max log κ̃ − min log κ̃)/2 with κ̃_ℓ = Π_{j≥ℓ} κ_j. The formula is
             LoRC's (arXiv 2410.03111), taken from a second-hand source.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
-            linear layers but the output layer of a model of transformers.
+            linear layers but the output layer or classifier of a model of transformers.
         cost: for allocation="cost": "flops" (of the positions seen in calibration), "bytes", or a function of (name,
             m, n, rank or None for dense).
         compensate_bias: let the bias make up for the error at the mean input, if statistics have that mean. A layer
@@ -192,15 +192,46 @@ def check_options(
         _limit(budget, 1.0, "bytes" if isinstance(budget, str) else "parameters")
 
 
+def check_plan(
+    model: nn.Module,
+    budget: float | int | str,
+    solver: str,
+    allocation: str,
+    *,
+    target_modules: str | list[str] | None,
+    cost: str | Cost,
+) -> None:
+    """Refuse what `compress` would refuse for the sizes of a model's layers, whose weights need no values yet.
+
+    Raises:
+        ValueError: a target matches nothing or cannot be replaced; allocation="depth" finds no numbered blocks; the
+            budget is of a wrong kind for the unit of costs, or below the cost of rank 1 in all layers.
+    """
+    check_base(model)
+    targets, _ = _targets(model, target_modules, allocation)
+    if allocation == "depth":
+        block_numbers(targets)
+    # A bias that compensation adds is left out, as only statistics tell whether there will be one.
+    shapes = {name: _shape(layer, 1, solver, gets_bias=False) for name, layer in targets.items()}
+    unit, costs = _costs(shapes, budget, allocation, cost)
+    candidates = [
+        Candidate(name, ranks_that_pay(costs[name], shape.max_rank), costs[name](None))
+        for name, shape in shapes.items()
+    ]
+    limit = _limit(budget, sum(candidate.dense for candidate in candidates), unit)
+    if unit != "flops":  # how often layers run, which FLOPs depend on, is not known yet
+        check_budget(candidates, limit, unit)
+
+
 def _targets(
     model: nn.Module, target_modules: str | list[str] | None, allocation: str
 ) -> tuple[dict[str, nn.Linear | Conv1D], dict[str, str]]:
     """Give the layers to compress, each under its first name, and the reasons why others are left."""
     if allocation == "depth" and target_modules is None:
         target_modules = rf"(.*\.)?({'|'.join(KEYS_AND_VALUES)})"
-    targets, left = separate_tied(model, linear_targets(model, target_modules))
+    targets, left = separate_replaceable(model, linear_targets(model, target_modules))
     if not targets:
-        raise ValueError(f"{first_few([repr(name) for name in left])} cannot be compressed: {TIED}. Untie them.")
+        raise ValueError(f"No layer can be compressed. {reasons_of(left)}. Untie them, or name others.")
     return targets, left
 
 

@@ -26,9 +26,10 @@ def factorize(
     """Replace each linear layer of a model, in place, by two smaller ones, where that saves parameters.
 
     An `nn.Linear(n, m)` or a transformers `Conv1D` becomes a `LowRankLinear` of r (m + n) weights; an
-    `nn.MultiheadAttention` becomes one `LowRankMultiheadAttention`. Two kinds of layers stay as they are and are
-    listed in the result: layers whose rank r is at or above the break-even m n / (m + n), and layers that share their
-    weight with another module (a head tied to the embedding), because that module would keep the weight in memory.
+    `nn.MultiheadAttention` becomes one `LowRankMultiheadAttention`. Three kinds of layers stay as they are and are
+    listed in the result: layers whose rank r is at or above the break-even m n / (m + n); layers that share their
+    weight with another module (a head tied to the embedding), because that module would keep the weight in memory;
+    and unusual layers, whose class computes something else than W x + b or whose weight is parametrized.
     The model is changed only after all replacements were made without an error.
 
     A factorised model trains as before. To load its state dict, factorise a model of the same architecture in the same

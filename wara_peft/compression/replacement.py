@@ -20,7 +20,7 @@ from .solvers.needed_statistics import empty_statistics
 from .solvers.solve import Solution, factorize_weight
 from .statistics.collect import measure
 from .statistics.layer_statistics import LayerStatistics
-from .targets import Layer, errors_naming, separate_tied
+from .targets import Layer, errors_naming, separate_replaceable
 
 
 @dataclass
@@ -140,14 +140,14 @@ def replace_targets(
         model: the model, which is not itself a target.
         targets: layers by name. A layer with several names may be there under each of them.
         make: gives the new layer for a target, or the reason why the target stays as it is. It is called once for each
-            target that shares no parameter with another module.
+            target that `separate_replaceable` lets be replaced.
         size: gives the size to report of a new layer, such as its rank.
 
     Raises:
         ValueError: `make` raised it. The message then has the layer's name.
     """
     before = count_parameters(model)
-    own, left = separate_tied(model, targets)
+    own, left = separate_replaceable(model, targets)
     made: dict[nn.Module, nn.Module] = {}
     reasons: dict[nn.Module, str] = {}
     for name, layer in own.items():

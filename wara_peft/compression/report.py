@@ -49,6 +49,24 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What a model could do before and after `compress`.
+
+    Attributes:
+        metric: "perplexity" of a language model, or "accuracy" of a classifier, a share.
+        before, after: the values.
+    """
+
+    metric: str
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        shown = ".2%" if self.metric == "accuracy" else ",.4g"
+        return f"{self.metric}: {self.before:{shown}} before, {self.after:{shown}} after."
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """What `compress` did to a model.
 
@@ -61,6 +79,7 @@ class CompressionReport:
         left: maps the name of each layer that was asked for, but could not be a target, to the reason. These layers
             count neither in `before` nor in `spent`.
         sequential: whether each layer's statistics were taken again after the layers before it had been compressed.
+        evaluation: what the model could do before and after, if that was measured.
     """
 
     solver: str
@@ -72,6 +91,7 @@ class CompressionReport:
     layers: list[LayerReport]
     left: dict[str, str]
     sequential: bool = False
+    evaluation: Evaluation | None = None
 
     @property
     def parameters_before(self) -> int:
@@ -94,7 +114,10 @@ class CompressionReport:
         """
         # JSON has no tuples: a shape comes back as a list.
         layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in fields["layers"]]
-        return cls(**{**fields, "layers": layers})
+        evaluation = fields.get("evaluation")
+        return cls(
+            **{**fields, "layers": layers, "evaluation": None if evaluation is None else Evaluation(**evaluation)}
+        )
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..base_layers.embeddings import embeddings
@@ -16,7 +18,9 @@ from ..compiled import on_plain_model
 from ..factorized.base import check_values
 from ..factorized.low_rank_conv import CONVOLUTIONS, require_conv
 from ..factorized.low_rank_linear import require_linear
+from ..factorized.plain_forward import computes_product
 from ..factorized.saved import FACTORIZED
+from ..messages import first_few
 
 Layer = TypeVar("Layer", bound=nn.Module)
 LINEAR = (nn.Linear, Conv1D)
@@ -110,17 +114,19 @@ def _no_match(target: object, candidates: Mapping[str, nn.Module]) -> str:
 TIED = "its weight is tied to that of another module, which would keep it"
 
 
-def separate_tied(model: nn.Module, targets: Mapping[str, Layer]) -> tuple[dict[str, Layer], dict[str, str]]:
-    """Split targets into those that own all their parameters and those that share one with another module.
+def separate_replaceable(model: nn.Module, targets: Mapping[str, Layer]) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Split targets into those that a factorised layer may replace, and those that stay as they are.
+
+    A target stays if it shares a parameter with another module, or for the reasons of `separate_usual`.
 
     Returns:
-        The owners, each only under its first name; and a mapping from names of the other targets to the reason why
-        they are left.
+        The replaceable targets, each only under its first name; and a mapping from names of the other targets to the
+        reason why they are left.
     """
     names_of = names_by_parameter(model)
     first_names: dict[Layer, str] = {}
-    left = {}
-    for name, layer in targets.items():
+    usual, left = separate_usual(targets)
+    for name, layer in usual.items():
         if any(len(names_of[id(weight)]) > 1 for weight in layer.parameters()):
             left[name] = TIED
         else:
@@ -128,10 +134,39 @@ def separate_tied(model: nn.Module, targets: Mapping[str, Layer]) -> tuple[dict[
     return {name: layer for layer, name in first_names.items()}, left
 
 
+def separate_usual(targets: Mapping[str, Layer]) -> tuple[dict[str, Layer], dict[str, str]]:
+    """Split targets into layers that compute W x + b with a W of their own, and unusual layers.
+
+    Returns:
+        The usual layers; and a mapping from names of the unusual ones to what is unusual.
+    """
+    reasons = {name: _unusual(layer) for name, layer in targets.items()}
+    usual = {name: layer for name, layer in targets.items() if reasons[name] is None}
+    return usual, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _unusual(layer: nn.Module) -> str | None:
+    if isinstance(layer, (*LINEAR, *CONVOLUTIONS)) and "weight" not in layer._parameters:
+        return "its weight is computed from others, as by a parametrization"
+    if isinstance(layer, LINEAR) and not computes_product(layer):
+        return f"{type(layer).__name__} has a forward of its own, which computes something else"
+    if isinstance(layer, CONVOLUTIONS) and type(layer).forward not in [kind.forward for kind in CONVOLUTIONS]:
+        return f"{type(layer).__name__} has a forward of its own"
+    return None
+
+
+def reasons_of(left: Mapping[str, str]) -> str:
+    """Write which layers are left and why, in one clause for an error's message."""
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        names_by_reason.setdefault(reason, []).append(repr(name))
+    return "; ".join(f"{first_few(names)}: {reason}" for reason, names in names_by_reason.items())
+
+
 def linear_targets(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
     """Give the linear layers that `target_modules` asks for.
 
-    None means all linear layers but the model's output layer, as "all-linear" does in PEFT.
+    None means all linear layers but those of the model's head; see `heads`.
     """
     return select_targets(_linear_candidates(model, target_modules), target_modules)
 
@@ -153,8 +188,50 @@ def layer_targets(model: nn.Module, target_modules: str | list[str] | None) -> d
 
 def _linear_candidates(model: nn.Module, target_modules: str | list[str] | None) -> dict[str, nn.Linear | Conv1D]:
     # Users who name layers get what they name, the output layer too.
-    head = embeddings(model)[1] if target_modules is None else None
-    return {name: layer for name, layer in linear_layers(model).items() if layer is not head}
+    inside = heads(model) if target_modules is None else set()
+    return {name: layer for name, layer in linear_layers(model).items() if layer not in inside}
+
+
+HEADS = (
+    *SEQ_CLS_HEAD_NAMES,
+    "answer_head",
+    "bbox_embed",
+    "bbox_predictor",
+    "box_head",
+    "class_embed",
+    "class_head",
+    "class_labels_classifier",
+    "class_predictor",
+    "classification_head",
+    "head",
+    "multiple_choice_head",
+    "qa_outputs",
+    "seq_relationship",
+    "sequence_summary",
+)
+"""Names under which models of transformers keep what turns hidden states into answers, beside PEFT's "score" and
+"classifier". The module of such a name may have several layers, as RoBERTa's classifier has."""
+
+
+@on_plain_model
+def heads(model: nn.Module) -> set[nn.Module]:
+    """Give the modules that make up a model's output layers.
+
+    These are: the output embedding of a model of transformers; and beside the base models that it holds, the modules
+    in `HEADS` and, if it has no output embedding, linear layers that are its own attributes, such as XLNet's
+    `logits_proj`. All linear layers of other models are hidden layers, as nothing tells which ones are not.
+    """
+    output = embeddings(model)[1]
+    found = set() if output is None else {output}
+    if not isinstance(model, PreTrainedModel):
+        return found
+    bases = [name for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    of_bases = tuple(f"{name}." for name in bases)
+    for name, module in model.named_modules() if bases else ():
+        is_own = output is None and isinstance(module, LINEAR) and "." not in name
+        if not f"{name}.".startswith(of_bases) and (is_own or not set(HEADS).isdisjoint(name.split("."))):
+            found.add(module)
+    return found
 
 
 def weight_of(layer: nn.Module) -> Tensor:

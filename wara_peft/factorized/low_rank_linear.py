@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arguments import check_whole_number
 from .base import DownThenUp, Factorized, in_place_of, svd_factors
+from .plain_forward import computes_product
 
 Solver = Literal["svd", "random"]
 
@@ -131,8 +132,8 @@ def require_linear(module: nn.Module) -> nn.Linear | Conv1D:
 
     Raises:
         TypeError: the layer is not a linear layer.
-        ValueError: the weight is quantized or a subclass of tensor, or the layer's class has a forward of its own. The
-            message calls the layer "it", so that callers can put its name before.
+        ValueError: the weight is quantized or a subclass of tensor, or the layer has a forward of its own that
+            computes something else. The message calls the layer "it", so that callers can put its name before.
     """
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise TypeError(f"{type(module).__name__} is not an nn.Linear or a Conv1D, and only these can be factorised.")
@@ -143,7 +144,7 @@ def require_linear(module: nn.Module) -> nn.Linear | Conv1D:
             f"its weight is a {type(weight).__name__} of dtype {weight.dtype}, quantized or not a plain parameter. "
             "Factorise before you quantize, shard or parametrize, or leave the layer out of target_modules."
         )
-    if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+    if not computes_product(module):
         raise ValueError(
             f"{type(module).__name__} has a forward of its own, which two linear layers would not reproduce. Leave "
             "the layer out of target_modules."
@@ -172,7 +173,7 @@ def factorize_linear(module: nn.Module, rank: int | float, solver: Solver = "svd
     Raises:
         TypeError: the module is not a linear layer, or the rank is no number.
         ValueError: the rank or solver is wrong; the weight is quantized, a subclass of tensor, not loaded or not
-            finite; or the module's class has a forward of its own.
+            finite; or the module has a forward of its own that computes something else.
     """
     check_solver(solver)
     module = require_linear(module)

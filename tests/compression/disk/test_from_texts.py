@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,15 +13,25 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner, Result
 
 from tests.compression.models import bert, llama
 from wara_peft import WaRAConfig
 from wara_peft.compression import LowRankLinear, calibrate, compress, load_compressed, save_compressed, truncate
-from wara_peft.compression.disk.from_texts import read_texts, text_batches
+from wara_peft.compression.disk.text_batches import TextBatches
+from wara_peft.compression.disk.text_files import read_texts
+from wara_peft.compression.report import Evaluation
+from wara_peft.compression.statistics.layer_statistics import MANIFEST
 from wara_peft_cli.app import app
 
+QUIET = {"show_progress_bar": False}
 WORDS = [f"w{index}" for index in range(36)]
 
 
@@ -67,9 +78,9 @@ def test_as_by_hand(made: Path, tmp_path: Path, solver: str) -> None:
     assert "load_compressed" in result.output
     model = LlamaForCausalLM.from_pretrained(made / "base")
     texts = read_texts(made / "texts.txt")
-    assert len(texts) == 40
-    data = list(text_batches(made / "base", model.config, "LlamaForCausalLM", texts, 8, 512))
-    assert len(data) == 5 and bool((data[0]["labels"] == -100).any())
+    assert len(texts.texts) == 40
+    data = list(TextBatches(made / "base", model.config, LlamaForCausalLM, 8, 512)(texts))
+    assert data[0]["input_ids"].shape == (8, 32)
     kinds = ["inputs", *(["gradients"] if "-fisher" in solver else []), *(["fisher"] if solver == "fisher" else [])]
     statistics = calibrate(model, data, kinds, show_progress_bar=False)
     expected = compress(model, 0.7, solver, statistics, show_progress_bar=False)
@@ -140,6 +151,82 @@ def test_merging_an_adapter_into_a_compressed_base(made: Path, tmp_path: Path) -
         torch.testing.assert_close(found, expected(tokens).logits, rtol=0, atol=1e-5)
 
 
+class TestClassifier:
+    """A fine-tuned classifier with labelled texts: what FWSVD was made for."""
+
+    @pytest.fixture
+    def labelled(self, tmp_path: Path) -> tuple[Path, list[list[int]], list[int]]:
+        torch.manual_seed(0)
+        with_tokenizer(bert(), tmp_path / "bert")
+        rows = [torch.randint(36, (int(n),)).tolist() for n in torch.randint(2, 12, (30,))]
+        labels = torch.randint(3, (30,)).tolist()
+        texts = [" ".join(WORDS[word] for word in row) for row in rows]
+        lines = [f"{text},LABEL_{label}" for text, label in zip(texts, labels, strict=True)]
+        (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
+        lines = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=True)]
+        (tmp_path / "test.jsonl").write_text("\n".join(lines[:20]))
+        return tmp_path, [[word + 4 for word in row] for row in rows], labels
+
+    def test_by_fisher_in_one_command(self, labelled: tuple[Path, list[list[int]], list[int]]) -> None:
+        path, rows, labels = labelled
+        result = say(
+            *("compress", path / "bert", path / "out", "--budget", "0.5", "--solver", "fisher", "--batch-size", 1),
+            *("--texts", path / "train.csv", "--evaluate", path / "test.jsonl"),
+        )
+        assert result.exit_code == 0, result.output
+        model = BertForSequenceClassification.from_pretrained(path / "bert")
+        data = [
+            {"input_ids": torch.tensor([row]), "labels": torch.tensor([label])}
+            for row, label in zip(rows, labels, strict=True)
+        ]
+
+        def share(of: nn.Module) -> float:
+            with torch.no_grad():
+                return sum(int(of(**one).logits.argmax() == one["labels"]) for one in data[:20]) / 20
+
+        before = share(model)
+        expected = compress(model, 0.5, "fisher", calibrate(model, data, ["fisher", "inputs"], **QUIET), **QUIET)
+        loaded = load_compressed(path / "out")
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**data[0]).logits, model(**data[0]).logits, rtol=0, atol=1e-5)
+        report = loaded.compression_report
+        assert {layer.name: layer.rank for layer in report.layers} == {
+            layer.name: layer.rank for layer in expected.layers
+        }
+        assert report.evaluation == Evaluation("accuracy", before, share(model))
+        assert f"accuracy: {before:.2%} before, {share(model):.2%} after." in result.output.replace("\n", " ")
+        assert "accuracy:" in say("inspect", path / "out").output
+        assert "classifier" not in {layer.name for layer in report.layers}
+
+    def test_evaluates_only_what_can_be_counted(self, labelled: tuple[Path, list[list[int]], list[int]]) -> None:
+        path, _, _ = labelled
+        config = json.loads((path / "bert" / "config.json").read_text())
+        (path / "bert" / "config.json").write_text(json.dumps({**config, "problem_type": "regression"}))
+        options = ("--budget", "0.5", "--solver", "svd", "--evaluate", path / "test.jsonl")
+        assert "BertForSequenceClassification estimates a number" in say(
+            "compress", path / "bert", path / "out", *options
+        ).stderr.replace("\n", " ")
+
+
+def test_evaluates_perplexity(made: Path, tmp_path: Path) -> None:
+    """Batches of other sizes give the same value, up to rounding, as every predicted token counts the same."""
+    found = []
+    for size in (1, 5):
+        options = ("--budget", "0.4", "--solver", "svd", "--evaluate", made / "texts.txt", "--batch-size", size)
+        result = say("compress", made / "base", tmp_path / str(size), *options)
+        assert result.exit_code == 0 and "perplexity:" in result.output, result.output
+        found.append(load_compressed(tmp_path / str(size)).compression_report.evaluation)
+    for one, other in itertools.pairwise(found):
+        assert one.metric == "perplexity" and one.before != one.after
+        assert (one.before, one.after) == (pytest.approx(other.before, rel=1e-5), pytest.approx(other.after, rel=1e-5))
+    # The weights are random and small, so all 40 words are nearly equally likely.
+    assert found[0].before == pytest.approx(40, rel=0.1)
+
+
+def must_not_be_called(*_: object, **__: object) -> None:
+    raise AssertionError("The weights are loaded.")
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -153,12 +240,29 @@ class TestBadInput:
             (["--budget", "0.6", "--texts", "TEXTS/missing.txt"], "There is no file"),
             (["--budget", "0.6", "--texts", "TEXTS/empty.txt"], "has no texts"),
             (["--budget", "0.6", "--texts", "TEXTS/binary.txt"], "is not text in UTF-8"),
+            (["--budget", "0.6", "--texts", "TEXTS/labelled.csv"], "LlamaForCausalLM does not classify texts"),
+            (["--budget", "0.6", "--solver", "svd", "--evaluate", "TEXTS/missing.txt"], "There is no file"),
+            (["--budget", "0.6", "--solver", "svd", "--evaluate", "TEXTS/labelled.csv"], "does not classify texts"),
+            (["--budget", "0.6", "--solver", "svd", "--length", "1", "--evaluate", "TEXTS/texts.txt"], "at least 2"),
+            (["--budget", "1KB", "--solver", "svd"], "budget of 1,000 bytes is less than"),
+            (["--budget", "48MB", "--solver", "svd", "--allocation", "cost"], "cannot be one where flops are"),
+            (["--budget", "1", "--solver", "svd", "--allocation", "cost", "--cost", "bytes"], "budget of 1 bytes is"),
+            (
+                ["--budget", "0.6", "--solver", "svd", "--allocation", "depth", "--target", "lm_head"],
+                "needs layers in numbered blocks, and 'lm_head' is in none",
+            ),
+            (["--budget", "0.6", "--solver", "svd", "--statistics", "TEXTS/broken"], "has no layers"),
         ],
     )
-    def test_is_one_line_and_leaves_nothing(
-        self, made: Path, tmp_path: Path, options: list[str], message: str
+    def test_is_one_line_before_weights_are_loaded_and_leaves_nothing(
+        self, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
     ) -> None:
         (tmp_path / "empty.txt").write_text("\n \n")
+        (tmp_path / "texts.txt").write_text("w1 w2\n")
+        (tmp_path / "labelled.csv").write_text("text,label\nw1,0\n")
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / MANIFEST).write_text("{}")
+        monkeypatch.setattr(PreTrainedModel, "from_pretrained", must_not_be_called)
         (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
         options = [option.replace("TEXTS", str(tmp_path)) for option in options]
         result = say("compress", made / "base", tmp_path / "out", *options)
@@ -173,7 +277,7 @@ class TestBadInput:
         assert "has no tokenizer" in say("compress", tmp_path / "bare", tmp_path / "out", *options).stderr
         with_tokenizer(bert(), tmp_path / "bert")
         found = say("compress", tmp_path / "bert", tmp_path / "out", *options, "--solver", "fisher")
-        assert "returns no loss" in found.stderr
+        assert "solver='fisher' needs labels" in found.stderr
         assert say("compress", tmp_path / "bert", tmp_path / "out", *options).exit_code == 0
         again = say("compress", tmp_path / "out", tmp_path / "again", *options)
         assert "factorised layers already" in again.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -13,20 +13,30 @@ LEAST_SHARE = 0.5
 """Share of rank for the block with the smallest product of condition numbers; the largest product has share 1."""
 
 
-def depth_shares(targets: Mapping[str, nn.Module]) -> list[float]:
-    """Give each layer's share of rank, from LEAST_SHARE to 1.
+def block_numbers(names: Iterable[str]) -> dict[str, int]:
+    """Give the number of each layer's block, which is the first number in the layer's name.
 
-    The share grows with the logarithm of the product of condition numbers of all targets from its block to the top.
+    Raises:
+        ValueError: a name has no number.
     """
-    block_of = {}
-    for name in targets:
+    found = {}
+    for name in names:
         number = re.search(r"(?:^|\.)(\d+)\.", name)
         if number is None:
             raise ValueError(
                 f"allocation='depth' needs layers in numbered blocks, and {name!r} is in none. Name keys and values "
                 "in target_modules."
             )
-        block_of[name] = int(number[1])
+        found[name] = int(number[1])
+    return found
+
+
+def depth_shares(targets: Mapping[str, nn.Module]) -> list[float]:
+    """Give each layer's share of rank, from LEAST_SHARE to 1.
+
+    The share grows with the logarithm of the product of condition numbers of all targets from its block to the top.
+    """
+    block_of = block_numbers(targets)
     logs: dict[int, float] = dict.fromkeys(sorted(set(block_of.values())), 0.0)
     for name, layer in targets.items():
         values = torch.linalg.svdvals(layer.get_parameter("weight").detach().double())

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...disk.checkpoints.checkpoint import Checkpoint, copy_beside
 from ...disk.checkpoints.directory import written_at_once
 from ...disk.checkpoints.skeleton import Skeleton
+from ...disk.checkpoints.tensors import FLOATS
 from ...factorized.saved import kinds_and_sizes
-from ..compress import check_options, compress
-from ..report import CompressionReport
+from ..compress import check_options, check_plan, compress
+from ..report import CompressionReport, Evaluation
 from ..solvers.table import SOLVERS
 from ..statistics.collect import MAX_BYTES, calibrate
 from ..statistics.layer_statistics import MANIFEST, load_statistics
+from .evaluation import accuracy, perplexity
 from .model import model_class_of, write_compressed
-
-Batch = dict[str, torch.Tensor]
+from .text_batches import Batch, TextBatches
+from .text_files import read_texts
 
 
 def compress_checkpoint(
@@ -39,6 +39,7 @@ def compress_checkpoint(
     target_modules: list[str] | None = None,
     cost: str = "flops",
     sequential: bool = False,
+    evaluate: str | os.PathLike[str] | None = None,
     batch_size: int = 8,
     length: int = 512,
     batches: int | None = None,
@@ -53,10 +54,15 @@ def compress_checkpoint(
         base: directory of the model, with safetensors.
         path: directory to write; its files appear together, when all are complete.
         budget, solver, allocation, target_modules, cost: as in `compress`.
-        texts: a file for calibration with one text in each line.
+        texts: a file for calibration with one text in each line; or JSON lines (.jsonl) or CSV with a column "text",
+            and for a classifier of texts a column "label" with names or ids of classes. Solvers with "fisher" in their
+            name need a loss, which is that of the labels, or of a language model's own tokens.
         statistics: a directory of statistics. If it has some, they are used; otherwise new ones are written to it.
         sequential: whether to measure statistics again, with the same texts, as layers are compressed.
-        batch_size, length: how many texts run together, and how many tokens of each are used at most.
+        evaluate: another such file. The perplexity of a language model, or the accuracy of a classifier, is measured
+            with it before and after, and reported.
+        batch_size, length: how many texts run together, and how many tokens of each are used at most. Texts of a
+            decoder are packed into blocks of `length` tokens; see `TextBatches`.
         batches: how many batches to use at most.
         max_bytes: as in `calibrate`.
         device: where the model runs.
@@ -66,36 +72,57 @@ def compress_checkpoint(
     Raises:
         FileNotFoundError: a file is missing, or the weights are only there as pickles, which are not opened.
         ValueError: `calibrate` or `compress` raised it; the model is compressed already, or has no tokenizer; or the
-            solver needs texts and there are none.
+            solver needs texts, or texts with labels, and there are none.
     """
     check_options(budget, solver, allocation, cost)
     directory = Path(base)
-    # All checks up to `written_at_once` read only headers and configs, so mistakes show before the weights are loaded.
+    # All checks up to `from_pretrained` read only headers, configs and texts, so mistakes show before the weights are
+    # loaded.
     checkpoint = Checkpoint(directory)
     skeleton = Skeleton(checkpoint)
     model_class = model_class_of(skeleton)
-    done = kinds_and_sizes(skeleton.make(model_class))
+    empty = skeleton.make(model_class)
+    done = kinds_and_sizes(empty)
     if done:
         raise ValueError(
             f"{str(base)!r} has {len(done)} factorised layers already. Compress the model it was made of."
         )
+    check_plan(
+        cast(nn.Module, empty).to(_dtype(skeleton)),
+        budget,
+        solver,
+        allocation,
+        target_modules=target_modules,
+        cost=cost,
+    )
     needs = SOLVERS[solver].needs
-    kept = statistics is not None and (Path(statistics) / MANIFEST).is_file()
-    if texts is None and (sequential or (needs and not kept)):
+    kept = None
+    if statistics is not None and (Path(statistics) / MANIFEST).is_file():
+        kept = load_statistics(statistics)
+    if texts is None and (sequential or (needs and kept is None)):
         why = "sequential" if sequential else f"solver={solver!r}"
         raise ValueError(f"{why} needs texts to calibrate with: give a file with one in each line (--texts).")
     with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base,)) as temporary:
         data: list[Batch] = []
+        judged: list[Batch] = []
+        if texts is not None or evaluate is not None:
+            make = TextBatches(directory, skeleton.config, model_class, batch_size, length)
         if texts is not None:
-            lines = read_texts(Path(texts))
-            every = text_batches(directory, skeleton.config, model_class.__name__, lines, batch_size, length)
-            data = list(itertools.islice(every, batches))
+            found_texts = read_texts(Path(texts))
+            if kept is None and not {"gradients", "fisher"}.isdisjoint(needs):
+                make.check_loss(found_texts, f"solver={solver!r}")
+            data = list(itertools.islice(make(found_texts), batches))
+        if evaluate is not None:
+            judged_texts = read_texts(Path(evaluate))
+            make.check_loss(judged_texts, "evaluate")
+            if make.classifies and make.is_regression:
+                raise ValueError(f"evaluate counts right classes, and {model_class.__name__} estimates a number.")
+            judged = list(make(judged_texts))
         model = cast(Any, model_class).from_pretrained(directory, local_files_only=True, use_safetensors=True)
         model.to(device)
-        found = None
-        if kept:
-            found = load_statistics(cast(Any, statistics))
-        elif data:
+        before = _score(model, make, judged) if judged else None
+        found = kept
+        if found is None and data:
             found = calibrate(
                 model,
                 data,
@@ -117,61 +144,22 @@ def compress_checkpoint(
             sequential=data if sequential else None,
             show_progress_bar=show_progress_bar,
         )
+        if before is not None:
+            metric = "accuracy" if make.classifies else "perplexity"
+            report = replace(report, evaluation=Evaluation(metric, before, _score(model, make, judged)))
+            model.compression_report = report
         copy_beside(directory, temporary)
         write_compressed(model, temporary)
     return report
 
 
-def read_texts(path: Path) -> list[str]:
-    """Give the lines of a file that are not empty.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not text, or has only empty lines.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not text in UTF-8: {error}.") from error
-    if not lines:
-        raise ValueError(f"{str(path)!r} has no texts: give a file with one in each line.")
-    return lines
+def _dtype(skeleton: Skeleton) -> torch.dtype:
+    """Give the dtype in which transformers will load the checkpoint."""
+    dtypes = (info.dtype for info in skeleton.checkpoint.tensors.values() if info.dtype in FLOATS)
+    return cast(torch.dtype | None, skeleton.config.dtype) or FLOATS[next(dtypes, "F32")]
 
 
-def text_batches(
-    directory: Path, config: PreTrainedConfig, class_name: str, texts: Sequence[str], batch_size: int, length: int
-) -> Iterator[Batch]:
-    """Give tokens and masks of texts in batches, with the tokens as labels if the model predicts them.
-
-    Raises:
-        ValueError: `directory` has no tokenizer that can be loaded.
-    """
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds where files are missing or broken
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{str(directory)!r} has no tokenizer: {type(error).__name__}: {reason}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
-    longest = getattr(config, "max_position_embeddings", None) or length
-    length = min(length, longest, tokenizer.model_max_length)
-    predicts = class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    for start in range(0, len(texts), batch_size):
-        batch: Batch = dict(
-            tokenizer(
-                list(texts[start : start + batch_size]),
-                padding=tokenizer.pad_token is not None,
-                truncation=True,
-                max_length=length,
-                return_tensors="pt",
-            )
-        )
-        if predicts or config.is_encoder_decoder:
-            # -100 is the label that losses of transformers ignore.
-            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        if config.is_encoder_decoder:
-            # The labels are the inputs, and become the decoder's inputs shifted by one, so both have the same padding.
-            batch["decoder_attention_mask"] = batch["attention_mask"]
-        yield batch
+def _score(model: nn.Module, make: TextBatches, batches: list[Batch]) -> float:
+    if make.classifies:
+        return accuracy(model, batches)
+    return perplexity(model, batches, is_shifted=bool(make.config.is_encoder_decoder))

@@ -29,7 +29,7 @@ from ...calibration.input_moments import Moments
 from ...compiled import on_plain_model
 from ...factorized.low_rank_linear import linear_shape
 from ...messages import first_few
-from ..targets import check_base, factorizable_weight, linear_targets
+from ..targets import check_base, factorizable_weight, linear_targets, reasons_of, separate_usual
 from .layer_statistics import LayerStatistics, StatisticsWriter, check_finite, load_statistics, probe_of
 
 KINDS = ("inputs", "gradients", "fisher")
@@ -65,7 +65,7 @@ def calibrate(
             "fisher" for squared gradients of the weight. The last two need a backward pass; one pass serves all.
         batches: how many batches to use at most; None takes all.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
-            linear layers but the output layer of a model of transformers.
+            linear layers but the output layer or classifier of a model of transformers.
         loss_fn: takes the model and a batch and gives the loss, a scalar; None takes `model(**batch).loss`.
         max_bytes: how much memory the sums may take. If all layers together need more, they are split into groups,
             and the batches run once for each group.
@@ -92,7 +92,9 @@ def calibrate(
     if batches is not None and batches < 1:
         raise ValueError(f"batches={batches!r} must be at least 1.")
     check_base(model)
-    targets = linear_targets(model, target_modules)
+    targets, left = separate_usual(linear_targets(model, target_modules))
+    if not targets:
+        raise ValueError(f"No layer can be compressed. {reasons_of(left)}. Name others in target_modules.")
     for name, layer in targets.items():
         factorizable_weight(name, layer)
     needed = {name: _bytes_needed(layer, statistics) for name, layer in targets.items()}

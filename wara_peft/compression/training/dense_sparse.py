@@ -149,7 +149,8 @@ def straight_through(
     Args:
         model: any module that contains linear layers.
         block, atoms, nonzeros: p, k and s of `DenseSparseLinear`.
-        target_modules: as in PEFT; None means all linear layers but the output layer of a model of transformers.
+        target_modules: as in PEFT; None means all linear layers but the output layer or classifier of a model of
+            transformers.
 
     Returns:
         A report of the layers that were replaced, with s as their rank, and of those that were left. Its

@@ -41,7 +41,7 @@ def ordered_low_rank(
         rank: the highest rank that a layer gets; None is full rank, at which a layer has more parameters than the
             dense layer until it is cut.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
-            linear layers but the output layer of a model of transformers.
+            linear layers but the output layer or classifier of a model of transformers.
 
     Raises:
         ValueError: `rank` is below 1, a target matches nothing, or a layer cannot be factorised.

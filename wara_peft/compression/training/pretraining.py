@@ -43,7 +43,7 @@ def low_rank_plus_sparse(
         rank: r, the rank of all layers.
         density: δ, the share of entries for which S has values, which are ⌊δ m n⌋.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
-            linear layers but the output layer of a model of transformers.
+            linear layers but the output layer or classifier of a model of transformers.
         alpha: α, a whole number.
         seed: seed of the first layer's places; each further layer has the next whole number as its seed.
 

@@ -19,7 +19,7 @@ from ...messages import first_few
 from ..replacement import replace_everywhere
 from ..solvers.low_rank import Metric, low_rank
 from ..statistics.layer_statistics import LayerStatistics, check_finite
-from ..targets import TIED, check_base, factorizable_weight, linear_layers, separate_tied
+from ..targets import check_base, factorizable_weight, linear_layers, reasons_of, separate_replaceable
 
 
 def shared_rank(width: int, columns: int, budget: float, sparsity: float) -> int:
@@ -75,11 +75,9 @@ def share_bases(
     missing = [repr(name) for name in names if name not in layers]
     if missing or len({id(layers[name]) for name in names}) < len(names) or not names:
         raise ValueError(f"groups must name linear layers of the model, each once: {first_few(missing) or names}.")
-    _, left = separate_tied(model, {name: layers[name] for name in names})
+    _, left = separate_replaceable(model, {name: layers[name] for name in names})
     if left:
-        raise ValueError(
-            f"{first_few([repr(name) for name in left])} cannot share a base: {TIED}. Untie or leave out."
-        )
+        raise ValueError(f"Layers cannot share a base. {reasons_of(left)}. Untie or leave them out.")
     made: dict[nn.Module, nn.Module] = {}
     ranks = []
     # Numbers of bases go on from an earlier call, so that each base of the model has its own.

@@ -18,7 +18,7 @@ from ..compress import compress
 from ..replacement import count_parameters, replace_everywhere
 from ..report import CompressionReport, LayerReport
 from ..statistics.layer_statistics import LayerStatistics
-from ..targets import TIED, check_base, factorizable_weight, layer_targets, separate_tied
+from ..targets import check_base, factorizable_weight, layer_targets, reasons_of, separate_replaceable
 from .callback import TrainingMethod
 
 
@@ -59,8 +59,8 @@ class TrainedRankPruning(TrainingMethod):
         penalty: λ.
         period: m. The published script has 1 by default and runs with 5.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
-            linear layers but the output layer of a model of transformers, and all convolutions but the first one and
-            those with groups or a kernel of size one.
+            linear layers but the output layer or classifier of a model of transformers, and all convolutions but the
+            first one and those with groups or a kernel of size one.
 
     Attributes:
         report: the result of `finish`, which `Trainer.train` calls at its end.
@@ -104,13 +104,13 @@ class TrainedRankPruning(TrainingMethod):
             convolutions = [name for name, layer in found.items() if isinstance(layer, CONVOLUTIONS)]
             skipped = convolutions[:1] + [name for name in convolutions if set(_kernel(found[name])) == {1}]
             found = {name: layer for name, layer in found.items() if name not in skipped}
-        targets, _ = separate_tied(model, found)
+        targets, left = separate_replaceable(model, found)
         for name, layer in targets.items():
             if isinstance(layer.get_parameter("weight"), DTensor):
                 raise ValueError(f"{name!r} is sharded, as by FSDP, and has no SVD in parts. Train with DDP.")
             factorizable_weight(name, layer)
         if not targets:
-            raise ValueError(f"There is no layer to prune: of those in target_modules {TIED}, or none is left.")
+            raise ValueError(f"There is no layer to prune. {reasons_of(left) or 'All targets are kept out'}.")
         # The weights stay dense until the end. A training that resumes must find them by their names, too.
         write_names_of_modules(model)
         self._model, self._targets = model, targets
