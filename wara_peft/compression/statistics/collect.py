@@ -17,25 +17,26 @@ from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument
 from ...calibration.batches import (
+    OR_LOSS_FN,
     LossFunction,
     arguments_of,
     groups_within,
     in_eval_mode,
     loss_of,
+    run_model,
     with_frozen_parameters,
-    with_gradient,
 )
-from ...calibration.input_moments import Moments
+from ...calibration.input_moments import Moments, arguments_by_name
+from ...calibration.samples import refusing_sequence_first, samples_of
 from ...compiled import on_plain_model
 from ...factorized.low_rank_linear import linear_shape
 from ...messages import first_few
 from ..targets import check_base, factorizable_weight, linear_targets
+from .gradient_sums import GradientSums
 from .layer_statistics import LayerStatistics, StatisticsWriter, check_finite, load_statistics, probe_of
 
 KINDS = ("inputs", "gradients", "fisher")
 MAX_BYTES = 2**31
-MAX_PRODUCTS = 2**22
-"""How many products of gradients at two positions are in memory at a time; one sample is never split."""
 
 
 @on_plain_model
@@ -53,16 +54,20 @@ def calibrate(
 ) -> Mapping[str, LayerStatistics]:
     """Run batches through a model and measure the statistics of its linear layers that `compress` needs.
 
-    Batches run in evaluation mode with all parameters frozen. Afterwards the model is as it was before. Sums are in
-    float32, or in the dtype of the inputs if that is wider. Positions that a batch masks by `attention_mask` (or
-    `decoder_attention_mask`) do not count.
+    Batches run in evaluation mode with all parameters frozen. Afterwards the model is as it was before. Products are
+    in float32, or in the dtype of the inputs if that is wider, and sums in float64. Positions that a batch masks by
+    `attention_mask` (or `decoder_attention_mask`) do not count in moments.
+
+    Statistics of gradients are those of the loss of one sample. Each sample of a batch, an entry along dimension 0 of
+    its tensors, runs by itself, so results do not depend on how samples are put into batches.
 
     Args:
         model: the model, of any floating-point dtype, without adapters.
         dataloader: gives batches. A mapping is passed on as keyword arguments, a sequence as positional arguments, and
             a tensor as the only argument.
         statistics: "inputs" for moment and mean of the inputs, "gradients" for the moment of the output's gradients,
-            "fisher" for squared gradients of the weight. The last two need a backward pass; one pass serves all.
+            "fisher" for squared gradients of the weight. The last two need a backward pass for each sample; one pass
+            serves all.
         batches: how many batches to use at most; None takes all.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer of a model of transformers.
@@ -155,33 +160,40 @@ def measure(
     """
     moments = Moments(model, with_mean=True)
     differentiates = "gradients" in statistics or "fisher" in statistics
-    taps = {name: _GradientSums(name, layer, moments, statistics) for name, layer in layers.items()}
+    taps = {name: GradientSums(name, layer, moments, statistics) for name, layer in layers.items()}
     device = next(model.parameters()).device
     with ExitStack() as stack:
-        if differentiates:
-            # The caller may be in `inference_mode` or `no_grad`, as `compress` is.
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            for name, tap in taps.items():
-                stack.callback(layers[name].register_forward_hook(tap).remove)
-        else:
-            stack.enter_context(torch.no_grad())
+        # The caller may be in `inference_mode` or `no_grad`, as `compress` is. Tensors of inference mode have no
+        # counter of in-place changes.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(differentiates))
         stack.enter_context(in_eval_mode(model))
         stack.enter_context(with_frozen_parameters(model))
         stack.enter_context(moments.watching(set(layers.values()) if "inputs" in statistics else ()))
+        if differentiates:
+            stack.enter_context(refusing_sequence_first(model))
+            for name, tap in taps.items():
+                stack.callback(layers[name].register_forward_hook(tap, with_kwargs=True).remove)
         for batch in batches:
             batch = send_to_device(batch, device)
-            args, kwargs = arguments_of(batch)
-            moments.start_batch(kwargs)
-            if differentiates:
-                loss = loss_of(model, batch, loss_fn)
-                # Parameters are frozen, so the loss has a gradient only if a target ran in this batch.
-                if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
-            elif loss_fn is None:
-                model(*args, **kwargs)
-            else:  # `loss_fn` knows how to call the model; the loss itself is not needed
-                loss_fn(model, batch)
+            moments.start_batch(arguments_by_name(model, *arguments_of(batch)))
+            # A layer's calls and the dimensions of its inputs do not tell which sample they belong to, and the loss of
+            # a batch does not tell how it weighs samples. So each sample runs by itself where this matters.
+            alone = differentiates or moments.has_square_mask
+            for sample in samples_of(model, batch) if alone else (batch,):
+                moments.start_batch(arguments_by_name(model, *arguments_of(sample)))
+                if differentiates:
+                    loss = loss_of(model, sample, loss_fn)
+                    # Parameters are frozen, so the loss has a gradient only if a target ran in this sample.
+                    if loss.requires_grad and not _is_without_labels(sample, loss):
+                        with moments.ignoring_calls():  # a checkpoint runs its layers again
+                            loss.backward()  # type: ignore[no-untyped-call]
+                    for tap in taps.values():
+                        tap.end_sample()
+                elif loss_fn is None:
+                    run_model(model, sample, OR_LOSS_FN)
+                else:  # `loss_fn` knows how to call the model; the loss itself is not needed
+                    loss_fn(model, sample)
             done()
     sums = moments.of_layers()
     # Layers with the same input, such as q, k and v, have one sum. It is moved to main memory once, and shared there.
@@ -205,67 +217,19 @@ def measure(
     return found
 
 
-class _GradientSums:
-    """Forward hook of a linear layer that sums g gᵀ over positions and Σ_i (∂loss/∂W_ij)² over samples.
-
-    g is the gradient of the loss by the layer's output at one position, and a sample is an entry of the batch.
-    """
-
-    def __init__(self, name: str, layer: nn.Linear | Conv1D, moments: Moments, statistics: Collection[str]) -> None:
-        self.name, self.moments = name, moments
-        n, m = linear_shape(layer)
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        device = layer.weight.device
-        self.outer = torch.zeros(m, m, dtype=wide, device=device) if "gradients" in statistics else None
-        self.squares = torch.zeros(n, dtype=wide, device=device) if "fisher" in statistics else None
-        self.count = self.samples = 0
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inputs: Tensor = args[0].detach()
-        # The gradient arrives in the backward pass. A later layer may have overwritten the input by then, which only
-        # autograd's version counter shows, as autograd itself does not save inputs of a frozen layer.
-        version = inputs._version
-        counting = self.moments.counting(layer, inputs)
-
-        def add(gradient: Tensor) -> None:
-            if inputs._version != version:
-                raise RuntimeError(f"The input of module {self.name!r} is changed in place after use.")
-            self._add(inputs, gradient, counting)
-
-        return with_gradient(output, add)
-
-    def _add(self, inputs: Tensor, gradient: Tensor, counting: Tensor | None) -> None:
-        samples = len(inputs)
-        g = gradient.reshape(samples, -1, gradient.shape[-1])  # (samples, positions, m)
-        if counting is not None:
-            g = g * counting.reshape(samples, -1, 1)
-        self.count += g.shape[0] * g.shape[1] if counting is None else int(counting.sum())
-        self.samples += samples
-        if self.outer is not None:
-            rows = g.flatten(0, 1).to(self.outer.dtype)
-            self.outer.addmm_(rows.T, rows)
-        if self.squares is not None:
-            x = inputs.reshape(samples, -1, inputs.shape[-1])
-            together = max(1, MAX_PRODUCTS // g.shape[1] ** 2)
-            for some_g, some_x in zip(torch.split(g, together), torch.split(x, together), strict=True):
-                # Σ_i (Σ_t g_ti x_tj)² = x_jᵀ (g gᵀ) x_j. So the (m, n) gradients of samples are never in memory.
-                some_g, some_x = some_g.to(self.squares.dtype), some_x.to(self.squares.dtype)
-                self.squares += torch.bmm(torch.bmm(some_g, some_g.mT), some_x).mul_(some_x).sum((0, 1))
-
-    def results(self) -> tuple[Tensor | None, Tensor | None]:
-        return (
-            None if self.outer is None else (self.outer / max(self.count, 1)).cpu(),
-            None if self.squares is None else (self.squares / max(self.samples, 1)).cpu(),
-        )
+def _is_without_labels(sample: Any, loss: Tensor) -> bool:
+    """Whether the loss is 0 / 0, a mean over no tokens, as for a text of one token. Its gradient counts as zero."""
+    labels = sample.get("labels") if isinstance(sample, Mapping) else None
+    # Of one token's label nothing is left where labels are shifted by one. -100 is the label that losses ignore.
+    return isinstance(labels, Tensor) and bool(loss.isnan()) and int((labels != -100).sum()) < 2
 
 
 def _bytes_needed(layer: nn.Linear | Conv1D, statistics: Collection[str]) -> int:
     n, m = linear_shape(layer)
-    size = torch.promote_types(layer.weight.dtype, torch.float32).itemsize
-    # Three matrices for the inputs are in memory at once: the sum, the products of the last batch, and the new sum.
-    of_inputs = 3 * (n + 1) ** 2 if "inputs" in statistics else 0
+    # The sum over earlier calls and the sum over the last call are in memory at once.
+    of_inputs = 2 * (n + 1) ** 2 if "inputs" in statistics else 0
     of_gradients = m**2 if "gradients" in statistics else 0
-    return size * (of_inputs + of_gradients + (n if "fisher" in statistics else 0))
+    return torch.float64.itemsize * (of_inputs + of_gradients + (n if "fisher" in statistics else 0))
 
 
 def _without_tensors(entry: LayerStatistics) -> LayerStatistics:

@@ -34,8 +34,10 @@ class LayerStatistics:
         probe: some entries of W, by which the layer is recognised later.
         moment: E[x xᵀ], (n, n), over the positions.
         mean: E[x], (n,), over the positions.
-        gradients: E[g gᵀ], (m, m), over the positions, with g = ∂loss/∂(W x).
-        fisher: Σ_i (∂loss/∂W_ij)², (n,), as a mean over samples; a sample is an entry of a batch.
+        gradients: E[g gᵀ], (m, m), over the positions, with g = ∂loss/∂(W x), where loss is that of one sample.
+        fisher: Σ_i (∂loss/∂W_ij)², (n,), as a mean over samples, where loss is that of one sample.
+
+    Moments are in float64, so that the mean can be taken out of them. Files of version 0.1.0 have float32.
     """
 
     shape: tuple[int, int]
