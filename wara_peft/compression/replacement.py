@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -181,3 +182,30 @@ def replace_everywhere(model: nn.Module, made: Mapping[Any, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child in made:
                 setattr(parent, name, made[child])
+    for old, new in made.items():
+        _move_hooks(old, new)
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Attributes with the hooks of a module on its calls and gradients. Hooks on its state are for the old keys."""
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a new layer the hooks that users put on the old one. Their handles remove them from the new one."""
+    for attribute in HOOKS:
+        hooks, own = getattr(old, attribute), getattr(new, attribute)
+        # A handle holds the dictionary itself, so the new layer takes it over.
+        hooks.update(own)
+        setattr(new, attribute, hooks)
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+    if hasattr(old, "_hf_hook"):  # accelerate has put it around the layer's forward
+        add_hook_to_module(new, old._hf_hook)

@@ -68,12 +68,12 @@ class DenseSparseLinear(SparseRows):
         """W, (m, n)."""
         return (self.bases @ self.coefficients.mT).flatten(0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
         # One product with the coefficients of all blocks side by side; W itself is not built.
         blocks = len(self.bases)
         together = self.coefficients.transpose(0, 1).flatten(1)  # (n, m/p · k)
-        hidden = (x @ together.to(x.dtype)).view(*x.shape[:-1], blocks, self.atoms)
+        hidden = (input @ together.to(input.dtype)).view(*input.shape[:-1], blocks, self.atoms)
         result = torch.einsum("...bk,bpk->...bp", hidden, self.bases.to(hidden.dtype)).flatten(-2)
         return result if self.bias is None else result + self.bias.to(result.dtype)
 
@@ -105,10 +105,10 @@ class StraightThroughLinear(nn.Module):
         self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias.detach().clone())
         self.factors = factors.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
         passed: Any = _StraightThrough.apply(self.weight, self.factors.weight)  # type: ignore[no-untyped-call]
-        return functional.linear(x, passed, self.bias)
+        return functional.linear(input, passed, self.bias)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -73,9 +74,12 @@ def calibrate(
             linear layers but the output layer of a model of transformers.
         loss_fn: takes the model and a batch and gives the loss, a scalar; None takes `model(**batch).loss`.
         max_bytes: how much memory the sums may take. If all layers together need more, they are split into groups,
-            and the batches run once for each group.
+            and the batches run once for each group. Then batches are kept in memory; otherwise each one is fetched
+            when the one before it is done.
         path: a directory to keep the statistics in. Each group is written as soon as it is done, and the returned
-            mapping reads layer by layer from there. None keeps statistics in main memory.
+            mapping reads layer by layer from there. If calibration is interrupted, finished groups stay in the
+            directory, and the next call with the same arguments measures only the others. None keeps statistics in
+            main memory.
         show_progress_bar: show progress over batches.
 
     Returns:
@@ -101,22 +105,26 @@ def calibrate(
     for name, layer in targets.items():
         factorizable_weight(name, layer)
     needed = {name: _bytes_needed(layer, statistics) for name, layer in targets.items()}
-    groups = list(groups_within(max_bytes, needed))
-    # Each group of layers must see the same batches. An iterator gives them only once, and a dataloader may shuffle.
-    kept = list(itertools.islice(dataloader, batches))
-    if not kept:
-        raise ValueError("The dataloader gives no batches.")
+    for _ in groups_within(max_bytes, needed):
+        pass  # this refuses a layer that needs too much before anything is written
     found: dict[str, LayerStatistics] = {}
     with ExitStack() as stack:
-        progress = stack.enter_context(
-            tqdm(total=len(groups) * len(kept), desc="Calibrating", disable=not show_progress_bar)
-        )
         writer = None
         if path is not None:
-            writer = stack.enter_context(StatisticsWriter(path))
-        for group in groups:
+            writer = stack.enter_context(StatisticsWriter(path, statistics))
+            found.update(_finished(writer, targets))
+            needed = {name: size for name, size in needed.items() if name not in found}
+        groups = list(groups_within(max_bytes, needed)) if needed else []
+        count = operator.length_hint(dataloader)
+        count = min(count, batches or count) * len(groups)
+        progress = stack.enter_context(tqdm(total=count or None, desc="Calibrating", disable=not show_progress_bar))
+        kept: list[Any] = []
+        for index, group in enumerate(groups):
             layers = {name: targets[name] for name in group}
-            measured = measure(model, layers, kept, statistics, loss_fn, lambda: progress.update())
+            # Each group of layers must see the same batches. An iterator gives them only once, and a dataloader may
+            # shuffle. So batches are kept, but only if there are further groups.
+            data = kept if index else _batches(dataloader, batches, kept if len(groups) > 1 else None)
+            measured = measure(model, layers, data, statistics, loss_fn, lambda: progress.update())
             if writer is None:
                 found.update(measured)
             else:
@@ -139,10 +147,43 @@ def calibrate(
     return found
 
 
+def _finished(writer: StatisticsWriter, targets: Mapping[str, nn.Module]) -> dict[str, LayerStatistics]:
+    """Give what an interrupted calibration has left, without moments, after a check that it is of these layers.
+
+    Raises:
+        ValueError: a layer is none of these targets, or its weight has changed.
+    """
+    found = {}
+    for name in writer.layers:
+        found[name] = writer.entry(name)
+        layer = cast(Any, targets.get(name))
+        if layer is None or not torch.equal(found[name].probe.float(), probe_of(layer.weight)):
+            raise ValueError(
+                f"path holds unfinished statistics of {name!r}, which is no target, or has other weights now. "
+                "Calibrate with the model and arguments of that time, or remove the directory."
+            )
+    return found
+
+
+def _batches(dataloader: Iterable[Any], most: int | None, kept: list[Any] | None) -> Iterator[Any]:
+    """Give batches as they come, and keep them in a list if there is one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    batch = None
+    for batch in itertools.islice(dataloader, most):
+        if kept is not None:
+            kept.append(batch)
+        yield batch
+    if batch is None:
+        raise ValueError("The dataloader gives no batches.")
+
+
 def measure(
     model: nn.Module,
     layers: Mapping[str, nn.Linear | Conv1D],
-    batches: Collection[Any],
+    batches: Iterable[Any],
     statistics: Collection[str],
     loss_fn: LossFunction | None = None,
     done: Any = lambda: None,
