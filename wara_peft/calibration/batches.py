@@ -18,10 +18,17 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Context in which all modules are in evaluation mode, without dropout. Each then goes back to its own mode."""
     training = {module: module.training for module in model.modules()}
+    # In evaluation mode PyTorch's encoders leave padding out by nested tensors, which layers with hooks cannot take.
+    encoders: list[Any] = [module for module in training if isinstance(module, nn.TransformerEncoder)]
+    nested = [encoder.use_nested_tensor for encoder in encoders]
     model.eval()
     try:
+        for encoder in encoders:
+            encoder.use_nested_tensor = False
         yield
     finally:
+        for encoder, uses in zip(encoders, nested, strict=True):
+            encoder.use_nested_tensor = uses
         for module, mode in training.items():
             module.training = mode
 

@@ -104,16 +104,6 @@ class Moments:
         self._latest: tuple[Tensor, int | None, _Moment] | None = None
         self._masks: dict[str, Tensor] = {}
         self._encoded: Tensor | None = None
-        self.ignores = False
-
-    @contextmanager
-    def ignoring_calls(self) -> Iterator[None]:
-        """Context in which calls of layers add nothing."""
-        self.ignores = True
-        try:
-            yield
-        finally:
-            self.ignores = False
 
     @contextmanager
     def watching(self, layers: Iterable[nn.Module]) -> Iterator[None]:
@@ -134,22 +124,20 @@ class Moments:
     def start_batch(self, kwargs: Mapping[str, Any]) -> None:
         """Forget the batch before, and take the masks of this one, if it is a mapping."""
         self._latest = None
-        self._masks = {name: kwargs[name] for name in MASKS if isinstance(kwargs.get(name), Tensor)}
+        self._masks = _masks_of(kwargs)
         encoded = kwargs.get("encoder_outputs")
         self._encoded = None if encoded is None else encoded[0]
 
     def _note_masks(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A batch may be a tuple, or `loss_fn` may call the model in its own way. The call itself has the masks.
         named = arguments_by_name(model, args, kwargs)
-        if any(isinstance(named.get(name), Tensor) for name in MASKS):
+        if _masks_of(named):
             self.start_batch(named)
 
     def keep_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
         self._encoded = output if isinstance(output, Tensor) else output[0]
 
     def add(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
-        if self.ignores:
-            return
         inputs = input_of(args, kwargs)
         version = version_of(inputs)
         moment = self._of.get(layer)
@@ -207,14 +195,6 @@ class Moments:
             mask = self._masks.get(MASKS[1])
         return None if mask is None else _fitted(mask.bool(), inputs.shape[:-1])
 
-    @property
-    def has_square_mask(self) -> bool:
-        """Whether a mask has as many samples as positions, so that its shape does not tell which axis is which."""
-        return any(
-            mask.dim() == 2 and len(mask) == mask.shape[1] > 1 and not bool(mask.bool().all())
-            for mask in self._masks.values()
-        )
-
     def _is_encoded(self, inputs: Tensor) -> bool:
         # Models may pass on a view of the encoder's output, which is another object over the same memory.
         encoded = self._encoded
@@ -253,6 +233,15 @@ def arguments_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     except TypeError:  # the call itself says what is wrong
         return dict(kwargs)
     return {**bound.arguments, **kwargs}
+
+
+def _masks_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Give the masks among a model's arguments, under the names that transformers has for them."""
+    masks = {name: kwargs[name] for name in MASKS if isinstance(kwargs.get(name), Tensor)}
+    padding = kwargs.get(
+        "src_key_padding_mask"
+    )  # of PyTorch's encoders; True, or -inf, says that a position is masked
+    return masks or ({MASKS[0]: padding == 0} if isinstance(padding, Tensor) else {})
 
 
 def _fitted(mask: Tensor, lead: torch.Size) -> Tensor | None:

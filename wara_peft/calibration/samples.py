@@ -32,22 +32,36 @@ def samples_of(model: nn.Module, batch: Any) -> Iterator[Any]:
         found = f"tensors of {count} and of {others[0]} entries" if others else "no tensors"
         raise ValueError(
             f"A batch, a {type(batch).__name__}, has {found}, so its samples cannot be told apart, but "
-            "'gradients' and 'fisher' need each by itself. Give batches whose tensors have one entry for each sample "
+            "each must run by itself. Give batches whose tensors have one entry for each sample "
             "along dimension 0, or batches of one sample with the model's main input in it by name."
         )
     for index in range(count):
         yield _sample(batch, index, count)
 
 
-def _lengths(value: Any) -> Iterator[int]:
-    if isinstance(value, Tensor):
-        if value.dim():
-            yield len(value)
-    elif _are_texts(value):
-        yield len(value)
+def may_hold_square_mask(batch: Any) -> bool:
+    """Whether a tensor of a batch may be a mask with as many samples as positions.
+
+    The shape of such a mask does not tell a layer whose inputs have samples first from one with positions first.
+    """
+    return any(
+        leaf.dim() == 2 and len(leaf) == leaf.shape[1] > 1 and bool((leaf == 0).any())
+        for leaf in _leaves(batch)
+        if isinstance(leaf, Tensor)
+    )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Give the tensors and the lists of texts in a batch."""
+    if isinstance(value, Tensor) or _are_texts(value):
+        yield value
     elif isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _lengths(item)
+            yield from _leaves(item)
+
+
+def _lengths(value: Any) -> Iterator[int]:
+    return (len(leaf) for leaf in _leaves(value) if not isinstance(leaf, Tensor) or leaf.dim())
 
 
 def _sample(value: Any, index: int, count: int) -> Any:

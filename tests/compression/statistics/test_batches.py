@@ -91,6 +91,34 @@ def test_sequential_compression_with_a_tensor_that_is_changed_in_place() -> None
     assert report.layers[1].lost == pytest.approx(float(values[2:].sum() / values.sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("statistics", [["inputs"], ["inputs", "fisher"]])
+def test_padding_of_pytorchs_encoder(statistics: list[str], batch_first: bool, kind: torch.dtype) -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=batch_first), 2)
+    uses = encoder.use_nested_tensor
+    x, lengths = torch.randn(5, 5, 8), torch.tensor([5, 3, 4, 1, 5])
+    padding = torch.arange(5) >= lengths[:, None]
+    if kind is not torch.bool:
+        padding = torch.zeros(5, 5).masked_fill(padding, -torch.inf)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        states = batch[0] if batch_first else batch[0].transpose(0, 1)
+        return model(states, src_key_padding_mask=batch[1]).square().mean()
+
+    found = calibrate(encoder, [(x, padding)] * 2, statistics, loss_fn=loss_fn, **QUIET)
+    seen: list[Tensor] = []
+    handle = encoder.layers[1].linear1.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    for row, length in zip(x, lengths, strict=True):
+        encoder.train()(row[None, :length] if batch_first else row[:length, None])
+    handle.remove()
+    rows = torch.cat(seen).detach().double()
+    entry = found["layers.1.linear1"]
+    assert entry.count == 2 * len(rows) == 36
+    torch.testing.assert_close(entry.moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
+    assert encoder.use_nested_tensor == uses
+
+
 class OneLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -138,12 +166,12 @@ class TestInterrupted:
         return [{"input_ids": ids, "labels": ids} for ids in tokens]
 
     def stopped(self, path: Path, error: type[BaseException] = KeyboardInterrupt) -> tuple[nn.Module, Any]:
-        """Let the user interrupt in the third group."""
+        """Let the user interrupt in the third group; each group runs 4 batches, and 8 samples by themselves."""
         model, data, calls = llama(), self.data(), []
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
             calls.append(1)
-            if len(calls) == 2 * 8 + 3:
+            if len(calls) == 2 * 12 + 3:
                 raise error
             return model(**batch).loss
 
@@ -166,7 +194,7 @@ class TestInterrupted:
         calls.clear()
         found = calibrate(model, data, self.KINDS, max_bytes=20_000, path=path, **QUIET)
         handle.remove()
-        assert len(calls) == whole - 2 * 8
+        assert len(calls) == whole - 2 * 12
         assert found.keys() == expected.keys()
         for name, entry in expected.items():
             assert found[name].count == entry.count

@@ -98,9 +98,9 @@ class TestGroups:
         model.register_forward_hook(lambda *_: calls.append(1))
         kinds = ["inputs", "gradients", "fisher"]
         whole = calibrate(model, data, kinds, show_progress_bar=False)
-        assert len(calls) == 24  # one for each sample
+        assert len(calls) == 6 + 24  # one for each batch, and one for each sample
         groups = calibrate(model, data, kinds, max_bytes=20_000, show_progress_bar=False)
-        assert len(calls) >= 24 + 3 * 24
+        assert len(calls) >= 30 + 3 * 30
         assert groups.keys() == whole.keys()
         for name, entry in whole.items():
             for what, tensor in entry.tensors().items():

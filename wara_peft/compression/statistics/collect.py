@@ -28,7 +28,7 @@ from ...calibration.batches import (
     with_frozen_parameters,
 )
 from ...calibration.input_moments import Moments, arguments_by_name
-from ...calibration.samples import refusing_sequence_first, samples_of
+from ...calibration.samples import may_hold_square_mask, refusing_sequence_first, samples_of
 from ...compiled import on_plain_model
 from ...factorized.low_rank_linear import linear_shape
 from ...messages import first_few
@@ -199,42 +199,22 @@ def measure(
     Raises:
         ValueError: the loss is no scalar, or statistics are not finite.
     """
-    moments = Moments(model, with_mean=True)
+    moments, masks = Moments(model, with_mean=True), Moments(model)
     differentiates = "gradients" in statistics or "fisher" in statistics
-    taps = {name: GradientSums(name, layer, moments, statistics) for name, layer in layers.items()}
+    taps = {name: GradientSums(name, layer, masks, statistics) for name, layer in layers.items()}
     device = next(model.parameters()).device
-    with ExitStack() as stack:
-        # The caller may be in `inference_mode` or `no_grad`, as `compress` is. Tensors of inference mode have no
-        # counter of in-place changes.
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(differentiates))
-        stack.enter_context(in_eval_mode(model))
-        stack.enter_context(with_frozen_parameters(model))
-        stack.enter_context(moments.watching(set(layers.values()) if "inputs" in statistics else ()))
-        if differentiates:
-            stack.enter_context(refusing_sequence_first(model))
-            for name, tap in taps.items():
-                stack.callback(layers[name].register_forward_hook(tap, with_kwargs=True).remove)
+    # The caller may be in `inference_mode`, whose tensors have no gradients and no counter of in-place changes.
+    with torch.inference_mode(False), in_eval_mode(model), with_frozen_parameters(model):
         for batch in batches:
             batch = send_to_device(batch, device)
-            moments.start_batch(arguments_by_name(model, *arguments_of(batch)))
-            # A layer's calls and the dimensions of its inputs do not tell which sample they belong to, and the loss of
-            # a batch does not tell how it weighs samples. So each sample runs by itself where this matters.
-            alone = differentiates or moments.has_square_mask
-            for sample in samples_of(model, batch) if alone else (batch,):
-                moments.start_batch(arguments_by_name(model, *arguments_of(sample)))
-                if differentiates:
-                    loss = loss_of(model, sample, loss_fn)
-                    # Parameters are frozen, so the loss has a gradient only if a target ran in this sample.
-                    if loss.requires_grad and not _is_without_labels(sample, loss):
-                        with moments.ignoring_calls():  # a checkpoint runs its layers again
-                            loss.backward()  # type: ignore[no-untyped-call]
-                    for tap in taps.values():
-                        tap.end_sample()
-                elif loss_fn is None:
-                    run_model(model, sample, OR_LOSS_FN)
-                else:  # `loss_fn` knows how to call the model; the loss itself is not needed
-                    loss_fn(model, sample)
+            if "inputs" in statistics:
+                with torch.no_grad(), moments.watching(set(layers.values())):
+                    for part in samples_of(model, batch) if may_hold_square_mask(batch) else (batch,):
+                        moments.start_batch(arguments_by_name(model, *arguments_of(part)))
+                        # `loss_fn` knows how to call the model; the loss itself is not needed.
+                        run_model(model, part, OR_LOSS_FN) if loss_fn is None else loss_fn(model, part)
+            if differentiates:
+                _differentiate(model, batch, layers, taps, masks, loss_fn)
             done()
     sums = moments.of_layers()
     # Layers with the same input, such as q, k and v, have one sum. It is moved to main memory once, and shared there.
@@ -258,6 +238,38 @@ def measure(
     return found
 
 
+def _differentiate(
+    model: nn.Module,
+    batch: Any,
+    layers: Mapping[str, nn.Module],
+    taps: Mapping[str, GradientSums],
+    masks: Moments,
+    loss_fn: LossFunction | None,
+) -> None:
+    """Run each sample of a batch forward and backward, so that the layers' sums get its gradients.
+
+    A layer's calls and the dimensions of its inputs do not tell which sample they belong to, and the loss of a batch
+    does not tell how it weighs samples. So each sample runs by itself.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(masks.watching(()))
+        stack.enter_context(refusing_sequence_first(model))
+        for name, tap in taps.items():
+            stack.callback(layers[name].register_forward_hook(tap, with_kwargs=True).remove)
+        for sample in samples_of(model, batch):
+            masks.start_batch(arguments_by_name(model, *arguments_of(sample)))
+            loss = loss_of(model, sample, loss_fn)
+            # Parameters are frozen, so the loss has a gradient only if a target ran in this sample.
+            is_backward = loss.requires_grad and not _is_without_labels(sample, loss)
+            for tap in taps.values():
+                tap.end_forward()
+            if is_backward:
+                loss.backward()  # type: ignore[no-untyped-call]
+            for tap in taps.values():
+                tap.end_sample()
+
+
 def _is_without_labels(sample: Any, loss: Tensor) -> bool:
     """Whether the loss is 0 / 0, a mean over no tokens, as for a text of one token. Its gradient counts as zero."""
     labels = sample.get("labels") if isinstance(sample, Mapping) else None
@@ -267,10 +279,12 @@ def _is_without_labels(sample: Any, loss: Tensor) -> bool:
 
 def _bytes_needed(layer: nn.Linear | Conv1D, statistics: Collection[str]) -> int:
     n, m = linear_shape(layer)
+    double = torch.float64.itemsize
     # The sum over earlier calls and the sum over the last call are in memory at once.
-    of_inputs = 2 * (n + 1) ** 2 if "inputs" in statistics else 0
-    of_gradients = m**2 if "gradients" in statistics else 0
-    return torch.float64.itemsize * (of_inputs + of_gradients + (n if "fisher" in statistics else 0))
+    of_inputs = 2 * double * n**2 if "inputs" in statistics else 0
+    # Up to m gradients, in float32, wait beside the sum.
+    of_gradients = (double + double // 2) * m**2 if "gradients" in statistics else 0
+    return of_inputs + of_gradients + (double * n if "fisher" in statistics else 0)
 
 
 def _without_tensors(entry: LayerStatistics) -> LayerStatistics:
