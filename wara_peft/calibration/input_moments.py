@@ -29,7 +29,7 @@ class Sums:
     def of(cls, rows: Tensor) -> Sums:
         """Give the sums over the rows of a matrix, (N, n). Products are in the dtype of `rows`, about their mean."""
         # The mean is rounded to the dtype of the rows, so the shifted rows have a small mean of their own.
-        shift = rows.double().mean(0).to(rows.dtype) if len(rows) else rows.new_zeros(rows.shape[1])
+        shift = rows.mean(0, dtype=torch.float64).to(rows.dtype) if len(rows) else rows.new_zeros(rows.shape[1])
         shifted = rows - shift
         rest = shifted.sum(0, dtype=torch.float64) / max(len(rows), 1)
         centred = (shifted.T @ shifted).double().addr_(rest, rest, alpha=-len(rows))
