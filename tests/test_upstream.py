@@ -121,6 +121,8 @@ UPSTREAM = {
             (torch.compile(nn.Identity()), "_orig_mod"),
             (nn.Module(), "_buffers _call_impl _compiled_call_impl"),
             (nn.Module(), "_forward_hooks _forward_pre_hooks _forward_pre_hooks_with_kwargs _modules _parameters"),
+            (nn.Module(), "_forward_hooks_with_kwargs _forward_hooks_always_called"),
+            (nn.Module(), "_backward_hooks _backward_pre_hooks _is_full_backward_hook"),
             (nn.Module()._replicate_for_data_parallel(), "_is_replica"),
             (nn.Module(), "_load_state_dict_pre_hooks _register_state_dict_hook"),
             (FLATTENED, "_fsdp_flattened"),

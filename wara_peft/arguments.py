@@ -74,7 +74,8 @@ def check_whole_number(
         TypeError: the value is no int, nor a float where one is allowed.
         ValueError: the value is out of its range.
     """
-    is_fraction = bool(fraction) and isinstance(value, float)
+    # numpy's numbers are no float and no int, but Real and Integral.
+    is_fraction = bool(fraction) and isinstance(value, Real) and not isinstance(value, Integral)
     is_number = is_fraction or (isinstance(value, Integral) and not isinstance(value, bool))
     largest = math.inf if most is None else most
     if not is_number or not (0 < value <= 1 if is_fraction else least <= value <= largest):
@@ -88,6 +89,6 @@ def short_form(value: object) -> str:
     # Python raises an error for the digits of an int that is too long.
     if isinstance(value, int) and value.bit_length() > 64:
         return f"{'-' if value < 0 else ''}2**{value.bit_length() - 1}…"
-    if value is None or isinstance(value, (str, os.PathLike, bool, int, float)):
+    if value is None or isinstance(value, (str, os.PathLike, Real)):
         return repr(value)
     return f"a {type(value).__name__}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -252,6 +254,25 @@ class TestCosts:
         assert ranks[5] < ranks[1]
 
 
+@pytest.mark.parametrize(
+    ("budget", "plain"), [(np.float32(0.5), 0.5), (np.float64(0.5), 0.5), (np.int64(400), 400), (np.int16(400), 400)]
+)
+def test_numbers_of_numpy(budget: Any, plain: float) -> None:
+    reports = []
+    for value in (budget, plain):
+        torch.manual_seed(3)
+        reports.append(compress(TwoLayers(), value, "svd", **QUIET))
+    assert reports[0] == reports[1]
+    assert type(reports[0].budget) is int
+
+
+def test_ranks_that_are_no_ints() -> None:
+    for value in (True, np.float32(2), 2.0):
+        with pytest.raises(TypeError, match=r"rank=.* of 'first' must be an int from 1 to 12"):
+            compress(TwoLayers(), {"first": value}, "svd", **QUIET)
+    assert compress(TwoLayers(), {"first": np.int64(2)}, "svd", **QUIET).layers[0].rank == 2
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -263,6 +284,9 @@ class TestBadInput:
             ({"budget": 0}, "budget=0 must be"),
             ({"budget": True}, "budget=True must be"),
             ({"budget": float("nan")}, "budget=nan must be"),
+            ({"budget": np.float32(1.5)}, r"budget=np\.float32\(1\.5\) must be a share"),
+            ({"budget": {}}, r"budget=\{\} must map the full name of at least one layer"),
+            ({"budget": {0: 3}}, r"budget=\{0: 3\} must map the full name"),
             ({"budget": "much"}, "budget='much' must be a share such as"),
             ({"budget": "1KB", "allocation": "cost"}, "cannot be one where flops are counted"),
             ({"budget": 100}, r"budget of 100 parameters is less than \d+, the least"),

@@ -176,6 +176,13 @@ class TestPyTorchsTransformer:
             got = encoder.train(training)(states, src_key_padding_mask=mask)
         torch.testing.assert_close(got[~mask], expected[~mask], rtol=0, atol=1e-4)
 
+    def test_only_encoders_whose_attention_is_replaced_lose_nested_tensors(self) -> None:
+        model = nn.ModuleDict({"replaced": self.encoder(), "before": self.encoder(), "left": self.encoder()})
+        factorize(model, 3, target_modules=r"before\..*self_attn")
+        model["before"].use_nested_tensor = True  # the user's choice
+        factorize(model, 3, target_modules=r"replaced\.layers\.1\.self_attn|left\..*\.linear1")
+        assert [encoder.use_nested_tensor for encoder in model.values()] == [False, True, True]
+
     def test_attention_is_replaced_as_a_whole(self) -> None:
         encoder = self.encoder()
         result = factorize(encoder, 3)

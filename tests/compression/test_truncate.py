@@ -80,7 +80,7 @@ class TestTruncate:
     @pytest.mark.parametrize(
         ("ranks", "message"),
         [
-            ({"third": 2}, r"'third' is no LowRankLinear.*'first', 'second'"),
+            ({"third": 2}, r"'third', which is no LowRankLinear.*'first', 'second'"),
             ({"first": 2, "second": 0}, "rank=0 of 'second' must be an int of at least 1"),
         ],
     )
@@ -93,8 +93,9 @@ class TestTruncate:
 
     def test_bad_models_and_statistics(self) -> None:
         dense, model, x, _ = healed()
-        with pytest.raises(ValueError, match="compress it first"):
-            truncate(dense, 2)
+        for ranks in (2, {"first": 2}):
+            with pytest.raises(ValueError, match="TwoLayers has no LowRankLinear to cut: compress it first"):
+                truncate(dense, ranks)
         statistics = calibrate(dense, [x], target_modules=["first"], **QUIET)
         first = model.first
         with pytest.raises(ValueError, match="statistics have nothing of 'second'"):

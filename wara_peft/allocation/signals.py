@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..calibration.batches import LossFunction, arguments_of, loss_of, with_gradient
-from ..calibration.input_moments import Moments
+from ..calibration.batches import OR_LOSS_FN, LossFunction, arguments_of, loss_of, run_model, with_gradient
+from ..calibration.input_moments import Moments, input_of, version_of
 from ..calibration.processes import processes
 
 
@@ -40,7 +40,7 @@ def mean_gradients(
     """
     device = next(model.parameters()).device
     taps = {name: _Tap(name, shape, device) for name, (_, shape) in layers.items()}
-    handles = [layers[name][0].register_forward_hook(tap) for name, tap in taps.items()]
+    handles = [layers[name][0].register_forward_hook(tap, with_kwargs=True) for name, tap in taps.items()]
     try:
         for batch in batches:
             loss = loss_of(model, batch, loss_fn)
@@ -75,18 +75,21 @@ class _Tap:
         self.total = torch.zeros(shape, device=device)
         self.calls = 0
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inputs: Tensor = args[0].detach()
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+        inputs = input_of(args, kwargs).detach()
         # The sum lives on the layer's device, since a model may be spread over several, and in the dtype of its
         # inputs or float32, whichever is wider: many small summands would be lost in 16 bits.
         self.total = self.total.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
         # `_version` is autograd's count of in-place writes. The hook reads the input only in backward, when a module
         # after this one may have overwritten it; autograd itself does not watch a detached tensor.
-        version = inputs._version
+        version = version_of(inputs)
 
         def add(gradient: Tensor) -> None:
-            if inputs._version != version:
-                raise RuntimeError(f"The input of module {self.name!r} is changed in place after use.")
+            if version_of(inputs) != version:
+                raise RuntimeError(
+                    f"The input of module {self.name!r} is changed in place after use. Let the module that changes it "
+                    "work on a copy (inplace=False)."
+                )
             rows, columns = (x.reshape(-1, x.shape[-1]).to(self.total.dtype) for x in (gradient, inputs))
             self.total.addmm_(rows.T, columns)
             self.calls += 1
@@ -107,15 +110,15 @@ def input_covariances(
     moments = Moments(model, with_mean=True)
     with moments.watching([layer for layer, _ in layers.values()]), torch.no_grad():
         for batch in batches:
-            args, kwargs = arguments_of(batch)
-            moments.start_batch(kwargs)
+            moments.start_batch(arguments_of(batch)[1])
             if loss_fn is None:
-                model(*args, **kwargs)
+                run_model(model, batch, OR_LOSS_FN)
             else:  # the user's function knows how to call the model; the loss that it returns is not needed
                 loss_fn(model, batch)
     found = moments.of_layers()
     for name, (layer, (_, length)) in layers.items():
-        total = found.get(layer, torch.zeros(length + 1, length + 1, device=next(model.parameters()).device))
+        zeros = torch.zeros(length + 1, length + 1, dtype=torch.float64, device=next(model.parameters()).device)
+        total = found.get(layer, zeros)
         # Layers that get the same input, such as q, k and v, share one matrix, and the sum is made in place.
         total, calls, _ = _summed(total.clone(), int(layer in found), len(batches))
         if calls == 0:
@@ -123,8 +126,7 @@ def input_covariances(
                 f"No batch reaches module {name!r}. Pass batches that use it, or leave it out with `exclude_modules`."
             )
         # The last row and column hold the sums of the inputs and, in the corner, their number. E[xxᵀ] − E[x] E[x]ᵀ is
-        # a difference of close numbers where the mean is large, hence float64.
-        total = total.double()
+        # a difference of close numbers where the mean is large; the sums are in float64.
         mean = total[-1, :-1] / total[-1, -1]
         covariance = total[:-1, :-1] / total[-1, -1] - torch.outer(mean, mean)
         yield name, _finite(covariance, f"The variance of the inputs of module {name!r}")

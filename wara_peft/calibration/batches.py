@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+OR_LOSS_FN = ", or pass loss_fn(model, batch), which calls the model and gives the loss"
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """Takes the model and a batch, and gives the loss, a scalar."""
 
@@ -16,10 +18,17 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Context in which all modules are in evaluation mode, without dropout. Each then goes back to its own mode."""
     training = {module: module.training for module in model.modules()}
+    # In evaluation mode PyTorch's encoders leave padding out by nested tensors, which layers with hooks cannot take.
+    encoders: list[Any] = [module for module in training if isinstance(module, nn.TransformerEncoder)]
+    nested = [encoder.use_nested_tensor for encoder in encoders]
     model.eval()
     try:
+        for encoder in encoders:
+            encoder.use_nested_tensor = False
         yield
     finally:
+        for encoder, uses in zip(encoders, nested, strict=True):
+            encoder.use_nested_tensor = uses
         for module, mode in training.items():
             module.training = mode
 
@@ -29,6 +38,26 @@ def arguments_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def run_model(model: nn.Module, batch: Any, remedy: str = "") -> Any:
+    """Give a model's output for a batch.
+
+    Raises:
+        ValueError: the model's `forward` does not take the arguments that the batch gives; `remedy` ends the message.
+    """
+    args, kwargs = arguments_of(batch)
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+        inspect.signature(base.forward).bind_partial(*args)  # the forward of a PEFT model takes anything
+    except TypeError as error:
+        found = f"keys {', '.join(map(repr, kwargs))}" if kwargs else f"{len(args)} entries"
+        raise ValueError(
+            f"A batch, a {type(batch).__name__} with {found}, does not fit the forward of {type(base).__name__}: "
+            f"{error}. Give batches of what the model takes, without targets that it does not use{remedy}."
+        ) from error
+    return model(*args, **kwargs)
 
 
 @contextmanager
@@ -54,8 +83,7 @@ def loss_of(model: nn.Module, batch: Any, loss_fn: LossFunction | None) -> Tenso
     if loss_fn is not None:
         loss = loss_fn(model, batch)
     else:
-        args, kwargs = arguments_of(batch)
-        output = model(*args, **kwargs)
+        output = run_model(model, batch, OR_LOSS_FN)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is None:
             raise ValueError(

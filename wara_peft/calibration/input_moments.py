@@ -1,7 +1,8 @@
-"""Moments XᵀX of the inputs X of layers, summed up over batches."""
+"""Moments of the inputs of layers, summed up over batches in float64."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,51 +11,108 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+@dataclass(eq=False)
+class Sums:
+    """Number, mean μ and Σ (x − μ)(x − μ)ᵀ of vectors x, in float64.
+
+    The variance is not computed from Σ x xᵀ: where the mean is large, almost all digits of the two would cancel.
+    """
+
+    count: int
+    mean: Tensor
+    centred: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Sums:
+        """Give the sums over the rows of a matrix, (N, n). Products are in the dtype of `rows`, about their mean."""
+        # The mean is rounded to the dtype of the rows, so the shifted rows have a small mean of their own.
+        shift = rows.mean(0, dtype=torch.float64).to(rows.dtype) if len(rows) else rows.new_zeros(rows.shape[1])
+        shifted = rows - shift
+        rest = shifted.sum(0, dtype=torch.float64) / max(len(rows), 1)
+        centred = (shifted.T @ shifted).double().addr_(rest, rest, alpha=-len(rows))
+        return cls(len(rows), shift.double() + rest, centred)
+
+    def add(self, other: Sums) -> None:
+        """Add the sums over other vectors, in place. Source: Chan, Golub and LeVeque (1983)."""
+        count = self.count + other.count
+        if not count:
+            return
+        step = other.mean - self.mean
+        self.centred.add_(other.centred).addr_(step, step, alpha=self.count * other.count / count)
+        self.mean = self.mean + step * (other.count / count)
+        self.count = count
+
+    def copy(self) -> Sums:
+        return Sums(self.count, self.mean, self.centred.clone())
+
+    def products(self, with_mean: bool) -> Tensor:
+        """Give XᵀX of all vectors as rows of X; `with_mean` puts a column of ones at the right of X."""
+        total = torch.addr(self.centred, self.mean, self.mean, alpha=self.count)
+        if not with_mean:
+            return total
+        sums = self.mean * self.count
+        below = torch.cat((sums, sums.new_tensor([self.count])))
+        return torch.cat((torch.cat((total, sums[:, None]), 1), below[None]))
+
 
 @dataclass(eq=False)
 class _Moment:
-    """One moment XᵀX for all layers that get the same tensor right after each other, as q, k and v do.
+    """One moment for all layers that get the same tensor right after each other, as q, k and v do.
 
-    The first of these layers leads, and the others follow it. XᵀX is computed when the leader is called.
+    The first of these layers leads, and the others follow it. Sums are computed when the leader is called.
 
     Attributes:
         leader: the layer that leads.
-        total: the sum over all calls of the leader.
-        latest: the part of `total` that the leader's last call added.
+        total: the sums over all calls of the leader but the last.
+        latest: the sums over the leader's last call.
         calls: number of calls of the leader.
         followed: the layers that were called with the leader's last input after it.
     """
 
     leader: nn.Module
-    total: Tensor | float = 0.0
-    latest: Tensor | float = 0.0
+    total: Sums
+    latest: Sums | None = None
     calls: int = 0
     followed: set[nn.Module] = field(default_factory=set)
 
+    def settle(self) -> None:
+        """Add the sums of the last call to the total."""
+        if self.latest is not None:
+            self.total.add(self.latest)
+            self.latest = None
+
 
 class Moments:
-    """Moments XᵀX of the inputs X, of shape (N, n), of layers. Positions that a batch's mask leaves out do not count.
+    """Moments of the inputs, (N, n), of layers. Positions that a batch's mask leaves out do not count.
 
     Args:
         model: the model that has the layers.
-        with_mean: whether X gets a column of ones at the right. The last row of XᵀX then holds the sums over the
-            inputs and their number.
+        with_mean: whether the matrices X of inputs get a column of ones at the right. The last row of XᵀX then holds
+            the sums over the inputs and their number.
     """
 
     def __init__(self, model: nn.Module, with_mean: bool = False) -> None:
         self.with_mean = with_mean
-        self.encoder = _encoder(model)
+        base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+        self.model = cast(nn.Module, base)
+        self.encoder = _encoder(self.model)
         self._in_encoder = set() if self.encoder is None else set(self.encoder.modules())
         self._of: dict[nn.Module, _Moment] = {}
-        self._latest: tuple[Tensor, _Moment] | None = None
-        self._mask: Tensor | None = None
-        self._decoder_mask: Tensor | None = None
+        self._latest: tuple[Tensor, int | None, _Moment] | None = None
+        self._masks: dict[str, Tensor] = {}
         self._encoded: Tensor | None = None
 
     @contextmanager
     def watching(self, layers: Iterable[nn.Module]) -> Iterator[None]:
-        """Context in which each call of a layer adds its input to the moments, and the encoder's output is kept."""
-        handles = [layer.register_forward_pre_hook(self.add) for layer in layers]
+        """Context in which each call of a layer adds its input to the moments.
+
+        The masks that the model is called with, and the encoder's output, are noted for that.
+        """
+        handles = [layer.register_forward_pre_hook(self.add, with_kwargs=True) for layer in layers]
+        handles.append(self.model.register_forward_pre_hook(self._note_masks, with_kwargs=True))
         if self.encoder is not None:
             handles.append(self.encoder.register_forward_hook(self.keep_encoded))
         try:
@@ -64,47 +122,54 @@ class Moments:
                 handle.remove()
 
     def start_batch(self, kwargs: Mapping[str, Any]) -> None:
+        """Forget the batch before, and take the masks of this one, if it is a mapping."""
         self._latest = None
-        self._mask, self._decoder_mask = (
-            mask if isinstance(mask := kwargs.get(name), Tensor) else None
-            for name in ("attention_mask", "decoder_attention_mask")
-        )
+        self._masks = _masks_of(kwargs)
         encoded = kwargs.get("encoder_outputs")
         self._encoded = None if encoded is None else encoded[0]
+
+    def _note_masks(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A batch may be a tuple, or `loss_fn` may call the model in its own way. The call itself has the masks.
+        named = arguments_by_name(model, args, kwargs)
+        if _masks_of(named):
+            self.start_batch(named)
 
     def keep_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
         self._encoded = output if isinstance(output, Tensor) else output[0]
 
-    def add(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs: Tensor = args[0]
+    def add(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        inputs = input_of(args, kwargs)
+        version = version_of(inputs)
         moment = self._of.get(layer)
         # `_latest` holds the tensor, so no other tensor can take its place in memory and be mistaken for it.
-        if self._latest is not None and self._latest[0] is inputs:
-            latest = self._latest[1]
+        if self._latest is not None and is_unchanged(inputs, *self._latest[:2]):
+            latest = self._latest[2]
             # A new layer joins only after the leader's first call: it has not seen the inputs of earlier ones.
             joins = moment is None and latest.calls == 1
             if joins or (moment is latest and layer is not latest.leader):
                 self._of[layer] = latest
                 latest.followed.add(layer)
                 return
+        new = Sums.of(self._counted(layer, inputs))
         if moment is None:
-            moment = self._of[layer] = _Moment(layer)
+            zeros = Sums(0, torch.zeros_like(new.mean), torch.zeros_like(new.centred))
+            moment = self._of[layer] = _Moment(layer, zeros)
         elif layer is not moment.leader:
             moment = self._leave(layer)
         # The next call of the leader adds an input that these layers have not been given.
         self._let_go(moment)
-        rows = self._counted(layer, inputs)
-        moment.latest = rows.T @ rows
-        moment.total = moment.total + moment.latest
+        moment.settle()
+        moment.latest = new
         moment.calls += 1
         moment.followed.clear()
-        self._latest = inputs, moment
+        self._latest = inputs, version, moment
 
     def _leave(self, layer: nn.Module) -> _Moment:
-        """Let a layer stop following: it gets its own moment, the sum over the inputs that it has seen."""
+        """Let a layer stop following: it gets its own moment, the sums over the inputs that it has seen."""
         shared = self._of[layer]
-        seen = shared.total if layer in shared.followed else shared.total - shared.latest
-        own = self._of[layer] = _Moment(layer, seen, calls=shared.calls)
+        own = self._of[layer] = _Moment(layer, shared.total.copy(), calls=shared.calls)
+        if layer in shared.followed and shared.latest is not None:
+            own.total.add(shared.latest)
         return own
 
     def _let_go(self, moment: _Moment) -> None:
@@ -118,18 +183,17 @@ class Moments:
         counting = self.counting(layer, inputs)
         if counting is not None:
             inputs = inputs[counting]
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        return torch.cat((rows, rows.new_ones(len(rows), 1)), 1) if self.with_mean else rows
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     def counting(self, layer: nn.Module, inputs: Tensor) -> Tensor | None:
         """A boolean for each position of a layer's input: whether it counts. None if all count."""
         # Layers of a decoder see the decoder's tokens, but for keys and values of its cross-attention: these see the
         # encoder's output, so the encoder's mask is theirs.
-        mask = self._mask
+        mask = self._masks.get(MASKS[0])
         if self.encoder is not None and layer not in self._in_encoder and not self._is_encoded(inputs):
-            mask = self._decoder_mask
-        return mask.bool() if mask is not None and mask.shape == inputs.shape[:-1] else None
+            mask = self._masks.get(MASKS[1])
+        return None if mask is None else _fitted(mask.bool(), inputs.shape[:-1])
 
     def _is_encoded(self, inputs: Tensor) -> bool:
         # Models may pass on a view of the encoder's output, which is another object over the same memory.
@@ -137,14 +201,62 @@ class Moments:
         return encoded is not None and inputs.shape == encoded.shape and inputs.data_ptr() == encoded.data_ptr()
 
     def of_layers(self) -> dict[nn.Module, Tensor]:
+        """Give XᵀX, in float64, of each layer that ran; one tensor for layers that always had the same inputs."""
+        products = {}
         for moment in set(self._of.values()):
             self._let_go(moment)
-        return {layer: cast(Tensor, moment.total) for layer, moment in self._of.items()}
+        for moment in set(self._of.values()):
+            moment.settle()
+            products[moment] = moment.total.products(self.with_mean)
+        return {layer: products[moment] for layer, moment in self._of.items()}
 
 
-def _encoder(model: nn.Module) -> nn.Module | None:
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Tensor:
+    """Give the input of a linear layer's call, which may have come by its name, as in `layer(input=x)`."""
+    return cast(Tensor, args[0] if args else next(iter((kwargs or {}).values())))
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """Give autograd's count of in-place changes of a tensor; None for tensors of inference mode, which have none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def is_unchanged(tensor: Tensor, latest: Tensor | None, version: int | None) -> bool:
+    """Whether a tensor is `latest` and was not changed in place since it had that version."""
+    return tensor is latest and version is not None and version_of(tensor) == version
+
+
+def arguments_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the arguments of a model's call by the names that its `forward` has for them, as far as it has names."""
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
+    except TypeError:  # the call itself says what is wrong
+        return dict(kwargs)
+    return {**bound.arguments, **kwargs}
+
+
+def _masks_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Give the masks among a model's arguments, under the names that transformers has for them."""
+    masks = {name: kwargs[name] for name in MASKS if isinstance(kwargs.get(name), Tensor)}
+    padding = kwargs.get(
+        "src_key_padding_mask"
+    )  # of PyTorch's encoders; True, or -inf, says that a position is masked
+    return masks or ({MASKS[0]: padding == 0} if isinstance(padding, Tensor) else {})
+
+
+def _fitted(mask: Tensor, lead: torch.Size) -> Tensor | None:
+    """Give a mask of (batch, positions) in the leading shape of a layer's input; None if it has no such positions."""
+    if mask.shape == lead:
+        return mask
+    if [size for size in lead if size != 1] == [size for size in mask.shape if size != 1]:
+        return mask.reshape(lead)
+    if mask.dim() == 2 and lead == mask.T.shape:  # the layer's inputs are sequence-first
+        return mask.T
+    return mask.flatten() if lead == (mask.numel(),) else None
+
+
+def _encoder(base: Any) -> nn.Module | None:
     """The encoder of an encoder-decoder model, or None."""
-    base: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return None
     encoder = base.get_encoder()  # transformers gives the model itself if it finds no encoder in it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal, cast
 
 import torch
@@ -188,7 +189,13 @@ def check_options(
             raise ValueError(f"{what}={value!r} is unknown; use one of {', '.join(map(repr, known))}.")
     if not callable(cost) and cost not in COSTS:
         raise ValueError(f"cost={cost!r} is unknown; use one of {', '.join(map(repr, COSTS))}, or a function.")
-    if not isinstance(budget, Mapping):
+    if isinstance(budget, Mapping):
+        if not budget or not all(isinstance(name, str) for name in budget):
+            raise ValueError(
+                f"budget={dict(budget)!r} must map the full name of at least one layer, a str, to a rank, as "
+                "{'head.0': 4}."
+            )
+    else:
         _limit(budget, 1.0, "bytes" if isinstance(budget, str) else "parameters")
 
 
@@ -323,11 +330,13 @@ def _limit(budget: float | int | str, before: float, unit: str) -> float:
                 f"{'' if unit == 'bytes' else f', and cannot be one where {unit} are counted'}."
             )
         return float(size)
-    if isinstance(budget, float) and 0 < budget < 1:
+    # numpy's numbers are Real and Integral too.
+    if isinstance(budget, Real) and not isinstance(budget, Integral) and 0 < budget < 1:
         # Parameters, bytes and flops are whole numbers, so a share of them is rounded down.
-        return budget * before if unit == "cost" else math.floor(budget * before)
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 1:
-        return budget
+        share = float(budget) * before
+        return share if unit == "cost" else math.floor(share)
+    if isinstance(budget, Integral) and not isinstance(budget, bool) and budget >= 1:
+        return int(budget)
     raise ValueError(
         f"budget={short_form(budget)} must be a share between 0 and 1, as 0.6, an int of at least 1, or a size in "
         "bytes, as '48MB'."

@@ -63,9 +63,10 @@ def factorize(
         return factorize_linear(module, rank, solver)
 
     done = replace_targets(model, select_targets(linear_layers_and_attentions(model), target_modules), make)
+    made = {model.get_submodule(name) for name in done.replaced}
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(module, LowRankMultiheadAttention) for module in encoder.modules()
+            isinstance(module, LowRankMultiheadAttention) and module in made for module in encoder.modules()
         ):
             # In evaluation mode `TransformerEncoder` reads `self_attn.in_proj_weight` of its first layer to decide on
             # nested tensors. A low-rank attention has no such weight, so nested tensors are switched off.

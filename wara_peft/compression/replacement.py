@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+import torch
+from accelerate.hooks import add_hook_to_module
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..calibration.batches import LossFunction, arguments_of, in_eval_mode
+from ..calibration.batches import OR_LOSS_FN, LossFunction, in_eval_mode, run_model
+from ..calibration.input_moments import input_of, is_unchanged, version_of
 from ..factorized.saved import name_tensors
 from ..messages import first_few
 from .report import Factorization
@@ -74,31 +77,33 @@ class Replacement:
         """
         groups: list[list[str]] = []
         latest: Tensor | None = None
+        version: int | None = None
         seen: set[str] = set()
 
         def note(name: str, inputs: Tensor) -> None:
-            nonlocal latest
+            nonlocal latest, version
             if name in seen:  # a layer that runs several times in a batch has its place by the first run
                 return
             seen.add(name)
-            if inputs is latest:
+            if is_unchanged(inputs, latest, version):
                 groups[-1].append(name)
             else:
                 groups.append([name])
-            latest = inputs
+            latest, version = inputs, version_of(inputs)
 
         handles = [
-            self.targets[name].register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+            self.targets[name].register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: note(name, input_of(args, kwargs)), with_kwargs=True
+            )
             for name in self.ranks
         ]
         try:
-            with in_eval_mode(self.model):
+            with torch.inference_mode(False), torch.no_grad(), in_eval_mode(self.model):
                 batch = send_to_device(batch, next(self.model.parameters()).device)
                 if loss_fn is not None:
                     loss_fn(self.model, batch)
                 else:
-                    args, kwargs = arguments_of(batch)
-                    self.model(*args, **kwargs)
+                    run_model(self.model, batch, OR_LOSS_FN)
         finally:
             for handle in handles:
                 handle.remove()
@@ -180,3 +185,30 @@ def replace_everywhere(model: nn.Module, made: Mapping[Any, nn.Module]) -> None:
             if child in made:
                 setattr(parent, name, made[child])
     name_tensors(model)
+    for old, new in made.items():
+        _move_hooks(old, new)
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Attributes with the hooks of a module on its calls and gradients. Hooks on its state are for the old keys."""
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give a new layer the hooks that users put on the old one. Their handles remove them from the new one."""
+    for attribute in HOOKS:
+        hooks, own = getattr(old, attribute), getattr(new, attribute)
+        # A handle holds the dictionary itself, so the new layer takes it over.
+        hooks.update(own)
+        setattr(new, attribute, hooks)
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+    if hasattr(old, "_hf_hook"):  # accelerate has put it around the layer's forward
+        add_hook_to_module(new, old._hf_hook)

@@ -51,11 +51,16 @@ def truncate(
     check_base(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
     asked = dict(ranks) if isinstance(ranks, Mapping) else dict.fromkeys(layers, ranks)
-    unknown = [repr(name) for name in asked if name not in layers]
-    if unknown or not layers:
+    if not layers:
         raise ValueError(
-            f"{first_few(unknown) if unknown else 'The model'} is no LowRankLinear, and has none. Those of the model "
-            f"are {first_few([repr(name) for name in layers]) if layers else 'none: compress it first'}."
+            f"truncate: the {type(model).__name__} has no LowRankLinear to cut: compress it first, with `compress` "
+            "or `factorize`."
+        )
+    unknown = [repr(name) for name in asked if name not in layers]
+    if unknown:
+        raise ValueError(
+            f"ranks names {first_few(unknown)}, which is no LowRankLinear. Those of the model are "
+            f"{first_few([repr(name) for name in layers])}."
         )
     for name, rank in asked.items():
         check_whole_number("rank", rank, of=f" of {name!r}")

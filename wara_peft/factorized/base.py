@@ -67,9 +67,9 @@ class DownThenUp(nn.Module):
         found: Tensor | None = self.up.bias
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Compute the output of the dense layer that has this weight and bias, (..., n) to (..., m)."""
-        result: Tensor = self.up(self.down(x))
+        result: Tensor = self.up(self.down(input))
         return result
 
     @torch.no_grad()

@@ -67,12 +67,12 @@ class DenseSparseLinear(SparseRows):
         """W, (m, n)."""
         return (self.bases @ self.coefficients.mT).flatten(0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
         # One product with the coefficients of all blocks side by side; W itself is not built.
         blocks = len(self.bases)
         together = self.coefficients.transpose(0, 1).flatten(1)  # (n, m/p · k)
-        hidden = (x @ together.to(x.dtype)).view(*x.shape[:-1], blocks, self.atoms)
+        hidden = (input @ together.to(input.dtype)).view(*input.shape[:-1], blocks, self.atoms)
         result = torch.einsum("...bk,bpk->...bp", hidden, self.bases.to(hidden.dtype)).flatten(-2)
         return result if self.bias is None else result + self.bias.to(result.dtype)
 

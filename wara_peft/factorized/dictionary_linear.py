@@ -54,9 +54,9 @@ class DictionaryLinear(SparseRows):
         """The product C D, (m, n)."""
         return self.coefficients @ self.down.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
-        return functional.linear(self.down(x), self.coefficients, self.bias)
+        return functional.linear(self.down(input), self.coefficients, self.bias)
 
     def appended(self, left: Tensor, right: Tensor) -> DictionaryLinear:
         """A layer whose weight is this layer's weight + left · right, with `left` (m, R) and `right` (R, n).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
@@ -112,9 +113,9 @@ def resolve_rank(rank: int | float, in_features: int, out_features: int) -> int:
     """
     meaning = "the fraction of the break-even rank m·n/(m+n) of a layer with n inputs and m outputs"
     check_whole_number("rank", rank, fraction=meaning)
-    if isinstance(rank, float):
+    if not isinstance(rank, Integral):
         return max(1, int(rank * in_features * out_features / (in_features + out_features)))
-    return rank
+    return int(rank)
 
 
 def linear_shape(module: nn.Linear | Conv1D | LowRankLinear) -> tuple[int, int]:

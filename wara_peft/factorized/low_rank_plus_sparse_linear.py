@@ -108,13 +108,13 @@ class LowRankPlusSparseLinear(Factorized):
     def _scaling(self) -> Tensor:
         return self.alpha.to(self.up.dtype) / self.rank
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m). Under autocast the result has autocast's dtype."""
-        kind = x.device.type
+        kind = input.device.type
         if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+            input = input.to(torch.get_autocast_dtype(kind))
         parts = self.down, self.up, self.values, self.indices
-        result: Tensor = _Product.apply(x, *parts, self._scaling)  # type: ignore[no-untyped-call]
+        result: Tensor = _Product.apply(input, *parts, self._scaling)  # type: ignore[no-untyped-call]
         return result if self.bias is None else result + self.bias.to(result.dtype)
 
     # Without this check, places that come twice would load and compute without an error: their values would add up.

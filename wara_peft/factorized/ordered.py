@@ -27,10 +27,10 @@ class OrderedLowRankLinear(LowRankLinear):
 
     limit: int | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.limit is None:
-            return super().forward(x)
-        hidden = functional.linear(x, self.down.weight[: self.limit])
+            return super().forward(input)
+        hidden = functional.linear(input, self.down.weight[: self.limit])
         return functional.linear(hidden, self.up.weight[:, : self.limit], self.up.bias)
 
     @torch.no_grad()

@@ -79,10 +79,10 @@ class SharedBaseLinear(Factorized):
         product = self.base @ self.coefficients
         return product.T if self.transposed else product
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
         first, second = (self.base.T, self.coefficients.T) if self.transposed else (self.coefficients, self.base)
-        return functional.linear(functional.linear(x, first), second, self.bias)
+        return functional.linear(functional.linear(input, first), second, self.bias)
 
     @torch.no_grad()
     def prune(self, kept: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_argument, check_unwrapped
-from ..calibration.batches import arguments_of, in_eval_mode
+from ..calibration.batches import arguments_of, in_eval_mode, run_model
 from ..calibration.input_moments import Moments
 from ..compiled import on_plain_model
 from ..forms import SubbandFactor
@@ -55,9 +55,9 @@ def initialize_from_data(
     with in_eval_mode(model), moments.watching(layers), torch.no_grad():
         device = next(model.parameters()).device
         for batch in tqdm(dataloader, desc="Inputs of WaRA layers", disable=not show_progress_bar):
-            args, kwargs = arguments_of(send_to_device(batch, device))
-            moments.start_batch(kwargs)
-            model(*args, **kwargs)
+            batch = send_to_device(batch, device)
+            moments.start_batch(arguments_of(batch)[1])
+            run_model(model, batch)
     grams = cast(dict[WaRALayer, Tensor], moments.of_layers())
     _check_inputs(layers, grams)
     # All directions are found before the first A is written, so that an error leaves the adapter as it was.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -17,25 +18,26 @@ from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument
 from ...calibration.batches import (
+    OR_LOSS_FN,
     LossFunction,
     arguments_of,
     groups_within,
     in_eval_mode,
     loss_of,
+    run_model,
     with_frozen_parameters,
-    with_gradient,
 )
-from ...calibration.input_moments import Moments
+from ...calibration.input_moments import Moments, arguments_by_name
+from ...calibration.samples import may_hold_square_mask, refusing_sequence_first, samples_of
 from ...compiled import on_plain_model
 from ...factorized.low_rank_linear import linear_shape
 from ...messages import first_few
 from ..targets import check_base, factorizable_weight, linear_targets, reasons_of, separate_usual
+from .gradient_sums import GradientSums
 from .layer_statistics import LayerStatistics, StatisticsWriter, check_finite, load_statistics, probe_of
 
 KINDS = ("inputs", "gradients", "fisher")
 MAX_BYTES = 2**31
-MAX_PRODUCTS = 2**22
-"""How many products of gradients at two positions are in memory at a time; one sample is never split."""
 
 
 @on_plain_model
@@ -53,24 +55,31 @@ def calibrate(
 ) -> Mapping[str, LayerStatistics]:
     """Run batches through a model and measure the statistics of its linear layers that `compress` needs.
 
-    Batches run in evaluation mode with all parameters frozen. Afterwards the model is as it was before. Sums are in
-    float32, or in the dtype of the inputs if that is wider. Positions that a batch masks by `attention_mask` (or
-    `decoder_attention_mask`) do not count.
+    Batches run in evaluation mode with all parameters frozen. Afterwards the model is as it was before. Products are
+    in float32, or in the dtype of the inputs if that is wider, and sums in float64. Positions that a batch masks by
+    `attention_mask` (or `decoder_attention_mask`) do not count in moments.
+
+    Statistics of gradients are those of the loss of one sample. Each sample of a batch, an entry along dimension 0 of
+    its tensors, runs by itself, so results do not depend on how samples are put into batches.
 
     Args:
         model: the model, of any floating-point dtype, without adapters.
         dataloader: gives batches. A mapping is passed on as keyword arguments, a sequence as positional arguments, and
             a tensor as the only argument.
         statistics: "inputs" for moment and mean of the inputs, "gradients" for the moment of the output's gradients,
-            "fisher" for squared gradients of the weight. The last two need a backward pass; one pass serves all.
+            "fisher" for squared gradients of the weight. The last two need a backward pass for each sample; one pass
+            serves all.
         batches: how many batches to use at most; None takes all.
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer or classifier of a model of transformers.
         loss_fn: takes the model and a batch and gives the loss, a scalar; None takes `model(**batch).loss`.
         max_bytes: how much memory the sums may take. If all layers together need more, they are split into groups,
-            and the batches run once for each group.
+            and the batches run once for each group. Then batches are kept in memory; otherwise each one is fetched
+            when the one before it is done.
         path: a directory to keep the statistics in. Each group is written as soon as it is done, and the returned
-            mapping reads layer by layer from there. None keeps statistics in main memory.
+            mapping reads layer by layer from there. If calibration is interrupted, finished groups stay in the
+            directory, and the next call with the same arguments measures only the others. None keeps statistics in
+            main memory.
         show_progress_bar: show progress over batches.
 
     Returns:
@@ -98,22 +107,26 @@ def calibrate(
     for name, layer in targets.items():
         factorizable_weight(name, layer)
     needed = {name: _bytes_needed(layer, statistics) for name, layer in targets.items()}
-    groups = list(groups_within(max_bytes, needed))
-    # Each group of layers must see the same batches. An iterator gives them only once, and a dataloader may shuffle.
-    kept = list(itertools.islice(dataloader, batches))
-    if not kept:
-        raise ValueError("The dataloader gives no batches.")
+    for _ in groups_within(max_bytes, needed):
+        pass  # this refuses a layer that needs too much before anything is written
     found: dict[str, LayerStatistics] = {}
     with ExitStack() as stack:
-        progress = stack.enter_context(
-            tqdm(total=len(groups) * len(kept), desc="Calibrating", disable=not show_progress_bar)
-        )
         writer = None
         if path is not None:
-            writer = stack.enter_context(StatisticsWriter(path))
-        for group in groups:
+            writer = stack.enter_context(StatisticsWriter(path, statistics))
+            found.update(_finished(writer, targets))
+            needed = {name: size for name, size in needed.items() if name not in found}
+        groups = list(groups_within(max_bytes, needed)) if needed else []
+        count = operator.length_hint(dataloader)
+        count = min(count, batches or count) * len(groups)
+        progress = stack.enter_context(tqdm(total=count or None, desc="Calibrating", disable=not show_progress_bar))
+        kept: list[Any] = []
+        for index, group in enumerate(groups):
             layers = {name: targets[name] for name in group}
-            measured = measure(model, layers, kept, statistics, loss_fn, lambda: progress.update())
+            # Each group of layers must see the same batches. An iterator gives them only once, and a dataloader may
+            # shuffle. So batches are kept, but only if there are further groups.
+            data = kept if index else _batches(dataloader, batches, kept if len(groups) > 1 else None)
+            measured = measure(model, layers, data, statistics, loss_fn, lambda: progress.update())
             if writer is None:
                 found.update(measured)
             else:
@@ -136,10 +149,43 @@ def calibrate(
     return found
 
 
+def _finished(writer: StatisticsWriter, targets: Mapping[str, nn.Module]) -> dict[str, LayerStatistics]:
+    """Give what an interrupted calibration has left, without moments, after a check that it is of these layers.
+
+    Raises:
+        ValueError: a layer is none of these targets, or its weight has changed.
+    """
+    found = {}
+    for name in writer.layers:
+        found[name] = writer.entry(name)
+        layer = cast(Any, targets.get(name))
+        if layer is None or not torch.equal(found[name].probe.float(), probe_of(layer.weight)):
+            raise ValueError(
+                f"path holds unfinished statistics of {name!r}, which is no target, or has other weights now. "
+                "Calibrate with the model and arguments of that time, or remove the directory."
+            )
+    return found
+
+
+def _batches(dataloader: Iterable[Any], most: int | None, kept: list[Any] | None) -> Iterator[Any]:
+    """Give batches as they come, and keep them in a list if there is one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    batch = None
+    for batch in itertools.islice(dataloader, most):
+        if kept is not None:
+            kept.append(batch)
+        yield batch
+    if batch is None:
+        raise ValueError("The dataloader gives no batches.")
+
+
 def measure(
     model: nn.Module,
     layers: Mapping[str, nn.Linear | Conv1D],
-    batches: Collection[Any],
+    batches: Iterable[Any],
     statistics: Collection[str],
     loss_fn: LossFunction | None = None,
     done: Any = lambda: None,
@@ -155,35 +201,22 @@ def measure(
     Raises:
         ValueError: the loss is no scalar, or statistics are not finite.
     """
-    moments = Moments(model, with_mean=True)
+    moments, masks = Moments(model, with_mean=True), Moments(model)
     differentiates = "gradients" in statistics or "fisher" in statistics
-    taps = {name: _GradientSums(name, layer, moments, statistics) for name, layer in layers.items()}
+    taps = {name: GradientSums(name, layer, masks, statistics) for name, layer in layers.items()}
     device = next(model.parameters()).device
-    with ExitStack() as stack:
-        if differentiates:
-            # The caller may be in `inference_mode` or `no_grad`, as `compress` is.
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            for name, tap in taps.items():
-                stack.callback(layers[name].register_forward_hook(tap).remove)
-        else:
-            stack.enter_context(torch.no_grad())
-        stack.enter_context(in_eval_mode(model))
-        stack.enter_context(with_frozen_parameters(model))
-        stack.enter_context(moments.watching(set(layers.values()) if "inputs" in statistics else ()))
+    # The caller may be in `inference_mode`, whose tensors have no gradients and no counter of in-place changes.
+    with torch.inference_mode(False), in_eval_mode(model), with_frozen_parameters(model):
         for batch in batches:
             batch = send_to_device(batch, device)
-            args, kwargs = arguments_of(batch)
-            moments.start_batch(kwargs)
+            if "inputs" in statistics:
+                with torch.no_grad(), moments.watching(set(layers.values())):
+                    for part in samples_of(model, batch) if may_hold_square_mask(batch) else (batch,):
+                        moments.start_batch(arguments_by_name(model, *arguments_of(part)))
+                        # `loss_fn` knows how to call the model; the loss itself is not needed.
+                        run_model(model, part, OR_LOSS_FN) if loss_fn is None else loss_fn(model, part)
             if differentiates:
-                loss = loss_of(model, batch, loss_fn)
-                # Parameters are frozen, so the loss has a gradient only if a target ran in this batch.
-                if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
-            elif loss_fn is None:
-                model(*args, **kwargs)
-            else:  # `loss_fn` knows how to call the model; the loss itself is not needed
-                loss_fn(model, batch)
+                _differentiate(model, batch, layers, taps, masks, loss_fn)
             done()
     sums = moments.of_layers()
     # Layers with the same input, such as q, k and v, have one sum. It is moved to main memory once, and shared there.
@@ -207,67 +240,53 @@ def measure(
     return found
 
 
-class _GradientSums:
-    """Forward hook of a linear layer that sums g gᵀ over positions and Σ_i (∂loss/∂W_ij)² over samples.
+def _differentiate(
+    model: nn.Module,
+    batch: Any,
+    layers: Mapping[str, nn.Module],
+    taps: Mapping[str, GradientSums],
+    masks: Moments,
+    loss_fn: LossFunction | None,
+) -> None:
+    """Run each sample of a batch forward and backward, so that the layers' sums get its gradients.
 
-    g is the gradient of the loss by the layer's output at one position, and a sample is an entry of the batch.
+    A layer's calls and the dimensions of its inputs do not tell which sample they belong to, and the loss of a batch
+    does not tell how it weighs samples. So each sample runs by itself.
     """
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(masks.watching(()))
+        stack.enter_context(refusing_sequence_first(model))
+        for name, tap in taps.items():
+            stack.callback(layers[name].register_forward_hook(tap, with_kwargs=True).remove)
+        for sample in samples_of(model, batch):
+            masks.start_batch(arguments_by_name(model, *arguments_of(sample)))
+            loss = loss_of(model, sample, loss_fn)
+            # Parameters are frozen, so the loss has a gradient only if a target ran in this sample.
+            is_backward = loss.requires_grad and not _is_without_labels(sample, loss)
+            for tap in taps.values():
+                tap.end_forward()
+            if is_backward:
+                loss.backward()  # type: ignore[no-untyped-call]
+            for tap in taps.values():
+                tap.end_sample()
 
-    def __init__(self, name: str, layer: nn.Linear | Conv1D, moments: Moments, statistics: Collection[str]) -> None:
-        self.name, self.moments = name, moments
-        n, m = linear_shape(layer)
-        wide = torch.promote_types(layer.weight.dtype, torch.float32)
-        device = layer.weight.device
-        self.outer = torch.zeros(m, m, dtype=wide, device=device) if "gradients" in statistics else None
-        self.squares = torch.zeros(n, dtype=wide, device=device) if "fisher" in statistics else None
-        self.count = self.samples = 0
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inputs: Tensor = args[0].detach()
-        # The gradient arrives in the backward pass. A later layer may have overwritten the input by then, which only
-        # autograd's version counter shows, as autograd itself does not save inputs of a frozen layer.
-        version = inputs._version
-        counting = self.moments.counting(layer, inputs)
-
-        def add(gradient: Tensor) -> None:
-            if inputs._version != version:
-                raise RuntimeError(f"The input of module {self.name!r} is changed in place after use.")
-            self._add(inputs, gradient, counting)
-
-        return with_gradient(output, add)
-
-    def _add(self, inputs: Tensor, gradient: Tensor, counting: Tensor | None) -> None:
-        samples = len(inputs)
-        g = gradient.reshape(samples, -1, gradient.shape[-1])  # (samples, positions, m)
-        if counting is not None:
-            g = g * counting.reshape(samples, -1, 1)
-        self.count += g.shape[0] * g.shape[1] if counting is None else int(counting.sum())
-        self.samples += samples
-        if self.outer is not None:
-            rows = g.flatten(0, 1).to(self.outer.dtype)
-            self.outer.addmm_(rows.T, rows)
-        if self.squares is not None:
-            x = inputs.reshape(samples, -1, inputs.shape[-1])
-            together = max(1, MAX_PRODUCTS // g.shape[1] ** 2)
-            for some_g, some_x in zip(torch.split(g, together), torch.split(x, together), strict=True):
-                # Σ_i (Σ_t g_ti x_tj)² = x_jᵀ (g gᵀ) x_j. So the (m, n) gradients of samples are never in memory.
-                some_g, some_x = some_g.to(self.squares.dtype), some_x.to(self.squares.dtype)
-                self.squares += torch.bmm(torch.bmm(some_g, some_g.mT), some_x).mul_(some_x).sum((0, 1))
-
-    def results(self) -> tuple[Tensor | None, Tensor | None]:
-        return (
-            None if self.outer is None else (self.outer / max(self.count, 1)).cpu(),
-            None if self.squares is None else (self.squares / max(self.samples, 1)).cpu(),
-        )
+def _is_without_labels(sample: Any, loss: Tensor) -> bool:
+    """Whether the loss is 0 / 0, a mean over no tokens, as for a text of one token. Its gradient counts as zero."""
+    labels = sample.get("labels") if isinstance(sample, Mapping) else None
+    # Of one token's label nothing is left where labels are shifted by one. -100 is the label that losses ignore.
+    return isinstance(labels, Tensor) and bool(loss.isnan()) and int((labels != -100).sum()) < 2
 
 
 def _bytes_needed(layer: nn.Linear | Conv1D, statistics: Collection[str]) -> int:
     n, m = linear_shape(layer)
-    size = torch.promote_types(layer.weight.dtype, torch.float32).itemsize
-    # Three matrices for the inputs are in memory at once: the sum, the products of the last batch, and the new sum.
-    of_inputs = 3 * (n + 1) ** 2 if "inputs" in statistics else 0
-    of_gradients = m**2 if "gradients" in statistics else 0
-    return size * (of_inputs + of_gradients + (n if "fisher" in statistics else 0))
+    double = torch.float64.itemsize
+    # The sum over earlier calls and the sum over the last call are in memory at once.
+    of_inputs = 2 * double * n**2 if "inputs" in statistics else 0
+    # Up to m gradients, in float32, wait beside the sum.
+    of_gradients = (double + double // 2) * m**2 if "gradients" in statistics else 0
+    return of_inputs + of_gradients + (double * n if "fisher" in statistics else 0)
 
 
 def _without_tensors(entry: LayerStatistics) -> LayerStatistics:

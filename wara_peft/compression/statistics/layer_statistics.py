@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from ...disk.checkpoints.directory import written_at_once
 from ...disk.checkpoints.tensors import FLOATS, TensorFile
 
 MANIFEST = "statistics.json"
+UNFINISHED = "unfinished.json"
+"""The manifest of a directory whose calibration was interrupted."""
 PROBED = 16
 """How many entries of a weight are kept with its statistics, to recognise the layer later."""
 
@@ -34,8 +36,10 @@ class LayerStatistics:
         probe: some entries of W, by which the layer is recognised later.
         moment: E[x xᵀ], (n, n), over the positions.
         mean: E[x], (n,), over the positions.
-        gradients: E[g gᵀ], (m, m), over the positions, with g = ∂loss/∂(W x).
-        fisher: Σ_i (∂loss/∂W_ij)², (n,), as a mean over samples; a sample is an entry of a batch.
+        gradients: E[g gᵀ], (m, m), over the positions, with g = ∂loss/∂(W x), where loss is that of one sample.
+        fisher: Σ_i (∂loss/∂W_ij)², (n,), as a mean over samples, where loss is that of one sample.
+
+    Moments are in float64, so that the mean can be taken out of them. Files of version 0.1.0 have float32.
     """
 
     shape: tuple[int, int]
@@ -85,37 +89,82 @@ def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Layer
 class StatisticsWriter:
     """Context manager that writes statistics into a directory, one file at a time.
 
-    The files appear in it together, when the context ends without an error.
+    The files appear in it together, when the context ends. If it ends with an error, or is interrupted, complete files
+    are kept there as unfinished, and a writer with the same `kinds` goes on with them.
+
+    Args:
+        path: the directory.
+        kinds: kinds of statistics that are measured.
+
+    Attributes:
+        layers: shapes, counts, files and keys of the layers that are written, by name.
+
+    Raises:
+        ValueError: `path` holds files already, and they are no unfinished statistics of these kinds.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._at_once: AbstractContextManager[Path] = written_at_once(path)
-        self._layers: dict[str, Any] = {}
-        self._files = 0
+    def __init__(self, path: str | os.PathLike[str], kinds: Collection[str] = ()) -> None:
+        self._old = Path(path)
+        self._kinds = sorted(kinds)
+        self.layers: dict[str, Any] = {}
+        self._files: list[str] = []
+        if (self._old / UNFINISHED).is_file():
+            self._take_over()
+        goes_on = bool(self.layers)
+        self._at_once: AbstractContextManager[Path] = written_at_once(path, "replace" if goes_on else "refuse")
+
+    def _take_over(self) -> None:
+        manifest = read_json(self._old / UNFINISHED)
+        if manifest.get("kinds") != self._kinds:
+            raise ValueError(
+                f"{str(self._old)!r} holds unfinished statistics of kinds {manifest.get('kinds')}, not {self._kinds}. "
+                "Calibrate with these, or remove the directory."
+            )
+        self.layers = _checked(self._old / UNFINISHED, manifest)[0]
+        self._files = sorted({entry["file"] for entry in self.layers.values()})
+
+    def entry(self, name: str) -> LayerStatistics:
+        """Give the shape, count and probe of a layer that the directory had from the beginning."""
+        layers, files = _checked(self._old / UNFINISHED, {"layers": {name: self.layers[name]}})
+        entry = layers[name]
+        (probe,) = files[entry["file"]].read([entry["tensors"]["probe"]])
+        return LayerStatistics(tuple(entry["shape"]), entry["count"], probe)
 
     def __enter__(self) -> StatisticsWriter:
         self._directory = self._at_once.__enter__()
+        for file in self._files:
+            os.link(self._old / file, self._directory / file)
         return self
 
     def add(self, statistics: Mapping[str, LayerStatistics]) -> None:
         """Write the statistics of some layers into a file. A tensor that several layers share is written once."""
-        self._files += 1
-        file = f"statistics-{self._files:05d}.safetensors"
+        file = f"statistics-{len(self._files) + 1:05d}.safetensors"
         key_of: dict[int, str] = {}  # by the `id` of a tensor
         tensors: dict[str, Tensor] = {}
+        added = {}
         for name, entry in statistics.items():
             keys = {}
             for what, tensor in entry.tensors().items():
                 keys[what] = key_of.setdefault(id(tensor), f"{name}.{what}")
                 tensors[keys[what]] = tensor.contiguous()
-            self._layers[name] = {"file": file, "shape": entry.shape, "count": entry.count, "tensors": keys}
+            added[name] = {"file": file, "shape": entry.shape, "count": entry.count, "tensors": keys}
         save_file(tensors, self._directory / file)
+        self._files.append(file)
+        self.layers |= added
 
     def __exit__(self, *error: Any) -> bool | None:
-        if error[0] is None:
-            text = json.dumps({"layers": self._layers}, indent=2)
-            (self._directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        return self._at_once.__exit__(*error)
+        if error[0] is not None and not self.layers:
+            return self._at_once.__exit__(*error)
+        finished = error[0] is None
+        manifest = {"layers": self.layers} if finished else {"kinds": self._kinds, "layers": self.layers}
+        text = json.dumps(manifest, indent=2)
+        (self._directory / (MANIFEST if finished else UNFINISHED)).write_text(text + "\n", encoding="utf-8")
+        # A file that was not written to its end is in no manifest.
+        for file in self._directory.glob("*.safetensors"):
+            if file.name not in self._files:
+                file.unlink()
+        self._at_once.__exit__(None, None, None)
+        return None
 
 
 def load_statistics(path: str | os.PathLike[str]) -> Mapping[str, LayerStatistics]:
@@ -134,40 +183,15 @@ class _SavedStatistics(Mapping[str, LayerStatistics]):
     def __init__(self, path: Path) -> None:
         manifest = path / MANIFEST
         if not manifest.is_file():
-            raise FileNotFoundError(f"There is no file {str(manifest)!r}; `calibrate(..., path=...)` writes it.")
-        layers = read_json(manifest).get("layers")
-        if not isinstance(layers, dict):
-            raise ValueError(f"{str(manifest)!r} has no layers.")
-        self._manifest = str(manifest)
-        self._files: dict[str, TensorFile] = {}
-        self._layers: dict[str, dict[str, Any]] = {}
-        for name, entry in layers.items():
-            self._check(name, entry, path)
-            self._layers[name] = entry
-
-    def _check(self, name: str, entry: Any, path: Path) -> None:
-        # The JSON may come from anyone. A file name with a directory in it could point outside of `path`.
-        try:
-            file, count, keys = entry["file"], entry["count"], entry["tensors"]
-            shape = tuple(entry["shape"])
-            # `isinstance` would take True and False for numbers.
-            are_sizes = all(type(number) is int and number >= 0 for number in (*shape, count))
-            if len(shape) != 2 or not are_sizes or Path(file).name != file or "probe" not in keys:
-                raise TypeError
-            if file not in self._files:
-                if not (path / file).is_file():
-                    raise FileNotFoundError(f"{self._manifest!r} names the file {file!r}, which is not beside it.")
-                self._files[file] = TensorFile(path / file)
-            shapes = _shapes(shape)
-            infos = {what: (shapes[what], self._files[file].tensors[key]) for what, key in keys.items()}
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{self._manifest!r} says of {name!r} what cannot be: {entry!r}.") from error
-        for what, (expected, info) in infos.items():
-            if info.shape != expected or info.dtype not in FLOATS:
-                raise ValueError(
-                    f"{str(path / file)!r} has the {what} of {name!r} with shape {info.shape} and dtype {info.dtype}; "
-                    f"{expected} in floating point was expected. Calibrate again."
-                )
+            stopped = (
+                " Calibration into it was interrupted; call it again, to go on."
+                if (path / UNFINISHED).is_file()
+                else ""
+            )
+            raise FileNotFoundError(
+                f"There is no file {str(manifest)!r}; `calibrate(..., path=...)` writes it.{stopped}"
+            )
+        self._layers, self._files = _checked(manifest, read_json(manifest))
 
     def __getitem__(self, name: str) -> LayerStatistics:
         entry = self._layers[name]
@@ -194,4 +218,46 @@ def check_finite(name: str, entry: LayerStatistics) -> None:
             raise ValueError(
                 f"The {what} of {name!r} is not finite. Look for broken batches or weights, or calibrate in a wider "
                 "dtype."
+            )
+
+
+def _checked(manifest: Path, content: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, TensorFile]]:
+    """Give the entries of layers in a manifest, and the files that they name, after a check of both.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the manifest or a file is broken, or they do not fit each other.
+    """
+    layers = content.get("layers")
+    if not isinstance(layers, dict):
+        raise ValueError(f"{str(manifest)!r} has no layers.")
+    files: dict[str, TensorFile] = {}
+    for name, entry in layers.items():
+        _check_entry(manifest, name, entry, files)
+    return layers, files
+
+
+def _check_entry(manifest: Path, name: str, entry: Any, files: dict[str, TensorFile]) -> None:
+    path = manifest.parent
+    # The JSON may come from anyone. A file name with a directory in it could point outside of `path`.
+    try:
+        file, count, keys = entry["file"], entry["count"], entry["tensors"]
+        shape = tuple(entry["shape"])
+        # `isinstance` would take True and False for numbers.
+        are_sizes = all(type(number) is int and number >= 0 for number in (*shape, count))
+        if len(shape) != 2 or not are_sizes or Path(file).name != file or "probe" not in keys:
+            raise TypeError
+        if file not in files:
+            if not (path / file).is_file():
+                raise FileNotFoundError(f"{str(manifest)!r} names the file {file!r}, which is not beside it.")
+            files[file] = TensorFile(path / file)
+        shapes = _shapes(shape)
+        infos = {what: (shapes[what], files[file].tensors[key]) for what, key in keys.items()}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(manifest)!r} says of {name!r} what cannot be: {entry!r}.") from error
+    for what, (expected, info) in infos.items():
+        if info.shape != expected or info.dtype not in FLOATS:
+            raise ValueError(
+                f"{str(path / file)!r} has the {what} of {name!r} with shape {info.shape} and dtype {info.dtype}; "
+                f"{expected} in floating point was expected. Calibrate again."
             )

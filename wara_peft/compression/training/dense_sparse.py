@@ -89,11 +89,11 @@ class StraightThroughLinear(nn.Module):
         self.fitted_to: Tensor
         self.register_buffer("fitted_to", self._mark())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (..., n) to (..., m)."""
         self.fit()
         passed: Any = _StraightThrough.apply(self.weight, self.factors.weight)  # type: ignore[no-untyped-call]
-        return functional.linear(x, passed, self.bias)
+        return functional.linear(input, passed, self.bias)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # K-SVD chooses by values
     @torch.no_grad()

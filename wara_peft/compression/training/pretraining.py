@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from numbers import Real
 from typing import Any, cast
 
 from torch import nn
@@ -57,11 +58,12 @@ def low_rank_plus_sparse(
     """
     check_argument("low_rank_plus_sparse(model, rank, density)", "model", model, "an nn.Module")
     check_whole_number("rank", rank)
-    if not isinstance(density, float) or not 0 < density < 1:
+    if not isinstance(density, Real) or not 0 < density < 1:
         raise ValueError(
             f"density={density!r} must be a float between 0 and 1: the share of entries of the sparse part. At 0 use "
             "factorize(solver='random'), at 1 the dense model."
         )
+    density = float(density)
     check_base(model)
     seeds = itertools.count(seed)
 

@@ -12,7 +12,7 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ...arguments import check_argument
-from ...calibration.batches import arguments_of, in_eval_mode
+from ...calibration.batches import in_eval_mode, run_model
 from ...compiled import on_plain_model
 from ...factorized.shared_base_linear import SharedBaseLinear, tie_bases
 from ...messages import first_few
@@ -260,8 +260,7 @@ def _block_loss(model: nn.Module, reference: nn.Module, blocks: Sequence[str], b
     handles = [reference.get_submodule(name).register_forward_hook(note(name), with_kwargs=True) for name in blocks]
     try:
         with torch.no_grad():
-            args, kwargs = arguments_of(send_to_device(batch, next(reference.parameters()).device))
-            reference(*args, **kwargs)
+            run_model(reference, send_to_device(batch, next(reference.parameters()).device))
     finally:
         for handle in handles:
             handle.remove()
