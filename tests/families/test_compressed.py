@@ -7,20 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 
 from wara_peft.compression import factorize, load_compressed, save_compressed, to_dense
-from wara_peft.compression.targets import linear_layers_and_attentions
 
 from .models import FAMILIES, Family
 from .test_families import TOLERANCE, build, output
 
-WITHOUT_PLAIN_LAYERS = {"falcon"}
 ELSEWHERE = {"sentence-transformers", "timm", "unet", "dit", "sd3", "flux"}
-OURS = sorted(FAMILIES.keys() - WITHOUT_PLAIN_LAYERS - ELSEWHERE)
+OURS = sorted(FAMILIES.keys() - ELSEWHERE)
 RENAMED = ["vit", "deit", "beit", "dinov2", "swin", "segformer", "vit_mae", "ast", "llava", "gpt_neox"]
 """Families that transformers writes with other names than those of their modules, and fuses no tensor of."""
 
@@ -28,9 +25,7 @@ RENAMED = ["vit", "deit", "beit", "dinov2", "swin", "segformer", "vit_mae", "ast
 def factorised(family: Family) -> PreTrainedModel:
     model = build(family)
     assert isinstance(model, PreTrainedModel)
-    plain = (nn.Linear, Conv1D, nn.MultiheadAttention)
-    names = [name for name, layer in linear_layers_and_attentions(model).items() if type(layer) in plain]
-    assert factorize(model, 0.5, target_modules=names).replaced
+    assert factorize(model, 0.5).replaced
     return model
 
 
