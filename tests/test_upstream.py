@@ -105,7 +105,7 @@ UPSTREAM = {
         "5.23.0",
         [
             (transformers.AutoModelForCausalLM, "_model_mapping"),
-            (transformers.PreTrainedModel, "_init_weights _tied_weights_keys"),
+            (transformers.PreTrainedModel, "_init_weights _keys_to_ignore_on_save _tied_weights_keys"),
             (MixtralExperts(transformers.MixtralConfig(**TINY)), "_is_expert_parallel"),
         ],
         {},
@@ -157,8 +157,11 @@ PYTHON = [
 ]
 """Attributes by which a member is added to PEFT's enumeration; Python 3.13 has one more, which is looked for."""
 SINCE_PYTHON_3_13 = {"_hashable_values_"}
-OURS = {"_added_by_wara_peft", "_asks_the_tuner", "_reparametrizes", "_use_nested_tensor_without_adapters"}
-"""Attributes that we put on objects of others."""
+OURS = {
+    *("_added_by_wara_peft", "_asks_the_tuner", "_marks", "_reparametrizes", "_use_nested_tensor_without_adapters"),
+    *("_is_hf_initialized", "_weight_conversions"),
+}
+"""Attributes that we put on objects of others; the last two are transformers' own, which no class has."""
 
 OWNERS = [*(pair for seen in UPSTREAM.values() for pair in seen.names), *PYTHON]
 OVERRIDDEN = [
