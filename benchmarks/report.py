@@ -72,6 +72,12 @@ def target_rows() -> list[tuple[str, Value, str, bool]]:
     saved = [row for row in memory["saved_for_backward"] if row["variant"] in ("WaRA haar L1", "WaRA db4 L3")]
     worst = max(saved, key=lambda row: row["to_lora_of_same_rank"])
     rows.append(("bytes saved for backward / LoRA of the same R (worst)", worst["to_lora_of_same_rank"], 1.01))
+    inside = [row for row in load("reparametrized")["training_step"] if "reparametrised" in row["variant"]]
+    worst = (min(row["ratio"] for row in inside), max(row["ratio"] for row in inside))
+    name = "training step of one decoder layer, widths 256 to 1536, LoRA r=16 reparametrised / plain"
+    rows.append((name, worst, 1.05))
+    frozen = load("reparametrized")["generate"]["LoRA r=16, reparametrised"]["ratio"]
+    rows.append(("`generate` inside `frozen_factors`, LoRA r=16 reparametrised / plain", frozen, 1.05))
     tokens = decode["one_token"]
     rows.append(("decoding a token inside `frozen_factors` / LoRA r=16", tokens["WaRA haar L1"]["ratio"], 1.02))
     name = "the same outside of it (reported, no target)"

@@ -157,8 +157,13 @@ class ComputedWeight(Tensor):
         return tree_map_only(Tensor, as_seen, result)
 
 
-def read_weight(source: WeightSource) -> ComputedWeight:
-    """The weight of a factor, with a node in the autograd graph if gradients are recorded."""
+def read_weight(source: WeightSource, sample: Tensor) -> ComputedWeight:
+    """The weight of a factor, with a node in the autograd graph if gradients are recorded.
+
+    Args:
+        source: the factor.
+        sample: its `sample()`.
+    """
     weight: ComputedWeight
     if torch.is_grad_enabled():
         coefficients = source.coefficients()
@@ -167,7 +172,7 @@ def read_weight(source: WeightSource) -> ComputedWeight:
             weight.is_layers = True
             return weight
     # Without a graph one tensor serves all reads, as it has no values. Making it takes longer than the rest of a read.
-    sample, known = source.sample(), source.last_read
+    known = source.last_read
     if (
         known is not None
         and known[0].own_dtype is sample.dtype

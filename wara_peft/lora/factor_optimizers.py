@@ -7,10 +7,10 @@ else without a word; and (A Aᵀ)⁻¹ mixes components of different bands, so t
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 from weakref import WeakSet
 
-from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -31,7 +31,9 @@ def refuse_factor_optimizers(layer: nn.Module) -> None:
 
 def _refuse(optimizer: Optimizer, *_: Any) -> None:
     is_riemannian = "RiemannianPreconditioned" in type(optimizer).__name__
-    if not is_riemannian and not isinstance(optimizer, LoraFAOptimizer):
+    # PEFT's optimizers import a part of Trainer, which importing this package must not. Who has one has imported them.
+    lorafa = sys.modules.get("peft.optimizers.lorafa")
+    if not is_riemannian and (lorafa is None or not isinstance(optimizer, lorafa.LoraFAOptimizer)):
         return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     # A layer that is plain again has parameters of its own.

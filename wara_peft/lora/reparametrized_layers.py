@@ -86,10 +86,10 @@ class ReparametrizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Â or B̂. Reads are differentiable, and writes reach the coefficients: see `computed_weight`."""
-        is_traced = torch.compiler.is_compiling() or is_transformed()
-        if is_traced or isinstance(self.sample(), FakeTensor):
+        sample = self.sample()
+        if torch.compiler.is_compiling() or is_transformed() or isinstance(sample, FakeTensor):
             return self._as_weight(self.factor())
-        return read_weight(self)
+        return read_weight(self, sample)
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -107,7 +107,8 @@ class ReparametrizedLayer(nn.Module):
 
     def sample(self) -> Tensor:
         """One of the coefficients, which tells dtype, device and whether they train."""
-        for rows in self.factor._parameters.values():  # this runs for each factor in every forward of LoRA
+        # PEFT asks for the dtype in every forward, so this goes the short way.
+        for rows in self._modules[FACTOR]._parameters.values():  # type: ignore[union-attr]
             return rows  # type: ignore[return-value]  # none is None
         return self.coefficients()[0]
 
