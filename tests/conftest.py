@@ -4,6 +4,7 @@ import getpass
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +22,14 @@ torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What one test compiles, with graph breaks or without, is nothing to the next."""
+    yield
+    if request.node.get_closest_marker("compiler"):
+        torch.compiler.reset()
 
 
 @pytest.fixture
