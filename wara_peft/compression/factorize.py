@@ -34,7 +34,8 @@ def factorize(
     The model is changed only after all replacements were made without an error.
 
     A factorised model trains as before. What `save_pretrained` writes of a model of transformers, `from_pretrained`
-    loads; `load_factorized` loads the state dict of any other model. Adapters go on after factorising. Source: Cahyawijaya et al., "Greenformers", arXiv 2108.10808.
+    loads; `load_factorized` loads the state dict of any other model. Adapters go on after factorising. Source:
+    Cahyawijaya et al., "Greenformers", arXiv 2108.10808.
 
     Args:
         model: any module that contains linear layers.

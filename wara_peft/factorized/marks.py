@@ -1,9 +1,8 @@
 """Marks in the files of a model with factorised layers: nothing that only knows dense layers loads such files.
 
-`config.json` gets a `quantization_config`, which has transformers call our quantizer. Without this package transformers
-only warns of an unknown method, draws random weights for dense layers, and goes on. So the tensors beside the config
-have an empty tensor under the name of each dense weight. A loader that looks for the weight finds one of a wrong
-shape, and stops.
+`config.json` gets a `quantization_config`, so that transformers calls our quantizer. Without this package transformers
+only warns of an unknown method, draws random weights for dense layers, and goes on. So the files also have an empty
+tensor under the name of each dense weight. A loader that looks for the weight finds one of a wrong shape, and stops.
 """
 
 from __future__ import annotations
@@ -30,6 +29,10 @@ class FactorizedConfig(QuantizationConfigMixin):
 
     def __init__(self, **_: Any) -> None:
         super().__init__(METHOD)  # type: ignore[arg-type]  # transformers has an enum for its own methods
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Give an attribute. `from_pretrained(path, config=model.config)` reads the entry as if it came from JSON."""
+        return getattr(self, name, default)
 
 
 def quantization_of(config: PreTrainedConfig) -> Any:
@@ -65,7 +68,7 @@ class WriteMark(ConversionOps):
 
 
 def mark_files(model: nn.Module, parts: set[str], kinds: tuple[type[nn.Module], ...]) -> None:
-    """Let `save_pretrained` of a model, and of its submodels, write marks and the names that tensors have in the model.
+    """Let `save_pretrained` of a model and of its submodels write marks, and tensors under their names in the model.
 
     See `write_names_of_modules` for why the names are those. Dense models are written as transformers does it.
 
