@@ -84,6 +84,7 @@ class WithAttention(PreTrainedModel):
 
 def test_what_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine")
     model = llama()
     factorize(model, 0.5)
     before = list(model.modules())
