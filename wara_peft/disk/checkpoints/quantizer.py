@@ -28,10 +28,8 @@ class FactorizedQuantizer(HfQuantizer):
     is_trainable = True
     """What transformers asks of a quantizer; a loaded model no longer has one."""
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
-    ) -> None:
-        files = [Path(file) for file in checkpoint_files or ()]
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if not files or any(file.suffix != ".safetensors" for file in files):
             raise ValueError(
                 "Only safetensors tell which layers of a compressed model are factorised, and transformers gives "
@@ -40,7 +38,7 @@ class FactorizedQuantizer(HfQuantizer):
             )
         put_in_place(model, {key: info.shape for file in files for key, info in TensorFile(file).tensors.items()})
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # The layers train, change their dtype and compile as dense ones do, which transformers would not let a
         # quantized model do.
         self.remove_quantization_config(model)
