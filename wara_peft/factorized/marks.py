@@ -77,20 +77,19 @@ def mark_files(model: nn.Module, parts: set[str], kinds: tuple[type[nn.Module], 
         parts: names of tensors, of which each factorised layer has exactly one.
         kinds: classes of factorised layers.
     """
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        own, config = vars(module), module.config
-        if any(isinstance(layer, kinds) for layer in module.modules()):
-            # Saving undoes the conversions of loading, in place of which it gets these.
-            own["_weight_conversions"] = [_writing(part, kinds) for part in sorted(parts)]
-            if quantization_of(config) is None:
-                config.quantization_config = FactorizedConfig()
-        else:
-            if own.get("_weight_conversions") == [] or _is_ours(own.get("_weight_conversions")):
-                del own["_weight_conversions"]
-            if hasattr(config, "quantization_config") and quantization_of(config) is None:
-                del config.quantization_config
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    factorized = [module for module in models if any(isinstance(layer, kinds) for layer in module.modules())]
+    # A dense body may have the same config as the model with its factorised head, so marks come after unmarking.
+    for module in models:
+        if _is_ours(vars(module).get("_weight_conversions")):
+            del vars(module)["_weight_conversions"]
+        if "quantization_config" in vars(module.config) and quantization_of(module.config) is None:
+            del module.config.quantization_config
+    for module in factorized:
+        # Saving undoes the conversions of loading, in place of which it gets these.
+        vars(module)["_weight_conversions"] = [_writing(part, kinds) for part in sorted(parts)]
+        if quantization_of(module.config) is None:
+            module.config.quantization_config = FactorizedConfig()
 
 
 def _writing(part: str, kinds: tuple[type[nn.Module], ...]) -> WeightConverter:
@@ -99,7 +98,10 @@ def _writing(part: str, kinds: tuple[type[nn.Module], ...]) -> WeightConverter:
 
 
 def _is_ours(conversions: list[Any] | None) -> bool:
-    return any(isinstance(op, WriteMark) for entry in conversions or () for op in getattr(entry, "operations", ()))
+    """Whether conversions come from here or from `write_names_of_modules`."""
+    return conversions is not None and all(
+        isinstance(op, WriteMark) for entry in conversions for op in getattr(entry, "operations", (None,))
+    )
 
 
 class SkipsMark(nn.Module):

@@ -33,8 +33,15 @@ from tests.compression.disk.test_names import METHODS, equal
 from tests.compression.models import batches, bert, llama, vit
 from tests.forked_python import run_python
 from wara_peft import WaRAConfig
-from wara_peft.compression import LowRankLinear, factorize, load_compressed, save_compressed, to_dense
-from wara_peft.factorized.saved import FACTORIZED
+from wara_peft.compression import (
+    LowRankLinear,
+    factorize,
+    factorize_linear,
+    load_compressed,
+    save_compressed,
+    to_dense,
+)
+from wara_peft.factorized.saved import FACTORIZED, name_tensors
 
 WRITERS: dict[str, Callable[[PreTrainedModel, Path], object]] = {
     "save_compressed": save_compressed,
@@ -96,6 +103,16 @@ def test_a_body_of_a_model_with_a_head(tmp_path: Path) -> None:
         assert equal(body, model.bert)
     model.bert.save_pretrained(tmp_path / "b")
     assert equal(AutoModel.from_pretrained(tmp_path / "b"), model.bert)
+
+
+def test_a_factorised_head_on_a_dense_body(tmp_path: Path) -> None:
+    """Both have one config."""
+    model = bert()
+    model.classifier = factorize_linear(model.classifier, 1)
+    name_tensors(model)
+    model.save_pretrained(tmp_path)
+    assert equal(AutoModelForSequenceClassification.from_pretrained(tmp_path), model)
+    assert equal(AutoModel.from_pretrained(tmp_path), model.bert)
 
 
 def test_pipelines(tmp_path: Path) -> None:
