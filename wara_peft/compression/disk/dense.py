@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ def to_dense(
     if path is not None:
         _check_writable(model, names, classes)
     # The directory comes first, as it may be refused, and the model must not be changed then.
-    mode = "replace" if overwrite else "refuse"
+    mode: Literal["replace", "refuse"] = "replace" if overwrite else "refuse"
     with nullcontext() if path is None else written_at_once(path, mode) as directory:
         before = _sizes(model)
         # A dict, so that a layer with several names is made dense once and stays one layer.
@@ -128,7 +128,7 @@ def _dense(layer: Any, transposed: bool) -> nn.Module:
     if not transposed:
         return made
     with torch.device("meta"):
-        conv = Conv1D(made.out_features, made.in_features)
+        conv = Conv1D(made.out_features, made.in_features)  # type: ignore[no-untyped-call]
     conv.weight = nn.Parameter(made.weight.detach().T.contiguous())
     # A Conv1D always has a bias.
     conv.bias = made.bias if made.bias is not None else nn.Parameter(made.weight.new_zeros(made.out_features))
