@@ -31,6 +31,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.quantizers.base import HfQuantizer
 
 import wara_peft
 from docs.layout import files
@@ -106,9 +107,15 @@ UPSTREAM = {
         [
             (transformers.AutoModelForCausalLM, "_model_mapping"),
             (transformers.PreTrainedModel, "_init_weights _keys_to_ignore_on_save _tied_weights_keys"),
+            (transformers.PreTrainedModel, "_keys_to_ignore_on_load_unexpected"),
             (MixtralExperts(transformers.MixtralConfig(**TINY)), "_is_expert_parallel"),
         ],
-        {},
+        {
+            HfQuantizer: {
+                "_process_model_after_weight_loading": "model kwargs",
+                "_process_model_before_weight_loading": "model kwargs",
+            }
+        },
     ),
     "torch": Seen(
         "2.13.0",
@@ -159,7 +166,7 @@ PYTHON = [
 SINCE_PYTHON_3_13 = {"_hashable_values_"}
 OURS = {
     *("_added_by_wara_peft", "_asks_the_tuner", "_marks", "_reparametrizes", "_use_nested_tensor_without_adapters"),
-    *("_is_hf_initialized", "_weight_conversions"),
+    *("_is_hf_initialized", "_is_quantized", "_weight_conversions"),
 }
 """Attributes that we put on objects of others; the last two are transformers' own, which no class has."""
 

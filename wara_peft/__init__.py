@@ -16,6 +16,7 @@ registration.peft_type()
 
 from .allocation import allocate_ranks  # noqa: E402
 from .config import WaRAConfig  # noqa: E402
+from .disk.checkpoints import quantizer as _quantizer  # noqa: E402, F401  # registers itself with transformers
 from .forms import frozen_factors  # noqa: E402
 from .lora.automatic import obey_environment  # noqa: E402
 from .lora.export import lora_error, save_as_lora, to_lora  # noqa: E402

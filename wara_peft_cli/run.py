@@ -1,4 +1,4 @@
-"""`wara-peft run`: runs a program that does not import `wara_peft`, so that its PEFT can load WaRA adapters.
+"""`wara-peft run`: lets a program that does not import `wara_peft` load WaRA adapters and compressed models.
 
 With `--reparametrize-lora` every LoRA that trains in the program does so in the wavelet domain.
 """
@@ -52,7 +52,7 @@ def run(
         int | None, typer.Option(min=1, help="With --reparametrize-lora: number of levels; 1 if left out.")
     ] = None,
 ) -> None:
-    """Run a program, and all that it starts, in which PEFT loads WaRA adapters though nothing imports wara_peft."""
+    """Run a program that can load WaRA adapters and compressed models, though nothing in it imports wara_peft."""
     chosen = {"wavelet": wavelet, "levels": levels}
     settings = {name: value for name, value in chosen.items() if value is not None}
     if settings and not reparametrize_lora:
@@ -120,7 +120,7 @@ def command(program: str, arguments: Sequence[str], is_module: bool) -> list[str
 
 
 def environment(before: Mapping[str, str], reparametrize_lora: Mapping[str, object] | None = None) -> dict[str, str]:
-    """An environment in which every Python imports `wara_peft` right after `peft`.
+    """An environment in which every Python imports `wara_peft` right after `peft`, or for a compressed model.
 
     Programs hand their environment on, so this holds for all processes below the first one.
 

@@ -18,6 +18,7 @@ from peft import PeftModel, get_peft_model
 from tests.forked_python import run_python
 from tests.training_run import base_model, logits
 from wara_peft import WaRAConfig
+from wara_peft.compression import factorize
 from wara_peft_cli.run import STARTUP, command, environment
 
 COMMAND = Path(sys.executable).parent / "wara-peft"
@@ -96,6 +97,31 @@ def test_a_script_loads_the_adapter(made, tmp_path):
     result = run(made / "loader.py", made / "base", made / "adapter", tmp_path / "logits.pt", "here")
     assert result.returncode == 0, result.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt"), torch.load(made / "expected.pt"))
+
+
+# Loads a compressed model through transformers, which does not import PEFT, and writes the logits.
+COMPRESSED = """
+import sys
+import torch
+from transformers import AutoModelForSequenceClassification, pipeline
+assert "peft" not in sys.modules and "wara_peft" not in sys.modules
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(1, 25).view(4, 6)).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_script_loads_a_compressed_model(tmp_path):
+    model = base_model()
+    factorize(model, 0.5)
+    model.save_pretrained(tmp_path / "compressed")
+    program = written(tmp_path / "program.py", COMPRESSED)
+    words = (program, tmp_path / "compressed", tmp_path / "logits.pt")
+    assert run_python(*words).returncode != 0 and not (tmp_path / "logits.pt").exists()
+    result = run(*words)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model))
 
 
 @pytest.mark.slow

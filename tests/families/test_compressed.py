@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ def factorised(family: Family) -> PreTrainedModel:
     return model
 
 
-def loaded_from(path: Path) -> PreTrainedModel:
-    model = load_compressed(path, dtype=torch.float64).requires_grad_(False)
+def loaded_from(path: Path, load: Callable[..., PreTrainedModel] = load_compressed) -> PreTrainedModel:
+    model = load(path, dtype=torch.float64).requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "config"):
             module.config._experts_implementation = "eager"  # the others know no float64 on CPUs
@@ -59,6 +60,7 @@ def test_loads_to_the_bit_in_a_fresh_model(name: str, tmp_path: Path) -> None:
     assert_same(loaded, state, expected, family)
     loaded.save_pretrained(tmp_path / "b")  # as `Trainer` does
     assert_same(loaded_from(tmp_path / "b"), state, expected, family)
+    assert_same(loaded_from(tmp_path / "b", type(model).from_pretrained), state, expected, family)
 
 
 @pytest.mark.slow

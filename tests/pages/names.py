@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -169,6 +169,8 @@ def compression() -> Names:
         "dataloader": labelled_batches(),
         "language_model": llama().eval(),
         "prompt": {"input_ids": TOKENS},
+        "network": nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12)),
+        "dense_network": nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 12)),
     }
 
 

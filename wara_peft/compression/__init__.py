@@ -12,7 +12,9 @@ from ..factorized import (
     factorize_linear,
 )
 from .compress import compress
+from .disk.dense import DenseLayers, to_dense
 from .disk.model import load_compressed, save_compressed
+from .disk.state_dict import load_factorized
 from .factorize import factorize
 from .kv_cache import LowRankCache, cache_bases
 from .report import CompressionReport, Factorization, LayerReport
@@ -21,13 +23,14 @@ from .statistics.layer_statistics import LayerStatistics, load_statistics, save_
 from .text_head import LowRankTextHead
 from .training.dense_sparse import StraightThroughFactorizer, StraightThroughLinear, dense_sparse, straight_through
 from .training.ordered import OrderedRankTraining, ordered_low_rank
-from .training.pretraining import low_rank_plus_sparse, to_dense
+from .training.pretraining import low_rank_plus_sparse
 from .training.shared_base import minimise_block_errors, share_bases
 from .training.trained_rank_pruning import TrainedRankPruning
 from .truncate import truncate
 
 __all__ = [
     "CompressionReport",
+    "DenseLayers",
     "DenseSparseLinear",
     "DictionaryLinear",
     "Factorization",
@@ -52,6 +55,7 @@ __all__ = [
     "factorize_conv",
     "factorize_linear",
     "load_compressed",
+    "load_factorized",
     "load_statistics",
     "low_rank_plus_sparse",
     "minimise_block_errors",

@@ -9,6 +9,7 @@ from ..arguments import check_argument
 from ..attention import LowRankMultiheadAttention
 from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import Solver, check_solver, factorize_linear, linear_shape, resolve_rank
+from ..factorized.saved import use_no_nested_tensors
 from .replacement import replace_targets
 from .report import Factorization
 from .targets import check_base, linear_layers_and_attentions, select_targets
@@ -32,9 +33,9 @@ def factorize(
     and unusual layers, whose class computes something else than W x + b or whose weight is parametrized.
     The model is changed only after all replacements were made without an error.
 
-    A factorised model trains as before. To load its state dict, factorise a model of the same architecture in the same
-    way first (`solver="random"` is quick) and call `load_state_dict`; `from_pretrained` does not know of the factors.
-    Adapters go on after factorising. Source: Cahyawijaya et al., "Greenformers", arXiv 2108.10808.
+    A factorised model trains as before. What `save_pretrained` writes of a model of transformers, `from_pretrained`
+    loads; `load_factorized` loads the state dict of any other model. Adapters go on after factorising. Source:
+    Cahyawijaya et al., "Greenformers", arXiv 2108.10808.
 
     Args:
         model: any module that contains linear layers.
@@ -64,13 +65,7 @@ def factorize(
 
     done = replace_targets(model, select_targets(linear_layers_and_attentions(model), target_modules), make)
     made = {model.get_submodule(name) for name in done.replaced}
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(module, LowRankMultiheadAttention) and module in made for module in encoder.modules()
-        ):
-            # In evaluation mode `TransformerEncoder` reads `self_attn.in_proj_weight` of its first layer to decide on
-            # nested tensors. A low-rank attention has no such weight, so nested tensors are switched off.
-            encoder.use_nested_tensor = False
+    use_no_nested_tensors(model, {module for module in made if isinstance(module, LowRankMultiheadAttention)})
     return done
 
 

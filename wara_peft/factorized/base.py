@@ -7,10 +7,12 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .marks import SkipsMark
+
 Made = TypeVar("Made", bound=nn.Module)
 
 
-class Factorized(nn.Module):
+class Factorized(SkipsMark):
     """A linear layer whose weight W, (m, n), is made of smaller tensors: y = W x + b.
 
     Args:
@@ -48,7 +50,7 @@ class Factorized(nn.Module):
         return ", ".join([*sizes, f"bias={self.bias is not None}"])
 
 
-class DownThenUp(nn.Module):
+class DownThenUp(SkipsMark):
     """A layer that maps down to r features, or channels, and up again.
 
     Attributes:

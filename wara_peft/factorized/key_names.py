@@ -62,10 +62,3 @@ def write_names_of_modules(model: nn.Module) -> None:
         if isinstance(module, PreTrainedModel):
             # An empty list says that loading has converted nothing, so saving has nothing to undo.
             vars(module)["_weight_conversions"] = []
-
-
-def write_names_of_transformers(model: nn.Module) -> None:
-    """Undo `write_names_of_modules`."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and vars(module).get("_weight_conversions") == []:
-            del vars(module)["_weight_conversions"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .dense_sparse_linear import DenseSparseLinear
 from .dictionary_linear import DictionaryLinear
-from .key_names import names_on_loading, write_names_of_modules, write_names_of_transformers
+from .key_names import names_on_loading
 from .low_rank_conv import CONVOLUTIONS, Convolution, LowRankConv
 from .low_rank_linear import LowRankLinear, linear_shape
 from .low_rank_plus_sparse_linear import LowRankPlusSparseLinear
+from .marks import MARK, mark_files
 from .shared_base_linear import SharedBaseLinear, tie_bases
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -135,17 +138,20 @@ def put_in_place(model: nn.Module, shapes: Shapes) -> list[str]:
         for name in names[1:]:
             ties |= {f"{name}.{part}": f"{names[0]}.{part}" for part, _ in factorised.named_parameters()}
         replaced += names
+    if isinstance(model, PreTrainedModel):
+        # The new layers have no such tensors, and need none.
+        expected = vars(model).get("_keys_to_ignore_on_load_unexpected") or ()
+        marks = {rf"(^|\.){re.escape(name.removeprefix(f'{prefix}.'))}\.weight$" for name in replaced}
+        vars(model)["_keys_to_ignore_on_load_unexpected"] = {*expected, *marks}
     tie_bases(model)
     name_tensors(model)
     return replaced
 
 
 def name_tensors(model: nn.Module) -> None:
-    """Let transformers write a model with factorised layers under the names of its modules, and others as it does."""
-    if any(isinstance(module, FACTORIZED) for module in model.modules()):
-        write_names_of_modules(model)
-    else:
-        write_names_of_transformers(model)
+    """Let transformers write a model with factorised layers with marks and names of its modules, others as it does."""
+    parts = {min(kind.parts) for kind in (*LINEAR_KINDS.values(), *CONVOLUTION_KINDS.values())}
+    mark_files(model, parts, FACTORIZED)
 
 
 def _with_and_without(prefix: str, name: str) -> tuple[str, str, str]:
@@ -155,6 +161,7 @@ def _with_and_without(prefix: str, name: str) -> tuple[str, str, str]:
 
 def _open(model: nn.Module, prefix: str, shapes: Shapes) -> None:
     """Replace modules in `OPENED` whose linear layers have factors in the checkpoint."""
+    opened = set()
     for parent_name, parent in list(model.named_modules()):
         for attribute, module in list(parent.named_children()):
             if type(module) not in OPENED:
@@ -162,10 +169,24 @@ def _open(model: nn.Module, prefix: str, shapes: Shapes) -> None:
             for key in _with_and_without(prefix, f"{parent_name}.{attribute}".removeprefix(".")):
                 down = shapes.get(f"{key}.q_proj.down.weight")
                 if down is not None:
-                    setattr(parent, attribute, OPENED[type(module)](module, _size(down, 0)))
+                    made = OPENED[type(module)](module, _size(down, 0))
+                    setattr(parent, attribute, made)
+                    opened.add(made)
                     # Transformers would draw values for tensors that the old module had.
                     vars(parent)["_is_hf_initialized"] = True
                     break
+    use_no_nested_tensors(model, opened)
+
+
+def use_no_nested_tensors(model: nn.Module, attentions: Container[nn.Module]) -> None:
+    """Switch nested tensors off in PyTorch's encoders that have one of these attentions.
+
+    In evaluation mode `TransformerEncoder` reads `self_attn.in_proj_weight` of its first layer to decide on nested
+    tensors. An attention that was replaced has no such weight.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(module in attentions for module in encoder.modules()):
+            encoder.use_nested_tensor = False
 
 
 def kinds_and_sizes(model: nn.Module) -> dict[str, dict[str, object]]:
@@ -197,7 +218,7 @@ def _of(key: str, layer: Dense, shapes: Shapes) -> nn.Module | None:
     if not complete:
         return None
     known = kinds[complete[0]]
-    if len(complete) > 1 or f"{key}.weight" in shapes:
+    if len(complete) > 1 or shapes.get(f"{key}.weight", MARK) != MARK:
         raise ValueError(f"{key!r} has factors of several kinds in the checkpoint, or a dense weight beside them.")
     own = {part: shapes[f"{key}.{part}"] for part in known.parts}
     try:

@@ -21,7 +21,7 @@ from wara_peft.compression import (
     save_compressed,
     to_dense,
 )
-from wara_peft.compression.training.pretraining import FACTORIZED
+from wara_peft.factorized.saved import FACTORIZED
 
 
 def converted(seed: int = 0) -> nn.Module:

@@ -7,6 +7,7 @@ tensors. No file is trusted: each is checked before its content is used.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from ...disk.checkpoints.skeleton import Skeleton, keys_of_parameters
 from ...factorized import DenseSparseLinear, DictionaryLinear, LowRankPlusSparseLinear, SharedBaseLinear
 from ...factorized.key_names import missing_names
 from ...factorized.low_rank_plus_sparse_linear import check_places
+from ...factorized.marks import quantization_of
 from ...factorized.saved import FACTORIZED, kinds_and_sizes, name_tensors, put_in_place
 from ...factorized.sparse_rows import unpack_bits
 from ...messages import first_few
@@ -143,8 +145,8 @@ def load_compressed(
     skeleton = Skeleton(checkpoint)
     chosen = model_class_of(skeleton) if model_class is None else model_class
     empty = skeleton.make(chosen)
-    _check_fit(checkpoint, empty)
     _check_record(base, record, kinds_and_sizes(empty))
+    _check_fit(checkpoint, empty)
     shapes = skeleton.shapes
 
     # `from_pretrained` makes the model itself and then fills in tensors by name. With this subclass the factorised
@@ -157,6 +159,10 @@ def load_compressed(
     # transformers looks up some things, such as conversions of weights, by the name of the class.
     Factorised.__name__, Factorised.__qualname__ = chosen.__name__, chosen.__qualname__
     Factorised.__module__ = chosen.__module__
+    if kwargs.get("quantization_config") is not None and quantization_of(skeleton.config) is None:
+        # Transformers takes one quantizer, and this subclass does what ours would do.
+        kwargs["config"] = copy.deepcopy(kwargs.get("config", skeleton.config))
+        vars(kwargs["config"]).pop("quantization_config", None)
     with skeleton.limited():
         model, info = Factorised.from_pretrained(
             base, output_loading_info=True, local_files_only=True, use_safetensors=True, **kwargs

@@ -1,10 +1,9 @@
-"""Pretraining with linear layers of a low-rank and a sparse part, and turning factorised layers into dense ones."""
+"""Pretraining with linear layers of a low-rank and a sparse part."""
 
 from __future__ import annotations
 
 import itertools
 from numbers import Real
-from typing import Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -12,12 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from ...arguments import check_argument, check_whole_number
 from ...compiled import on_plain_model
 from ...factorized import LowRankPlusSparseLinear
-from ...factorized.saved import FACTORIZED
-from ...messages import first_few
-from ..replacement import replace_everywhere, replace_targets
+from ..replacement import replace_targets
 from ..report import Factorization
 from ..targets import check_base, linear_targets, weight_of
-from .dense_sparse import StraightThroughLinear
 
 
 @on_plain_model
@@ -82,32 +78,3 @@ def low_rank_plus_sparse(
         return new
 
     return replace_targets(model, linear_targets(model, target_modules), make)
-
-
-@on_plain_model
-def to_dense(model: nn.Module) -> list[str]:
-    """Replace all factorised layers of a model, in place, by linear layers and convolutions of the same weight.
-
-    Use it for deployment where dense layers are faster, or where a program only knows dense layers. A layer that was a
-    `Conv1D` becomes an `nn.Linear`, whose weight is transposed. So `from_pretrained` cannot load such a model (GPT-2).
-
-    Returns:
-        Names of the layers replaced.
-
-    Raises:
-        ValueError: the model has no factorised layer, has a `StraightThroughLinear`, or has PEFT adapters.
-    """
-    check_argument("to_dense(model)", "model", model, "an nn.Module")
-    check_base(model)
-    names = [name for name, layer in model.named_modules(remove_duplicate=False) if isinstance(layer, FACTORIZED)]
-    if not names:
-        kinds = [kind.__name__ for kind in FACTORIZED]
-        raise ValueError(f"The model has no factorised layer: no {first_few(kinds, len(kinds))}.")
-    trained = [repr(name) for name, layer in model.named_modules() if isinstance(layer, StraightThroughLinear)]
-    if trained:
-        raise ValueError(f"{first_few(trained)} is still being trained; call StraightThroughFactorizer.finish first.")
-    # A set, so that a layer with several names is made dense once and stays one layer.
-    layers = {model.get_submodule(name) for name in names}
-    made = {layer: cast(Any, layer).dense() for layer in layers}
-    replace_everywhere(model, made)
-    return names

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...base_layers.lora_places import loras_targets
 from ...config import WaRAConfig
 from ...config_fields.name_patterns import suffix_matches
+from ...factorized.marks import quantization_of
 from ...layers.base import WaRALayer
 from ...layers.lookup import saved_keys
 from ...messages import first_few
@@ -55,7 +56,7 @@ def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[st
     skeleton = Skeleton(checkpoint, len(parameters))
     with skeleton.blamed():
         classes = _model_classes(skeleton.config, saved)
-    if getattr(skeleton.config, "quantization_config", None) is not None:
+    if quantization_of(skeleton.config) is not None:
         raise ValueError(
             f"{str(checkpoint.base)!r} is quantized. Merge into the model it was made from, and quantize the result."
         )
