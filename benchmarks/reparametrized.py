@@ -1,4 +1,4 @@
-"""What does LoRA cost whose factors are computed in the wavelet domain, beside plain LoRA and the native adapter?
+"""Measure what a reparametrised LoRA costs beside plain LoRA and the native adapter.
 
     python benchmarks/reparametrized.py
 
@@ -65,7 +65,7 @@ def operations(name: str | None, width: int) -> int:
 
 
 def counts(width: int) -> list[dict[str, Any]]:
-    """Of one layer, for each variant."""
+    """Count trained parameters, operations and saved bytes of one layer, for each variant."""
     bare = operations(None, width)
     found = []
     for name in (LORA, INSIDE, NATIVE):

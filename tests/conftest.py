@@ -26,7 +26,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What one test compiles, with graph breaks or without, is nothing to the next."""
+    """Let each test start with nothing compiled, as the graph breaks of one would change what the next compiles."""
     yield
     if request.node.get_closest_marker("compiler"):
         torch.compiler.reset()

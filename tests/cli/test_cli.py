@@ -405,7 +405,7 @@ class TestUsage:
 
 
 LIMITED_FILE_SIZE = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
-"""As on a full disk, writing fails half way."""
+"""Make writing fail half way, as on a full disk."""
 
 
 class TestFailures:

@@ -27,6 +27,7 @@ from tests.distributed.reparametrized_models import (
     FULL,
     assert_close,
     assert_loaded,
+    assert_sharded_is_refused,
     in_span,
     made,
     optimizer_of,
@@ -35,7 +36,6 @@ from tests.distributed.reparametrized_models import (
     plain_lora_of,
     train,
 )
-from wara_peft import plain_lora, reparametrize_lora
 
 
 def flat(model: PeftModel) -> FullyShardedDataParallel:
@@ -104,19 +104,7 @@ def fsdp1_refuses_what_needs_the_whole(directory: Path) -> None:
 
 
 def what_fsdp1_shards_is_neither_reparametrized_nor_made_plain(directory: Path) -> None:
-    for model, function, words in (
-        (flat(made()), plain_lora, "is sharded, so it cannot get a plain weight"),
-        (flat(plain()), reparametrize_lora, "reparametrise the model before it is sharded"),
-    ):
-        before = output(model)
-        try:
-            function(model.module)
-        except ValueError as error:
-            assert words in str(error), error
-            assert "base_model.model.up" in str(error), error
-        else:
-            raise AssertionError(f"{function.__name__} did not refuse")
-        assert_close(output(model), before)
+    assert_sharded_is_refused(flat, lambda model: model.module)
 
 
 def fsdp1_with_the_policy_of_peft(directory: Path) -> None:

@@ -31,6 +31,7 @@ from tests.distributed.reparametrized_models import (
     INPUTS,
     assert_close,
     assert_loaded,
+    assert_sharded_is_refused,
     in_span,
     made,
     optimizer_of,
@@ -39,7 +40,6 @@ from tests.distributed.reparametrized_models import (
     plain_lora_of,
     train,
 )
-from wara_peft import plain_lora, reparametrize_lora
 from wara_peft.lora.reparametrized_layers import ReparametrizedLayer
 
 MESHES = {"one axis": (2,), "replicas": (2, 1), "replicas of one": (1, 2)}
@@ -160,19 +160,7 @@ def weights_are_read_and_written_outside_of_the_forward(directory: Path) -> None
 
 
 def what_is_sharded_is_neither_reparametrized_nor_made_plain(directory: Path) -> None:
-    for model, function, words in (
-        (sharded(made()), plain_lora, "is sharded, so it cannot get a plain weight"),
-        (sharded(plain()), reparametrize_lora, "reparametrise the model before it is sharded"),
-    ):
-        before = output(model)
-        try:
-            function(model)
-        except ValueError as error:
-            assert words in str(error), error
-            assert "base_model.model.up" in str(error), error
-        else:
-            raise AssertionError(f"{function.__name__} did not refuse")
-        assert_close(output(model), before)
+    assert_sharded_is_refused(sharded, lambda model: model)
 
 
 def accelerate_shards_on_the_meta_device_and_loads(directory: Path) -> None:

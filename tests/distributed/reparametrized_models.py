@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,3 +82,20 @@ def assert_loaded(model: nn.Module, expected: PeftModel) -> None:
 def plain_lora_of(model: PeftModel) -> PeftModel:
     plain_lora(model)
     return model
+
+
+def assert_sharded_is_refused(shard: Callable[[PeftModel], Any], inside: Callable[[Any], PeftModel]) -> None:
+    """What `shard` gives can be neither made plain nor reparametrised; `inside` gives the model in it."""
+    for model, function, words in (
+        (shard(made()), plain_lora, "is sharded, so it cannot get a plain weight"),
+        (shard(plain()), reparametrize_lora, "reparametrise the model before it is sharded"),
+    ):
+        before = output(model)
+        try:
+            function(inside(model))
+        except ValueError as error:
+            assert words in str(error), error
+            assert "base_model.model.up" in str(error), error
+        else:
+            raise AssertionError(f"{function.__name__} did not refuse")
+        assert_close(output(model), before)

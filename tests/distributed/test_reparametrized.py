@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> list[dict]:
-    """What failed in each of two processes."""
+    """Run the cases of a module in two processes, and give what failed in each."""
     directory: Path = tmp_path_factory.mktemp("reparametrized")
     result = run_python("-m", "tests.distributed.reparametrized_run", directory, processes=2)
     assert result.returncode == 0, result.stderr

@@ -238,9 +238,8 @@ def arguments_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 def _masks_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Give the masks among a model's arguments, under the names that transformers has for them."""
     masks = {name: kwargs[name] for name in MASKS if isinstance(kwargs.get(name), Tensor)}
-    padding = kwargs.get(
-        "src_key_padding_mask"
-    )  # of PyTorch's encoders; True, or -inf, says that a position is masked
+    # PyTorch's encoders name their mask so. True, or -inf, says that a position is masked.
+    padding = kwargs.get("src_key_padding_mask")
     return masks or ({MASKS[0]: padding == 0} if isinstance(padding, Tensor) else {})
 
 

@@ -111,9 +111,8 @@ def _differences(marks: Mapping[str, Mark], found: Mapping[str, Tensor], rounded
             continue
         rounding = torch.finfo(tensor.dtype).eps if rounded and tensor.is_floating_point() else ROUNDING
         _, *own = _mark(tensor)
-        most = rounding * max(
-            1e-300, numbers[1] * math.sqrt(max(1, tensor.numel()))
-        )  # of Σ |x|, by Cauchy and Schwarz
+        # By Cauchy and Schwarz, Σ |x| is at most the norm times the square root of the number of values.
+        most = rounding * max(1e-300, numbers[1] * math.sqrt(max(1, tensor.numel())))
         if not all(abs(a - b) <= most or (a != a and b != b) for a, b in zip(own, numbers, strict=True)):
             wrong.append(f"{name!r} has other values than in the checkpoint")
     return wrong
