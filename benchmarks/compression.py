@@ -35,8 +35,9 @@ from compress_tasks import Docstrings
 from docstring_data import load_docstrings
 
 from wara_peft.compression import LayerStatistics, calibrate, compress
+from wara_peft.compression.methods import METHODS
 from wara_peft.compression.solvers.low_rank import Metric, low_rank
-from wara_peft.compression.solvers.table import SOLVERS
+from wara_peft.compression.solvers.table import solver_of
 from wara_peft.compression.statistics.layer_statistics import probe_of
 
 PARTS = ("accuracy", "reconstruction", "solving", "growth", "models")
@@ -83,7 +84,12 @@ def trained(smoke: bool, seed: int) -> tuple[nn.Module, Any]:
 def compressed(smoke: bool, seed: int, solver: str, allocation: str, budget: float | str = 0.5) -> nn.Module:
     dense, found = trained(smoke, seed)
     model = copy.deepcopy(dense)
-    compress(model, budget, solver, found, allocation, target_modules=task(smoke).targets, show_progress_bar=False)
+    compress(
+        model,
+        METHODS[solver](budget, allocation=allocation, target_modules=task(smoke).targets),
+        found,
+        show_progress_bar=False,
+    )
     return model
 
 
@@ -152,7 +158,8 @@ def solving(options: argparse.Namespace) -> dict[str, Any]:
     weight, rank = regular[0], width // 4
 
     def solve(solver: str, of: tuple[Tensor, LayerStatistics]) -> Callable[[], object]:
-        return lambda: low_rank(of[0], rank, SOLVERS[solver].metric(of[1], True))
+        method = METHODS[solver](0.5)
+        return lambda: low_rank(of[0], rank, solver_of(method).metric(method, of[1], True))
 
     variants: dict[str, Callable[[], object]] = {
         "torch.linalg.svd": lambda: torch.linalg.svd(weight.double(), full_matrices=False),
@@ -177,14 +184,16 @@ seconds = time.perf_counter() - start
 SOLVING = """
 import time, torch
 from wara_peft.compression.solvers.low_rank import low_rank
-from wara_peft.compression.solvers.table import SOLVERS
+from wara_peft.compression.methods import METHODS
+from wara_peft.compression.solvers.table import solver_of
 from wara_peft.compression.statistics.layer_statistics import LayerStatistics, probe_of
 weight = torch.randn({width}, {width})
 x = torch.randn({width} + 64, {width})
 entry = LayerStatistics(({width}, {width}), len(x), probe_of(weight), x.T @ x / len(x), x.mean(0))
 del x
 start = time.perf_counter()
-low_rank(weight, {width} // 4, SOLVERS[{solver!r}].metric(entry, True))
+method = METHODS[{solver!r}](0.5)
+low_rank(weight, {width} // 4, solver_of(method).metric(method, entry, True))
 seconds = time.perf_counter() - start
 """
 

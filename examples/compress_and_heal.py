@@ -34,7 +34,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
 import torch
-from compress_report import METHODS, SEEDS, TUNING_SEEDS, draw, table, tuning_table  # it finds the benchmarks
+from compress_report import HEALING, SEEDS, TUNING_SEEDS, draw, table, tuning_table  # it finds the benchmarks
 from compress_tasks import TASKS, Task
 from docstring_data import load_docstrings
 from harness import environment
@@ -48,6 +48,7 @@ from transformers.utils import logging
 
 from wara_peft import WaRAConfig
 from wara_peft.compression import CompressionReport, calibrate, compress
+from wara_peft.compression.methods import METHODS
 
 BUDGETS = (0.5, 0.7, 0.3)
 SOLVERS = ("svd", "fisher", "activation", "activation-fisher")
@@ -106,7 +107,7 @@ def runs_of(task: str, args: argparse.Namespace) -> list[Run]:
         Run(task, solver, allocation, HEALED_BUDGET, method, rate, seed)
         for seed in (TUNING_SEEDS if args.tune else args.seeds)
         for solver, allocation in HEALED
-        for method in METHODS
+        for method in HEALING
         for rate in (RATES if args.tune else (CHOSEN[task, method],))
     ]
     if args.tune:
@@ -132,11 +133,8 @@ def compressed(dense: nn.Module, task: Task, found: Any, run: Run) -> tuple[nn.M
     targets = None if run.allocation == "depth" else task.targets
     report = compress(
         model,
-        run.budget,
-        run.solver,
+        METHODS[run.solver](run.budget, allocation=run.allocation, target_modules=targets),
         found,
-        run.allocation,
-        target_modules=targets,
         show_progress_bar=False,
     )
     return model.requires_grad_(False), report

@@ -18,7 +18,7 @@ from quality.comparison import interval, paired
 Line = Mapping[str, Any]
 SEEDS, TUNING_SEEDS = range(5), range(100, 102)
 """Those that are reported, and those that learning rates were chosen on."""
-METHODS = ("LoRA on factors", "WaRA on factors", "WaRA on layers")
+HEALING = ("LoRA on factors", "WaRA on factors", "WaRA on layers")
 
 
 def tasks(lines: Iterable[Line]) -> dict[str, list[Line]]:
@@ -70,8 +70,8 @@ def healing_table(own: Sequence[Line]) -> str:
         scores = by_seed(runs)
         shown = f"{statistics.mean(scores.values()):{digits}} ± {interval(list(scores.values())):{digits}}"
         difference = None
-        if method != METHODS[0]:
-            difference = paired(scores, by_seed(found.get((solver, allocation, METHODS[0]), [])))
+        if method != HEALING[0]:
+            difference = paired(scores, by_seed(found.get((solver, allocation, HEALING[0]), [])))
         more = f"{difference.mean:+{digits}} ± {difference.interval:{digits}}" if difference else ""
         parameters, rate = runs[0]["adapter_parameters"], runs[0]["rate"]
         lines.append(f"| {solver} | {allocation} | {method} | {rate:g} | {parameters:,} | {shown} | {more} |")
@@ -132,9 +132,9 @@ def draw(lines: Iterable[Line]) -> Figure:
             if line["healed_with"] and line["seed"] == SEEDS[0]:
                 runs = by_seed(run for run in own if run["method"] == line["method"])
                 size, mean = line["parameters"] + line["adapter_parameters"], statistics.mean(runs.values())
-                marker = "Ds^"[METHODS.index(line["healed_with"])]
+                marker = "Ds^"[HEALING.index(line["healed_with"])]
                 panel.errorbar(size, mean, interval(list(runs.values())), fmt=marker, color=colours[line["solver"]])
-        for method, marker in zip(METHODS, "Ds^", strict=True):
+        for method, marker in zip(HEALING, "Ds^", strict=True):
             panel.plot([], [], marker, color="black", label=f"healed: {method}")
         if is_perplexity(own):
             panel.set_yscale("log")

@@ -9,6 +9,7 @@ from low_rank_tasks import Batch, Task
 from torch import Tensor, nn
 
 from wara_peft.compression import (
+    SVD,
     OrderedLowRankLinear,
     OrderedRankTraining,
     TrainedRankPruning,
@@ -145,7 +146,7 @@ class Cut(Dense):
         if done == round(self.steps * LAST):
             biases = sum(layer.bias.numel() for _, layer in self.targets() if layer.bias is not None)
             names = [name for name, _ in self.targets()]
-            compress(self.model, self.allowed + biases, "svd", target_modules=names, show_progress_bar=False)
+            compress(self.model, SVD(self.allowed + biases, target_modules=names), show_progress_bar=False)
 
 
 class TRP(Cut):

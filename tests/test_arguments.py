@@ -14,17 +14,20 @@ from torch import nn
 import wara_peft
 from wara_peft import WaRAConfig, compression
 from wara_peft.arguments import short_form
+from wara_peft.compression.methods import METHODS
 
 BUILT_BY_PEFT = {"WaRAConfig", "WaRAModel"}
-RESULTS = {"CompressionReport", "Factorization", "LayerReport", "LayerStatistics"}
+RESULTS = {"CompressionReport", "DenseLayers", "Factorization", "LayerReport", "LayerStatistics"}
 """Classes that public functions return and users do not make."""
 LAYERS = {name for name in compression.__all__ if re.search(r"Linear$|Conv(2d)?$|LowRankCache|LowRankTextHead", name)}
+METHODS_OF_COMPRESS = {"Method", *(kind.__name__ for kind in METHODS.values())}
+"""Classes whose fields `compress` checks."""
 WITHOUT_ARGUMENTS = {"SaveAsLora"}
 PUBLIC = [
     (module, name)
     for module in (wara_peft, compression)
     for name in module.__all__
-    if name not in BUILT_BY_PEFT | RESULTS | LAYERS | WITHOUT_ARGUMENTS
+    if name not in BUILT_BY_PEFT | RESULTS | LAYERS | METHODS_OF_COMPRESS | WITHOUT_ARGUMENTS
 ]
 
 
@@ -112,7 +115,11 @@ def test_a_wrapped_model_names_the_model_inside(wrap, call, tmp_path, monkeypatc
         (lambda: wara_peft.allocate_ranks(model(), [], WaRAConfig()), "config must be a WaRAConfig, and is a list."),
         (lambda: wara_peft.initialize_from_data(model(), "default"), "dataloader must be an iterable of batches"),
         (lambda: wara_peft.rescale_adapter_scale(model(), model()).__enter__(), "multiplier must be a number"),
-        (lambda: compression.compress(nn.Linear(4, 4), 0.5, {}), "solver must be a str, and is a dict."),
+        (lambda: compression.compress(nn.Linear(4, 4), {}), "Dictionary, OneShotDictionary, and is a dict."),
+        (
+            lambda: compression.compress(nn.Linear(4, 4), "svd"),
+            "compress(model, Activation(budget=0.6), statistics): method must be one of SVD, Fisher, Activation,",
+        ),
         (lambda: compression.calibrate(nn.Linear(4, 4), {"x": torch.ones(1)}), "iterable of batches, and is a dict."),
         (lambda: compression.save_compressed(model(), model()), "path must be a str or os.PathLike"),
         (lambda: compression.save_statistics("out", [1]), "statistics must be a mapping, and is a list."),
@@ -128,7 +135,7 @@ def test_further_arguments(call, said, tmp_path, monkeypatch):
 
 def test_a_budget_that_is_a_solver():
     with pytest.raises(ValueError, match=r"budget='svd' must be a share such as 0\.6, a number of parameters, or a"):
-        compression.compress(nn.Sequential(nn.Linear(4, 4)), "svd")
+        compression.compress(nn.Sequential(nn.Linear(4, 4)), compression.Activation("svd"))
 
 
 def test_values_are_shown_where_they_are_short():

@@ -22,7 +22,7 @@ from wara_peft import (
     save_as_lora,
     to_lora,
 )
-from wara_peft.compression import calibrate, compress, load_compressed, save_compressed
+from wara_peft.compression import Activation, calibrate, compress, load_compressed, save_compressed
 
 pytestmark = pytest.mark.usefixtures("traced_nothing")
 TOKENS = torch.arange(1, 13).view(2, 6)
@@ -250,7 +250,7 @@ def test_models_are_compressed_alike(way, tmp_path):
     for name, entry in found.items():
         torch.testing.assert_close(entry.moment, expected[name].moment)
     for model, statistics in ((compiled, found), (plain, expected)):
-        compress(model, 0.6, statistics=statistics)
+        compress(model, Activation(0.6), statistics)
     torch.testing.assert_close(logits(compiled), logits(plain))
     save_compressed(compiled, tmp_path / "model")
     assert not any("_orig_mod" in key for key in load_file(tmp_path / "model" / "model.safetensors"))

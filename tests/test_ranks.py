@@ -64,7 +64,9 @@ CALLS = {
     "factorize_conv, rank": lambda value: compression.factorize_conv(nn.Conv2d(8, 8, 3), value),
     "ordered_low_rank, rank": lambda value: compression.ordered_low_rank(layers(), value, ["q"]),
     "low_rank_plus_sparse, rank": lambda value: compression.low_rank_plus_sparse(layers(), value, 0.1, ["q"]),
-    "compress, rank": lambda value: compression.compress(layers(), {"q": value}, "svd", target_modules=["q"]),
+    "compress, rank": lambda value: compression.compress(
+        layers(), compression.SVD({"q": value}, target_modules=["q"])
+    ),
     "truncate, rank": lambda value: compression.truncate(nn.Sequential(compression.LowRankLinear(8, 8, 4)), value),
     "cut, rank": cut,
     "cache_bases, rank": lambda value: compression.cache_bases(llama(), value),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from dataclasses import fields
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
 from .interruption import PROGRAM
-from .options import Allocation, Cost, Debug, Out, Overwrite, Solver, check_device, local_directory, read_budget
+from .options import Cost, Debug, Out, Overwrite, check_device, local_directory, read_budget
 from .tables import print_compression
 from .terminal import err, failures_in_a_line, print_message
 
@@ -17,6 +21,72 @@ EXAMPLES = f"""Examples:\n
     {PROGRAM} compress my-base-model my-small-model --budget 48MB --solver svd\n
     {PROGRAM} compress my-classifier out --budget 0.5 --solver fisher --texts train.csv --evaluate test.csv\n
     {PROGRAM} compress my-base-model my-small-model --budget 0.5 --texts texts.txt --statistics my-statistics"""
+
+TYPES: dict[str, Any] = {"cost": Cost, "target_modules": list[str]}
+"""What options take whose fields take more than a command line can say."""
+FLAGS = {"target_modules": "--target"}
+"""Options that have another name than their field."""
+METAVARS = {"target_modules": "NAME"}
+
+
+def _methods() -> dict[str, Any]:
+    """Give the classes of the methods by name, from their file alone: importing `wara_peft` would import PyTorch."""
+    package = cast(Any, find_spec("wara_peft"))
+    spec = cast(
+        Any, spec_from_file_location(f"{__name__}_methods", Path(package.origin).parent / "compression" / "methods.py")
+    )
+    module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look for the types of fields
+    spec.loader.exec_module(module)
+    return cast(dict[str, Any], module.METHODS)
+
+
+METHODS = _methods()
+
+
+def _options() -> dict[str, inspect.Parameter]:
+    """Give an option for each field of a method, but for the budget. None means that it was left out."""
+    found = {}
+    for method in METHODS.values():
+        types = get_type_hints(method)
+        for field in fields(method):
+            if field.name in found or field.name == "budget":
+                continue
+            flag = FLAGS.get(field.name, "--" + field.name.replace("_", "-"))
+            kind = TYPES.get(field.name, types[field.name])
+            declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+            owners = [name for name, other in METHODS.items() if _has(other, field.name)]
+            only = f" For --solver {', '.join(owners)}." if len(owners) < len(METHODS) else ""
+            option = typer.Option(
+                declared,
+                help=field.metadata["help"] + only,
+                metavar=METAVARS.get(field.name),
+                show_default=False if field.default is None else str(field.default).lower(),
+            )
+            found[field.name] = inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+    return found
+
+
+def _has(method: Any, name: str) -> bool:
+    return name in {field.name for field in fields(method)}
+
+
+def _given_fields(solver: str, budget: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Give the fields of a method for the options that were given.
+
+    Raises:
+        typer.BadParameter: the method has no such field.
+    """
+    given = {"budget": budget, **{name: value for name, value in options.items() if value is not None}}
+    for name in given:
+        if not _has(METHODS[solver], name):
+            others = [other for other, method in METHODS.items() if _has(method, name)]
+            raise typer.BadParameter(
+                f"{solver!r} has no such option; {', '.join(map(repr, others))} has.",
+                param_hint=f"'--{name.replace('_', '-')}'",
+            )
+    return given
 
 
 def compress(
@@ -31,8 +101,7 @@ def compress(
             help="What the layers may have: a share such as 0.6, a number of parameters, or bytes such as 48MB.",
         ),
     ],
-    solver: Annotated[Solver, typer.Option(help="What error each layer's factors minimise.")] = "activation",
-    allocation: Annotated[Allocation, typer.Option(help="How the budget is shared among layers.")] = "greedy",
+    solver: Annotated[Any, typer.Option(help="What error each layer's factors minimise.")] = "activation",
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -43,10 +112,6 @@ def compress(
     statistics: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Take statistics from there, or leave them there.")
     ] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Layers to compress, by ends of names; may be repeated.")
-    ] = None,
-    cost: Annotated[Cost, typer.Option(help="What --allocation cost counts.")] = "flops",
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Take statistics anew as layers are compressed.")
     ] = False,
@@ -63,23 +128,22 @@ def compress(
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     overwrite: Overwrite = False,
     debug: Debug = False,
+    **options: Any,
 ) -> None:
     """Compress a model that comes with a tokenizer: factorise its linear layers under a budget."""
     with failures_in_a_line(debug):
+        given = _given_fields(solver, budget, options)
         check_device(device)
         source = local_directory(base, weights=True)
         from wara_peft.compression.disk.from_texts import compress_checkpoint
+        from wara_peft.compression.methods import METHODS as LIBRARY
 
         report = compress_checkpoint(
             source,
             path,
-            budget,
-            solver=solver,
-            allocation=allocation,
+            LIBRARY[solver](**given),
             texts=texts,
             statistics=statistics,
-            target_modules=target,
-            cost=cost,
             sequential=sequential,
             evaluate=evaluate,
             batch_size=batch_size,
@@ -91,4 +155,20 @@ def compress(
             show_progress_bar=err.is_terminal,
         )
         print_compression(report)
-        print_message(f"Wrote {path}; load it with wara_peft.compression.load_compressed.")
+        print_message(f"Wrote {path}; load it with from_pretrained, after `import wara_peft`.")
+
+
+def _with_options() -> inspect.Signature:
+    """Give the signature of `compress` as the command line shows it: with the options of all methods."""
+    parameters = dict(inspect.signature(compress, eval_str=True).parameters)
+    del parameters["options"]
+    solver = typer.Option(help="What error each layer's factors minimise.")
+    parameters["solver"] = parameters["solver"].replace(annotation=Annotated[Literal[tuple(METHODS)], solver])
+    names = list(parameters)
+    after = names.index("solver") + 1
+    ordered = [*names[:after], *_options(), *names[after:]]
+    all_of_them = {**parameters, **_options()}
+    return inspect.Signature([all_of_them[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in ordered])
+
+
+compress.__signature__ = _with_options()  # type: ignore[attr-defined]

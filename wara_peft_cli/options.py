@@ -1,7 +1,7 @@
 """Arguments and options that several commands have, and functions that read their values.
 
-`wara_peft` has tables of some of these names (solvers, allocations, costs). They are repeated here, because importing
-`wara_peft` takes seconds; tests/cli/test_options.py checks that both are the same.
+`wara_peft` has tables of some of these names (costs, formats). They are repeated here, because importing `wara_peft`
+takes seconds; tests/cli/test_options.py checks that both are the same.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 FileFormat = Literal["peft", "diffusers"]
-Solver = Literal["svd", "fisher", "activation", "activation-fisher", "dictionary", "dictionary-oneshot"]
-Allocation = Literal["uniform", "greedy", "cost", "depth"]
 Cost = Literal["bytes", "flops"]
 DTYPES = {
     "fp32": "float32",

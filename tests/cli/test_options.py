@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from inspect import signature
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from wara_peft.compression.budget.costs import COSTS
 from wara_peft.compression.budget.spend import ALLOCATIONS
 from wara_peft.compression.disk.from_texts import compress_checkpoint
+from wara_peft.compression.methods import METHODS, Method
 from wara_peft.compression.solvers.table import SOLVERS
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.disk.checkpoints.tensors import FLOATS
@@ -19,15 +21,28 @@ from wara_peft.lora import export as lora_export
 from wara_peft_cli.compress import compress
 from wara_peft_cli.export import export
 from wara_peft_cli.merge import merge
-from wara_peft_cli.options import DTYPES, Allocation, Cost, FileFormat, Solver, torch_dtype
+from wara_peft_cli.options import DTYPES, Cost, FileFormat, torch_dtype
 
 
 @pytest.mark.parametrize(
     ("choices", "names"),
-    [(Solver, SOLVERS), (Allocation, ALLOCATIONS), (Cost, COSTS), (FileFormat, get_args(lora_export.FileFormat))],
+    [
+        (get_type_hints(Method)["allocation"], ALLOCATIONS),
+        (Cost, COSTS),
+        (FileFormat, get_args(lora_export.FileFormat)),
+    ],
 )
 def test_choices(choices: Any, names: Collection[str]) -> None:
     assert sorted(get_args(choices)) == sorted(names)
+
+
+def test_methods() -> None:
+    """Every method that the command line knows can be computed, and each of its fields but the budget is an option."""
+    assert {*METHODS.values()} <= SOLVERS.keys()
+    options = signature(compress).parameters
+    names = {field.name for method in METHODS.values() for field in fields(method)}
+    assert names <= options.keys() and options["budget"].default is options["budget"].empty
+    assert all(options[name].default is None for name in names - {"budget"})  # left to the method's own default
 
 
 def test_dtypes() -> None:
@@ -43,7 +58,7 @@ def test_dtypes() -> None:
     [
         (export, lora_export.convert, {}),
         (merge, merge_checkpoint, {}),
-        (compress, compress_checkpoint, {"memory": "max_bytes", "target": "target_modules"}),
+        (compress, compress_checkpoint, {"memory": "max_bytes"}),
     ],
 )
 def test_defaults(command: Callable[..., None], function: Callable[..., Any], renamed: dict[str, str]) -> None:

@@ -14,9 +14,20 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.compression.models import TwoLayers, batches, bert, for_causal, llama
 from tests.compression.statistics.test_collect import inputs_by_hand
-from wara_peft.compression import DictionaryLinear, LowRankLinear, calibrate, compress
+from wara_peft.compression import (
+    SVD,
+    Activation,
+    ActivationFisher,
+    Dictionary,
+    DictionaryLinear,
+    Fisher,
+    LowRankLinear,
+    Method,
+    calibrate,
+    compress,
+)
 from wara_peft.compression.budget.spend import ALLOCATIONS
-from wara_peft.compression.solvers.table import SOLVERS
+from wara_peft.compression.methods import METHODS
 
 KINDS = ["inputs", "gradients", "fisher"]
 QUIET = {"show_progress_bar": False}
@@ -35,20 +46,20 @@ def of_targets(model: nn.Module, names) -> int:
     return sum(-(-sum(t.nbytes for t in layer.state_dict().values()) // 4) for layer in layers)
 
 
-@pytest.mark.parametrize("name", [*SOLVERS, *ALLOCATIONS])
-def test_the_docstring_names_all_solvers_and_allocations(name: str) -> None:
-    assert f'"{name}"' in compress.__doc__
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_the_docstring_names_all_allocations(name: str) -> None:
+    assert f'"{name}"' in Method.__doc__
 
 
 class TestBudget:
-    @pytest.mark.parametrize("solver", SOLVERS)
+    @pytest.mark.parametrize("solver", METHODS)
     @pytest.mark.parametrize("allocation", ALLOCATIONS)
     @pytest.mark.parametrize("budget", [0.5, 0.8])
     def test_is_kept_and_used_up(self, calibrated, solver: str, allocation: str, budget: float) -> None:
         model, _, statistics = calibrated
         model = copy.deepcopy(model)
-        cost = {"cost": lambda name, m, n, rank: m * n if rank is None else rank * (m + n)}
-        report = compress(model, budget, solver, statistics, allocation, **cost, **QUIET)
+        cost = lambda name, m, n, rank: m * n if rank is None else rank * (m + n)  # noqa: E731
+        report = compress(model, METHODS[solver](budget, allocation=allocation, cost=cost), statistics, **QUIET)
         assert report.spent <= report.budget <= budget * report.before
         names = [layer.name for layer in report.layers]
         assert len(names) == (4 if allocation == "depth" else 14)
@@ -59,15 +70,13 @@ class TestBudget:
             assert report.spent == report.parameters_after
             # No single unit more fits: of a dictionary it is an atom and, every other time, a value in each row.
             sizes = [layer.shape for layer in growing]
-            unit = (
-                min(m + n for m, n in sizes) if not SOLVERS[solver].is_dictionary else min(2 * m + n for m, n in sizes)
-            )
+            unit = min(m + n for m, n in sizes) if "dictionary" not in solver else min(2 * m + n for m, n in sizes)
             assert report.budget - report.spent < unit
         for layer in report.layers:
             made = model.get_submodule(layer.name)
             if layer.rank is None:
                 assert type(made) is nn.Linear and layer.lost == 0 and layer.reason
-            elif SOLVERS[solver].is_dictionary:
+            elif "dictionary" in solver:
                 assert isinstance(made, DictionaryLinear) and (made.atoms, made.nonzeros) == (
                     layer.rank,
                     layer.nonzeros,
@@ -79,14 +88,14 @@ class TestBudget:
     @pytest.mark.parametrize(("budget", "unit"), [(3000, "parameters"), ("12KB", "bytes"), ("11KiB", "bytes")])
     def test_in_numbers(self, calibrated, budget, unit: str) -> None:
         model, _, statistics = calibrated
-        report = compress(copy.deepcopy(model), budget, "activation", statistics, **QUIET)
+        report = compress(copy.deepcopy(model), Activation(budget), statistics, **QUIET)
         assert report.unit == unit
         assert report.budget == {3000: 3000, "12KB": 12000, "11KiB": 11 * 1024}[budget]
         assert 0 <= report.budget - report.spent < 32 * (4 if unit == "bytes" else 1) * 2
 
     def test_layers_in_which_no_rank_pays(self) -> None:
         model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
-        report = compress(model, 0.6, "svd", **QUIET)
+        report = compress(model, SVD(0.6), **QUIET)
         assert [(layer.rank, layer.reason) for layer in report.layers] == [(4, ""), (None, "no rank pays")]
         assert type(model[1]) is nn.Linear and report.spent == 4 * 32 + 16 + 17
 
@@ -95,7 +104,7 @@ class TestSolutions:
     def test_the_output_error_is_what_the_report_says(self, calibrated) -> None:
         model, data, statistics = calibrated
         compressed = copy.deepcopy(model)
-        report = compress(compressed, 0.6, "activation", statistics, **QUIET)
+        report = compress(compressed, Activation(0.6), statistics, **QUIET)
         checked = 0
         for layer in report.layers:
             if layer.rank is None:
@@ -122,19 +131,15 @@ class TestSolutions:
             other = copy.deepcopy(model)
             compress(
                 other,
-                0.5,
-                solver,
+                METHODS[solver](0.5, allocation="uniform", target_modules=["first"], compensate_bias=compensate),
                 statistics,
-                "uniform",
-                target_modules=["first"],
-                compensate_bias=compensate,
                 **QUIET,
             )
             errors[compensate] = float((other.first(x) - model.first(x)).square().sum())
         # The moment about zero gives the mean a direction of its own already.
         assert errors[True] < errors[False] * (0.99 if solver == "activation" else 0.9)
         other = copy.deepcopy(model)
-        compress(other, 0.9, solver, statistics, "uniform", compensate_bias=False, **QUIET)
+        compress(other, METHODS[solver](0.9, allocation="uniform", compensate_bias=False), statistics, **QUIET)
         assert other.second.bias is None and torch.equal(other.first.bias, model.first.bias)
 
     def test_more_loss_of_weights_and_less_of_outputs_than_by_svd(self, calibrated) -> None:
@@ -142,7 +147,7 @@ class TestSolutions:
         by = {}
         for solver in ("svd", "activation"):
             other = copy.deepcopy(model)
-            compress(other, 0.6, solver, statistics, "uniform", **QUIET)
+            compress(other, METHODS[solver](0.6, allocation="uniform"), statistics, **QUIET)
             with torch.no_grad():
                 by[solver] = sum(
                     float(
@@ -159,7 +164,7 @@ class TestSolutions:
         both = {}
         for sequential in (None, [x]):
             other = copy.deepcopy(model)
-            report = compress(other, 0.6, "activation", statistics, "uniform", sequential=sequential, **QUIET)
+            report = compress(other, Activation(0.6, allocation="uniform"), statistics, sequential=sequential, **QUIET)
             assert report.sequential is (sequential is not None)
             both[sequential is not None] = other
         hidden = torch.relu(both[True].first(x))
@@ -173,7 +178,7 @@ class TestSolutions:
 
     def test_sequential_without_statistics_keeps_the_budget(self) -> None:
         model = TwoLayers()
-        report = compress(model, 0.6, "svd", allocation="uniform", sequential=[torch.randn(300, 12)], **QUIET)
+        report = compress(model, SVD(0.6, allocation="uniform"), sequential=[torch.randn(300, 12)], **QUIET)
         assert report.parameters_after == of_targets(model, ["first", "second"]) <= report.budget
 
     def test_conv1d_and_a_layer_with_two_names(self) -> None:
@@ -192,7 +197,7 @@ class TestSolutions:
         statistics = calibrate(model, [x], **QUIET)
         assert statistics["one"].count == 400
         weight = model.one.weight.detach().clone()
-        report = compress(model, 0.9, "activation", statistics, **QUIET)
+        report = compress(model, Activation(0.9), statistics, **QUIET)
         assert len(report.layers) == 1 and model.one is model.two
         assert model.one.weight.shape == (20, 12)
         error = (model.one.weight - weight.T).square().sum() / weight.square().sum()
@@ -201,7 +206,7 @@ class TestSolutions:
     def test_what_stays(self) -> None:
         model = bert().train().bfloat16()
         model.bert.encoder.layer[0].requires_grad_(False)
-        compress(model, 0.5, "svd", **QUIET)
+        compress(model, SVD(0.5), **QUIET)
         made = [(name, m) for name, m in model.named_modules() if isinstance(m, LowRankLinear)]
         assert made and all(module.training and module.up.weight.dtype == torch.bfloat16 for _, module in made)
         for name, module in made:
@@ -211,15 +216,15 @@ class TestSolutions:
     def test_tied_layers_stay(self) -> None:
         model = llama()
         model.lm_head.weight = model.model.embed_tokens.weight
-        report = compress(model, 0.5, "svd", target_modules=["lm_head", "up_proj"], **QUIET)
+        report = compress(model, SVD(0.5, target_modules=["lm_head", "up_proj"]), **QUIET)
         assert list(report.left) == ["lm_head"] and "tied" in report.left["lm_head"]
         assert len(report.layers) == 2
 
     def test_factors_are_not_compressed_again(self) -> None:
         model = llama()
-        compress(model, 0.5, "svd", target_modules=["up_proj"], **QUIET)
+        compress(model, SVD(0.5, target_modules=["up_proj"]), **QUIET)
         kept = model.model.layers[0].mlp.up_proj
-        report = compress(model, 0.5, "svd", target_modules=["down_proj"], **QUIET)
+        report = compress(model, SVD(0.5, target_modules=["down_proj"]), **QUIET)
         assert [layer.name.rpartition(".")[2] for layer in report.layers] == ["down_proj"] * 2
         assert model.model.layers[0].mlp.up_proj is kept and type(kept.down) is nn.Linear
         names = calibrate(model, batches(4, labelled=False), **QUIET).keys()
@@ -230,14 +235,16 @@ class TestCosts:
     @pytest.mark.parametrize("cost", ["flops", "bytes"])
     def test_the_budget_is_a_share_of_the_cost(self, calibrated, cost: str) -> None:
         model, _, statistics = calibrated
-        report = compress(copy.deepcopy(model), 0.9, "activation", statistics, "cost", cost=cost, **QUIET)
+        report = compress(copy.deepcopy(model), Activation(0.9, allocation="cost", cost=cost), statistics, **QUIET)
         assert report.unit == cost
         assert 0 < report.spent <= report.budget * (1 + 1e-12) and report.budget <= 0.9 * report.before
 
     def test_flops_count_the_positions_that_a_layer_sees(self, calibrated) -> None:
         model, _, statistics = calibrated
         name = "model.layers.0.mlp.up_proj"
-        report = compress(copy.deepcopy(model), 0.5, "activation", statistics, "cost", target_modules=[name], **QUIET)
+        report = compress(
+            copy.deepcopy(model), Activation(0.5, allocation="cost", target_modules=[name]), statistics, **QUIET
+        )
         assert report.before == 2 * 6 * 24 * 16 * 32
 
     def test_an_expensive_layer_gets_less(self, calibrated) -> None:
@@ -249,7 +256,7 @@ class TestCosts:
                 of_name = price if "layers.0" in name else 1
                 return of_name * (m * n if rank is None else rank * (m + n))
 
-            report = compress(copy.deepcopy(model), 0.6, "activation", statistics, "cost", cost=cost, **QUIET)
+            report = compress(copy.deepcopy(model), Activation(0.6, allocation="cost", cost=cost), statistics, **QUIET)
             ranks[price] = sum(layer.parameters_after for layer in report.layers if "layers.0" in layer.name)
         assert ranks[5] < ranks[1]
 
@@ -261,7 +268,7 @@ def test_numbers_of_numpy(budget: Any, plain: float) -> None:
     reports = []
     for value in (budget, plain):
         torch.manual_seed(3)
-        reports.append(compress(TwoLayers(), value, "svd", **QUIET))
+        reports.append(compress(TwoLayers(), SVD(value), **QUIET))
     assert reports[0] == reports[1]
     assert type(reports[0].budget) is int
 
@@ -269,15 +276,14 @@ def test_numbers_of_numpy(budget: Any, plain: float) -> None:
 def test_ranks_that_are_no_ints() -> None:
     for value in (True, np.float32(2), 2.0):
         with pytest.raises(TypeError, match=r"rank=.* of 'first' must be an int from 1 to 12"):
-            compress(TwoLayers(), {"first": value}, "svd", **QUIET)
-    assert compress(TwoLayers(), {"first": np.int64(2)}, "svd", **QUIET).layers[0].rank == 2
+            compress(TwoLayers(), SVD({"first": value}), **QUIET)
+    assert compress(TwoLayers(), SVD({"first": np.int64(2)}), **QUIET).layers[0].rank == 2
 
 
 class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"solver": "nmf"}, "solver='nmf' is unknown"),
             ({"allocation": "even"}, "allocation='even' is unknown"),
             ({"cost": "joules"}, "cost='joules' is unknown"),
             ({"budget": 1.5}, "budget=1.5 must be a share"),
@@ -291,17 +297,19 @@ class TestBadInput:
             ({"budget": "1KB", "allocation": "cost"}, "cannot be one where flops are counted"),
             ({"budget": 100}, r"budget of 100 parameters is less than \d+, the least"),
             ({"budget": 1e-6}, r"budget of 0 parameters is less than \d+, the least"),
-            ({"statistics": None}, "solver='activation' needs statistics: pass calibrate"),
+            ({"statistics": None}, "Activation needs statistics: pass calibrate"),
             ({"statistics": {}}, "nothing of 'model.layers.0.self_attn.q_proj', but of no layer"),
             ({"target_modules": ["q"]}, "'q' matches no"),
             ({"sequential": []}, "sequential gives no batches"),
-            ({"solver": "fisher", "statistics": "inputs"}, "'model.layers.0.self_attn.q_proj' have no 'fisher'"),
+            ({"method": Dictionary, "iterations": -1}, "iterations=-1 must be an int of at least 0"),
+            ({"method": ActivationFisher, "damping": 0}, "damping=0 must be a number above 0"),
+            ({"method": Fisher, "statistics": "inputs"}, "'model.layers.0.self_attn.q_proj' have no 'fisher'"),
             ({"statistics": "other"}, "'model.layers.0.self_attn.q_proj' are of a layer with other weights, .*%"),
             ({"statistics": "wider"}, r"'model.layers.0.self_attn.q_proj' .* shape \(24, 24\), not \(16, 16\)"),
             ({"statistics": "nan"}, "The moment of 'model.layers.1.mlp.up_proj' is not finite"),
             ({"statistics": "silent"}, "'model.layers.1.mlp.up_proj' never ran during calibration"),
             (
-                {"statistics": "flat", "solver": "activation-fisher"},
+                {"statistics": "flat", "method": ActivationFisher},
                 "gradients of 'model.layers.1.mlp.up_proj' are zero",
             ),
         ],
@@ -324,11 +332,13 @@ class TestBadInput:
             "flat": lambda: {**statistics, name: replace(entry, gradients=torch.zeros(32, 32))},
         }
         given = {"budget": 0.5, "statistics": statistics, **arguments}
+        method = given.pop("method", Activation)
         if isinstance(given["statistics"], str):
             given["statistics"] = changed[given["statistics"]]()
         modules = dict(model.named_modules())
         with pytest.raises(ValueError, match=message):
-            compress(model, **given, **QUIET)
+            fields = {key: given.pop(key) for key in list(given) if key in method.__dataclass_fields__}
+            compress(model, method(**fields), **given, **QUIET)
         assert dict(model.named_modules()) == modules and not hasattr(model, "compression_report")
 
     def test_a_layer_that_never_runs(self) -> None:
@@ -337,10 +347,10 @@ class TestBadInput:
         statistics = calibrate(model, torch.randn(3, 40, 12), **QUIET)
         assert statistics["spare"].count == 0
         with pytest.raises(ValueError, match="'spare' never ran during calibration, in 0 positions"):
-            compress(model, 0.5, "activation", statistics, **QUIET)
+            compress(model, Activation(0.5), statistics, **QUIET)
         assert type(model.first) is nn.Linear
         with pytest.raises(ValueError, match="'spare' never ran in the first batch"):
-            compress(model, 0.5, "svd", statistics, "uniform", sequential=torch.randn(3, 40, 12), **QUIET)
+            compress(model, SVD(0.5, allocation="uniform"), statistics, sequential=torch.randn(3, 40, 12), **QUIET)
         assert type(model.first) is nn.Linear
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -349,7 +359,7 @@ class TestBadInput:
         with torch.no_grad():
             model.second.weight[1, 1] = value
         with pytest.raises(ValueError, match=r"'second' cannot be factorised: .*NaN or infinity"):
-            compress(model, 0.5, "svd", **QUIET)
+            compress(model, SVD(0.5), **QUIET)
         assert type(model.first) is nn.Linear
 
     def test_a_failure_half_way_through_sequential_compression(self) -> None:
@@ -364,5 +374,5 @@ class TestBadInput:
             return model(batch).sum()
 
         with pytest.raises(RuntimeError, match="stop"):
-            compress(model, 0.5, "svd", sequential=[torch.randn(30, 12)], loss_fn=fails_later, **QUIET)
+            compress(model, SVD(0.5), sequential=[torch.randn(30, 12)], loss_fn=fails_later, **QUIET)
         assert calls[-1] is LowRankLinear and model.first is first

@@ -11,6 +11,8 @@ from torch import nn
 
 from tests.compression.models import TwoLayers
 from wara_peft.compression import (
+    SVD,
+    Activation,
     Factorization,
     StraightThroughFactorizer,
     calibrate,
@@ -86,7 +88,7 @@ def test_an_error_has_the_layers_name_and_leaves_all_as_it_was(way: str) -> None
 def compress_in_order(model: nn.Module) -> None:
     x = torch.randn(2, 40, 12)
     found = calibrate(model, x, show_progress_bar=False)
-    compress(model, {"first": 3, "second": 3}, "activation", found, sequential=x, show_progress_bar=False)
+    compress(model, Activation({"first": 3, "second": 3}), found, sequential=x, show_progress_bar=False)
 
 
 def truncate_twice(model: nn.Module) -> None:
@@ -101,7 +103,7 @@ def factorize_and_back(model: nn.Module) -> None:
 
 KEEPERS: dict[str, Callable[[nn.Module], object]] = {
     **WAYS,
-    "compress": lambda model: compress(model, {"first": 3, "second": 3}, "svd", show_progress_bar=False),
+    "compress": lambda model: compress(model, SVD({"first": 3, "second": 3}), show_progress_bar=False),
     "compress, sequential": compress_in_order,
     "truncate": truncate_twice,
     "to_dense": factorize_and_back,

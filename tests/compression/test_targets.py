@@ -14,7 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.compression.models import TwoLayers
 from tests.families.models import DECODER, ENCODER, IMAGES, MOE, SEQ2SEQ, SPEECH
-from wara_peft.compression import TrainedRankPruning, calibrate, compress, factorize, factorize_linear, share_bases
+from wara_peft.compression import (
+    SVD,
+    Activation,
+    TrainedRankPruning,
+    calibrate,
+    compress,
+    factorize,
+    factorize_linear,
+    share_bases,
+)
 from wara_peft.compression.targets import layer_targets, linear_targets
 from wara_peft.factorized.plain_forward import computes_product
 
@@ -89,7 +98,7 @@ def test_a_head_keeps_its_weight() -> None:
     torch.manual_seed(0)
     model = transformers.ViTForImageClassification(AutoConfig.for_model("vit", **{**IMAGES, "num_labels": 12}))
     before = model.classifier.weight.detach().clone()
-    report = compress(model, 0.5, "svd", **QUIET)
+    report = compress(model, SVD(0.5), **QUIET)
     assert type(model.classifier) is nn.Linear and torch.equal(model.classifier.weight, before)
     assert "classifier" not in {layer.name for layer in report.layers}
 
@@ -176,7 +185,7 @@ class TestUnusualLayers:
         model = TwoLayers().double()
         model.first = Rewritten(12, 20).double()
         weight, bias, x = model.first.weight.detach(), model.first.bias.detach(), torch.randn(5, 12).double()
-        compress(model, {"first": 3}, "svd", **QUIET)
+        compress(model, SVD({"first": 3}), **QUIET)
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         expected = x @ ((left[:, :3] * values[:3]) @ right[:3]).T + bias
         torch.testing.assert_close(model.first(x), expected, rtol=0, atol=1e-12)
@@ -188,7 +197,7 @@ class TestUnusualLayers:
         unusual = model[1]
         statistics = calibrate(model, [torch.randn(40, 12)], **QUIET)
         assert statistics.keys() == {"0.first", "0.second", "3"}
-        report = compress(model, 0.6, "activation", statistics, **QUIET)
+        report = compress(model, Activation(0.6), statistics, **QUIET)
         assert list(report.left) == ["1"] and model[1] is unusual
         assert {layer.name for layer in report.layers} == {"0.first", "0.second", "3"}
         assert any(layer.rank for layer in report.layers)
@@ -198,7 +207,7 @@ class TestUnusualLayers:
 
     def test_nothing_is_left_over(self) -> None:
         model = nn.Sequential(Doubled(12, 20), Masked(20, 12))
-        for call in (lambda: compress(model, 0.5, "svd", **QUIET), lambda: calibrate(model, [torch.ones(1, 12)])):
+        for call in (lambda: compress(model, SVD(0.5), **QUIET), lambda: calibrate(model, [torch.ones(1, 12)])):
             with pytest.raises(ValueError, match=r"No layer .*'0': Doubled has a forward of its own.*'1': Masked"):
                 call()
         with pytest.raises(ValueError, match=r"cannot share a base.*'0': Doubled has a forward"):
@@ -222,7 +231,7 @@ class TestUnusualLayers:
         tokens = torch.randint(40, (8, 16))
         targets = linear_targets(model, None)
         assert len(targets) == 4 and all(type(layer) is not nn.Linear for layer in targets.values())
-        report = compress(model, 0.6, "activation", calibrate(model, [tokens], **QUIET), **QUIET)
+        report = compress(model, Activation(0.6), calibrate(model, [tokens], **QUIET), **QUIET)
         assert not report.left and {layer.name for layer in report.layers} == targets.keys()
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(model.config).eval().double()
@@ -236,7 +245,7 @@ class TestUnusualLayers:
         config = AutoConfig.for_model("phimoe", **MOE, num_local_experts=2)
         model = AutoModelForCausalLM.from_config(config).eval()
         tokens = torch.randint(40, (8, 32))
-        report = compress(model, 0.6, "activation", calibrate(model, [tokens], **QUIET), **QUIET)
+        report = compress(model, Activation(0.6), calibrate(model, [tokens], **QUIET), **QUIET)
         (left,) = report.left
         assert left.endswith(".router") and "PhimoeTopKRouter has a forward" in report.left[left]
         assert type(model.get_submodule(left)).__name__ == "PhimoeTopKRouter"

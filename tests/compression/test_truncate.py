@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from tests.compression.models import TwoLayers
 from wara_peft import WaRAConfig
-from wara_peft.compression import calibrate, compress, truncate
+from wara_peft.compression import SVD, calibrate, compress, truncate
 from wara_peft.factorized import LowRankLinear
 
 QUIET = {"show_progress_bar": False}
@@ -21,7 +21,7 @@ def healed() -> tuple[TwoLayers, TwoLayers, torch.Tensor, dict]:
     dense = TwoLayers(16, 24).double()
     x = torch.randn(300, 16, dtype=torch.float64) @ torch.randn(16, 16, dtype=torch.float64) + 1
     model = copy.deepcopy(dense)
-    report = compress(model, 0.6, "svd", allocation="uniform", **QUIET)
+    report = compress(model, SVD(0.6, allocation="uniform"), **QUIET)
     tuned = get_peft_model(model, WaRAConfig(r=1, target_modules=["first", "second"], init_weights=False)).double()
     return dense, tuned.merge_and_unload(), x, {layer.name: layer.rank for layer in report.layers}
 

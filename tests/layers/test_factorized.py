@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.compression.models import bert
 from tests.references import module_shapes
 from wara_peft import WaRAConfig, save_as_lora, to_lora
-from wara_peft.compression import compress
+from wara_peft.compression import SVD, compress
 from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.factorized import DictionaryLinear, LowRankLinear
@@ -174,7 +174,7 @@ def test_a_rank_that_no_layer_has_is_refused() -> None:
 
 def compressed() -> nn.Module:
     model = bert().double()
-    compress(model, 0.6, "svd", allocation="uniform", show_progress_bar=False)
+    compress(model, SVD(0.6, allocation="uniform"), show_progress_bar=False)
     return model
 
 

@@ -17,6 +17,7 @@ from .disk.model import load_compressed, save_compressed
 from .disk.state_dict import load_factorized
 from .factorize import factorize
 from .kv_cache import LowRankCache, cache_bases
+from .methods import SVD, Activation, ActivationFisher, Dictionary, Fisher, Method, OneShotDictionary
 from .report import CompressionReport, Factorization, LayerReport
 from .statistics.collect import calibrate
 from .statistics.layer_statistics import LayerStatistics, load_statistics, save_statistics
@@ -29,11 +30,16 @@ from .training.trained_rank_pruning import TrainedRankPruning
 from .truncate import truncate
 
 __all__ = [
+    "SVD",
+    "Activation",
+    "ActivationFisher",
     "CompressionReport",
     "DenseLayers",
     "DenseSparseLinear",
+    "Dictionary",
     "DictionaryLinear",
     "Factorization",
+    "Fisher",
     "LayerReport",
     "LayerStatistics",
     "LowRankCache",
@@ -41,6 +47,8 @@ __all__ = [
     "LowRankLinear",
     "LowRankPlusSparseLinear",
     "LowRankTextHead",
+    "Method",
+    "OneShotDictionary",
     "OrderedLowRankLinear",
     "OrderedRankTraining",
     "SharedBaseLinear",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -19,7 +20,7 @@ from ..calibration.batches import LossFunction
 from ..compiled import on_plain_model
 from ..factorized.low_rank_linear import linear_shape
 from ..messages import first_few
-from .budget.costs import COSTS, Cost, Shape, nonzeros_of, ranks_that_pay
+from .budget.costs import COSTS, Shape, nonzeros_of, ranks_that_pay
 from .budget.depth import KEYS_AND_VALUES, block_numbers, depth_shares
 from .budget.spend import (
     ALLOCATIONS,
@@ -30,12 +31,13 @@ from .budget.spend import (
     ranks_by_shares,
     total_cost,
 )
+from .methods import Method
 from .replacement import Replacement
 from .report import CompressionReport, LayerReport
 from .solvers.low_rank import energies
 from .solvers.needed_statistics import statistics_of
 from .solvers.solve import move_statistics
-from .solvers.table import SOLVERS
+from .solvers.table import SOLVERS, solver_of
 from .statistics.layer_statistics import LayerStatistics
 from .targets import check_base, factorizable_weight, linear_targets, reasons_of, separate_replaceable
 
@@ -44,14 +46,9 @@ from .targets import check_base, factorizable_weight, linear_targets, reasons_of
 @torch.no_grad()
 def compress(
     model: nn.Module,
-    budget: float | int | str | Mapping[str, int],
-    solver: str = "activation",
+    method: Method,
     statistics: Mapping[str, LayerStatistics] | None = None,
-    allocation: Literal["uniform", "greedy", "cost", "depth"] = "greedy",
     *,
-    target_modules: str | list[str] | None = None,
-    cost: str | Cost = "flops",
-    compensate_bias: bool = True,
     sequential: Iterable[Any] | None = None,
     loss_fn: LossFunction | None = None,
     show_progress_bar: bool = True,
@@ -59,34 +56,15 @@ def compress(
     """Replace linear layers of a model, in place, by factorised ones that together cost no more than a budget.
 
     Each `nn.Linear` or transformers `Conv1D` among the targets becomes a `LowRankLinear`, or a `DictionaryLinear` if
-    the solver makes dictionaries. A target stays dense where that is better, or where no rank costs less than the
+    the method makes dictionaries. A target stays dense where that is better, or where no rank costs less than the
     dense layer. All arguments and statistics are checked before the model is changed, and without `sequential` all
     layers are made before. If something raises, the model is as it was.
 
     Args:
         model: the model, without adapters; a factorised one trains and takes adapters as before.
-        budget: how much the targets may cost: a share of their cost as dense layers, such as 0.6; a number of
-            parameters; or bytes as text, such as "48MB" or "1GiB". With allocation="cost" it is a share of that cost,
-            or an int in its units. A mapping from full names of layers to ranks sets targets and ranks directly; a
-            layer whose rank would save nothing stays dense.
-        solver: "svd", "fisher", "activation", "activation-fisher", "dictionary" (K-SVD) or "dictionary-oneshot"; see
-            `SOLVERS` for the error that each minimises. A dictionary of k atoms has k/2 values in each row of its
-            coefficients; bytes and parameters count the bits for their places too.
-        statistics: the result of `calibrate` or `load_statistics`; "svd" needs none.
-        allocation: "uniform" gives all layers the same share of their dense cost. "greedy" gives unit after unit of
-            rank to the layer where it gains most for its cost. The i-th unit gains σ_i² of T W S; see
-            `solvers/low_rank.py`. If the solver does not estimate the loss itself, σ_i² is divided by ‖T W S‖², and
-            each layer first gets three quarters of its uniform rank. "cost" is greedy with `cost` in place of
-            parameters. "depth" is for keys and values, which are its default targets: layers nearer to the input keep
-            more, by the condition numbers κ of the weights from there to the top,
-            d_ℓ ∝ 1 − (max log κ̃ − log κ̃_ℓ)/(max log κ̃ − min log κ̃)/2 with κ̃_ℓ = Π_{j≥ℓ} κ_j. The formula is
-            LoRC's (arXiv 2410.03111), taken from a second-hand source.
-        target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
-            linear layers but the output layer or classifier of a model of transformers.
-        cost: for allocation="cost": "flops" (of the positions seen in calibration), "bytes", or a function of (name,
-            m, n, rank or None for dense).
-        compensate_bias: let the bias make up for the error at the mean input, if statistics have that mean. A layer
-            without a bias gets one, whose parameters count.
+        method: what error each layer's factors minimise, the budget, and the targets: `SVD`, `Fisher`, `Activation`,
+            `ActivationFisher`, `Dictionary` or `OneShotDictionary`.
+        statistics: the result of `calibrate` or `load_statistics`; `SVD` needs none.
         sequential: batches with which moment and mean of each layer's inputs are measured again, in the order in which
             layers run, after the layers before have been compressed. Ranks still come from `statistics`.
         loss_fn: calls the model with these batches, if `model(**batch)` does not work for them.
@@ -96,40 +74,45 @@ def compress(
         A report of what each layer got and lost. `model.compression_report` keeps it too, for `save_compressed`.
 
     Raises:
-        ValueError: an argument is unknown or out of range; a target matches nothing; the budget is below the cost of
-            rank 1 in all layers; statistics are missing, not finite, of another model, or of a layer that never ran; a
-            weight is quantized, on the meta device or not finite; or the model has adapters.
+        ValueError: a field of the method is unknown or out of range; a target matches nothing; the budget is below the
+            cost of rank 1 in all layers; statistics are missing, not finite, of another model, or of a layer that has
+            never run; a weight is quantized, on the meta device or not finite; or the model has adapters.
         TypeError: an argument is of another kind, for example because two are swapped.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+        >>> report = compress(model, SVD(budget=0.5), show_progress_bar=False)
+        >>> [layer.rank for layer in report.layers]
+        [9, 3]
     """
-    call = "compress(model, budget, solver, statistics)"
+    call = "compress(model, Activation(budget=0.6), statistics)"
     check_argument(call, "model", model, "an nn.Module")
-    check_argument(call, "solver", solver, "a str")
-    check_options(budget, solver, allocation, cost)
-    needs = SOLVERS[solver].needs
+    check_method(call, method)
+    needs = solver_of(method).needs
     if statistics is None and needs:
         raise ValueError(
-            f"solver={solver!r} needs statistics: pass calibrate(model, dataloader, statistics={list(needs)!r})."
+            f"{type(method).__name__} needs statistics: pass calibrate(model, dataloader, statistics={list(needs)!r})."
         )
     batches = None if sequential is None else list(sequential)
     if batches == []:
         raise ValueError("sequential gives no batches.")
     check_base(model)
-    given = budget if isinstance(budget, Mapping) else None
+    given = method.budget if isinstance(method.budget, Mapping) else None
     if given is not None:
         # With given ranks there is nothing to allocate. "uniform" computes no gains, and costs are parameters.
-        allocation, target_modules = "uniform", "|".join(map(re.escape, given))
-    targets, left = _targets(model, target_modules, allocation)
+        method = replace(method, allocation="uniform", target_modules="|".join(map(re.escape, given)))
+    targets, left = _targets(model, method)
     entries = statistics or {}
     shapes: dict[str, Shape] = {}
     gains: dict[str, list[float]] = {}
     for name, layer in tqdm(targets.items(), desc="Reading statistics", disable=not show_progress_bar):
         weight = factorizable_weight(name, layer)
-        entry = statistics_of(name, layer, entries, solver)
+        entry = statistics_of(name, layer, entries, method)
         # A sequential run measures the mean later. The bias that it brings must fit the budget now.
         has_mean = entry.mean is not None or batches is not None
-        shapes[name] = _shape(layer, entry.count, solver, compensate_bias and has_mean)
-        gains[name] = _gains(weight, solver, entry, compensate_bias) if allocation in ("greedy", "cost") else []
-    unit, costs = _costs(shapes, budget, allocation, cost)
+        shapes[name] = _shape(layer, entry.count, method, method.compensate_bias and has_mean)
+        gains[name] = _gains(weight, method, entry) if method.allocation in ("greedy", "cost") else []
+    unit, costs = _costs(shapes, method)
     candidates = [
         Candidate(name, ranks_that_pay(costs[name], shapes[name].max_rank), costs[name](None), gains[name])
         for name in targets
@@ -139,19 +122,19 @@ def compress(
         ranks = _given(given, targets, shapes, candidates)
         limit = total_cost(candidates, ranks)
     else:
-        limit = _limit(cast(Any, budget), before, unit)
+        limit = _limit(cast(Any, method.budget), before, unit)
         check_budget(candidates, limit, unit)
-        ranks = _allocated(allocation, candidates, targets, limit, SOLVERS[solver].is_loss)
+        ranks = _allocated(method, candidates, targets, limit)
     ranked = {name: rank for name, rank in zip(targets, ranks, strict=True) if rank is not None}
-    replacement = Replacement(model, targets, ranked, solver, entries, compensate_bias)
+    replacement = Replacement(model, targets, ranked, method, entries)
     with tqdm(total=len(ranked), desc="Compressing", disable=not show_progress_bar) as progress:
         if batches is None:
             lost = replacement.at_once(progress.update)
         else:
             lost = replacement.in_order(batches, loss_fn, progress.update)
     report = CompressionReport(
-        solver,
-        allocation if given is None else "given",
+        method.solver,
+        method.allocation if given is None else "given",
         limit,
         unit,
         total_cost(candidates, ranks),
@@ -161,7 +144,7 @@ def compress(
                 candidate.name,
                 (shapes[candidate.name].out_features, shapes[candidate.name].in_features),
                 rank,
-                nonzeros_of(rank) if rank is not None and SOLVERS[solver].is_dictionary else None,
+                nonzeros_of(rank) if rank is not None and solver_of(method).is_dictionary else None,
                 shapes[candidate.name].parameters(None),
                 shapes[candidate.name].parameters(rank),
                 lost.get(candidate.name, 0.0),
@@ -176,19 +159,29 @@ def compress(
     return report
 
 
-def check_options(
-    budget: float | int | str | Mapping[str, int], solver: str, allocation: str, cost: str | Cost
-) -> None:
-    """Refuse options that are wrong for every model.
+def check_method(call: str, method: Method) -> None:
+    """Refuse a method whose fields are wrong for every model.
+
+    Args:
+        call: a right call of the function that got the method, for the error.
+        method: what was given for the method.
 
     Raises:
-        ValueError: a name is unknown, or the budget is neither a share nor a number nor a size.
+        TypeError: it is no method that is registered.
+        ValueError: a field has an unknown value, or the budget is neither a share nor a number nor a size.
     """
-    for what, value, known in (("solver", solver, SOLVERS), ("allocation", allocation, ALLOCATIONS)):
-        if value not in known:
-            raise ValueError(f"{what}={value!r} is unknown; use one of {', '.join(map(repr, known))}.")
-    if not callable(cost) and cost not in COSTS:
-        raise ValueError(f"cost={cost!r} is unknown; use one of {', '.join(map(repr, COSTS))}, or a function.")
+    if type(method) not in SOLVERS:
+        raise TypeError(
+            f"{call}: method must be one of {', '.join(kind.__name__ for kind in SOLVERS)}, and is "
+            f"{short_form(method)}."
+        )
+    if method.allocation not in ALLOCATIONS:
+        raise ValueError(
+            f"allocation={method.allocation!r} is unknown; use one of {', '.join(map(repr, ALLOCATIONS))}."
+        )
+    if not callable(method.cost) and method.cost not in COSTS:
+        raise ValueError(f"cost={method.cost!r} is unknown; use one of {', '.join(map(repr, COSTS))}, or a function.")
+    budget = method.budget
     if isinstance(budget, Mapping):
         if not budget or not all(isinstance(name, str) for name in budget):
             raise ValueError(
@@ -199,15 +192,7 @@ def check_options(
         _limit(budget, 1.0, "bytes" if isinstance(budget, str) else "parameters")
 
 
-def check_plan(
-    model: nn.Module,
-    budget: float | int | str,
-    solver: str,
-    allocation: str,
-    *,
-    target_modules: str | list[str] | None,
-    cost: str | Cost,
-) -> None:
+def check_plan(model: nn.Module, method: Method) -> None:
     """Refuse what `compress` would refuse for the sizes of a model's layers, whose weights need no values yet.
 
     Raises:
@@ -215,26 +200,25 @@ def check_plan(
             budget is of a wrong kind for the unit of costs, or below the cost of rank 1 in all layers.
     """
     check_base(model)
-    targets, _ = _targets(model, target_modules, allocation)
-    if allocation == "depth":
+    targets, _ = _targets(model, method)
+    if method.allocation == "depth":
         block_numbers(targets)
     # A bias that compensation adds is left out, as only statistics tell whether there will be one.
-    shapes = {name: _shape(layer, 1, solver, gets_bias=False) for name, layer in targets.items()}
-    unit, costs = _costs(shapes, budget, allocation, cost)
+    shapes = {name: _shape(layer, 1, method, gets_bias=False) for name, layer in targets.items()}
+    unit, costs = _costs(shapes, method)
     candidates = [
         Candidate(name, ranks_that_pay(costs[name], shape.max_rank), costs[name](None))
         for name, shape in shapes.items()
     ]
-    limit = _limit(budget, sum(candidate.dense for candidate in candidates), unit)
+    limit = _limit(cast(Any, method.budget), sum(candidate.dense for candidate in candidates), unit)
     if unit != "flops":  # how often layers run, which FLOPs depend on, is not known yet
         check_budget(candidates, limit, unit)
 
 
-def _targets(
-    model: nn.Module, target_modules: str | list[str] | None, allocation: str
-) -> tuple[dict[str, nn.Linear | Conv1D], dict[str, str]]:
+def _targets(model: nn.Module, method: Method) -> tuple[dict[str, nn.Linear | Conv1D], dict[str, str]]:
     """Give the layers to compress, each under its first name, and the reasons why others are left."""
-    if allocation == "depth" and target_modules is None:
+    target_modules = method.target_modules
+    if method.allocation == "depth" and target_modules is None:
         target_modules = rf"(.*\.)?({'|'.join(KEYS_AND_VALUES)})"
     targets, left = separate_replaceable(model, linear_targets(model, target_modules))
     if not targets:
@@ -243,11 +227,12 @@ def _targets(
 
 
 def _allocated(
-    allocation: str, candidates: list[Candidate], targets: Mapping[str, nn.Module], limit: float, is_loss: bool
+    method: Method, candidates: list[Candidate], targets: Mapping[str, nn.Module], limit: float
 ) -> list[int | None]:
-    if allocation in ("greedy", "cost"):
-        return greedy_ranks(candidates, limit, None if is_loss else minimum_ranks(candidates, limit))
-    shares = depth_shares(targets) if allocation == "depth" else [1.0] * len(candidates)
+    if method.allocation in ("greedy", "cost"):
+        least = None if solver_of(method).is_loss else minimum_ranks(candidates, limit)
+        return greedy_ranks(candidates, limit, least)
+    shares = depth_shares(targets) if method.allocation == "depth" else [1.0] * len(candidates)
     return ranks_by_shares(candidates, shares, limit)
 
 
@@ -270,7 +255,7 @@ def _given(
     return ranks
 
 
-def _shape(layer: nn.Linear | Conv1D, positions: int, solver: str, gets_bias: bool) -> Shape:
+def _shape(layer: nn.Linear | Conv1D, positions: int, method: Method, gets_bias: bool) -> Shape:
     n, m = linear_shape(layer)
     return Shape(
         m,
@@ -278,17 +263,16 @@ def _shape(layer: nn.Linear | Conv1D, positions: int, solver: str, gets_bias: bo
         layer.weight.dtype,
         has_bias=layer.bias is not None,
         gets_bias=gets_bias,
-        is_dictionary=SOLVERS[solver].is_dictionary,
+        is_dictionary=solver_of(method).is_dictionary,
         positions=max(positions, 1),
     )
 
 
-def _gains(weight: Tensor, solver: str, entry: LayerStatistics, compensate_bias: bool) -> list[float]:
+def _gains(weight: Tensor, method: Method, entry: LayerStatistics) -> list[float]:
     """Give what each unit of rank takes off the loss, in numbers that can be compared between layers."""
-    kind = SOLVERS[solver]
-    found = energies(
-        weight, kind.metric(move_statistics(entry, weight.device), compensate_bias and entry.mean is not None)
-    )
+    kind = solver_of(method)
+    compensates = method.compensate_bias and entry.mean is not None
+    found = energies(weight, kind.metric(method, move_statistics(entry, weight.device), compensates))
     if kind.is_loss:
         # E[g gᵀ] is a mean over positions. Each position adds a term to the loss, so the mean is made a sum again.
         return (found * (entry.count if "gradients" in kind.needs else 1)).tolist()
@@ -296,12 +280,11 @@ def _gains(weight: Tensor, solver: str, entry: LayerStatistics, compensate_bias:
     return (found / total if bool(total > 0) else found).tolist()
 
 
-def _costs(
-    shapes: Mapping[str, Shape], budget: float | int | str | Mapping[str, int], allocation: str, cost: str | Cost
-) -> tuple[str, dict[str, Any]]:
+def _costs(shapes: Mapping[str, Shape], method: Method) -> tuple[str, dict[str, Any]]:
     """Give the unit of costs, and for each layer a function from a rank, or None for dense, to its cost."""
-    if allocation != "cost":
-        in_bytes = isinstance(budget, str)
+    cost = method.cost
+    if method.allocation != "cost":
+        in_bytes = isinstance(method.budget, str)
         unit = "bytes" if in_bytes else "parameters"
         return unit, {name: shape.bytes if in_bytes else shape.parameters for name, shape in shapes.items()}
     if callable(cost):

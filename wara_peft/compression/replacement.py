@@ -18,6 +18,7 @@ from ..calibration.batches import OR_LOSS_FN, LossFunction, in_eval_mode, run_mo
 from ..calibration.input_moments import input_of, is_unchanged, version_of
 from ..factorized.saved import name_tensors
 from ..messages import first_few
+from .methods import Method
 from .report import Factorization
 from .solvers.needed_statistics import empty_statistics
 from .solvers.solve import Solution, factorize_weight
@@ -28,17 +29,16 @@ from .targets import Layer, errors_naming, separate_replaceable
 
 @dataclass
 class Replacement:
-    """A plan of `compress`: which layers get which rank, and what their solver needs."""
+    """A plan of `compress`: which layers get which rank, by which method."""
 
     model: nn.Module
     targets: dict[str, nn.Linear | Conv1D]
     ranks: dict[str, int]
-    solver: str
+    method: Method
     statistics: Mapping[str, LayerStatistics]
-    compensate_bias: bool
 
     def _solved(self, name: str, entry: LayerStatistics) -> Solution:
-        return factorize_weight(self.targets[name], self.ranks[name], self.solver, entry, self.compensate_bias)
+        return factorize_weight(self.targets[name], self.ranks[name], self.method, entry)
 
     def at_once(self, done: Callable[[], Any]) -> dict[str, float]:
         """Make all factorised layers, then put them into the model; call `done` after each. Returns losses by name."""

@@ -13,6 +13,7 @@ from ..compiled import on_plain_model
 from ..factorized import LowRankLinear
 from ..factorized.base import check_values
 from ..messages import first_few
+from .methods import SVD, Activation
 from .replacement import replace_everywhere
 from .solvers.solve import factorize_weight
 from .statistics.layer_statistics import LayerStatistics, check_finite, probe_of
@@ -29,7 +30,7 @@ def truncate(
     If an adapter of rank R is merged into a layer of rank r, the layer's rank becomes r + R. This function takes it
     back to r, or to any other rank. U V is the layer's weight and Û V̂ the approximation. Without statistics, Û V̂ is
     nearest to U V in the Frobenius norm. With statistics, the mean error of the output, E‖(U V − Û V̂) x‖², is least,
-    and the bias makes up for the mean of that error, as in `compress(solver="activation")`.
+    and the bias makes up for the mean of that error, as with the method `Activation`.
 
     Args:
         model: the model, without adapters: merge them first.
@@ -66,8 +67,8 @@ def truncate(
         check_whole_number("rank", rank, of=f" of {name!r}")
     cut = {name: layers[name] for name, rank in asked.items() if rank < layers[name].rank}
     entries = {name: _entry(name, layer, statistics) for name, layer in cut.items()}
-    solver = "svd" if statistics is None else "activation"
-    solutions = {name: factorize_weight(layer, asked[name], solver, entries[name]) for name, layer in cut.items()}
+    method = SVD(asked) if statistics is None else Activation(asked)
+    solutions = {name: factorize_weight(layer, asked[name], method, entries[name]) for name, layer in cut.items()}
     replace_everywhere(model, {cut[name]: solution.layer for name, solution in solutions.items()})
     return {name: solution.lost for name, solution in solutions.items()}
 

@@ -24,9 +24,18 @@ from typer.testing import CliRunner, Result
 
 from tests.compression.models import bert, llama
 from wara_peft import WaRAConfig
-from wara_peft.compression import LowRankLinear, calibrate, compress, load_compressed, save_compressed, truncate
+from wara_peft.compression import (
+    Fisher,
+    LowRankLinear,
+    calibrate,
+    compress,
+    load_compressed,
+    save_compressed,
+    truncate,
+)
 from wara_peft.compression.disk.text_batches import TextBatches
 from wara_peft.compression.disk.text_files import read_texts
+from wara_peft.compression.methods import METHODS
 from wara_peft.compression.report import Evaluation
 from wara_peft.compression.statistics.layer_statistics import MANIFEST
 from wara_peft_cli.app import app
@@ -75,7 +84,7 @@ def test_as_by_hand(made: Path, tmp_path: Path, solver: str) -> None:
         made / "texts.txt",
     )
     assert result.exit_code == 0, result.output
-    assert "load_compressed" in result.output
+    assert "import wara_peft" in result.output
     model = LlamaForCausalLM.from_pretrained(made / "base")
     texts = read_texts(made / "texts.txt")
     assert len(texts.texts) == 40
@@ -83,7 +92,7 @@ def test_as_by_hand(made: Path, tmp_path: Path, solver: str) -> None:
     assert data[0]["input_ids"].shape == (8, 32)
     kinds = ["inputs", *(["gradients"] if "-fisher" in solver else []), *(["fisher"] if solver == "fisher" else [])]
     statistics = calibrate(model, data, kinds, show_progress_bar=False)
-    expected = compress(model, 0.7, solver, statistics, show_progress_bar=False)
+    expected = compress(model, METHODS[solver](0.7), statistics, show_progress_bar=False)
     loaded = load_compressed(tmp_path / "out")
     assert loaded.compression_report == expected
     with torch.no_grad():
@@ -185,7 +194,7 @@ class TestClassifier:
                 return sum(int(of(**one).logits.argmax() == one["labels"]) for one in data[:20]) / 20
 
         before = share(model)
-        expected = compress(model, 0.5, "fisher", calibrate(model, data, ["fisher", "inputs"], **QUIET), **QUIET)
+        expected = compress(model, Fisher(0.5), calibrate(model, data, ["fisher", "inputs"], **QUIET), **QUIET)
         loaded = load_compressed(path / "out")
         with torch.no_grad():
             torch.testing.assert_close(loaded(**data[0]).logits, model(**data[0]).logits, rtol=0, atol=1e-5)
@@ -286,3 +295,10 @@ class TestBadInput:
         assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
         plot = say("inspect", tmp_path / "out", "--plot", tmp_path / "x.png")
         assert plot.exit_code == 1 and "no subbands to plot" in plot.stderr
+
+
+def test_an_option_of_another_solver(made: Path, tmp_path: Path) -> None:
+    options = ("--budget", "0.5", "--solver", "svd", "--damping", "0.1")
+    result = say("compress", made / "base", tmp_path / "out", *options)
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "--damping" in result.stderr and "'svd' has no such option; 'activation-fisher' has." in result.stderr

@@ -16,6 +16,7 @@ from transformers import AutoConfig, BertModel, PreTrainedConfig, PreTrainedMode
 from tests.compression.models import TwoLayers, batches, bert, llama
 from wara_peft import WaRAConfig
 from wara_peft.compression import (
+    SVD,
     DictionaryLinear,
     LowRankLinear,
     calibrate,
@@ -24,6 +25,7 @@ from wara_peft.compression import (
     load_compressed,
     save_compressed,
 )
+from wara_peft.compression.methods import METHODS
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.factorized.saved import put_in_place
 
@@ -34,7 +36,7 @@ def compressed(
     make, solver: str = "activation", budget: float = 0.6
 ) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
     model, data = make(), batches(6, labelled=make is bert)
-    compress(model, budget, solver, calibrate(model, data, **QUIET), **QUIET)
+    compress(model, METHODS[solver](budget), calibrate(model, data, **QUIET), **QUIET)
     return model, data
 
 
@@ -67,7 +69,7 @@ class TestOneLayerOfTwoNames:
     def test_is_one_layer_again(self, tmp_path: Path) -> None:
         AutoConfig.register("twice", TwiceConfig, exist_ok=True)
         model = Twice(TwiceConfig(tie_word_embeddings=True)).eval()
-        compress(model, 0.6, "svd", **QUIET)
+        compress(model, SVD(0.6), **QUIET)
         assert isinstance(model.first, LowRankLinear) and model.second is model.first
         save_compressed(model, tmp_path / "a")
         loaded = load_compressed(tmp_path / "a", Twice)

@@ -16,8 +16,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from tests.compression.models import vit
 from wara_peft import WaRAConfig
 from wara_peft.compression import (
+    SVD,
     LayerStatistics,
     LowRankLinear,
+    OneShotDictionary,
     StraightThroughFactorizer,
     TrainedRankPruning,
     calibrate,
@@ -59,8 +61,8 @@ def seen(model: nn.Module) -> dict[str, LayerStatistics]:
 
 
 METHODS: dict[str, Callable[[nn.Module], object]] = {
-    "svd": lambda model: compress(model, 0.6, "svd", show_progress_bar=False),
-    "dictionary": lambda model: compress(model, 0.6, "dictionary-oneshot", seen(model), show_progress_bar=False),
+    "svd": lambda model: compress(model, SVD(0.6), show_progress_bar=False),
+    "dictionary": lambda model: compress(model, OneShotDictionary(0.6), seen(model), show_progress_bar=False),
     "SLTrain": lambda model: low_rank_plus_sparse(model, 2, 0.1),
     "TRP": after_pruning,
     "DSFormer": after_straight_through,

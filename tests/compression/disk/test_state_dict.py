@@ -14,6 +14,7 @@ from tests.compression.disk.test_names import equal
 from tests.compression.models import TwoLayers, llama
 from wara_peft.attention import LowRankMultiheadAttention
 from wara_peft.compression import (
+    SVD,
     LowRankConv,
     LowRankLinear,
     SharedBaseLinear,
@@ -86,7 +87,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object], t
         nn.Module,
     ),
     "shared bases": (encoder, shared, SharedBaseLinear),
-    "diffusers": (unet, lambda model: compress(model, 0.6, "svd", show_progress_bar=False), LowRankLinear),
+    "diffusers": (unet, lambda model: compress(model, SVD(0.6), show_progress_bar=False), LowRankLinear),
 }
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from wara_peft.compression.methods import METHODS
 from wara_peft.compression.solvers.low_rank import Metric, energies, low_rank
-from wara_peft.compression.solvers.table import DAMPING, SOLVERS
+from wara_peft.compression.solvers.table import solver_of
 from wara_peft.compression.statistics.layer_statistics import LayerStatistics
 
 SHAPES = [(9, 14), (14, 9), (11, 11)]
@@ -20,6 +21,11 @@ def inputs(n: int, count: int = 60, dead: int = 0) -> Tensor:
     x = x * torch.logspace(0, -3, n, dtype=torch.float64) + torch.randn(n, dtype=torch.float64)
     x[:, :dead] = 0
     return x
+
+
+def metric_of(solver: str, statistics: LayerStatistics, compensates: bool) -> Metric:
+    method = METHODS[solver](0.5)
+    return solver_of(method).metric(method, statistics, compensates)
 
 
 def statistics_of(x: Tensor, g: Tensor) -> LayerStatistics:
@@ -53,7 +59,7 @@ class TestIdentities:
             x[:, 0] = x[:, 1] + 1e-9 * x[:, 2]
         statistics = statistics_of(x, torch.randn(60, shape[0], dtype=torch.float64))
         center = kind == "centred"
-        found = low_rank(w, rank, SOLVERS["activation"].metric(statistics, center))
+        found = low_rank(w, rank, metric_of("activation", statistics, center))
         seen = x - x.mean(0) if center else x
         values = np.linalg.svd(w.numpy() @ seen.T.numpy(), compute_uv=False) ** 2 / len(x)
         difference = (w - found.up @ found.down) @ seen.T
@@ -77,7 +83,7 @@ class TestIdentities:
         importance = torch.rand(shape[1], dtype=torch.float64)
         importance[2] = 0  # an input without any gradient
         statistics = LayerStatistics(shape, 10, torch.zeros(16), fisher=importance)
-        found = low_rank(w, rank, SOLVERS["fisher"].metric(statistics, True))
+        found = low_rank(w, rank, metric_of("fisher", statistics, True))
         values = np.linalg.svd(w.numpy() * importance.sqrt().numpy(), compute_uv=False) ** 2
         weighted = ((w - found.up @ found.down) ** 2 * importance).sum()
         assert float(weighted) == pytest.approx(values[rank:].sum(), rel=1e-9)
@@ -93,8 +99,13 @@ class TestIdentities:
         w, rank, x = weight_of(shape), 4, inputs(shape[1], count)
         g = inputs(shape[0], count)
         statistics = statistics_of(x, g)
-        found = low_rank(w, rank, SOLVERS["activation-fisher"].metric(statistics, False))
-        h = statistics.gradients + DAMPING * statistics.gradients.diagonal().mean() * torch.eye(shape[0]).double()
+        found = low_rank(w, rank, metric_of("activation-fisher", statistics, False))
+        h = (
+            statistics.gradients
+            + METHODS["activation-fisher"].damping
+            * statistics.gradients.diagonal().mean()
+            * torch.eye(shape[0]).double()
+        )
         t, s = svd_root(h), svd_root(statistics.moment)
         values = np.linalg.svd(t @ w.numpy() @ s, compute_uv=False) ** 2
         error = np.linalg.norm(t @ (w - found.up @ found.down).numpy() @ s) ** 2
@@ -103,7 +114,7 @@ class TestIdentities:
 
     def test_no_other_approximation_of_that_rank_loses_less(self) -> None:
         w, x = weight_of((9, 14)), inputs(14)
-        metric = SOLVERS["activation"].metric(statistics_of(x, torch.randn(60, 9).double()), False)
+        metric = metric_of("activation", statistics_of(x, torch.randn(60, 9).double()), False)
         best = low_rank(w, 4, metric)
         up, down = best.up.clone().requires_grad_(), best.down.clone().requires_grad_()
         metric.error(w - up @ down).backward()
@@ -130,7 +141,7 @@ class TestFullRank:
     def test_gives_the_weight_whatever_the_moments(self, shape, samples: int, dead: int, solver: str) -> None:
         w = weight_of(shape)
         x, g = inputs(shape[1], samples, dead), inputs(shape[0], samples)
-        found = low_rank(w, min(shape), SOLVERS[solver].metric(statistics_of(x, g), True))
+        found = low_rank(w, min(shape), metric_of(solver, statistics_of(x, g), True))
         torch.testing.assert_close(found.up @ found.down, w, rtol=0, atol=1e-8)
         lengths = found.up.norm(dim=0), found.down.norm(dim=1)
         torch.testing.assert_close(*lengths)
@@ -157,10 +168,12 @@ def test_gradients_whose_moment_is_rounded_below_zero() -> None:
     weight, x, g = torch.randn(m, n).double(), torch.randn(100, n).double(), torch.randn(9, m).double()
     moment = g.T @ g / len(g)
     mean = float(moment.diagonal().mean())
-    moment -= 3 * DAMPING * mean * torch.eye(m).double()  # so is now the lowest of its eigenvalues
+    moment -= (
+        3 * METHODS["activation-fisher"].damping * mean * torch.eye(m).double()
+    )  # so is now the lowest of its eigenvalues
     statistics = LayerStatistics((m, n), 100, weight.flatten()[:16].float(), x.T @ x / 100, x.mean(0), moment)
-    metric = SOLVERS["activation-fisher"].metric(statistics, True)
-    expected = moment + 10 * DAMPING * mean * torch.eye(m).double()
+    metric = metric_of("activation-fisher", statistics, True)
+    expected = moment + 10 * METHODS["activation-fisher"].damping * mean * torch.eye(m).double()
     torch.testing.assert_close(metric.outputs, expected, rtol=0, atol=1e-9)
     found = low_rank(weight, 4, metric)
     error = metric.error(weight - found.up @ found.down)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from tests.compression.models import TwoLayers, llama
 from wara_peft import WaRAConfig, initialize_from_data
 from wara_peft.allocation import allocate_ranks
-from wara_peft.compression import calibrate, compress, load_statistics
+from wara_peft.compression import SVD, Activation, calibrate, compress, load_statistics
 
 QUIET = {"show_progress_bar": False}
 
@@ -84,7 +84,7 @@ def test_sequential_compression_with_a_tensor_that_is_changed_in_place() -> None
 
     model.forward = forward
     found = calibrate(model, x, **QUIET)
-    report = compress(model, {"first": 2, "third": 2}, "activation", found, sequential=x, **QUIET)
+    report = compress(model, Activation({"first": 2, "third": 2}), found, sequential=x, **QUIET)
     rows = (x * scale).double().flatten(0, 1)
     rows = rows - rows.mean(0)
     values = torch.linalg.svdvals(rows @ weight.T).square()
@@ -137,7 +137,7 @@ LOADER = DataLoader(TensorDataset(torch.randn(8, 8), torch.zeros(8)), batch_size
         lambda model: calibrate(model, LOADER, **QUIET),
         lambda model: calibrate(model, LOADER, ["fisher"], **QUIET),
         lambda model: calibrate(model, [{"x": torch.ones(2, 8), "y": torch.ones(2)}], **QUIET),
-        lambda model: compress(model, {"proj": 2}, "svd", sequential=LOADER, **QUIET),
+        lambda model: compress(model, SVD({"proj": 2}), sequential=LOADER, **QUIET),
         lambda model: allocate_ranks(model, WaRAConfig(target_modules=["proj"]), LOADER, budget=99),
     ],
 )

@@ -10,6 +10,7 @@ from tests.compression.models import TwoLayers
 from wara_peft.allocation.signals import input_covariances
 from wara_peft.calibration.input_moments import Moments
 from wara_peft.compression import calibrate, compress
+from wara_peft.compression.methods import METHODS
 
 QUIET = {"show_progress_bar": False}
 RATIO = 1000.0
@@ -42,7 +43,7 @@ def test_the_loss_is_the_least_and_the_report_says_it(solver: str) -> None:
     x = inputs()
     model = nn.Sequential(nn.Linear(12, 20))
     weight, bias = model[0].weight.detach().double(), model[0].bias.detach().double()
-    report = compress(model, {"0": 4}, solver, calibrate(model, x, **QUIET), **QUIET)
+    report = compress(model, METHODS[solver]({"0": 4}), calibrate(model, x, **QUIET), **QUIET)
     values = torch.linalg.svdvals(weight @ torch.linalg.cholesky(covariance(x))).square()
     rows = x.double().flatten(0, 1)
     wanted = rows @ weight.T + bias

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.compression.models import llama
 from wara_peft.compression import (
+    SVD,
     LowRankConv,
     LowRankLinear,
     TrainedRankPruning,
@@ -187,14 +188,14 @@ def test_trainer_resumes_to_the_bit_and_saves(tmp_path: Path) -> None:
 def test_compress_at_given_ranks() -> None:
     model = llama()
     names = [f"model.layers.{index}.mlp.up_proj" for index in (0, 1)]
-    report = compress(model, {names[0]: 3, names[1]: 16}, "svd", show_progress_bar=False)
+    report = compress(model, SVD({names[0]: 3, names[1]: 16}), show_progress_bar=False)
     assert model.get_submodule(names[0]).rank == 3 and type(model.get_submodule(names[1])) is nn.Linear
     assert [(layer.name, layer.rank) for layer in report.layers] == [(names[0], 3), (names[1], None)]
     assert report.spent == report.budget == 3 * 48 + 16 * 32
     with pytest.raises(ValueError, match=r"rank=17 of '.*layers\.1\.mlp\.up_proj' must be an int from 1 to 16"):
-        compress(model, {names[1]: 17}, "svd", show_progress_bar=False)
+        compress(model, SVD({names[1]: 17}), show_progress_bar=False)
     with pytest.raises(ValueError, match="ranks of 'up_proj'"):
-        compress(model, {names[1]: 2, "up_proj": 3}, "svd", show_progress_bar=False)
+        compress(model, SVD({names[1]: 2, "up_proj": 3}), show_progress_bar=False)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,9 +16,10 @@ from ...disk.checkpoints.directory import written_at_once
 from ...disk.checkpoints.skeleton import Skeleton
 from ...disk.checkpoints.tensors import FLOATS
 from ...factorized.saved import kinds_and_sizes
-from ..compress import check_options, check_plan, compress
+from ..compress import check_method, check_plan, compress
+from ..methods import Method
 from ..report import CompressionReport, Evaluation
-from ..solvers.table import SOLVERS
+from ..solvers.table import solver_of
 from ..statistics.collect import MAX_BYTES, calibrate
 from ..statistics.layer_statistics import MANIFEST, load_statistics
 from .evaluation import accuracy, perplexity
@@ -30,14 +31,10 @@ from .text_files import read_texts
 def compress_checkpoint(
     base: str | os.PathLike[str],
     path: str | os.PathLike[str],
-    budget: float | int | str,
+    method: Method,
     *,
-    solver: str = "activation",
-    allocation: Literal["uniform", "greedy", "cost", "depth"] = "greedy",
     texts: str | os.PathLike[str] | None = None,
     statistics: str | os.PathLike[str] | None = None,
-    target_modules: list[str] | None = None,
-    cost: str = "flops",
     sequential: bool = False,
     evaluate: str | os.PathLike[str] | None = None,
     batch_size: int = 8,
@@ -53,10 +50,10 @@ def compress_checkpoint(
     Args:
         base: directory of the model, with safetensors.
         path: directory to write; its files appear together, when all are complete.
-        budget, solver, allocation, target_modules, cost: as in `compress`.
+        method: as in `compress`.
         texts: a file for calibration with one text in each line; or JSON lines (.jsonl) or CSV with a column "text",
-            and for a classifier of texts a column "label" with names or ids of classes. Solvers with "fisher" in their
-            name need a loss, which is that of the labels, or of a language model's own tokens.
+            and for a classifier of texts a column "label" with names or ids of classes. `Fisher` and
+            `ActivationFisher` need a loss, which is that of the labels, or of a language model's own tokens.
         statistics: a directory of statistics. If it has some, they are used; otherwise new ones are written to it.
         sequential: whether to measure statistics again, with the same texts, as layers are compressed.
         evaluate: another such file. The perplexity of a language model, or the accuracy of a classifier, is measured
@@ -72,9 +69,9 @@ def compress_checkpoint(
     Raises:
         FileNotFoundError: a file is missing, or the weights are only there as pickles, which are not opened.
         ValueError: `calibrate` or `compress` raised it; the model is compressed already, or has no tokenizer; or the
-            solver needs texts, or texts with labels, and there are none.
+            method needs texts, or texts with labels, and there are none.
     """
-    check_options(budget, solver, allocation, cost)
+    check_method("compress_checkpoint(base, path, Activation(budget=0.6))", method)
     directory = Path(base)
     # All checks up to `from_pretrained` read only headers, configs and texts, so mistakes show before the weights are
     # loaded.
@@ -87,20 +84,13 @@ def compress_checkpoint(
         raise ValueError(
             f"{str(base)!r} has {len(done)} factorised layers already. Compress the model it was made of."
         )
-    check_plan(
-        cast(nn.Module, empty).to(_dtype(skeleton)),
-        budget,
-        solver,
-        allocation,
-        target_modules=target_modules,
-        cost=cost,
-    )
-    needs = SOLVERS[solver].needs
+    check_plan(cast(nn.Module, empty).to(_dtype(skeleton)), method)
+    needs = solver_of(method).needs
     kept = None
     if statistics is not None and (Path(statistics) / MANIFEST).is_file():
         kept = load_statistics(statistics)
     if texts is None and (sequential or (needs and kept is None)):
-        why = "sequential" if sequential else f"solver={solver!r}"
+        why = "sequential" if sequential else f"solver={method.solver!r}"
         raise ValueError(f"{why} needs texts to calibrate with: give a file with one in each line (--texts).")
     with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base,)) as temporary:
         data: list[Batch] = []
@@ -110,7 +100,7 @@ def compress_checkpoint(
         if texts is not None:
             found_texts = read_texts(Path(texts))
             if kept is None and not {"gradients", "fisher"}.isdisjoint(needs):
-                make.check_loss(found_texts, f"solver={solver!r}")
+                make.check_loss(found_texts, f"solver={method.solver!r}")
             data = list(itertools.islice(make(found_texts), batches))
         if evaluate is not None:
             judged_texts = read_texts(Path(evaluate))
@@ -126,21 +116,17 @@ def compress_checkpoint(
             found = calibrate(
                 model,
                 data,
-                # Solvers without inputs use their mean all the same, to compensate the bias.
+                # Methods without inputs use their mean all the same, to compensate the bias.
                 needs if "inputs" in needs else (*needs, "inputs"),
-                target_modules=target_modules,
+                target_modules=method.target_modules,
                 max_bytes=max_bytes,
                 path=statistics,
                 show_progress_bar=show_progress_bar,
             )
         report = compress(
             cast(nn.Module, model),
-            budget,
-            solver,
+            method,
             found,
-            allocation,
-            target_modules=target_modules,
-            cost=cost,
             sequential=data if sequential else None,
             show_progress_bar=show_progress_bar,
         )

@@ -10,23 +10,24 @@ from transformers.pytorch_utils import Conv1D
 
 from ...factorized.low_rank_linear import linear_shape
 from ...messages import first_few
+from ..methods import Method
 from ..statistics.layer_statistics import LayerStatistics, check_finite, probe_of
-from .table import SOLVERS
+from .table import solver_of
 
 TOLERANCE = 0.1
 """Largest relative difference between entries of a weight now and at calibration. Training moves them a little."""
 
 
 def statistics_of(
-    name: str, layer: nn.Linear | Conv1D, statistics: Mapping[str, LayerStatistics], solver: str
+    name: str, layer: nn.Linear | Conv1D, statistics: Mapping[str, LayerStatistics], method: Method
 ) -> LayerStatistics:
-    """Give the statistics of a layer, which are empty if the solver needs none and there are none.
+    """Give the statistics of a layer, which are empty if the method needs none and there are none.
 
     Raises:
-        ValueError: there are none and the solver needs some; they are of a layer with another shape or other weights;
-            or they lack a kind that the solver needs, or it is zero or not finite.
+        ValueError: there are none and the method needs some; they are of a layer with another shape or other weights;
+            or they lack a kind that the method needs, or it is zero or not finite.
     """
-    needs = SOLVERS[solver].needs
+    needs = solver_of(method).needs
     if name not in statistics:
         if not needs:
             return empty_statistics(layer)
@@ -59,7 +60,7 @@ def statistics_of(
         found = there[kind]
         if found is None:
             raise ValueError(
-                f"statistics of {name!r} have no {kind!r}, which solver={solver!r} needs: calibrate with "
+                f"statistics of {name!r} have no {kind!r}, which {type(method).__name__} needs: calibrate with "
                 f"statistics={list(needs)!r}."
             )
         if kind != "inputs" and not bool(found.any()):

@@ -12,9 +12,10 @@ from ...factorized import DictionaryLinear, LowRankLinear
 from ...factorized.low_rank_linear import linear_shape
 from ...factorized.sparse_rows import pack_bits
 from ..budget.costs import nonzeros_of
+from ..methods import Method
 from ..statistics.layer_statistics import LayerStatistics
 from .low_rank import low_rank
-from .table import SOLVERS
+from .table import solver_of
 
 
 class Solution(NamedTuple):
@@ -28,9 +29,8 @@ class Solution(NamedTuple):
 def factorize_weight(
     layer: nn.Linear | Conv1D | LowRankLinear,
     rank: int,
-    solver: str,
+    method: Method,
     statistics: LayerStatistics,
-    compensate_bias: bool = True,
 ) -> Solution:
     """Make a factorised layer from a layer, which itself stays as it is.
 
@@ -41,23 +41,22 @@ def factorize_weight(
     Args:
         layer: the layer, with the weight W, (m, n), and maybe a bias b. It may be factorised already.
         rank: r, or the number of atoms of a dictionary.
-        solver: a key of `SOLVERS`.
-        statistics: statistics of this layer, with the kinds that the solver needs.
-        compensate_bias: whether the bias is changed as above.
+        method: the method; its budget and targets do not matter here.
+        statistics: statistics of this layer, with the kinds that the method needs.
 
     Returns:
         The factorised layer, with the device, dtype, mode and `requires_grad` of the layer.
     """
     weight = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
-    kind = SOLVERS[solver]
-    compensates = compensate_bias and statistics.mean is not None
-    metric = kind.metric(move_statistics(statistics, weight.device), compensates)
+    kind = solver_of(method)
+    compensates = method.compensate_bias and statistics.mean is not None
+    metric = kind.metric(method, move_statistics(statistics, weight.device), compensates)
     n, m = linear_shape(layer)
     bias = layer.bias is not None or compensates
     trains = next(layer.parameters()).requires_grad  # the weight's, or that of a factor
     made: LowRankLinear | DictionaryLinear
     if kind.learn is not None:
-        found = kind.learn(weight, rank, nonzeros_of(rank), metric)
+        found = kind.learn(method, weight, rank, nonzeros_of(rank), metric)
         made = DictionaryLinear(n, m, rank, nonzeros_of(rank), bias, device="meta", dtype=weight.dtype)
         # Made on the meta device first: initial values would take time, and change the state of the random generator.
         made.to_empty(device=weight.device)

@@ -15,6 +15,7 @@ from ...calibration.processes import take_from_first_process
 from ...factorized.key_names import write_names_of_modules
 from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
 from ..compress import compress
+from ..methods import SVD, Method
 from ..replacement import count_parameters, replace_everywhere
 from ..report import CompressionReport, LayerReport
 from ..statistics.layer_statistics import LayerStatistics
@@ -167,12 +168,13 @@ class TrainedRankPruning(TrainingMethod):
         self._directions = {}
 
     def finish(
-        self, solver: str = "svd", statistics: Mapping[str, LayerStatistics] | None = None
+        self, method: type[Method] = SVD, statistics: Mapping[str, LayerStatistics] | None = None
     ) -> CompressionReport:
         """Truncate for the last time, and factorise each layer at its rank, where that saves parameters.
 
         Args:
-            solver, statistics: as in `compress`, for linear layers. Measure statistics with the trained model.
+            method: class of the method of `compress` that factorises linear layers.
+            statistics: as in `compress`, for linear layers. Measure statistics with the trained model.
 
         Returns:
             A report of what each layer got, which `model.compression_report` keeps too.
@@ -193,10 +195,10 @@ class TrainedRankPruning(TrainingMethod):
                     LayerReport(name, (rows, columns), ranks[name] if pays else None, None, dense,
                                 after if pays else dense, 0.0, "" if pays else "no rank pays")
                 )  # fmt: skip
-        report = CompressionReport(solver, "given", 0, "parameters", 0, 0, [], {})
+        report = CompressionReport(method.solver, "given", 0, "parameters", 0, 0, [], {})
         linear = {name: rank for name, rank in ranks.items() if not isinstance(targets[name], CONVOLUTIONS)}
         if linear:
-            report = compress(model, linear, solver, statistics, show_progress_bar=False)
+            report = compress(model, method(linear), statistics, show_progress_bar=False)
         replace_everywhere(model, made)
         spent = report.spent + sum(entry.parameters_after for entry in entries)
         before = report.before + sum(entry.parameters_before for entry in entries)
