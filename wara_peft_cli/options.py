@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-FileFormat = Literal["peft", "diffusers"]
+FileFormat = Literal["peft", "diffusers", "gguf"]
 Solver = Literal["svd", "fisher", "activation", "activation-fisher", "dictionary", "dictionary-oneshot"]
 Allocation = Literal["uniform", "greedy", "cost", "depth"]
 Cost = Literal["bytes", "flops"]
