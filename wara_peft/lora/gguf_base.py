@@ -6,7 +6,7 @@ The base model is a GGUF file, or the directory of a model of transformers; of e
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class GgufBase:
                 shape.
         """
         _check_loadable(source)
-        names = {name: tensor_name(self.architecture, self.blocks, name) for name in source.modules}
+        names = weight_names(self.architecture, self.blocks, source.modules)
         lacking = {repr(name): tensor for name, tensor in names.items() if tensor not in self.shapes}
         if lacking:
             is_tied = "output.weight" in lacking.values()
@@ -89,16 +89,16 @@ class GgufBase:
         return found
 
 
-def tensor_name(architecture: str, blocks: int, module: str) -> str | None:
-    """Give GGUF's name of a module's weight by the table of the package gguf; None if the table has none.
+def weight_names(architecture: str, blocks: int, modules: Iterable[str]) -> dict[str, str | None]:
+    """Give GGUF's name of each module's weight by the table of the package gguf; None if the table has none.
 
     A model without a head has names without "model." at the beginning, and GGUF has no such model.
     """
     gguf = import_gguf()
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(kind, blocks)
-    name = table.get_name(module) or table.get_name(f"model.{module}")
-    return None if name is None else f"{name}.weight"
+    found = {module: table.get_name(module) or table.get_name(f"model.{module}") for module in modules}
+    return {module: None if name is None else f"{name}.weight" for module, name in found.items()}
 
 
 def import_gguf() -> Any:
@@ -142,7 +142,7 @@ def _of_directory(path: Path) -> GgufBase:
     classes: Any = AutoModelForCausalLM._model_mapping
     model = skeleton.make(classes[type(config)])
     weights = {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    names = {name: tensor_name(architecture, config.num_hidden_layers, name) for name in weights}
+    names = weight_names(architecture, config.num_hidden_layers, weights)
     shapes = {tensor: weights[name] for name, tensor in names.items() if tensor is not None}
     if config.tie_word_embeddings:
         del shapes["output.weight"]

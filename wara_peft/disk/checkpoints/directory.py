@@ -140,8 +140,9 @@ def file_written_at_once(
     except BaseException:  # KeyboardInterrupt is no Exception, and must leave nothing behind either
         with suppress(OSError):
             temporary.unlink()
-        if claimed and target.stat().st_size == 0:
-            target.unlink()
+        with suppress(OSError):  # another process has removed the file
+            if claimed and not target.stat().st_size:
+                target.unlink()
         for empty in new_parents:
             with suppress(OSError):  # the directory is not empty, because another process has put something there
                 empty.rmdir()
