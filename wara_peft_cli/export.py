@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from .interruption import PROGRAM
-from .options import Debug, Dtype, FileFormat, Out, Overwrite, local_directory, torch_dtype
+from .options import Debug, Dtype, FileFormat, Overwrite, local_directory, torch_dtype
 from .terminal import failures_in_a_line, out, print_message, progress_bar
 
 EXAMPLES = f"""Examples:\n
@@ -17,7 +19,8 @@ EXAMPLES = f"""Examples:\n
     {PROGRAM} export my-adapter my-lora --dtype bf16 --strict\n
     {PROGRAM} export my-adapter my-lora --rank 8\n
     {PROGRAM} export my-adapter my-lora --energy 0.99\n
-    {PROGRAM} export unet-adapter text-adapter my-lora --format diffusers"""
+    {PROGRAM} export unet-adapter text-adapter my-lora --format diffusers\n
+    {PROGRAM} export my-adapter my-lora.gguf --format gguf --base my-base-model"""
 
 
 def export(
@@ -31,7 +34,10 @@ def export(
         ),
     ] = None,
     *,
-    path: Out,
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Directory to write, or file for gguf. It is empty until it is complete."),
+    ],
     rank: Annotated[
         int | None, typer.Option(min=1, help="Best approximation of this rank; exact if left out.")
     ] = None,
@@ -42,13 +48,19 @@ def export(
     dtype: Dtype = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if engines cannot take all of the adapter.")] = False,
     format: Annotated[
-        FileFormat, typer.Option(help="Whose files to write; diffusers' hold several adapters.")
+        FileFormat, typer.Option(help="Whose files to write; diffusers' hold several adapters, gguf is llama.cpp's.")
     ] = "peft",
     component: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
             help="unet, transformer, text_encoder...: which one ADAPTER is of, if its config does not say.",
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BASE", help="For gguf: the base model's directory, or its GGUF file.", show_default=False
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -62,31 +74,43 @@ def export(
         raise typer.BadParameter("give --rank or --energy, not both.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter(f"--energy {energy} is a share: more than 0, at most 1.")
-    if format == "peft" and (component or len(adapters) > 1):
+    if format != "diffusers" and (component or len(adapters) > 1):
         raise typer.BadParameter("several adapters, and --component, are for --format diffusers.")
     if component and len(component) != len(adapters):
         raise typer.BadParameter(f"give --component once for each of the {len(adapters)} adapters, in their order.")
+    if (format == "gguf") != (base is not None):
+        raise typer.BadParameter("--base is for --format gguf, which needs it.")
     with failures_in_a_line(debug):
         sources = [local_directory(adapter) for adapter in adapters]
-        from wara_peft.disk.checkpoints.directory import written_at_once
-        from wara_peft.lora.export import convert, vllm_max_lora_rank, write_loras
+        from wara_peft.disk.checkpoints.directory import file_written_at_once
+        from wara_peft.lora.export import convert, place_to_write, vllm_max_lora_rank, write_loras
+        from wara_peft.lora.gguf_files import modelfile
 
         names: list[str | None] = [*component] if component else [None] * len(sources)
         kept = energy if rank is None else rank
-        to_format = partial(convert, rank=kept, dtype=torch_dtype(dtype), strict=strict, format=format)
-        # The directory is claimed before adapters are converted, so an OUT that exists costs no minutes of work.
-        with written_at_once(path, "replace" if overwrite else "refuse", inputs=sources) as directory:
+        to_format = partial(convert, rank=kept, dtype=torch_dtype(dtype), strict=strict, format=format, base=base)
+        existing: Literal["refuse", "replace"] = "replace" if overwrite else "refuse"
+        beside = path.with_suffix(".Modelfile")
+        # OUT is claimed before adapters are converted, so one that exists costs no minutes of work.
+        with ExitStack() as claims:
+            if base is not None:
+                text = claims.enter_context(file_written_at_once(beside, existing, [base]))
+                text.write_text(modelfile(path, base), encoding="utf-8")
+            inputs = sources if base is None else [*sources, base]
+            place = claims.enter_context(place_to_write(path, format, existing, inputs))
             loras = [
                 to_format(source, component=name, track=progress_bar("Exporting"))
                 for source, name in zip(sources, names, strict=True)
             ]
-            write_loras(directory, loras)
+            write_loras(place, loras)
         for lora in loras:
             of_component = f" of {lora.component}" if lora.component else ""
             modules = len(lora.config.target_modules or ())
             parameters = len(lora.config.target_parameters or ())
-            beside = f" and {parameters} parameters" if parameters else ""
-            print_message(f"Wrote {path}: LoRA of rank {lora.config.r}, {modules} modules{beside}{of_component}.")
+            and_parameters = f" and {parameters} parameters" if parameters else ""
+            print_message(
+                f"Wrote {path}: LoRA of rank {lora.config.r}, {modules} modules{and_parameters}{of_component}."
+            )
             rounding = f", but for the rounding to {dtype}" if lora.rounded else ""
             if kept is None:
                 out.print(f"It is exact{rounding}.")
@@ -94,6 +118,11 @@ def export(
                 out.print(f"Relative error of the weight update, in Frobenius norm: {lora.error.total:.3g}{rounding}.")
         if format == "diffusers":
             print_message(f"Load it by pipeline.load_lora_weights({str(path)!r}).")
+            return
+        if base is not None:
+            model = base if base.is_file() else "BASE.gguf"
+            print_message(f"llama.cpp: {shlex.join(['llama-server', '-m', str(model), '--lora', str(path)])}")
+            print_message(f"Ollama: {shlex.join(['ollama', 'create', 'NAME', '-f', str(beside)])}")
             return
         allowed = vllm_max_lora_rank(loras[0].config.r)
         if allowed is None:

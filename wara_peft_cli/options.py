@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-FileFormat = Literal["peft", "diffusers"]
+FileFormat = Literal["peft", "diffusers", "gguf"]
 Cost = Literal["bytes", "flops"]
 DTYPES = {
     "fp32": "float32",

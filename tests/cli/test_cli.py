@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner, Result
 
 from tests.forked_python import run_python
@@ -193,6 +193,112 @@ class TestExport:
         assert result.exit_code == 0
         (line,) = complaints(result)
         assert line.startswith("wara-peft: warning: PEFT loads all of this LoRA")
+
+
+class TestExportToGguf:
+    def test_files_and_what_it_prints(self, made, tmp_path):
+        gguf = pytest.importorskip("gguf")
+        lora, modelfile = tmp_path / "my lora.gguf", tmp_path / "my lora.Modelfile"
+        result = say("export", made / "adapter", lora, "--format", "gguf", "--base", made / "base")
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.splitlines() == [
+            f"Wrote {lora}: LoRA of rank 12, 14 modules.",
+            "It is exact.",
+            f"llama.cpp: llama-server -m BASE.gguf --lora '{lora}'",
+            f"Ollama: ollama create NAME -f '{modelfile}'",
+        ]
+        assert sorted(tmp_path.iterdir()) == [modelfile, lora]
+        assert modelfile.read_text() == f"FROM {made / 'base'}\nADAPTER ./my lora.gguf\n"
+        _, expected = to_lora(made / "adapter")
+        found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(lora).tensors}
+        assert len(found) == len(expected)
+        value = expected["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
+        assert (found["blk.1.ffn_up.weight.lora_b"] == value.numpy()).all()
+
+    def test_what_is_there_stays_without_overwrite(self, made, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        arguments = ["export", made / "adapter", "lora.gguf", "--format", "gguf", "--base", made / "base"]
+        for name in ("lora.Modelfile", "lora.gguf"):
+            Path(name).write_text("mine")
+            result = say(*arguments)
+            assert result.exit_code == 1
+            (line,) = complaints(result)
+            assert line.startswith(f"wara-peft: '{name}' exists already; name another file, or overwrite it")
+            assert os.listdir() == [name] and Path(name).read_text() == "mine"
+            result = say(*arguments, "--overwrite")
+            assert result.exit_code == 0, result.stderr
+            assert sorted(os.listdir()) == ["lora.Modelfile", "lora.gguf"]
+            assert b"mine" not in Path(name).read_bytes()
+            for path in tmp_path.iterdir():
+                path.unlink()
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "said"),
+        [
+            (["lora.gguf"], 2, "--base is for --format gguf, which needs it"),
+            (["lora", "--format", "peft", "--base", "base"], 2, "--base is for --format gguf, which needs it"),
+            (["lora.gguf", "--component", "unet", "--base", "base"], 2, "--component, are for --format diffusers"),
+            (["lora", "--base", "base"], 1, "path='lora' must be the name of a file that ends in '.gguf'"),
+            (["lora.gguf", "--base", "nowhere"], 1, "There is no model directory 'nowhere'."),
+            (["lora.gguf", "--base", "adapter"], 1, "It is the directory of an adapter, not of a model."),
+            (["lora.gguf", "--base", "text"], 1, "Cannot use 'text' as a base model in GGUF: "),
+            (["text/lora.gguf", "--base", "base"], 1, "which is a file; name another place."),
+            (["lora.gguf", "--base", "gpt2"], 1, "is of the architecture 'gpt2', and GGUF adapters are written for"),
+        ],
+    )
+    def test_what_cannot_be_exported(self, made, tmp_path, monkeypatch, arguments, status, said):
+        monkeypatch.chdir(tmp_path)
+        for name in ("base", "adapter"):
+            Path(name).symlink_to(made / name)
+        Path("text").write_text("no model")
+        GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1)).save_pretrained("gpt2")
+        before = sorted(os.listdir())
+        result = say("export", "adapter", *([] if "peft" in arguments else ["--format", "gguf"]), *arguments)
+        assert result.exit_code == status
+        assert said in " ".join(re.sub("[│╭╮╰╯─]", "", result.stderr).split())
+        assert not result.stdout
+        assert sorted(os.listdir()) == before
+
+    def test_an_adapter_of_another_base(self, made, tmp_path):
+        sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "other")
+        arguments = ["--format", "gguf", "--base", tmp_path / "other"]
+        result = say("export", made / "adapter", tmp_path / "lora.gguf", *arguments)
+        assert result.exit_code == 1
+        (line,) = complaints(result)
+        assert "The adapter was trained on another base than" in line
+        assert os.listdir(tmp_path) == ["other"]
+
+    def test_without_the_package(self, made, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "gguf", None)
+        arguments = ["--format", "gguf", "--base", made / "base"]
+        result = say("export", made / "adapter", tmp_path / "lora.gguf", *arguments)
+        assert result.exit_code == 1
+        (line,) = complaints(result)
+        assert line.startswith("wara-peft: format='gguf' needs the package gguf: pip install gguf (")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+    def test_interrupted(self, made, tmp_path, number):
+        """The signal comes when all is written, and nothing has its name yet."""
+        signals = f"""
+            import os
+            import wara_peft.lora.export as export
+            export.write_adapter = lambda file, *_: (file.write_text("half"), os.kill(os.getpid(), {int(number)}))
+        """
+        options = ["--format", "gguf", "--base", made / "base"]
+        process = run_fork("export", made / "adapter", "lora.gguf", *options, cwd=tmp_path, before=signals)
+        left = sorted(path.name for path in tmp_path.iterdir())
+        if number == signal.SIGTERM:
+            assert process.returncode == 1 and "interrupted; nothing was written." in process.stderr
+            assert left == []
+            return
+        assert process.returncode == -signal.SIGKILL
+        assert len(left) == 4 and not (tmp_path / "lora.gguf").read_bytes()
+        result = say("export", made / "adapter", tmp_path / "lora.gguf", *options)
+        assert result.exit_code == 0, result.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.Modelfile", "lora.gguf"]
 
 
 class TestMerge:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from wara_peft.disk.checkpoints import directory
-from wara_peft.disk.checkpoints.directory import written_at_once
+from wara_peft.disk.checkpoints.directory import file_written_at_once, written_at_once
 
 
 def write(path, text="new", **options):
@@ -133,20 +133,20 @@ def test_what_someone_else_writes_meanwhile_is_kept(tmp_path):
     assert names(tmp_path / "new") == ["other"]
 
 
-def killed(path, existing: str, then: str = "") -> None:
-    """Write a directory in a process of its own that is killed in the middle, or as soon as `then` says."""
+def killed(path, existing: str, then: str = "", writer: str = "written_at_once") -> None:
+    """Write a directory or a file in a process of its own that is killed in the middle, or as soon as `then` says."""
     code = f"""
         import os, signal
         from pathlib import Path
         import runpy
-        written_at_once = runpy.run_path({directory.__file__!r})["written_at_once"]  # alone, it imports in no time
+        writer = runpy.run_path({directory.__file__!r})[{writer!r}]  # alone, it imports in no time
 
         def die(*_):
             os.kill(os.getpid(), signal.SIGKILL)
 
         {then}
-        with written_at_once(Path({str(path)!r}), {existing!r}) as directory:
-            (directory / "file").write_text("half")
+        with writer(Path({str(path)!r}), {existing!r}) as written:
+            (written / "file" if written.is_dir() else written).write_text("half")
             {"" if then else "die()"}
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
@@ -263,3 +263,70 @@ def test_inputs_are_not_replaced(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must not be replaced"):
         write(tmp_path, existing="replace")
     assert (tmp_path / "model" / "file").read_text() == "old"
+
+
+def write_file(path, text="new", **options):
+    with file_written_at_once(path, **options) as file:
+        assert file.parent == path.parent and path.read_text() in ("", "old")
+        file.write_text(text)
+
+
+def test_a_new_file_with_new_parents(tmp_path):
+    write_file(tmp_path / "a" / "b" / "file")
+    assert (tmp_path / "a" / "b" / "file").read_text() == "new"
+    assert names(tmp_path / "a" / "b") == ["file"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_no_file_and_the_old_one(tmp_path, error):
+    (tmp_path / "old").write_text("old")
+    for path in (tmp_path / "old", tmp_path / "a" / "b"):
+        with pytest.raises(error), file_written_at_once(path, "replace") as file:
+            file.write_text("half")
+            raise error
+    assert names(tmp_path) == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
+
+
+def test_a_file_that_is_there_is_refused_or_replaced(tmp_path):
+    (tmp_path / "old").write_text("old")
+    with pytest.raises(ValueError, match="exists already; name another file, or overwrite it"):
+        write_file(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "old"
+    write_file(tmp_path / "old", existing="replace")
+    assert (tmp_path / "old").read_text() == "new"
+    assert names(tmp_path) == ["old"]
+
+
+def test_places_where_no_file_can_be(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    for path, options, message in (
+        ("folder", {}, "is a directory; name a file"),
+        ("file/inside", {}, "would lie in .*file', which is a file"),
+        ("link", {"existing": "replace", "inputs": [tmp_path / "file"]}, "is read, and must not be replaced"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_file(tmp_path / path, **options)
+    assert names(tmp_path) == ["file", "folder", "link"]
+
+
+def test_two_writers_of_a_file(tmp_path):
+    with file_written_at_once(tmp_path / "out") as file:
+        with pytest.raises(ValueError, match="is being written by another process"):
+            write_file(tmp_path / "out", existing="replace")
+        file.write_text("first")
+    assert (tmp_path / "out").read_text() == "first"
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_killed_writer_of_a_file_leaves_is_cleared(tmp_path):
+    killed(tmp_path / "out", "refuse", writer="file_written_at_once")
+    assert len(names(tmp_path)) == 2 and not (tmp_path / "out").read_text()
+    others = [".out.0123.partial", ".other.01234567.partial", ".out.01234567.old"]
+    for name in others:
+        (tmp_path / name).write_text("another's")
+    write_file(tmp_path / "out")
+    assert names(tmp_path) == sorted([*others, "out"])
+    assert (tmp_path / "out").read_text() == "new"

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -22,14 +23,16 @@ from ..base_layers.lora_places import fan_in_fan_out, lora_name, loras_targets
 from ..disk.adapters.adapter import Track, no_progress_bar
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.adapters.source import AdapterSource, adapter_directory, adapter_source
-from ..disk.checkpoints.directory import written_at_once
+from ..disk.checkpoints.directory import file_written_at_once, written_at_once
 from ..disk.checkpoints.tensors import FLOATS
 from ..layers.as_lora import LoraModule, common_rank
 from ..messages import first_few
 from .diffusers_files import check_together, component_of, write_components
+from .gguf_base import GgufBase
+from .gguf_files import write_adapter
 
 Model = nn.Module | str | os.PathLike[str]
-FileFormat = Literal["peft", "diffusers"]
+FileFormat = Literal["peft", "diffusers", "gguf"]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for `--max-lora-rank`."""
 
@@ -88,22 +91,27 @@ def save_as_lora(
     strict: bool = False,
     format: FileFormat = "peft",
     component: str | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Save a WaRA adapter as a LoRA checkpoint that PEFT, or a pipeline of diffusers, loads.
+    """Save a WaRA adapter as a LoRA that PEFT, a pipeline of diffusers, or llama.cpp loads.
 
     Args:
         path: directory to write to; it is made if it does not exist. The files appear only when they are complete.
-            Other files in the directory stay.
+            Other files in the directory stay. With `format="gguf"` it is the file, whose name ends in ".gguf".
         model: as in `to_lora`; with `format="diffusers"` also a dict of several models, by component.
         rank, adapter_name, dtype, strict: as in `to_lora`, whose errors apply; nothing is written then.
         format: "peft" writes `adapter_model.safetensors` and `adapter_config.json`; "diffusers" (which must be
-            installed) `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(path)`.
+            installed) `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(path)`; "gguf" (a package
+            that must be installed) an adapter for llama.cpp, `llama-server -m base.gguf --lora path`.
         component: with `format="diffusers"`, the model of the pipeline to which the adapter belongs, such as "unet",
             "transformer" or "text_encoder". None derives it from the class of the base model.
+        base: with `format="gguf"`, the base model: its directory, or its GGUF file. Llama, Mistral, Qwen2 and Qwen3
+            are supported.
 
     Raises:
-        ValueError: `path` is a file, or the adapter's own directory, or `format` and `component` do not fit; for
-            `format="diffusers"` also what `component_of` in `wara_peft.lora.diffusers_files` raises.
+        ValueError: `path` is a file, or the adapter's own directory, or `format`, `component` and `base` do not fit;
+            for `format="diffusers"` also what `component_of` in `wara_peft.lora.diffusers_files` raises, and for
+            `format="gguf"` what `GgufBase` in `wara_peft.lora.gguf_base` raises.
         TypeError: an argument is of the wrong type, for example because two are swapped; see also `to_lora`.
 
     Example:
@@ -115,17 +123,37 @@ def save_as_lora(
     models = model if isinstance(model, Mapping) else {component: model}
     for item in models.values():
         check_argument(call, "model", item, "an nn.Module or a path")
-    if isinstance(model, Mapping) and (format == "peft" or component is not None):
+    if isinstance(model, Mapping) and (format != "diffusers" or component is not None):
         raise ValueError("Several models, by component, are for format='diffusers', without `component`.")
     paths = [item for item in models.values() if isinstance(item, (str, os.PathLike))]
-    inputs = [*paths, *(adapter_directory(item, adapter_name) for item in paths)]
-    with written_at_once(path, existing="update", inputs=inputs) as directory:
-        to_format = partial(convert, rank=rank, adapter_name=adapter_name, dtype=dtype, strict=strict)
-        write_loras(directory, [to_format(item, format=format, component=name) for name, item in models.items()])
+    inputs = [*paths, *(adapter_directory(item, adapter_name) for item in paths), *([] if base is None else [base])]
+    with place_to_write(path, format, "update", inputs) as place:
+        to_format = partial(
+            convert, rank=rank, adapter_name=adapter_name, dtype=dtype, strict=strict, format=format, base=base
+        )
+        write_loras(place, [to_format(item, component=name) for name, item in models.items()])
 
 
-def write_loras(directory: Path, loras: Sequence[Lora]) -> None:
-    """Write one LoRA in PEFT's format, or those of a pipeline's components in diffusers', into an existing directory.
+def place_to_write(
+    path: str | os.PathLike[str],
+    format: FileFormat,
+    existing: Literal["refuse", "replace", "update"],
+    inputs: Sequence[str | os.PathLike[str]],
+) -> AbstractContextManager[Path]:
+    """Claim the directory, or for "gguf" the file, that a LoRA is written to; see `written_at_once`."""
+    if format != "gguf":
+        return written_at_once(path, existing, inputs)
+    if Path(path).suffix != ".gguf":
+        raise ValueError(f"path={str(path)!r} must be the name of a file that ends in '.gguf', with format='gguf'.")
+    return file_written_at_once(path, "refuse" if existing == "refuse" else "replace", inputs)
+
+
+def write_loras(place: Path, loras: Sequence[Lora]) -> None:
+    """Write one LoRA in PEFT's or GGUF's format, or those of a pipeline's components in diffusers'.
+
+    Args:
+        place: an existing directory, or for GGUF a file.
+        loras: the LoRAs, as `convert` returns them.
 
     Raises:
         ValueError: the components do not belong together.
@@ -133,10 +161,13 @@ def write_loras(directory: Path, loras: Sequence[Lora]) -> None:
     components = [lora.component for lora in loras if lora.component is not None]
     if components:
         check_together(components)
-        write_components(directory, {name: lora[:2] for name, lora in zip(components, loras, strict=True)})
+        write_components(place, {name: lora[:2] for name, lora in zip(components, loras, strict=True)})
+        return
+    (lora,) = loras
+    if lora.gguf is not None:
+        write_adapter(place, lora.config, lora.state_dict, *lora.gguf)
     else:
-        (lora,) = loras
-        _write_lora(directory, lora.config, lora.state_dict)
+        _write_lora(place, lora.config, lora.state_dict)
 
 
 def _write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
@@ -184,7 +215,9 @@ class Lora(NamedTuple):
     rounded: bool
     """Whether the factors were rounded to a narrower dtype than the adapter's."""
     component: str | None
-    """The model of a diffusion pipeline to which the LoRA belongs; None in PEFT's format."""
+    """The model of a diffusion pipeline to which the LoRA belongs; None in other formats than diffusers'."""
+    gguf: tuple[GgufBase, dict[str, str]] | None
+    """The base model, and its name of each adapted module's weight; None in other formats than GGUF."""
 
 
 @torch.no_grad()
@@ -197,6 +230,7 @@ def convert(
     strict: bool = False,
     format: FileFormat = "peft",
     component: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     track: Track = no_progress_bar,
 ) -> Lora:
     """Do the work of `to_lora` and `lora_error` at once, so that each tensor is read and decomposed only once."""
@@ -206,11 +240,22 @@ def convert(
         raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more.")
     if format not in get_args(FileFormat):
         raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, get_args(FileFormat)))}.")
-    if format == "peft" and component is not None:
-        raise ValueError(f"component={component!r} has no meaning with format='peft', only with 'diffusers'.")
+    if format != "diffusers" and component is not None:
+        raise ValueError(f"component={component!r} has no meaning with format={format!r}, only with 'diffusers'.")
+    if (format == "gguf") != (base is not None):
+        raise ValueError(f"base={base!r} does not fit format={format!r}: a base model is for 'gguf', which needs one.")
     source = adapter_source(model, adapter_name, component)
+    gguf = None
     if format == "diffusers":
         component = component_of(source, component)
+    elif base is not None:
+        wide = [repr(name) for name, own in source.dtypes.items() if (dtype or own) == torch.float64]
+        if wide:
+            raise ValueError(
+                f"llama.cpp computes no LoRA in float64, as of {first_few(wide)}: give dtype=torch.float32."
+            )
+        gguf_base = GgufBase.read(base)
+        gguf = gguf_base, gguf_base.tensor_names(source)
     else:
         _tell_what_engines_refuse(source, strict)
     for text in source.warnings:
@@ -223,7 +268,7 @@ def convert(
         for key, value in part.tensors(common, dtype or source.dtypes[part.name]).items():
             state_dict[f"{PEFT_PREFIX}{lora_name(source.modules, part.name)}.{key}"] = value
     rounded = dtype is not None and any(_wider(own, dtype) != dtype for own in source.dtypes.values())
-    return Lora(_lora_config(source, common), state_dict, _errors(modules), rounded, component)
+    return Lora(_lora_config(source, common), state_dict, _errors(modules), rounded, component, gguf)
 
 
 def _modules(

@@ -1,4 +1,4 @@
-"""Writes directories that are complete or not there at all, even if several processes write to one place."""
+"""Writes directories and files that are complete or not there at all, even if several processes write to one place."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def written_at_once(
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise ValueError(f"path={str(path)!r} is a file; name a directory.")
-    file = next((parent for parent in target.parents if parent.exists()), target.parent)
-    if not file.is_dir():
-        raise ValueError(f"path={str(path)!r} would lie in {str(file)!r}, which is a file; name a directory.")
+    _check_parents(path, target)
     _check_inputs(path, target, existing, inputs)
     new_parents = [parent for parent in target.parents if not parent.exists()]  # innermost first
     # The temporary directory lies beside the target, because a rename is one step only within a file system.
@@ -85,6 +83,78 @@ def written_at_once(
         raise
 
 
+@contextmanager
+def file_written_at_once(
+    path: str | os.PathLike[str],
+    existing: Literal["refuse", "replace"] = "refuse",
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Iterator[Path]:
+    """Let a block write a temporary file, which is moved to `path` once it is on disk.
+
+    It does for a file what `written_at_once` does for a directory. The name is claimed by an empty file.
+
+    Args:
+        path: the file to write; parents that are missing are made.
+        existing: what to do if the file is there already, and not empty. "refuse" raises. "replace" replaces it when
+            the new one is complete.
+        inputs: files or directories that the block reads, and that must not be replaced.
+
+    Yields:
+        The temporary file, empty.
+
+    Raises:
+        ValueError: `path` is a directory, or a file that is not empty and `existing` is "refuse", or is being written
+            by another process, or is an input.
+        OSError: the file cannot be made, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"path={str(path)!r} is a directory; name a file.")
+    _check_parents(path, target)
+    if any(Path(os.path.realpath(item)) == target for item in inputs):
+        raise ValueError(f"{str(path)!r} is read, and must not be replaced; name another file.")
+    new_parents = [parent for parent in target.parents if not parent.exists()]  # innermost first
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    claimed = False
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftover_files(target)
+        with suppress(FileExistsError):
+            target.touch(exist_ok=False)
+            claimed = True
+        with _locked(target) as is_ours:
+            if not is_ours:
+                claimed = False  # the other process needs the file, so the end of this function keeps it
+                raise ValueError(f"{str(path)!r} is being written by another process; name another file.")
+            if existing == "refuse" and target.stat().st_size:
+                raise ValueError(
+                    f"{str(path)!r} exists already; name another file, or overwrite it (on the command line "
+                    "--overwrite)."
+                )
+            temporary.touch()
+            with _locked(temporary):
+                yield temporary
+                _flush(temporary)
+                temporary.replace(target)
+                _flush(target.parent)
+    except BaseException:  # KeyboardInterrupt is no Exception, and must leave nothing behind either
+        with suppress(OSError):
+            temporary.unlink()
+        with suppress(OSError):  # another process has removed the file
+            if claimed and not target.stat().st_size:
+                target.unlink()
+        for empty in new_parents:
+            with suppress(OSError):  # the directory is not empty, because another process has put something there
+                empty.rmdir()
+        raise
+
+
+def _check_parents(path: object, target: Path) -> None:
+    file = next((parent for parent in target.parents if parent.exists()), target.parent)
+    if not file.is_dir():
+        raise ValueError(f"path={str(path)!r} would lie in {str(file)!r}, which is a file; name another place.")
+
+
 def _check_inputs(path: object, target: Path, existing: str, inputs: Sequence[str | os.PathLike[str]]) -> None:
     """Refuse a target that holds an input.
 
@@ -103,7 +173,7 @@ def _check_inputs(path: object, target: Path, existing: str, inputs: Sequence[st
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Lock a directory until the block ends; the block gets False if another process holds the lock.
+    """Lock a directory or a file until the block ends; the block gets False if another process holds the lock.
 
     The system removes such a lock when its process ends, so a killed process leaves none, unlike a file as a lock.
     """
@@ -142,6 +212,16 @@ def _clear_leftovers(target: Path) -> None:
                 leftover.rename(target)
             elif is_ours:
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _clear_leftover_files(target: Path) -> None:
+    """Remove temporary files that killed processes have left beside the target."""
+    for leftover in target.parent.iterdir():
+        is_name = re.fullmatch(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.partial", leftover.name)
+        if is_name and leftover.is_file() and not leftover.is_symlink():
+            with suppress(OSError), _locked(leftover) as is_ours:
+                if is_ours:
+                    leftover.unlink()
 
 
 def _move(temporary: Path, target: Path, existing: str) -> None:
