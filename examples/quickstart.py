@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("SOURCE", "TARGET"),
         help="columns of --dataset, or the languages in its column named translation (default: en, and --language)",
     )
-    add("--steps", type=int, default=60, help=f"training steps, of {BATCH_SIZE} pairs each (default: %(default)s)")
+    add("--steps", type=int, default=48, help=f"training steps, of {BATCH_SIZE} pairs each (default: %(default)s)")
     add("--learning-rate", type=float, default=2e-3, help="first learning rate, which falls to 0 (default: 2e-3)")
     add("--r", type=int, default=4, help="rank of each subband's pair; a layer's is (3 levels + 1) r (default: 4)")
     add("--levels", type=int, default=1, help="levels of the wavelet decomposition (default: 1)")

@@ -36,7 +36,7 @@ def main() -> None:
     add("--model", default=smollm2.NAME, help="a local folder or a GGUF file (default: %(default)s)")
     add("--language", default="de", help="of Django's messages (default: %(default)s)")
     add("--lora", action="store_true", help="train the factors of a LoRA by their wavelet coefficients")
-    add("--steps", type=int, default=60, help="training steps of 12 pairs each (default: %(default)s)")
+    add("--steps", type=int, default=48, help="training steps of 12 pairs each (default: %(default)s)")
     add("--output-dir", type=Path, default=Path("sft_output"), help="default: %(default)s")
     args = parser.parse_args()
 
