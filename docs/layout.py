@@ -15,7 +15,7 @@ PICTURE = Path(__file__).with_suffix(".png")
 DRAWN = "Description"
 """Where the picture's metadata say what is drawn in it."""
 ORDER = (
-    ("compiled", "arguments", "messages", "registration", "linear_algebra", "calibration", "wavelet"),
+    ("compiled", "arguments", "dequantized", "messages", "registration", "linear_algebra", "calibration", "wavelet"),
     ("factorized",),
     ("base_layers", "attention"),
     ("forms",),

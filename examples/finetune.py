@@ -5,9 +5,9 @@
     accelerate launch --config_file examples/distributed/fsdp2.yaml examples/finetune.py
     accelerate launch --multi_gpu --num_processes 2 --mixed_precision no examples/finetune.py --use-cpu  # no GPU
 
-The task is that of the quickstart, offline: which library wrote this docstring? Nothing in this script knows of other
-processes: transformers' Trainer reads what the launcher has set. In your own configs put the name of your model's
-layer class where examples/distributed/fsdp1.yaml and fsdp2.yaml have BertLayer.
+The task is that of classify_text.py, offline: which library wrote this docstring? Nothing in this script knows of
+other processes: transformers' Trainer reads what the launcher has set. In your own configs put the name of your
+model's layer class where examples/distributed/fsdp1.yaml and fsdp2.yaml have BertLayer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text classification data sets of the Hugging Face Hub, or of a local folder, as lists of labelled texts."""
+"""Data sets of the Hugging Face Hub, or of a local folder: labelled texts, and pairs of texts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 
 from datasets import load_dataset
 from docstring_data import LabelledText
+from message_data import Pair, Splits, split
 
 
 def load_named_data(
@@ -57,3 +58,38 @@ def load_named_data(
             size = len(train) // 10
             splits[missing], train[-size:] = train[-size:], []
     return splits, len(labels)
+
+
+def load_named_pairs(name: str, config: str | None, source: str, target: str, seed: int) -> Splits:
+    """Return the pairs of the split `train`, shuffled and split by `message_data.split`; each source counts once.
+
+    Args:
+        name: data set on the Hub, or a local folder with files such as train.csv.
+        config: which configuration of the data set, if it has several.
+        source, target: columns with the texts, or keys of the dicts in a column named `translation`.
+        seed: seed of the order.
+
+    Raises:
+        ValueError: a column or the split `train` is missing, or there are too few pairs to train and test with.
+        OSError, RuntimeError: the data set cannot be found or read; from `datasets.load_dataset`.
+    """
+    loaded = load_dataset(name, config)
+    if "train" not in loaded:
+        raise ValueError(f"{name} has no split named train, only {', '.join(loaded)}")
+    rows = loaded["train"]
+    columns = rows.column_names
+    if "translation" in columns and not {source, target} <= set(columns):
+        rows = rows["translation"]
+        columns = list(rows[0])
+    for column in (source, target):
+        if column not in columns:
+            raise ValueError(f"{name} has no column {column!r}; it has {', '.join(columns)}")
+    found: dict[str, str] = {}
+    for row in rows:
+        if row[source] and row[target]:
+            found.setdefault(str(row[source]), str(row[target]))
+    if len(found) < 20:
+        raise ValueError(f"{name} has {len(found)} pairs; 20 are the least")
+    pairs = [Pair(*pair) for pair in found.items()]
+    random.Random(seed).shuffle(pairs)
+    return split(pairs)

@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e '.[examples,quant]' && python examples/qwara.py
 
-The MiniLM encoder of the quickstart is loaded in 4-bit (nf4, double quantization) and learns which library wrote a
+The MiniLM encoder of classify_text.py is loaded in 4-bit (nf4, double quantization) and learns which library wrote a
 docstring, from a few texts of each. Then the adapter is merged into the 4-bit weights, which requantizes them, and the
 accuracy is measured again. It runs offline, on a CPU too; a GPU is used where there is one.
 """

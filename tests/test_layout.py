@@ -60,7 +60,7 @@ def test_the_picture_is_of_this_source():
     [
         ("attention", {"factorized"}),
         ("compression", {"attention", "base_layers", "calibration", "disk", "factorized", "linear_algebra"}),
-        ("factorized", set()),
+        ("factorized", {"dequantized"}),
         ("wavelet", set()),
     ],
 )

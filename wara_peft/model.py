@@ -30,6 +30,7 @@ from .compiled import compiled_in_place, plain_model, plain_name
 from .config import WaRAConfig
 from .config_fields.name_patterns import patterns_unseen
 from .config_fields.resolution import note_for_saving, take_back_resolution
+from .dequantized import unmark_dequantized
 from .forms import factors_of_one_call, stop_observing
 from .injection.adapter_names import check_adapter_name
 from .injection.combine import combine
@@ -118,6 +119,7 @@ class WaRAModel(BaseTuner):
             vars(config).update(before)
             raise
         keep_unpacked(model)
+        unmark_dequantized(model)
         note_fields(model, adapter_name, config, written)
         # An adapter of the same name may have been deleted before its tensors were loaded.
         awaited = {name: other for name, other in self._awaited.items() if name != adapter_name}

@@ -17,7 +17,7 @@ from tests.forked_python import run_python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-QUICKSTART = EXAMPLES / "quickstart.py"
+CLASSIFY_TEXT = EXAMPLES / "classify_text.py"
 TABLE = ["--dataset", "{table}", "--text-column", "sentence", "--label-column", "topic"]
 
 
@@ -43,7 +43,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Complete
     It begins in a fork, and starts a fresh interpreter itself to load the adapter.
     """
     folder = tmp_path_factory.mktemp("smoke")
-    return run(QUICKSTART, "--smoke", "--levels", "2", "--r", "2", directory=folder), folder
+    return run(CLASSIFY_TEXT, "--smoke", "--levels", "2", "--r", "2", directory=folder), folder
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def table(tmp_path: Path) -> Path:
     return folder
 
 
-class TestQuickstart:
+class TestClassifyText:
     @pytest.mark.slow
     def test_runs_to_the_end(self, smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
         result, _ = smoke
@@ -80,7 +80,7 @@ class TestQuickstart:
 
     @pytest.mark.slow
     def test_writes_adapter_and_picture(self, smoke: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-        folder = smoke[1] / "quickstart_output"
+        folder = smoke[1] / "classify_text_output"
         weights = load_file(folder / "adapter" / "adapter_model.safetensors")
         prefix = "base_model.model.encoder.encoder.layer.5.output.dense."
         assert weights[f"{prefix}wara_A.level1"].shape == (6, 768)
@@ -96,10 +96,10 @@ class TestQuickstart:
         folder = tmp_path / "changed"
         (folder / "adapter").mkdir(parents=True)
         for file in ("reload_check.pt", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
-            (folder / file).write_bytes((smoke[1] / "quickstart_output" / file).read_bytes())
+            (folder / file).write_bytes((smoke[1] / "classify_text_output" / file).read_bytes())
         config = folder / "adapter" / "adapter_config.json"
         config.write_text(config.read_text().replace('"wara_alpha": null', '"wara_alpha": 140'))
-        result = run(QUICKSTART, "--reload", "--output-dir", folder, directory=tmp_path)
+        result = run(CLASSIFY_TEXT, "--reload", "--output-dir", folder, directory=tmp_path)
         assert result.returncode == 1
         assert "logits differ by up to" in result.stderr
 
@@ -107,10 +107,10 @@ class TestQuickstart:
     def test_bad_input_ends_the_process_with_one_line(self, tmp_path: Path) -> None:
         file = tmp_path / "file"
         file.touch()
-        result = run(QUICKSTART, "--output-dir", file, directory=tmp_path)
+        result = run(CLASSIFY_TEXT, "--output-dir", file, directory=tmp_path)
         assert result.returncode == 1
         assert result.stdout == ""
-        assert f"quickstart.py: error: --output-dir {file} cannot be used as a folder" in result.stderr
+        assert f"classify_text.py: error: --output-dir {file} cannot be used as a folder" in result.stderr
         assert "Traceback" not in result.stderr
 
     @pytest.mark.parametrize(
@@ -130,13 +130,13 @@ class TestQuickstart:
     def test_bad_input_is_told_before_training(
         self, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
     ) -> None:
-        quickstart = example("quickstart")
-        monkeypatch.setattr(quickstart, "train", lambda *_: pytest.fail("training started"))
+        classify_text = example("classify_text")
+        monkeypatch.setattr(classify_text, "train", lambda *_: pytest.fail("training started"))
         monkeypatch.chdir(tmp_path)
         places = {"table": table, "folder": tmp_path}
-        monkeypatch.setattr("sys.argv", ["quickstart.py", *(argument.format(**places) for argument in arguments)])
+        monkeypatch.setattr("sys.argv", ["classify_text.py", *(argument.format(**places) for argument in arguments)])
         with pytest.raises(SystemExit) as stopped:
-            quickstart.main()
+            classify_text.main()
         assert message.format(**places) in stopped.value.code
         assert "\n" not in stopped.value.code
 

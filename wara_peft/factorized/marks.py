@@ -15,6 +15,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..dequantized import unmark_dequantized
+
 METHOD = "wara_peft"
 """What transformers names when it does not know the method: the package to import."""
 MARK = (0,)
@@ -77,6 +79,7 @@ def mark_files(model: nn.Module, parts: set[str], kinds: tuple[type[nn.Module], 
         parts: names of tensors, of which each factorised layer has exactly one.
         kinds: classes of factorised layers.
     """
+    unmark_dequantized(model)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     factorized = [module for module in models if any(isinstance(layer, kinds) for layer in module.modules())]
     # A dense body may have the same config as the model with its factorised head, so marks come after unmarking.

@@ -16,6 +16,7 @@ from ..arguments import check_argument
 from ..compiled import on_plain_model
 from ..config import WaRAConfig
 from ..config_fields.from_lora import subband_ranks as shared_out
+from ..dequantized import unmark_dequantized
 from ..forms import SUBBAND, ExpertsFactor, SubbandFactor
 from ..forms.base import warn_about_levels
 from ..forms.factors import IN_DIM, OUT_DIM
@@ -151,6 +152,7 @@ def reparametrize_lora(
         {side.name: {"in" if side.factor.dim == IN_DIM else "out": side.factor.axis.length} for side in sides},
     )
     # All checks are done; only now the model changes.
+    unmark_dequantized(model)
     for side in sides:
         side.put_in_place()
     attend_state_dicts(model)

@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import torch
 from attention_texts import Split, subword_splits
+from classify_text import BUNDLED_MODEL, MeanPoolingClassifier, build_model
 from docstring_data import load_docstrings
-from quickstart import BUNDLED_MODEL, MeanPoolingClassifier, build_model
 
 from quality.training import Problem, accuracy
 
