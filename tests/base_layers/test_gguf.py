@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from wara_peft import WaRAConfig, reparametrize_lora
-from wara_peft.compression import compress, load_compressed, save_compressed
+from wara_peft.compression import SVD, compress, load_compressed, save_compressed
 from wara_peft.dequantized import unmark_dequantized
 
 WIDTH, HIDDEN, VOCABULARY, HEADS = 32, 64, 40, 2
@@ -111,7 +111,7 @@ def test_an_unloaded_model_is_saved_as_it_was_loaded(folder: Path, tmp_path: Pat
 
 def test_a_compressed_model_is_saved(folder: Path, tmp_path: Path) -> None:
     model = loaded(folder)
-    compress(model, 0.6, solver="svd", show_progress_bar=False)
+    compress(model, SVD(0.6), show_progress_bar=False)
     save_compressed(model, tmp_path)
     torch.testing.assert_close(logits(load_compressed(tmp_path)), logits(model))
 
