@@ -20,6 +20,8 @@ from transformers import (
     BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
@@ -60,6 +62,13 @@ def wide_gpt2() -> PreTrainedModel:
 
 def wide_bert() -> PreTrainedModel:
     return bert(BertForSequenceClassification, **SIZES)
+
+
+def gpt_oss() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)).eval()
 
 
 # model: its auto class, the targets
@@ -215,18 +224,24 @@ def test_dense_weights_of_a_large_file_are_divided(tmp_path, monkeypatch):
 
 def test_experts_that_bitsandbytes_keeps_in_three_dimensions(tmp_path):
     """transformers quantizes no such parameter, and bitsandbytes' own function does."""
-    experts = nn.Module()
-    experts.gate_up_proj = nn.Parameter(torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(0)))
-    weight = experts.gate_up_proj.detach().clone()
-    replace_parameter_4bit(experts, "gate_up_proj", quant_type="nf4")
-    expected = experts.gate_up_proj.detach()
-    assert expected.shape == weight.shape and not torch.equal(expected, weight)
-    (tmp_path / "base").mkdir()
-    tensors = {f"experts.{name}": tensor for name, tensor in experts.state_dict().items()}
-    save_file(tensors, tmp_path / "base" / "model.safetensors")
-    checkpoint = dequantized.DequantizedCheckpoint(tmp_path / "base")
-    assert checkpoint.tensors.keys() == {"experts.gate_up_proj"}
-    assert torch.equal(checkpoint.read("experts.gate_up_proj"), expected)
+    quantized, dense = gpt_oss(), gpt_oss()
+    for layer, same in zip(quantized.model.layers, dense.model.layers, strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            replace_parameter_4bit(layer.mlp.experts, name, quant_type="nf4")
+            value = getattr(layer.mlp.experts, name).detach()
+            assert value.dim() == 3 and not torch.equal(value, getattr(same.mlp.experts, name))
+            getattr(same.mlp.experts, name).data.copy_(value)
+    dense.save_pretrained(tmp_path / "base")
+    save_file(quantized.state_dict(), tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(dense, WaRAConfig(target_modules=[], target_parameters=targets, init_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dequantize=True)
+    found = GptOssForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = model.merge_and_unload().state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.fixture(scope="module")
