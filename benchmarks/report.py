@@ -302,6 +302,17 @@ def reported(family: str, seeds: range) -> dict[Cell, dict[str, Any]]:
     return {cell: result for cell, result in results.items() if cell.family == family and cell.seed in seeds}
 
 
+def merge_table() -> str:
+    """How far each way of merging moves the logits, by the quantization that the adapter was trained beside."""
+    found = load("merge_error")["quantizations"]
+    lines = [f"| ΔW is added | {' | '.join(f'{name}: logits move by | labels that stay' for name in found)} |"]
+    lines.append("|---|" + "---|---|" * len(found))
+    for way in next(iter(found.values())):
+        cells = [f"{row[way]['change']:.2%} | {row[way]['labels_that_stay']:.1%}" for row in found.values()]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def growth_tables() -> str:
     return f"{methods_table()}\n\n{own_cost_table()}\n\n{growth_table()}"
 
@@ -311,6 +322,7 @@ TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "speed.md": {"benchmarks": targets_table},
     ROOT / "docs" / "attention.md": {"comparison": comparison_table},
     ROOT / "docs" / "compression.md": {"healing": healing_table},
+    ROOT / "docs" / "quantized.md": {"merging": merge_table},
     ROOT / "docs" / "training_low_rank.md": {"training": training_table},
     ROOT / "docs" / "vision.md": {"segmentation": segmentation_table, "diffusion": diffusion_table},
     HERE / "README.md": {"benchmarks": growth_tables, "settings": settings_table},

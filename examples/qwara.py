@@ -98,7 +98,8 @@ def main() -> None:
         test = tokenized(docstrings.test)
         unmerged = trainer.evaluate(test)["eval_accuracy"]
 
-        # 3. Merging adds ΔW to the dequantized weights and quantizes the sum to 4-bit again.
+        # 3. Merging adds ΔW to the dequantized weights and quantizes the sum to 4-bit again, and warns of what that
+        # loses. `wara-peft merge --dequantize` merges without this second rounding: see docs/quantized.md.
         model.merge_adapter(safe_merge=True)
         merged = trainer.evaluate(test)["eval_accuracy"]
     print(f"test accuracy: {unmerged:.3f} with the adapter, {merged:.3f} merged into 4-bit weights")

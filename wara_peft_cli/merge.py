@@ -8,18 +8,27 @@ from typing import Annotated
 import typer
 
 from .interruption import PROGRAM
-from .options import Adapter, Debug, Dtype, Out, Overwrite, check_device, local_directory, torch_dtype
+from .options import Adapter, Debug, Dtype, Out, Overwrite, Quantization, check_device, local_directory, torch_dtype
 from .terminal import failures_in_a_line, print_message, progress_bar
 
 EXAMPLES = f"""Examples:\n
     {PROGRAM} merge my-base-model my-adapter my-merged-model\n
-    {PROGRAM} merge my-base-model my-adapter my-merged-model --dtype bf16 --device cuda"""
+    {PROGRAM} merge my-base-model my-adapter my-merged-model --dtype bf16 --device cuda\n
+    {PROGRAM} merge my-4-bit-model my-adapter my-merged-model --dequantize\n
+    {PROGRAM} merge my-base-model my-adapter my-merged-model --dequantize --quantization nf4"""
 
 
 def merge(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the base model, or a Hub name.")],
     adapter: Adapter,
     path: Out,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Dequantize BASE, beside whose 4-bit or 8-bit weights it was trained.")
+    ] = False,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="With --dequantize and a 16-bit BASE: how BASE was quantized when the adapter was trained."),
+    ] = None,
     dtype: Dtype = None,
     device: Annotated[str, typer.Option(help="Where to compute the merged weights.")] = "cpu",
     overwrite: Overwrite = False,
@@ -34,6 +43,8 @@ def merge(
         merge_checkpoint(
             *sources,
             path,
+            dequantize=dequantize,
+            quantization=quantization,
             dtype=torch_dtype(dtype),
             device=device,
             overwrite=overwrite,

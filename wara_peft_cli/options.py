@@ -1,7 +1,7 @@
 """Arguments and options that several commands have, and functions that read their values.
 
-`wara_peft` has tables of some of these names (costs, formats). They are repeated here, because importing `wara_peft`
-takes seconds; tests/cli/test_options.py checks that both are the same.
+`wara_peft` has tables of some of these names (costs, formats, quantizations). They are repeated here, because
+importing `wara_peft` takes seconds; tests/cli/test_options.py checks that both are the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FileFormat = Literal["peft", "diffusers", "gguf"]
 Cost = Literal["bytes", "flops"]
+Quantization = Literal["nf4", "nf4-double", "int8"]
 DTYPES = {
     "fp32": "float32",
     "float32": "float32",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 
 import bitsandbytes as bnb
 import numpy as np
@@ -19,6 +20,8 @@ from wara_peft import WaRAConfig, save_as_lora
 from wara_peft.base_layers.own_forward import has_own_forward, reason_against_adapting
 from wara_peft.base_layers.quantization import keep_unpacked
 
+WARNING = "Merging quantizes W \\+ ΔW again"
+pytestmark = pytest.mark.filterwarnings(f"ignore:{WARNING}")
 # quantized layer: one row a case
 KINDS = {
     "nf4": {"quant_type": "nf4", "compress_statistics": False},
@@ -99,6 +102,21 @@ class TestEveryKind:
         model.unmerge_adapter()
         assert torch.equal(dequantized(up), before)
         assert type(up.base_layer) is type(base.up)
+
+    def test_merging_warns_once_of_what_it_loses(self, kind):
+        _, model = model_of(kind)
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.warns(
+                UserWarning, match=f"{WARNING} in 'up', 'down'.*`wara-peft merge --dequantize`"
+            ) as caught:
+                merge()
+            assert len(caught) == 1
+            if merge == model.merge_adapter:
+                with warnings.catch_warnings(record=True) as more:
+                    warnings.simplefilter("always")
+                    model.merge_adapter()
+                assert not any("--dequantize" in str(warning.message) for warning in more)
+                model.unmerge_adapter()
 
     def test_merge_after_an_eval_forward_equals_merge_before(self, kind):
         _, model = model_of(kind)

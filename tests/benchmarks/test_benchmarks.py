@@ -261,6 +261,16 @@ def check_merge_memory(result: dict[str, Any], _: dict[str, Any]) -> None:
     assert list(result["peak_mebibytes_above_imports"]) == ["wara-peft merge", "merge_and_unload"]
 
 
+def check_merge_error(result: dict[str, Any], _: dict[str, Any]) -> None:
+    assert list(result["quantizations"]) == ["nf4", "int8"]
+    ways = result["quantizations"]["nf4"]
+    assert list(ways) == [f"into the {what} weights" for what in ("quantized", "16-bit", "dequantized")]
+    # What is rounded to 4 bits, or lacks what 4 bits round away, is much farther off than what is rounded to bfloat16.
+    *others, dequantized = (way["change"] for way in ways.values())
+    assert dequantized < min(others) / 10
+    assert all(way["labels_that_stay"] <= 1 for way in ways.values())
+
+
 def check_compression(result: dict[str, Any], _: dict[str, Any]) -> None:
     (row,) = result["accuracy"]  # --smoke has one dense model
     ways = product(("svd", "fisher", "activation", "activation-fisher"), ("uniform", "greedy"))
@@ -331,6 +341,7 @@ SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], N
     "layer_cost": (SMOKE, check_layer_cost),
     "low_rank_memory": (["--smoke"], check_low_rank_memory),
     "memory": (["--smoke"], check_memory),
+    "merge_error": (["--smoke"], check_merge_error),
     "merge_memory": (["--smoke"], check_merge_memory),
     "reparametrized": ([*SMOKE, "--tokens", "2"], check_reparametrized),
     "settings": ([*SMOKE, "--tokens", "2"], check_settings),
@@ -344,6 +355,7 @@ SLOW = {
     "grid_step",
     "import_time",
     "launches",
+    "merge_error",
     "merge_memory",
     "settings",
     "step_time",

@@ -16,12 +16,13 @@ from wara_peft.compression.disk.from_texts import compress_checkpoint
 from wara_peft.compression.methods import METHODS, Method
 from wara_peft.compression.solvers.table import SOLVERS
 from wara_peft.disk.adapters.merge import merge_checkpoint
+from wara_peft.disk.checkpoints.dequantized import QUANTIZATIONS
 from wara_peft.disk.checkpoints.tensors import FLOATS
 from wara_peft.lora import export as lora_export
 from wara_peft_cli.compress import compress
 from wara_peft_cli.export import export
 from wara_peft_cli.merge import merge
-from wara_peft_cli.options import DTYPES, Cost, FileFormat, torch_dtype
+from wara_peft_cli.options import DTYPES, Cost, FileFormat, Quantization, torch_dtype
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ from wara_peft_cli.options import DTYPES, Cost, FileFormat, torch_dtype
     [
         (get_type_hints(Method)["allocation"], ALLOCATIONS),
         (Cost, COSTS),
+        (Quantization, QUANTIZATIONS),
         (FileFormat, get_args(lora_export.FileFormat)),
     ],
 )

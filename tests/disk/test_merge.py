@@ -325,7 +325,7 @@ class TestRefusals:
         config = json.loads((tmp_path / "base" / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-        self.refused(tmp_path, "is quantized. Merge into the model it was made from")
+        self.refused(tmp_path, "is quantized. If bitsandbytes quantized it, merge into its deq.*--dequantize")
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_a_quantized_base_that_does_not_say_so(self, tmp_path, dtype):

@@ -21,6 +21,7 @@ from peft import (
 from peft.functional import delete_adapter
 from torch import Tensor, nn
 
+from tests.base_layers.test_quantization import WARNING
 from tests.base_layers.test_quantization import Mlp as QuantizedMlp
 from tests.diffusion_models import unet
 from tests.injection.test_weight_tying import llama
@@ -37,6 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Adapter a was active which is now deleted:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),
+    pytest.mark.filterwarnings(f"ignore:{WARNING}:UserWarning"),
 ]
 
 

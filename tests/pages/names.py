@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -153,6 +154,10 @@ def ranks() -> Names:
 
 def quantized() -> Names:
     save_base("my-model", 64)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained("my-model", quantization_config=config)
+    model.save_pretrained("my-4-bit-model")
+    adapted(model, task_type="CAUSAL_LM").save_pretrained("my-adapter")
     return {}
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..compiled import plain_model
 from ..layers.base import WaRALayer
 from ..layers.lookup import adapted_layers
+from ..messages import first_few
 from .weight_tying import check_ties, check_token_ties
 
 
 def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Refuse a merge that is impossible, or after which the model would compute something else.
 
-    All layers are checked before the first weight changes.
+    All layers are checked before the first weight changes. One warning names quantized layers, whose weights are
+    rounded after ΔW is added.
 
     Args:
         model: the model.
@@ -25,6 +29,7 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
             after something was merged into it; or a weight is shared with a module that does not have the adapter.
     """
     merged: dict[str, list[str]] = {}
+    quantized: list[str] = []
     with plain_model(model) as plain:
         for name, layer in adapted_layers(plain).items():
             adapters = list(layer.active_adapters if adapter_names is None else adapter_names)
@@ -37,6 +42,8 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
             if not set(own) <= set(layer.merged_adapters):
                 layer.check_not_written()
             backend = layer.quantization_backend
+            if backend is not None and not set(own) <= set(layer.merged_adapters):
+                quantized.append(repr(name))
             if backend is not None and not backend.supports_merge:
                 raise ValueError(
                     f"Cannot merge into module {name!r}: {backend.backend_name} weights cannot be written. Serve the "
@@ -44,6 +51,11 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
                 )
         check_ties(plain, merged)
         check_token_ties(plain, adapter_names)
+    if quantized:
+        warnings.warn(
+            f"Merging quantizes W + ΔW again in {first_few(quantized)}, which loses much of ΔW: to keep it, save the "
+            "model and the adapter, and run `wara-peft merge --dequantize`."
+        )
 
 
 def unmerge(model: nn.Module, adapter_names: list[str] | None) -> None:

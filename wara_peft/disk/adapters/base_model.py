@@ -22,6 +22,7 @@ from ...layers.base import WaRALayer
 from ...layers.lookup import saved_keys
 from ...messages import first_few
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.dequantized import DequantizedCheckpoint
 from ..checkpoints.skeleton import Skeleton
 from .adapter import SavedAdapter
 from .contents import PEFT_INTERNAL, PEFT_PREFIX, parameter_of
@@ -56,9 +57,11 @@ def empty_model(checkpoint: Checkpoint, saved: SavedAdapter, parameters: dict[st
     skeleton = Skeleton(checkpoint, len(parameters))
     with skeleton.blamed():
         classes = _model_classes(skeleton.config, saved)
-    if quantization_of(skeleton.config) is not None:
+    if quantization_of(skeleton.config) is not None and not isinstance(checkpoint, DequantizedCheckpoint):
         raise ValueError(
-            f"{str(checkpoint.base)!r} is quantized. Merge into the model it was made from, and quantize the result."
+            f"{str(checkpoint.base)!r} is quantized. If bitsandbytes quantized it, merge into its dequantized weights "
+            "(dequantize=True, on the command line --dequantize); otherwise merge into the model it was made from, "
+            "and quantize the result."
         )
     problems = []
     for model_class in classes:

@@ -14,10 +14,12 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
+from ...base_layers.kinds import known_kind
 from ...base_layers.tied_weights import names_by_parameter
 from ...layers.mergeable import check_mergeable
 from ...messages import first_few
 from ..checkpoints.checkpoint import Checkpoint, ShardWriter, copy_beside, read_json
+from ..checkpoints.dequantized import DequantizedCheckpoint
 from ..checkpoints.directory import written_at_once
 from ..checkpoints.skeleton import keys_of_parameters
 from ..checkpoints.tensors import FLOATS, INTEGERS, TensorInfo
@@ -31,6 +33,8 @@ def merge_checkpoint(
     adapter: str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
+    dequantize: bool = False,
+    quantization: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
@@ -39,28 +43,44 @@ def merge_checkpoint(
     """Write a plain transformers checkpoint in which each adapted weight W is replaced by W + ΔW.
 
     Each sum is computed in float32 or better and rounded once, as `merge_and_unload` does. At any time about one shard
-    and one layer's ΔW are in memory. The new checkpoint has the same shards and keys as the base. Modules that the
-    adapter trained in full, biases and tokens replace the base's values. Config, tokenizer and generation settings
-    are copied. Parameters that the base's checkpoint lacks, such as a new classification head, go into the last shard.
+    and one layer's ΔW are in memory. The new checkpoint has the same shards and keys as the base; with `dequantize`
+    large shards are divided, and tensors that only described quantized weights are left out. Modules that the adapter
+    trained in full, biases and tokens replace the base's values. Config, tokenizer and generation settings are copied.
+    Parameters that the base's checkpoint lacks, such as a new classification head, go into the last shard.
 
     Args:
         base: directory of the base model with safetensors files, as `save_pretrained` writes it.
         adapter: directory of the saved adapter.
         path: directory to write; it is empty until it is complete.
-        dtype: dtype of all floating-point tensors; None keeps the dtype of each tensor.
+        dequantize: whether the adapter was trained beside quantized weights. Then ΔW is added to the dense weights
+            that the quantized ones stand for, and all other quantized weights are written as such dense weights too.
+            The base is a checkpoint that bitsandbytes quantized, or the dense one together with `quantization`.
+        quantization: how the base was quantized when the adapter was trained: "nf4", "nf4-double" (with double
+            quantization) or "int8". Each layer that transformers quantizes on loading is rounded as bitsandbytes
+            rounds it, in the dtype that `from_pretrained` loads the base in by itself.
+        dtype: dtype of all floating-point tensors; None keeps the dtype of each tensor. A quantized weight gets the
+            dtype that the base's config names.
         device: where ΔW and the sums are computed.
         overwrite: replace `path` if it is there.
         track: wraps the loop over all tensors, to show progress.
 
     Raises:
         FileNotFoundError: a directory or file is missing, or there are only pickles, which are not opened.
+        ImportError: `dequantize` needs bitsandbytes, which is missing.
         ValueError: the adapter does not fit the base; or a target's weight is converted or fused on loading, is tied
-            to a weight that the adapter does not change in the same way, is quantized, or is not in the checkpoint; or
-            a value is not finite in its dtype. Nothing is written then.
+            to a weight that the adapter does not change in the same way, is quantized (without `dequantize`), or is
+            not in the checkpoint; or a value is not finite in its dtype; or `dequantize` and `quantization` do not fit
+            the base. Nothing is written then.
     """
+    if quantization is not None and not dequantize:
+        raise ValueError(
+            f"quantization={quantization!r} says beside which weights the adapter was trained, and needs "
+            "dequantize=True (on the command line --dequantize); the merged weights are not quantized."
+        )
     _check_order(Path(base), Path(adapter))
     # All checks come before the directory is made: `_Plan` reads headers and configs, but no weights of the base.
-    checkpoint, saved = Checkpoint(Path(base)), SavedAdapter(adapter)
+    checkpoint = DequantizedCheckpoint(Path(base), quantization) if dequantize else Checkpoint(Path(base))
+    saved = SavedAdapter(adapter)
     plan = _Plan(checkpoint, saved)
     with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base, adapter)) as directory:
         writer = ShardWriter(directory)
@@ -125,6 +145,8 @@ class _Plan:
         # The class of the model is found by these names: the first class that has all of them.
         needed = {name: change.values for name, change in changes.items() if not self._may_be_missing(change)}
         self.model = empty_model(checkpoint, saved, needed)
+        if isinstance(checkpoint, DequantizedCheckpoint):
+            checkpoint.prepare(self.model)
         self.parameters = self.model.state_dict()
         # By a parameter's name, all names of it in the model: more than one if its weight is tied.
         self._tied = {
@@ -143,11 +165,26 @@ class _Plan:
         for name, shape in saved.modules.items():
             if not shape.kind.is_parameter and shape.parameter_of(name) in self.parameters:
                 check_mergeable(name, self.model.get_submodule(name))
+        self._turned = {name for name in saved.modules if self._is_turned(name)}
         self.changes: dict[str, _Change] = {}
         self.added: list[_Change] = []
         keys_of = keys_of_parameters(self.model, checkpoint)
         for change in self._once_for_tied([change for name, change in changes.items() if name in self.parameters]):
             self._place(change, [keys_of.get(name, []) for name in self._tied_to(change.parameter)])
+
+    def _is_turned(self, name: str) -> bool:
+        """Whether the model keeps an adapted weight transposed.
+
+        bitsandbytes has no layer that keeps its weight as (in, out). So an adapter that was trained on a quantized
+        GPT-2 is one of linear layers, and GPT-2 itself has `Conv1D` layers.
+        """
+        shape = self.saved.modules[name]
+        if shape.kind.is_parameter or shape.parameter_of(name) not in self.parameters:
+            return False
+        own = known_kind(self.model.get_submodule(name))
+        if own is None or not (own.is_linear and shape.kind.is_linear):
+            return False
+        return own.keeps_in_first != shape.kind.keeps_in_first
 
     def _changes_by_parameter(self) -> dict[str, _Change]:
         """Collect all that the adapter's file does to each parameter, by the parameter's name."""
@@ -245,7 +282,10 @@ class _Plan:
 
     def _check_fit(self, change: _Change, found: TensorInfo) -> None:
         """Check the shape and dtype of the checkpoint's tensor against all that the change puts into it."""
-        expected = [] if change.module is None else [self.saved.weight_shape(change.module)]
+        expected = []
+        if change.module is not None:
+            shape = self.saved.weight_shape(change.module)
+            expected.append(shape[::-1] if change.module in self._turned else shape)
         if change.values:
             expected.append(self.saved.others[change.values].shape)
         if change.rows:
@@ -275,7 +315,8 @@ class _Plan:
     def merged(self, key: str, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
         """The tensor to write for a key of the checkpoint; `dtype` applies to it if it is a floating-point tensor."""
         tensor = self.checkpoint.read(key)
-        own = tensor.dtype
+        # A dequantized weight may be read in a wider dtype than it is written in.
+        own = FLOATS.get(self.checkpoint.tensors[key].dtype, tensor.dtype)
         new = dtype if dtype is not None and own.is_floating_point else own
         if own not in FLOATS.values() and new != own:
             raise ValueError(
@@ -286,14 +327,16 @@ class _Plan:
         if change is None:
             return _rounded(key, tensor, new)
         if change.values:
-            tensor = self.saved.other(change.values).to(own)
+            tensor = self.saved.other(change.values).to(tensor.dtype)
         if change.rows:
             rows = torch.tensor(self.saved.token_indices(change.rows), device="cpu")
-            tensor = tensor.index_copy(0, rows, self.saved.other(change.rows).to(own))
+            tensor = tensor.index_copy(0, rows, self.saved.other(change.rows).to(tensor.dtype))
         if change.module is not None:
             # ΔW and the sum are computed in float32 at least, so only the result is rounded to the weight's dtype.
             wide = torch.promote_types(own, torch.float32)
-            tensor = self.saved.update(change.module, wide, device).dense().add_(tensor.to(device, wide))
+            delta = self.saved.update(change.module, wide, device).dense()
+            delta = delta.T if change.module in self._turned else delta
+            tensor = delta.add_(tensor.to(device, wide))
         return _rounded(change.parameter, _finite(change.parameter, tensor), new).cpu()
 
     def new_tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -333,6 +376,8 @@ def _rounded(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _write_config(base: Path, directory: Path, plan: _Plan, dtype: torch.dtype | None) -> None:
     """Write the base's config with the dtype, and the class and labels of a new head, that the merge has changed."""
     config = read_json(base / CONFIG_NAME)
+    if isinstance(plan.checkpoint, DequantizedCheckpoint):
+        config.pop("quantization_config", None)
     if dtype is not None:
         config.pop("torch_dtype", None)  # the name of `dtype` in configs that an older transformers wrote
         config["dtype"] = str(dtype).removeprefix("torch.")
