@@ -1,4 +1,4 @@
-"""Teach a language model to translate interface messages, offline, in less than eight minutes on two CPU cores.
+"""Teach a language model to translate interface messages, offline, in about eight minutes on two CPU cores.
 
     python examples/quickstart.py                                 # SmolLM2-135M, Django's messages in German
     python examples/quickstart.py --language pt_BR
