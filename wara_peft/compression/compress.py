@@ -80,10 +80,10 @@ def compress(
         TypeError: an argument is of another kind, for example because two are swapped.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
-        >>> report = compress(model, SVD(budget=0.5), show_progress_bar=False)
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+        >>> report = compress(model, SVD(budget=0.5, allocation="uniform"), show_progress_bar=False)
         >>> [layer.rank for layer in report.layers]
-        [9, 3]
+        [21, 21]
     """
     call = "compress(model, Activation(budget=0.6), statistics)"
     check_argument(call, "model", model, "an nn.Module")
