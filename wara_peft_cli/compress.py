@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import fields
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
 
@@ -31,10 +31,8 @@ METAVARS = {"target_modules": "NAME"}
 
 def _methods() -> dict[str, Any]:
     """Give the classes of the methods by name, from their file alone: importing `wara_peft` would import PyTorch."""
-    package = cast(Any, find_spec("wara_peft"))
-    spec = cast(
-        Any, spec_from_file_location(f"{__name__}_methods", Path(package.origin).parent / "compression" / "methods.py")
-    )
+    path = Path(__file__).parents[1] / "wara_peft" / "compression" / "methods.py"  # both packages are in one wheel
+    spec = cast(Any, spec_from_file_location(f"{__name__}_methods", path))
     module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses look for the types of fields
     spec.loader.exec_module(module)
     return cast(dict[str, Any], module.METHODS)
