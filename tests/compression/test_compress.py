@@ -302,7 +302,7 @@ class TestBadInput:
             ({"target_modules": ["q"]}, "'q' matches no"),
             ({"sequential": []}, "sequential gives no batches"),
             ({"method": Dictionary, "iterations": -1}, "iterations=-1 must be an int of at least 0"),
-            ({"method": ActivationFisher, "damping": 0}, "damping=0 must be a number above 0"),
+            ({"method": ActivationFisher, "damping": 0}, "damping=0 must be a finite number above 0"),
             ({"method": Fisher, "statistics": "inputs"}, "'model.layers.0.self_attn.q_proj' have no 'fisher'"),
             ({"statistics": "other"}, "'model.layers.0.self_attn.q_proj' are of a layer with other weights, .*%"),
             ({"statistics": "wider"}, r"'model.layers.0.self_attn.q_proj' .* shape \(24, 24\), not \(16, 16\)"),

@@ -77,3 +77,18 @@ def _loss(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_svd_takes_no_field_of_others() -> None:
     with pytest.raises(TypeError, match="damping"):
         SVD(0.5, damping=0.1)
+
+
+@pytest.mark.parametrize("statistics", ["uniform", 0.5, [1]])
+def test_statistics_that_are_no_mapping(statistics: object) -> None:
+    """As in a call whose third argument was the allocation."""
+    model = TwoLayers()
+    with pytest.raises(TypeError, match=r"^compress\(model, Activation\(.*: statistics must be a mapping, and is "):
+        compress(model, SVD(0.6), statistics, **QUIET)
+    assert type(model.first) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("damping", [0, -1.0, float("nan"), float("inf"), True, "1"])
+def test_damping_is_a_finite_number_above_zero(damping: object) -> None:
+    with pytest.raises(ValueError, match=r"^damping=.* must be a finite number above 0"):
+        ActivationFisher(0.5, damping=damping)

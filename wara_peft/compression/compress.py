@@ -89,7 +89,9 @@ def compress(
     check_argument(call, "model", model, "an nn.Module")
     check_method(call, method)
     needs = solver_of(method).needs
-    if statistics is None and needs:
+    if statistics is not None:
+        check_argument(call, "statistics", statistics, "a mapping")
+    elif needs:
         raise ValueError(
             f"{type(method).__name__} needs statistics: pass calibrate(model, dataloader, statistics={list(needs)!r})."
         )

@@ -6,6 +6,7 @@ PyTorch, so this file imports nothing but Python's own modules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -101,8 +102,9 @@ class ActivationFisher(Method):
     )
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.damping, Real) and self.damping > 0):
-            raise ValueError(f"damping={self.damping!r} must be a number above 0, as 1e-6.")
+        is_number = isinstance(self.damping, Real) and not isinstance(self.damping, bool)
+        if not (is_number and 0 < self.damping < math.inf):
+            raise ValueError(f"damping={self.damping!r} must be a finite number above 0, as 1e-6.")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from transformers import Trainer, TrainingArguments
 from tests.compression.models import llama
 from wara_peft.compression import (
     SVD,
+    Activation,
     LowRankConv,
     LowRankLinear,
     TrainedRankPruning,
+    calibrate,
     compress,
     load_compressed,
     save_compressed,
@@ -235,3 +237,17 @@ def test_targets_are_refused_by_name() -> None:
         TrainedRankPruning().start(broken)
     with pytest.raises(RuntimeError, match="has not been started"):
         TrainedRankPruning().before_forward(0)
+
+
+def test_finish_takes_the_class_of_a_method() -> None:
+    model, x = nn.Sequential(nn.Linear(20, 30)).double(), torch.randn(50, 20).double()
+    pruning = TrainedRankPruning(energy=0.2, target_modules=["0"])
+    pruning.start(model)
+    before = model[0].weight.detach().clone()
+    for wrong in ("svd", SVD(0.5), int):
+        with pytest.raises(TypeError, match=r"^finish\(method, statistics\): method must be the class of a method"):
+            pruning.finish(wrong)
+    assert torch.equal(model[0].weight, before)
+    pruning.before_forward(0)
+    report = pruning.finish(Activation, calibrate(model, [x], show_progress_bar=False))
+    assert report.solver == "activation" and report.allocation == "given" and report.layers[0].rank == model[0].rank

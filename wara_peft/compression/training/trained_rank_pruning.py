@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...arguments import check_argument
+from ...arguments import check_argument, short_form
 from ...calibration.processes import take_from_first_process
 from ...factorized.key_names import write_names_of_modules
 from ...factorized.low_rank_conv import CONVOLUTIONS, factorize_conv
@@ -178,7 +178,15 @@ class TrainedRankPruning(TrainingMethod):
 
         Returns:
             A report of what each layer got, which `model.compression_report` keeps too.
+
+        Raises:
+            TypeError: `method` is no class of a method. No weight is truncated then.
         """
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise TypeError(
+                "finish(method, statistics): method must be the class of a method, as Activation, and is "
+                f"{short_form(method)}."
+            )
         model, targets = self._started(), self._targets
         ranks = self._truncate()
         made: dict[nn.Module, nn.Module] = {}
