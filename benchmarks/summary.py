@@ -19,7 +19,14 @@ FAMILIES = {
 }
 BUDGETS = (1.0, 4.0, 16.0)
 """Parameters, in ranks of LoRA."""
-OTHERS = {"rsLoRA": "rsLoRA", DEFAULT: "`subband`", "WaRA grid": "`grid`"}
+OTHERS = {
+    "rsLoRA": "rsLoRA",
+    DEFAULT: "`subband`",
+    "WaRA grid": "`grid`",
+    "MiSS": "MiSS",
+    "GraLoRA": "GraLoRA",
+    "WaveFT": "WaveFT",
+}
 
 
 def summary_table() -> str:

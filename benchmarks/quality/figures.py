@@ -14,7 +14,7 @@ from quality.tasks.task import Task
 
 DODGE = 1.05
 """Methods of equal size are drawn side by side, each this factor of parameters right of the one before."""
-MARKERS = {"WaRA": "o", "peer": "s", "ranks": "v", "attention": "^", "end": "D"}
+MARKERS = {"WaRA": "o", "peer": "s", "later": "P", "ranks": "v", "attention": "^", "end": "D"}
 
 
 def pareto(tasks: list[Task], found: Mapping[str, list[Reported]], groups: Mapping[str, str]) -> Figure:

@@ -15,6 +15,7 @@ from peft import (
     AdaLoraConfig,
     EvaConfig,
     FourierFTConfig,
+    GraloraConfig,
     LoraConfig,
     MissConfig,
     PeftConfig,
@@ -37,7 +38,7 @@ class Method(Protocol):
     Attributes:
         name: in tables and results.
         group: "WaRA", "peer", "attention", "end", "ranks" for those that spread a budget over modules, or "rule" for
-            those that are run at LoRA's rate alone.
+            those that are run at LoRA's rate alone, "later" for peers that came after the selection.
         sized: whether it is made to a budget.
     """
 
@@ -158,6 +159,15 @@ def adalora() -> Adapter:
     return Adapter("AdaLoRA", "peer", config, prepare=prepare, counted=counted)
 
 
+def gralora() -> Adapter:
+    """Two by two blocks, each of half of the rank: with LoRA's parameters twice its rank, as `subband` has."""
+
+    def config(size: int, _: Problem) -> PeftConfig:
+        return GraloraConfig(r=2 * size, alpha=2 * size, gralora_k=2)
+
+    return Adapter("GraLoRA", "later", config)
+
+
 def spectral(name: str, kind: type[PeftConfig], field: str) -> Adapter:
     """Methods whose size is one number of a config."""
     return Adapter(name, "peer", lambda size, _: kind(**{field: size}))
@@ -231,6 +241,7 @@ METHODS: dict[str, Method] = {
         eva(),
         adalora(),
         spectral("MiSS", MissConfig, "r"),
+        gralora(),
         spectral("VeRA", VeraConfig, "r"),
         spectral("WaveFT", WaveFTConfig, "n_frequency"),
         spectral("FourierFT", FourierFTConfig, "n_frequency"),

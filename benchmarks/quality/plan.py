@@ -17,8 +17,13 @@ Results = Mapping[Cell, dict[str, Any]]
 
 TUNING_SEEDS = (100, 101)
 """Learning rates are chosen on the validation split of these, and nothing else of them is reported."""
+FURTHER_SEEDS = (102, 103)
+"""They decide between the best two rates where the tuning seeds do not agree on the better one."""
 FIRST_RATES = (-5, -4, -3)
 """Half decades: 3e-3, 1e-2, 3e-2. The same for all methods."""
+STAGES = (1, 2, 3, 4, 5, 6)
+SETTLING = 6
+"""The stage that runs further seeds."""
 WIDENINGS = 4
 """How often the grid grows by a step where the best rate lies on its edge."""
 SEEDS = {
@@ -38,6 +43,8 @@ ADAPTERS = ("WaRA", "peer", "ranks")
 """Groups of methods that are ranked."""
 SELECTED_OF_A_GROUP = 3
 FINALISTS = 4
+NOT_SELECTED = ("MiSS", "GraLoRA")
+"""Peers that the README's table names though stage one did not select them: who reads it asks for them."""
 RANK_BUDGETS = (2.0, 8.0)
 SPREAD_ON_TEXT = 4
 
@@ -80,72 +87,103 @@ def fits(entry: Entry, results: Results) -> bool:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The cells that the choice of a rate still needs, or the rate, with the validation's mean by rate."""
+    """What is known of an entry's rate.
+
+    Attributes:
+        missing: cells that the choice needs.
+        chosen: the rate, None while cells are missing.
+        means: validation's mean over the tuning seeds by rate.
+        further: cells of further seeds that may change the choice.
+    """
 
     missing: list[Cell]
     chosen: float | None
     means: dict[float, float]
+    further: list[Cell]
 
 
 def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
     """Choose the best rate of the grid, after it has grown until the best is not on its edge.
 
-    Among equals the one nearest to the middle is taken. Where all are equal though something trains, it grows
-    downwards.
+    Where the tuning seeds do not all prefer the best rate to the second one, the mean over further seeds as well
+    decides between the two; until these are run the choice stands. With two seeds this is the case exactly where the
+    mean of the paired differences is at most its standard error. Among equals the smaller rate is taken.
     """
     if not fits(entry, results):
-        return Tuning([], None, {})
+        return Tuning([], None, {}, [])
     grid = list(FIRST_RATES)
     widened = 0
+
+    def mean(step: int, seeds: Iterable[int]) -> float:
+        return validation(entry, results, rate(step), seeds, higher_is_better)
+
     while True:
-        wanted = [entry.cell(rate(step), seed) for seed in TUNING_SEEDS for step in grid]
-        missing = [cell for cell in wanted if cell not in results]
+        missing = [cell for cell in cells_of(entry, grid, TUNING_SEEDS) if cell not in results]
         if missing:
-            return Tuning(missing, None, {})
-        means = {step: validation(entry, results, rate(step), higher_is_better) for step in grid}
-        middle = (grid[0] + grid[-1]) / 2
-        best = max(grid, key=lambda step: (means[step], -abs(step - middle)))
-        trains = results[entry.cell(rate(grid[0]), TUNING_SEEDS[0])]["parameters"]
-        if trains and len(set(means.values())) == 1:  # all of them are so large that nothing is learnt
-            best = grid[0]
+            return Tuning(missing, None, {}, [])
+        means = {step: mean(step, TUNING_SEEDS) for step in grid}
+        best, second = sorted(grid, key=lambda step: (-means[step], step))[:2]
+        further: list[Cell] = []
+        if results[entry.cell(rate(grid[0]), TUNING_SEEDS[0])]["parameters"] == 0 and len(set(means.values())) == 1:
+            best = grid[len(grid) // 2]  # nothing trains
+        elif best not in (grid[0], grid[-1]) or widened == WIDENINGS:
+            agree = all(mean(best, [seed]) > mean(second, [seed]) for seed in TUNING_SEEDS)
+            if not agree and means[second] > -math.inf:
+                further = [cell for cell in cells_of(entry, (best, second), FURTHER_SEEDS) if cell not in results]
+                if not further:
+                    seeds = (*TUNING_SEEDS, *FURTHER_SEEDS)
+                    best = min(best, second, key=lambda step: (-mean(step, seeds), step))
         if best not in (grid[0], grid[-1]) or widened == WIDENINGS:
             sign = 1 if higher_is_better else -1
-            return Tuning([], rate(best), {rate(step): sign * mean for step, mean in means.items()})
+            return Tuning([], rate(best), {rate(step): sign * mean for step, mean in means.items()}, further)
         grid = [best - 1, *grid] if best == grid[0] else [*grid, best + 1]
         widened += 1
 
 
-def validation(entry: Entry, results: Results, rate: float, higher_is_better: bool) -> float:
-    """Mean over the tuning seeds, larger being better; a run that did not end is worse than any other."""
-    found = [results[entry.cell(rate, seed)]["validation"] for seed in TUNING_SEEDS]
+def cells_of(entry: Entry, steps: Iterable[int], seeds: Iterable[int]) -> list[Cell]:
+    steps = list(steps)
+    return [entry.cell(rate(step), seed) for seed in seeds for step in steps]
+
+
+def validation(entry: Entry, results: Results, rate: float, seeds: Iterable[int], higher_is_better: bool) -> float:
+    """Mean over seeds, larger being better; a run that did not end is worse than any other."""
+    found = [results[entry.cell(rate, seed)]["validation"] for seed in seeds]
     if any(value is None for value in found):
         return -math.inf
-    return statistics.mean(found) * (1 if higher_is_better else -1)
+    mean = round(statistics.mean(found), 12)  # means of equal counts are equal, in whatever order they are added
+    return mean if higher_is_better else -mean
 
 
 def pending(
-    wanted: list[tuple[Entry, Iterable[int]]], results: Results, tasks: Mapping[str, Task] = TASKS
+    wanted: list[tuple[Entry, Iterable[int]]],
+    results: Results,
+    tasks: Mapping[str, Task] = TASKS,
+    further: bool = False,
 ) -> list[Cell]:
     """Cells that can run now, in order: budget by budget, and of a budget what can be reported before what cannot yet.
 
     What can be reported comes seed by seed, so that methods whose rate is chosen have the same seeds when it ends.
+
+    Args:
+        further: whether the further seeds of disputed rates are wanted, too; then it goes point by point.
     """
     ordered: list[tuple[int, int, Cell]] = []
     for entry, seeds in wanted:
         budget = BUDGETS.index(entry.budget) if entry.budget in BUDGETS else 0  # the ends belong to the first
         found = tuning(entry, results, tasks[entry.task].higher_is_better)
-        ordered += [(budget, LAST, cell) for cell in found.missing]
+        ordered += [(budget, LAST, cell) for cell in found.missing + (found.further if further else [])]
         if found.chosen is not None:
             cells = [entry.cell(found.chosen, seed) for seed in seeds]
             ordered += [(budget, cell.seed, cell) for cell in cells if cell not in results]
-    ordered.sort(key=lambda item: item[:2])  # stable
+    if not further:
+        ordered.sort(key=lambda item: item[:2])  # stable
     return [cell for _, _, cell in ordered]
 
 
 def stage_one() -> list[tuple[Entry, Iterable[int]]]:
     """Every method at one budget, on the tuning seeds alone: it selects, and reports nothing."""
     tasks = quick_ones(of_families("planted", "digits"))
-    methods = [name for name, method in METHODS.items() if method.group not in ("rule", "ranks")]
+    methods = [name for name, method in METHODS.items() if method.group not in ("rule", "ranks", "later")]
     return [(entry, ()) for entry in entries(tasks, methods, BUDGET)]
 
 
@@ -198,6 +236,24 @@ def stage_four(results: Results) -> list[tuple[Entry, Iterable[int]]]:
     return found
 
 
+def stage_five() -> list[tuple[Entry, Iterable[int]]]:
+    """Peers that no stage before selected, on the long trainings."""
+    tasks = of_families("digits-long")
+    return with_seeds([entry for budget in BUDGETS[:3] for entry in entries(tasks, NOT_SELECTED, budget)])
+
+
+def stage_six(results: Results) -> list[tuple[Entry, Iterable[int]]]:
+    """All points that are reported, to settle disputed rates; the long trainings at r=16 first."""
+    found = dict.fromkeys(
+        Entry(cell.task, cell.method, cell.budget)
+        for cell in results
+        if cell.method in METHODS and METHODS[cell.method].group != "rule" and cell.seed in SEEDS[cell.family]
+    )
+    return with_seeds(
+        sorted(found, key=lambda entry: (entry.family != "digits-long", entry.budget != 16, entry.method != LORA))
+    )
+
+
 def rule_cells(results: Results) -> dict[Entry, dict[int, Cell]]:
     """WaRA at the rate that LoRA chose, with its scaling as it is and as a rule makes it, by seed.
 
@@ -222,6 +278,10 @@ def stage(number: int, results: Results) -> list[tuple[Entry, Iterable[int]]]:
         return stage_one()
     if number == 4:
         return stage_four(results)
+    if number == SETTLING:
+        return stage_six(results)
+    if number == 5:
+        return stage_five()
     if number == 2:
         require(1, stage_one(), results)
         return stage_two(results)

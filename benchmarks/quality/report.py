@@ -46,7 +46,7 @@ def progress_table(results: Results) -> str:
     """Which stages are done."""
     lines = ["| stage | cells run | known to be left |", "|---|---|---|"]
     seconds = sum(result["seconds"] for result in results.values())
-    for number in (1, 2, 3, 4):
+    for number in plan.STAGES:
         try:
             wanted = plan.stage(number, results)
         except ValueError as error:
@@ -54,7 +54,7 @@ def progress_table(results: Results) -> str:
             continue
         entries = {entry for entry, _ in wanted}
         ran = sum(Entry(cell.task, cell.method, cell.budget) in entries for cell in results)
-        left = plan.pending(wanted, results)
+        left = plan.pending(wanted, results, further=number == plan.SETTLING)
         untuned = {Entry(cell.task, cell.method, cell.budget) for cell in left if cell.seed in plan.TUNING_SEEDS}
         more = f", and the seeds of {len(untuned)} points after their rates" if untuned and number > 1 else ""
         lines.append(f"| {number} | {ran:,} | {f'{len(left):,}{more}' if left else 'none: complete'} |")
@@ -91,7 +91,7 @@ def row_of(item: Compared, family: str, higher_is_better: bool) -> str:
         f"LoRA r={row.budget:g}" if row.budget else "",
         row.method,
         f"{row.parameters:,}",
-        "" if row.rate != row.rate else f"{row.rate:g}",
+        "" if row.rate != row.rate else f"{row.rate:g}" + "?" * row.disputed,
         f"{factor * mean(row.tests):{shown}}" + (f" ± {factor * interval(values):{shown}}" if len(values) > 1 else ""),
     ]
     if item.difference and item.adjusted is not None:

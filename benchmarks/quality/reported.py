@@ -22,6 +22,7 @@ class Reported:
         parameters: trained, without the head.
         tests: metric on the test split by seed, over the seeds that did not choose the rate.
         diverged: how many of these seeds have no metric.
+        disputed: whether further seeds, which have not been run, may change the rate.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Reported:
     parameters: int
     tests: dict[int, float]
     diverged: int
+    disputed: bool = False
 
 
 def mean(values: Mapping[int, float]) -> float:
@@ -44,7 +46,8 @@ def reported(results: Results, seeds: Mapping[str, Iterable[int]] = plan.SEEDS) 
         for method in METHODS:
             for budget in sorted({cell.budget for cell in results if (cell.task, cell.method) == (name, method)}):
                 entry = Entry(name, method, budget)
-                rate = plan.tuning(entry, results, task.higher_is_better).chosen
+                tuning = plan.tuning(entry, results, task.higher_is_better)
+                rate = tuning.chosen
                 if rate is None:
                     continue
                 runs = {
@@ -53,7 +56,9 @@ def reported(results: Results, seeds: Mapping[str, Iterable[int]] = plan.SEEDS) 
                 tests = {seed: run["test"] for seed, run in runs.items() if run["test"] is not None}
                 if tests:
                     parameters = next(iter(runs.values()))["parameters"]
-                    row = Reported(name, method, budget, rate, parameters, tests, len(runs) - len(tests))
+                    row = Reported(
+                        name, method, budget, rate, parameters, tests, len(runs) - len(tests), bool(tuning.further)
+                    )
                     found[name].append(row)
     return found
 

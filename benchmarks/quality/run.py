@@ -45,7 +45,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--stage", type=int, choices=(1, 2, 3, 4), help="1 selects methods, 2 and 3 compare them, 4 allocates ranks"
+        "--stage",
+        type=int,
+        choices=plan.STAGES,
+        help="1 selects methods, 2 and 3 compare them, 4 allocates ranks, 5 runs peers that "
+        "were not selected, 6 settles disputed rates",
     )
     what.add_argument("--rule", action="store_true", help="WaRA at LoRA's rates, scaled by a rule and not")
     what.add_argument("--quick", action="store_true", help="tiny tasks and few methods, in another folder")
@@ -145,7 +149,8 @@ def main() -> None:
         if args.rule:
             cells = [cell for by_seed in plan.rule_cells(results).values() for cell in by_seed.values()]
             return sorted((cell for cell in cells if cell not in results), key=lambda cell: cell.seed)
-        return plan.pending(quick.wanted() if args.quick else plan.stage(args.stage, results), results, tasks)
+        wanted = quick.wanted() if args.quick else plan.stage(args.stage, results)
+        return plan.pending(wanted, results, tasks, further=args.stage == plan.SETTLING)
 
     try:
         pending()

@@ -6,8 +6,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from tests.forked_python import run_python
 
@@ -85,6 +87,77 @@ class TestPlan:
         equal = self.results({0.003: 1.0, 0.01: 1.0, 0.03: 1.0})
         untrained = {cell: {**result, "parameters": 0} for cell, result in equal.items()}
         assert plan.tuning(self.entry, untrained, True).chosen == 0.01
+
+    def test_equal_rates_the_smaller_is_taken_and_the_grid_grows_if_that_is_its_edge(self) -> None:
+        found = plan.tuning(self.entry, self.results({0.003: 0.5, 0.01: 0.5, 0.03: 0.4}), True)
+        assert found.chosen is None and {cell.rate for cell in found.missing} == {0.001}
+        tied = self.results({0.001: 0.4, 0.003: 0.5, 0.01: 0.5, 0.03: 0.4})
+        assert plan.tuning(self.entry, tied, True).chosen == 0.003
+        # Errors, of which the smaller is better, likewise.
+        tied = {cell: {**result, "validation": 1 - result["validation"]} for cell, result in tied.items()}
+        assert plan.tuning(self.entry, tied, False).chosen == 0.003
+
+    def disputed(self, *at_further_seeds: dict[float, float]) -> dict[Cell, dict]:
+        """0.01 is better than 0.003 by seed 100, worse by seed 101, and better by the mean."""
+        by_seed = {100: {0.003: 0.3, 0.01: 0.6, 0.03: 0.1}, 101: {0.003: 0.5, 0.01: 0.4, 0.03: 0.1}}
+        by_seed |= dict(zip(plan.FURTHER_SEEDS, at_further_seeds, strict=False))
+        results = {
+            self.entry.cell(rate, seed): {"validation": value, "parameters": 1}
+            for seed, values in by_seed.items()
+            for rate, value in values.items()
+        }
+        return results | {self.entry.cell(0.001, seed): {"validation": 0.0, "parameters": 1} for seed in (100, 101)}
+
+    def test_where_the_seeds_dispute_the_best_rate_further_ones_decide_between_the_best_two(self) -> None:
+        found = plan.tuning(self.entry, self.disputed(), True)
+        assert found.chosen == 0.01 and not found.missing  # it stands until they are run
+        wanted = {self.entry.cell(rate, seed) for rate in (0.003, 0.01) for seed in plan.FURTHER_SEEDS}
+        assert set(found.further) == wanted
+        one = self.disputed({0.003: 0.9, 0.01: 0.4})
+        assert set(plan.tuning(self.entry, one, True).further) == {cell for cell in wanted if cell.seed == 103}
+        # Over all four seeds the means are 0.55 and 0.475, then 0.425 and 0.475, then equal.
+        for last, chosen in ((0.5, 0.003), (0.0, 0.01), (0.2, 0.003)):
+            found = plan.tuning(self.entry, self.disputed({0.003: 0.9, 0.01: 0.4}, {0.003: last, 0.01: 0.5}), True)
+            assert (found.chosen, found.further) == (chosen, [])
+            edge = {0.001: 0.0} if chosen == 0.003 else {}  # the grid grows where the further seeds lead to its edge
+            assert found.means == pytest.approx({0.003: 0.4, 0.01: 0.5, 0.03: 0.1, **edge})  # of the tuning seeds
+
+    @pytest.mark.parametrize("higher", [True, False])
+    def test_a_dispute_is_a_difference_within_its_standard_error(self, higher: bool) -> None:
+        draws = np.random.default_rng(0).normal(0.5, 0.1, (200, 2, 2))
+        disputes = 0
+        for best, second in draws:
+            ends = 0.0 if higher else 9.0
+            values = {0.003: best.tolist(), 0.01: second.tolist(), 0.001: [ends] * 2, 0.03: [ends] * 2}
+            results = {
+                self.entry.cell(rate, seed): {"validation": value, "parameters": 1}
+                for rate, of_rate in values.items()
+                for seed, value in zip(plan.TUNING_SEEDS, of_rate, strict=True)
+            }
+            found = plan.tuning(self.entry, results, higher)
+            within = abs(np.mean(best - second)) <= stats.sem(best - second)
+            assert bool(found.further) == within
+            if found.chosen is not None:
+                assert found.chosen == (0.003 if (best.mean() > second.mean()) == higher else 0.01)
+            disputes += within
+        assert 40 < disputes < 160
+
+    def test_a_second_rate_that_diverges_is_not_disputed(self) -> None:
+        results = self.results({0.001: None, 0.003: None, 0.01: 0.5, 0.03: None})
+        found = plan.tuning(self.entry, results, True)
+        assert found.chosen == 0.01 and not found.further
+
+    def test_only_settling_asks_for_further_seeds(self) -> None:
+        results = self.disputed()
+        wanted = [(self.entry, (0, 1))]
+        tests = [self.entry.cell(0.01, seed) for seed in (0, 1)]
+        assert plan.pending(wanted, results) == tests
+        assert plan.pending(wanted, results, further=True)[:4] == plan.tuning(self.entry, results, True).further
+        # What is settled is what is reported; a rule is run at LoRA's rate, and has none of its own.
+        rule = plan.Entry(self.entry.task, next(iter(RULES.values())), 4.0)
+        assert plan.stage(plan.SETTLING, results) == []
+        results |= {cell: {"validation": 0.5, "parameters": 1} for cell in (tests[0], rule.cell(0.01, 0))}
+        assert [entry for entry, _ in plan.stage(plan.SETTLING, results)] == [self.entry]
 
     def test_the_grid_ends(self) -> None:
         rates = [plan.rate(step) for step in range(-5, 2)]
