@@ -18,7 +18,9 @@ Results = Mapping[Cell, dict[str, Any]]
 TUNING_SEEDS = (100, 101)
 """Learning rates are chosen on the validation split of these, and nothing else of them is reported."""
 FURTHER_SEEDS = (102, 103)
-"""They decide between the best two rates where the tuning seeds do not agree on the better one."""
+"""They decide between the best two rates where these differ by no more than noise on the tuning seeds."""
+NOISE = 2.0
+"""Standard errors of a paired difference, over the tuning seeds, within which two rates do not differ."""
 FIRST_RATES = (-5, -4, -3)
 """Half decades: 3e-3, 1e-2, 3e-2. The same for all methods."""
 STAGES = (1, 2, 3, 4, 5, 6)
@@ -105,9 +107,8 @@ class Tuning:
 def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
     """Choose the best rate of the grid, after it has grown until the best is not on its edge.
 
-    Where the tuning seeds do not all prefer the best rate to the second one, the mean over further seeds as well
-    decides between the two; until these are run the choice stands. With two seeds this is the case exactly where the
-    mean of the paired differences is at most its standard error. Among equals the smaller rate is taken.
+    Where the best two do not differ by more than noise, the mean over further seeds as well decides between them;
+    until these are run the choice stands. Among equals the smaller rate is taken.
     """
     if not fits(entry, results):
         return Tuning([], None, {}, [])
@@ -127,8 +128,8 @@ def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
         if results[entry.cell(rate(grid[0]), TUNING_SEEDS[0])]["parameters"] == 0 and len(set(means.values())) == 1:
             best = grid[len(grid) // 2]  # nothing trains
         elif best not in (grid[0], grid[-1]) or widened == WIDENINGS:
-            agree = all(mean(best, [seed]) > mean(second, [seed]) for seed in TUNING_SEEDS)
-            if not agree and means[second] > -math.inf:
+            apart = [mean(best, [seed]) - mean(second, [seed]) for seed in TUNING_SEEDS]
+            if means[second] > -math.inf and within_noise(apart):
                 further = [cell for cell in cells_of(entry, (best, second), FURTHER_SEEDS) if cell not in results]
                 if not further:
                     seeds = (*TUNING_SEEDS, *FURTHER_SEEDS)
@@ -138,6 +139,11 @@ def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
             return Tuning([], rate(best), {rate(step): sign * mean for step, mean in means.items()}, further)
         grid = [best - 1, *grid] if best == grid[0] else [*grid, best + 1]
         widened += 1
+
+
+def within_noise(differences: list[float]) -> bool:
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return round(statistics.mean(differences) - NOISE * error, 12) <= 0
 
 
 def cells_of(entry: Entry, steps: Iterable[int], seeds: Iterable[int]) -> list[Cell]:
@@ -243,15 +249,17 @@ def stage_five() -> list[tuple[Entry, Iterable[int]]]:
 
 
 def stage_six(results: Results) -> list[tuple[Entry, Iterable[int]]]:
-    """All points that are reported, to settle disputed rates; the long trainings at r=16 first."""
+    """All points that are reported, to settle disputed rates; first the long trainings, of these r=16."""
     found = dict.fromkeys(
         Entry(cell.task, cell.method, cell.budget)
         for cell in results
         if cell.method in METHODS and METHODS[cell.method].group != "rule" and cell.seed in SEEDS[cell.family]
     )
-    return with_seeds(
-        sorted(found, key=lambda entry: (entry.family != "digits-long", entry.budget != 16, entry.method != LORA))
-    )
+
+    def later(entry: Entry) -> tuple[bool, ...]:
+        return entry.family != "digits-long", entry.budget not in BUDGETS[:3], entry.budget != 16, entry.method != LORA
+
+    return with_seeds(sorted(found, key=later))
 
 
 def rule_cells(results: Results) -> dict[Entry, dict[int, Cell]]:
