@@ -103,6 +103,10 @@ class Tuning:
     means: dict[float, float]
     further: list[Cell]
 
+    def first_choice(self, higher_is_better: bool) -> float:
+        """The rate that the tuning seeds choose, without further ones: what methods are selected by."""
+        return (max if higher_is_better else min)(self.means, key=lambda rate: self.means[rate])
+
 
 def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
     """Choose the best rate of the grid, after it has grown until the best is not on its edge.
@@ -346,7 +350,7 @@ def ranking(results: Results, wanted: list[Entry], seeds: Mapping[str, Iterable[
             if found.chosen is None:
                 continue
             if seeds is None:
-                value = found.means[found.chosen]
+                value = found.means[found.first_choice(higher)]
             else:
                 value = statistics.mean(
                     results[entry.cell(found.chosen, seed)]["validation"] for seed in seeds[entry.family]

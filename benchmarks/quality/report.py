@@ -77,7 +77,8 @@ def selection_table(results: Results) -> str:
                 cells.append("")
                 continue
             factor, shown = unit(entry.family)
-            cells.append(f"{factor * found.means[found.chosen]:{shown}} ({found.chosen:g})")
+            rate = found.first_choice(TASKS[task].higher_is_better)
+            cells.append(f"{factor * found.means[rate]:{shown}} ({rate:g})")
         if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

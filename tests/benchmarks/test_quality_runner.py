@@ -119,6 +119,7 @@ class TestPlan:
         for last, chosen in ((0.5, 0.003), (0.0, 0.01), (0.2, 0.003)):
             found = plan.tuning(self.entry, self.disputed({0.003: 0.9, 0.01: 0.4}, {0.003: last, 0.01: 0.5}), True)
             assert (found.chosen, found.further) == (chosen, [])
+            assert found.first_choice(True) == 0.01  # which stage one selects by
             edge = {0.001: 0.0} if chosen == 0.003 else {}  # the grid grows where the further seeds lead to its edge
             assert found.means == pytest.approx({0.003: 0.4, 0.01: 0.5, 0.03: 0.1, **edge})  # of the tuning seeds
 
