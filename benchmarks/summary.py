@@ -32,7 +32,9 @@ OTHERS = {
 def summary_table() -> str:
     results = Path(__file__).parent / "quality" / "results"
     found = reported(Store(results, results).results())
-    lines = [f"| task | parameters of | LoRA | {' | '.join(OTHERS.values())} |", "|---" * (len(OTHERS) + 3) + "|"]
+    methods = {row.method for name, rows in found.items() if name.partition("/")[0] in FAMILIES for row in rows}
+    others = {method: name for method, name in OTHERS.items() if method in methods}  # no column for what was not run
+    lines = [f"| task | parameters of | LoRA | {' | '.join(others.values())} |", "|---" * (len(others) + 3) + "|"]
     for family, name in FAMILIES.items():
         rows = {(item.row.budget, item.row.method): item for item in pooled(found, family)}
         factor, shown = unit(family)
@@ -40,7 +42,7 @@ def summary_table() -> str:
             lora = rows.get((budget, LORA))
             if lora is None:
                 continue
-            cells = [_cell(rows.get((budget, method)), lora, factor, shown) for method in OTHERS]
+            cells = [_cell(rows.get((budget, method)), lora, factor, shown) for method in others]
             lines.append(
                 f"| {name} | LoRA r={budget:g} | {factor * mean(lora.row.tests):{shown}} | {' | '.join(cells)} |"
             )

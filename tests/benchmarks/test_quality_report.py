@@ -14,6 +14,7 @@ from tests.forked_python import run_python
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import summary  # noqa: E402
 from quality import comparison, plan  # noqa: E402
 from quality import report as quality_report  # noqa: E402
 from quality.cells import Cell  # noqa: E402
@@ -155,3 +156,24 @@ class TestReport:
     def test_tables_in_the_readme_are_what_the_results_say(self) -> None:
         done = run_python(BENCHMARKS / "quality" / "report.py", "--check")
         assert done.returncode == 0, done.stderr
+
+
+class TestSummary:
+    def test_columns_are_of_the_methods_that_were_run_and_cells_are_differences_to_lora(self, monkeypatch) -> None:
+        runs = {
+            (method, seed, rate): {"validation": value, "test": value + seed / 100, "parameters": 7}
+            for method, best in ((LORA, 0.4), ("WaveFT", 0.6), ("GraLoRA", 0.3))
+            for seed in (*plan.TUNING_SEEDS, *range(8))
+            for rate, value in ((0.003, 0.1), (0.01, best), (0.03, 0.1))
+        }
+        results = {
+            Cell(task, method, 4.0, rate, seed): result
+            for (method, seed, rate), result in runs.items()
+            for task in TASKS
+            if task.startswith("digits-long/")
+        }
+        monkeypatch.setattr(summary.Store, "results", lambda store: results)
+        header, _, row = summary.summary_table().splitlines()
+        assert header.count("|") == row.count("|") == 6
+        assert header.endswith("| LoRA | GraLoRA | WaveFT |") and "rsLoRA" not in header and "MiSS" not in header
+        assert row.endswith("| LoRA r=4 | 43.5 | **-10.0 ± 0.0** | **+20.0 ± 0.0** |")
