@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # huggingface_hub reads this when it is imported. Nothing is asked of the Hub unless something from there is named.
 if not any(argument.startswith(("--model", "--dataset")) for argument in sys.argv):
@@ -29,6 +28,7 @@ import torch
 from docstring_data import LabelledText, load_docstrings
 from named_data import load_named_data
 from peft import PeftModel, get_peft_model
+from study_options import add_adapter_options, check_learning_rate, make_folder, reload_in_second_process, stop
 from subband_picture import draw_energy
 from torch import Tensor, nn
 from transformers import (
@@ -54,15 +54,6 @@ LOGIT_TOLERANCE = 1e-4
 RELOAD_FILE = "reload_check.pt"
 # Texts of each split under --smoke: enough to see every step run, too few to learn from.
 SMOKE_SIZES = {"train": 64, "validation": 32, "test": 32}
-
-
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"classify_text.py: error: {message}")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 # 1. Options
@@ -91,40 +82,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-length", type=int, default=32, help="tokens that are read of each text (default: 32)")
     add("--epochs", type=int, default=3, help="passes over the training texts (default: 3)")
     add("--learning-rate", type=float, default=4e-3, help="peak learning rate of the WaRA run (default: 4e-3)")
-    add("--r", type=int, default=4, help="rank of each subband's pair; a layer's is (3 levels + 1) r (default: 4)")
-    add("--levels", type=int, default=1, help="levels of the wavelet decomposition (default: 1)")
-    add("--wavelet", default="haar", help="an orthogonal PyWavelets wavelet, such as db2 or sym4 (default: haar)")
-    add("--seed", type=int, default=0, help="seed of splits, initial values and order of texts (default: 0)")
-    add(
-        "--output-dir",
-        type=Path,
-        default=Path("classify_text_output"),
-        help="folder for the adapter and the picture (default: classify_text_output)",
-    )
     add(
         "--smoke",
         action="store_true",
         help="one epoch on a few texts: shows in seconds whether everything runs; the accuracies mean nothing",
     )
-    add(
-        "--reload",
-        action="store_true",
-        help="only load the adapter that an earlier run left in --output-dir, and "
-        "compare its logits with those of that run; the script starts itself with this option as its second process",
-    )
+    add_adapter_options(parser, "classify_text_output")
     args = parser.parse_args()
 
     for option, value in (("--epochs", args.epochs), ("--max-length", args.max_length)):
         if value < 1:
             stop(f"{option} {value} must be at least 1")
-    if not args.learning_rate > 0:
-        stop(f"--learning-rate {args.learning_rate} must be greater than 0")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--output-dir {args.output_dir} cannot be used as a folder: {error.strerror}")
-    if not os.access(args.output_dir, os.W_OK):
-        stop(f"--output-dir {args.output_dir} cannot be written to")
+    check_learning_rate(args.learning_rate)
+    make_folder("--output-dir", args.output_dir)
     return args
 
 
@@ -142,7 +112,7 @@ def load_data(args: argparse.Namespace) -> tuple[dict[str, list[LabelledText]], 
                 args.dataset, args.dataset_config, args.text_column, args.label_column, args.seed
             )
     except (OSError, RuntimeError, ValueError) as error:
-        stop(one_line(error))
+        stop(str(error))
     if args.smoke:
         splits = {name: splits[name][:size] for name, size in SMOKE_SIZES.items()}
     return splits, num_labels
@@ -213,7 +183,7 @@ def build_model(name: str, num_labels: int, seed: int) -> MeanPoolingClassifier:
     try:
         return MeanPoolingClassifier(model_path(name), num_labels)
     except (OSError, ValueError) as error:
-        stop(f"--model {name} cannot be loaded: {one_line(error)}")
+        stop(f"--model {name} cannot be loaded: {error}")
 
 
 # 4. Training
@@ -312,7 +282,7 @@ def main() -> None:
             modules_to_save=["classifier"],
         )
     except (TypeError, ValueError) as error:
-        stop(one_line(error))
+        stop(str(error))
 
     examples, num_labels = load_data(args)
     model = build_model(args.model, num_labels, args.seed)
@@ -335,9 +305,7 @@ def main() -> None:
     inputs = dict(collator(splits["test"][: 2 * BATCH_SIZE]))
     logits = logits_of(model, inputs)
     save(model, inputs, logits, args)
-    command = [sys.executable, __file__, "--reload", "--output-dir", str(args.output_dir)]
-    if subprocess.run(command).returncode != 0:
-        stop("the second process failed")
+    reload_in_second_process(args.output_dir)
 
     print("\n4. Picture of the subbands, then merge")
     picture = args.output_dir / "subband_energy.png"

@@ -28,7 +28,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
 
@@ -52,6 +52,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from scipy import stats
+from study_options import make_folder, stop
 from torch import Tensor, nn
 
 from wara_peft.attention import LinformerAttention, LowRankMultiheadAttention, orthogonality_penalty
@@ -61,11 +62,6 @@ MAX_LENGTH = 512
 STEP_WIDTH, STEP_RANK, STEP_MIXTURES = 256, 32, 256
 STEP_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 QUICK_SIZES = {"train": 16, "test": 8}
-
-
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"compare_attention.py: error: {message}")
 
 
 # 1. Options
@@ -96,10 +92,7 @@ def parse_arguments() -> argparse.Namespace:
         stop(f"--max-length {args.max_length} must be at most {MAX_LENGTH}, which is what MiniLM can read")
     if args.quick:
         args.seeds, args.epochs, args.encoder_epochs = 2, 1, 1
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--output {args.output} cannot be used as a folder: {error.strerror}")
+    make_folder("--output", args.output)
     return args
 
 

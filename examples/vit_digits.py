@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 # huggingface_hub reads this when it is imported. Nothing is asked of the Hub unless something from there is named.
 if not any(argument.startswith(("--model", "--dataset")) for argument in sys.argv):
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 from datasets import load_dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from sklearn.datasets import load_digits
+from study_options import make_folder, stop
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, set_seed
@@ -54,11 +54,6 @@ class Images:
 
     splits: dict[str, tuple[Tensor, Tensor]]
     names: list[str]
-
-
-def stop(message: str) -> NoReturn:
-    """End with a single line on stderr and exit status 1."""
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}")
 
 
 # 1. Options
@@ -89,15 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     for option, value in (("--epochs", args.epochs), ("--max-images", args.max_images // 20)):
         if value < 1:
             stop(f"{option} is too small")
-    make_folder(args.output_dir)
+    make_folder("--output-dir", args.output_dir)
     return args
-
-
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"--output-dir {path} cannot be used as a folder: {error.strerror}")
 
 
 # 2. Images

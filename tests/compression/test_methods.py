@@ -81,7 +81,7 @@ def test_svd_takes_no_field_of_others() -> None:
 
 @pytest.mark.parametrize("statistics", ["uniform", 0.5, [1]])
 def test_statistics_that_are_no_mapping(statistics: object) -> None:
-    """As in a call whose third argument was the allocation."""
+    """The third argument was the allocation once, and callers may still pass it there."""
     model = TwoLayers()
     with pytest.raises(TypeError, match=r"^compress\(model, Activation\(.*: statistics must be a mapping, and is "):
         compress(model, SVD(0.6), statistics, **QUIET)

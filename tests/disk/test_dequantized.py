@@ -113,7 +113,7 @@ def expected_weights(model: str, path: Path, way: str) -> tuple[dict[str, torch.
 
 
 def check_written(path: Path, model: str, way: str, dtype: torch.dtype = torch.bfloat16) -> None:
-    """What is in `path / "out"` is rounded once; weights without an adapter are those of transformers to the bit."""
+    """Check `path / "out"`: adapted weights are rounded once, and the others are transformers' to the bit."""
     plain, merged = expected_weights(model, path, way)
     loaded = MODELS[model][1].from_pretrained(path / "out")
     assert not hasattr(loaded.config, "quantization_config")
@@ -257,7 +257,7 @@ def copied(made, tmp_path) -> Path:
 
 
 class TestRefusals:
-    """What cannot be merged right is refused before anything is written."""
+    """Merging refuses, before it writes anything, a base or an adapter that it cannot merge right."""
 
     def refused(self, path: Path, match: str, base="base", error=ValueError, **options) -> None:
         before = sorted(path.rglob("*"))

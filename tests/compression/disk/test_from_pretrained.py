@@ -1,4 +1,4 @@
-"""What transformers does with a compressed model by itself: it loads it rightly, or stops if it lacks this package."""
+"""Transformers loads a compressed model rightly by itself, and stops if this package is not imported."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from wara_peft.factorized.saved import FACTORIZED
 
 
 def convolutions() -> nn.Module:
-    """As timm's models are built: convolutions, norms, and a linear head."""
+    """A network that is built as timm's are: convolutions, norms, and a linear head."""
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
         nn.BatchNorm2d(16),
