@@ -16,6 +16,7 @@ from pathlib import Path
 
 import vit_digits
 from peft import LoraConfig, PeftConfig, get_peft_model
+from study_options import make_folder, stop
 from transformers import AutoModelForImageClassification
 
 from wara_peft import WaRAConfig, allocate_ranks
@@ -38,10 +39,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.image_size = 16
     if args.like < 2 or args.like % 2:
-        vit_digits.stop(f"--like {args.like} must be even and at least 2: a WaRA of half of it has as many parameters")
+        stop(f"--like {args.like} must be even and at least 2: a WaRA of half of it has as many parameters")
     if args.epochs < 1:
-        vit_digits.stop(f"--epochs {args.epochs} is too small")
-    vit_digits.make_folder(args.output_dir)
+        stop(f"--epochs {args.epochs} is too small")
+    make_folder("--output-dir", args.output_dir)
     return args
 
 
@@ -59,7 +60,7 @@ def main() -> None:
         config = WaRAConfig(levels=args.levels, **targets)
         config, report = allocate_ranks(model, config, batches, like=lora, batches=BATCHES)
     except ValueError as error:
-        vit_digits.stop(str(error))
+        stop(str(error))
     print(report)
     report.plot(args.output_dir / "ranks.png")
 

