@@ -104,14 +104,24 @@ def answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Sequence[str], language: str) -> list[str]:
+def answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, messages: Sequence[str], language: str, size: int = 12
+) -> list[str]:
     """Return what the model answers to each message, taking the likeliest token each time."""
     model.eval()
-    texts = []
-    for message in messages:
-        prompt, _ = prompt_and_answer(tokenizer, Pair(message, ""), language)
-        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-        length = inputs["input_ids"].shape[1]
+    prompts = [prompt_and_answer(tokenizer, Pair(message, ""), language)[0] for message in messages]
+    texts = [""] * len(prompts)
+    # Prompts of about one length share a batch, and end together, so that each answer begins at the same token.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), size):
+        part = order[start : start + size]
+        inputs = tokenizer(
+            [prompts[index] for index in part],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
         tokens = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -119,5 +129,7 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerBase, messages: Sequence[s
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        texts.append(" ".join(tokenizer.decode(tokens[0, length:], skip_special_tokens=True).split()))
+        found = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for index, text in zip(part, found, strict=True):
+            texts[index] = " ".join(text.split())
     return texts

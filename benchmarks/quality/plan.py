@@ -23,7 +23,9 @@ NOISE = 2.0
 """Standard errors of a paired difference, over the tuning seeds, within which two rates do not differ."""
 FIRST_RATES = (-5, -4, -3)
 """Half decades: 3e-3, 1e-2, 3e-2. The same for all methods."""
-STAGES = (1, 2, 3, 4, 5, 6)
+OF_TRANSLATION = ((100,), (-6, -5, -4))
+"""Tuning seeds and first rates of translation: a cell takes minutes, and its model has been trained already."""
+STAGES = (1, 2, 3, 4, 5, 6, 7)
 SETTLING = 6
 """The stage that runs further seeds."""
 WIDENINGS = 4
@@ -35,6 +37,7 @@ SEEDS = {
     "planted": range(5),
     "docstrings": range(5),
     "language": range(5),
+    "translation": range(3),
 }
 BUDGET = 4.0
 BUDGETS = (4.0, 1.0, 16.0, 0.25)
@@ -47,6 +50,7 @@ SELECTED_OF_A_GROUP = 3
 FINALISTS = 4
 NOT_SELECTED = ("MiSS", "GraLoRA")
 """Peers that the README's table names though stage one did not select them: who reads it asks for them."""
+TRANSLATED_BY = (LORA, "rsLoRA", DEFAULT, *NOT_SELECTED)
 RANK_BUDGETS = (2.0, 8.0)
 SPREAD_ON_TEXT = 4
 
@@ -83,8 +87,14 @@ def entries(tasks: Iterable[Task], methods: Iterable[str], budget: float) -> lis
 
 def fits(entry: Entry, results: Results) -> bool:
     """False once a run has told that the method's smallest size is above the budget."""
-    first = results.get(entry.cell(rate(FIRST_RATES[0]), TUNING_SEEDS[0]))
+    seeds, rates = first_choice(entry.family)
+    first = results.get(entry.cell(rate(rates[0]), seeds[0]))
     return first is None or first["parameters"] is not None
+
+
+def first_choice(family: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the seeds that choose the rate of a family's tasks, and the half decades of the rates to begin with."""
+    return OF_TRANSLATION if family == "translation" else (TUNING_SEEDS, FIRST_RATES)
 
 
 @dataclass(frozen=True)
@@ -112,31 +122,32 @@ def tuning(entry: Entry, results: Results, higher_is_better: bool) -> Tuning:
     """Choose the best rate of the grid, after it has grown until the best is not on its edge.
 
     Where the best two do not differ by more than noise, the mean over further seeds as well decides between them;
-    until these are run the choice stands. Among equals the smaller rate is taken.
+    until these are run the choice stands. Among equals the smaller rate is taken. A single tuning seed tells no noise.
     """
     if not fits(entry, results):
         return Tuning([], None, {}, [])
-    grid = list(FIRST_RATES)
+    tuning_seeds, first_rates = first_choice(entry.family)
+    grid = list(first_rates)
     widened = 0
 
     def mean(step: int, seeds: Iterable[int]) -> float:
         return validation(entry, results, rate(step), seeds, higher_is_better)
 
     while True:
-        missing = [cell for cell in cells_of(entry, grid, TUNING_SEEDS) if cell not in results]
+        missing = [cell for cell in cells_of(entry, grid, tuning_seeds) if cell not in results]
         if missing:
             return Tuning(missing, None, {}, [])
-        means = {step: mean(step, TUNING_SEEDS) for step in grid}
+        means = {step: mean(step, tuning_seeds) for step in grid}
         best, second = sorted(grid, key=lambda step: (-means[step], step))[:2]
         further: list[Cell] = []
-        if results[entry.cell(rate(grid[0]), TUNING_SEEDS[0])]["parameters"] == 0 and len(set(means.values())) == 1:
+        if results[entry.cell(rate(grid[0]), tuning_seeds[0])]["parameters"] == 0 and len(set(means.values())) == 1:
             best = grid[len(grid) // 2]  # nothing trains
-        elif best not in (grid[0], grid[-1]) or widened == WIDENINGS:
-            apart = [mean(best, [seed]) - mean(second, [seed]) for seed in TUNING_SEEDS]
+        elif len(tuning_seeds) > 1 and (best not in (grid[0], grid[-1]) or widened == WIDENINGS):
+            apart = [mean(best, [seed]) - mean(second, [seed]) for seed in tuning_seeds]
             if means[second] > -math.inf and within_noise(apart):
                 further = [cell for cell in cells_of(entry, (best, second), FURTHER_SEEDS) if cell not in results]
                 if not further:
-                    seeds = (*TUNING_SEEDS, *FURTHER_SEEDS)
+                    seeds = (*tuning_seeds, *FURTHER_SEEDS)
                     best = min(best, second, key=lambda step: (-mean(step, seeds), step))
         if best not in (grid[0], grid[-1]) or widened == WIDENINGS:
             sign = 1 if higher_is_better else -1
@@ -258,12 +269,22 @@ def stage_six(results: Results) -> list[tuple[Entry, Iterable[int]]]:
         Entry(cell.task, cell.method, cell.budget)
         for cell in results
         if cell.method in METHODS and METHODS[cell.method].group != "rule" and cell.seed in SEEDS[cell.family]
+        if cell.family != "translation"
     )
 
     def later(entry: Entry) -> tuple[bool, ...]:
         return entry.family != "digits-long", entry.budget not in BUDGETS[:3], entry.budget != 16, entry.method != LORA
 
     return with_seeds(sorted(found, key=later))
+
+
+def stage_seven() -> list[tuple[Entry, Iterable[int]]]:
+    """A real model: all at the parameters of LoRA r=4, three of them at r=1 and 16; WaveFT at r=1, and all weights."""
+    tasks = of_families("translation")
+    found = entries(tasks, TRANSLATED_BY, BUDGET)
+    for budget in (1.0, 16.0):
+        found += entries(tasks, TRANSLATED_BY[:3], budget)
+    return with_seeds([*found, *entries(tasks, ["WaveFT"], 1.0), *entries(tasks, ["full fine-tuning"], BUDGET)])
 
 
 def rule_cells(results: Results) -> dict[Entry, dict[int, Cell]]:
@@ -294,6 +315,8 @@ def stage(number: int, results: Results) -> list[tuple[Entry, Iterable[int]]]:
         return stage_six(results)
     if number == 5:
         return stage_five()
+    if number == 7:
+        return stage_seven()
     if number == 2:
         require(1, stage_one(), results)
         return stage_two(results)

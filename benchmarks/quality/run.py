@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         choices=plan.STAGES,
         help="1 selects methods, 2 and 3 compare them, 4 allocates ranks, 5 runs peers that "
-        "were not selected, 6 settles disputed rates",
+        "were not selected, 6 settles disputed rates, 7 translates with a real model",
     )
     what.add_argument("--rule", action="store_true", help="WaRA at LoRA's rates, scaled by a rule and not")
     what.add_argument("--quick", action="store_true", help="tiny tasks and few methods, in another folder")
@@ -69,6 +69,8 @@ def run_cell(cell: Cell, task: Task) -> dict[str, object]:
         for split in ("validation", "test"):
             score = problem.score(built.model, problem.splits[split])
             result[split] = score if score < float("inf") else None  # neither infinite nor NaN
+        if problem.further and cell.seed in plan.SEEDS[cell.family]:
+            result |= problem.further(built.model)
     return {**result, "seconds": round(time.perf_counter() - start, 3), **environment()}
 
 

@@ -29,6 +29,7 @@ class Problem:
         score: the metric of a model on rows.
         seed: of first values and of the order of batches.
         grid: what `form="grid"` must be told of the tokens, where the model does not tell it.
+        further: measures more of a trained model than `score`; for the seeds that are reported.
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Problem:
     score: Callable[[nn.Module, Rows], float]
     seed: int
     grid: dict[str, Any] = field(default_factory=dict)
+    further: Callable[[nn.Module], dict[str, float]] | None = None
 
     def batches(self) -> Iterator[Rows]:
         """The batches of the training, in an order that the seed alone decides."""
