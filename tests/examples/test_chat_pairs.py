@@ -80,6 +80,18 @@ def test_answers_are_the_likeliest_tokens(tokenizer):
     assert chat_pairs.answers(model, tokenizer, ["x", "a longer one"], "German") == ["ab", "ab"]
 
 
+def test_answers_of_a_batch_are_those_of_single_messages(tokenizer):
+    """Also where prompts are of different lengths, and in the order of the messages."""
+    model = tiny_chat_model.model().double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    messages = ["a longer one", "x", "the longest of them all", "one", "y"]
+    found = chat_pairs.answers(model, tokenizer, messages, "German", size=1)
+    assert len(set(found)) == len(messages)
+    for size in (2, 12):
+        assert chat_pairs.answers(model, tokenizer, messages, "German", size) == found
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
