@@ -128,23 +128,6 @@ def write_base(path: Path, model: PreTrainedModel, updates: Mapping[str, np.ndar
     return path
 
 
-def write_in_float32(path: Path, quantized: Path) -> Path:
-    """Write a copy of a quantized model with its weights as they are computed with, in float32."""
-    reader = gguf.GGUFReader(quantized)
-    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
-            of_items = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), field.types[0], of_items)
-    for name, value in read_tensors(quantized).items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a GGUF file in float32, with rows as in PyTorch."""
     return {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}

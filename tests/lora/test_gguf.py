@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from tests.lora.gguf_models import CONFIGS, make, most_likely, read_tensors, write_base, write_in_float32
+from tests.examples.test_examples import example
+from tests.lora.gguf_models import CONFIGS, make, most_likely, read_tensors, write_base
 from wara_peft import WaRAConfig, save_as_lora, to_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model with `tie_word|Setting `save_embedding")
@@ -297,7 +298,8 @@ def test_a_real_quantized_model(tmp_path):
     save_as_lora(tmp_path / "lora.gguf", model, format="gguf", base=base)
 
     after = log_probabilities(model, prompt)
-    full = write_in_float32(tmp_path / "full.gguf", base)
+    full = tmp_path / "full.gguf"
+    example("serve_gguf").write_in_float32(full, base)
     try:
         for file, tolerance in ((base, 0.6), (full, 2e-3)):
             without, found = (most_likely(file, adapter, prompt, 10) for adapter in (None, tmp_path / "lora.gguf"))
