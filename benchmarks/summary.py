@@ -1,7 +1,8 @@
-"""The main README's table: LoRA, and the differences of others to it, over each family of tasks of `quality`."""
+"""What the main README shows: LoRA, and the differences of others to it, over each family of tasks of `quality`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from quality.cells import Store
@@ -15,6 +16,7 @@ FAMILIES = {
     "conv": "digits with a convolutional network: accuracy, %",
     "docstrings": "texts with MiniLM: accuracy, %",
     "language": "texts with a small Llama: perplexity, lower is better",
+    "translation": "messages with SmolLM2-135M: nats a token, lower is better",
     "planted": "a planted change of a layer: relative error, lower is better",
 }
 BUDGETS = (1.0, 4.0, 16.0)
@@ -29,30 +31,57 @@ OTHERS = {
 }
 
 
-def summary_table() -> str:
+@dataclass(frozen=True)
+class Row:
+    """What methods differ from LoRA by, over a family of tasks, at the parameters of LoRA of rank `budget`."""
+
+    family: str
+    budget: float
+    lora: Compared
+    others: dict[str, Compared]
+    """By method; without those that ran on other tasks of the family than LoRA."""
+
+
+def summary() -> list[Row]:
     results = Path(__file__).parent / "quality" / "results"
     found = reported(Store(results, results).results())
-    methods = {row.method for name, rows in found.items() if name.partition("/")[0] in FAMILIES for row in rows}
-    others = {method: name for method, name in OTHERS.items() if method in methods}  # no column for what was not run
-    lines = [f"| task | parameters of | LoRA | {' | '.join(others.values())} |", "|---" * (len(others) + 3) + "|"]
-    for family, name in FAMILIES.items():
-        rows = {(item.row.budget, item.row.method): item for item in pooled(found, family)}
-        factor, shown = unit(family)
+    rows = []
+    for family in FAMILIES:
+        by_point = {(item.row.budget, item.row.method): item for item in pooled(found, family)}
         for budget in BUDGETS:
-            lora = rows.get((budget, LORA))
-            if lora is None:
-                continue
-            cells = [_cell(rows.get((budget, method)), lora, factor, shown) for method in others]
-            lines.append(
-                f"| {name} | LoRA r={budget:g} | {factor * mean(lora.row.tests):{shown}} | {' | '.join(cells)} |"
-            )
-            name = ""  # the rows below are of the same tasks
+            lora = by_point.get((budget, LORA))
+            if lora is not None:
+                others = {method: by_point[budget, method] for method in OTHERS if (budget, method) in by_point}
+                rows.append(Row(family, budget, lora, {m: item for m, item in others.items() if fits(item, lora)}))
+    return rows
+
+
+def fits(item: Compared, lora: Compared) -> bool:
+    return item.tasks == lora.tasks and item.difference is not None and item.adjusted is not None
+
+
+def summary_table() -> str:
+    rows = summary()
+    ran = {method for row in rows for method in row.others}
+    others = {method: name for method, name in OTHERS.items() if method in ran}  # no column for what was not run
+    lines = [f"| task | parameters of | LoRA | {' | '.join(others.values())} |", "|---" * (len(others) + 3) + "|"]
+    named = ""
+    for row in rows:
+        factor, shown = unit(row.family)
+        cells = [_cell(row.others.get(method), factor, shown) for method in others]
+        name = "" if row.family == named else FAMILIES[row.family]  # the rows below are of the same tasks
+        named = row.family
+        value = f"{factor * mean(row.lora.row.tests):{shown}}"
+        lines.append(f"| {name} | LoRA r={row.budget:g} | {value} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(item: Compared | None, lora: Compared, factor: float, shown: str) -> str:
-    """The difference to LoRA, empty where the method ran on other tasks of the family than LoRA."""
-    if item is None or item.tasks != lora.tasks or item.difference is None or item.adjusted is None:
+def _cell(item: Compared | None, factor: float, shown: str) -> str:
+    if item is None:
         return ""
     text = f"{factor * item.difference.mean:+{shown}} ± {factor * item.difference.interval:{shown}}"
-    return f"**{text}**" if item.adjusted < SIGNIFICANT else text
+    return f"**{text}**" if significant(item) else text
+
+
+def significant(item: Compared) -> bool:
+    return item.adjusted is not None and item.adjusted < SIGNIFICANT

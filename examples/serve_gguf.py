@@ -6,9 +6,10 @@
     python examples/serve_gguf.py --float32    # the same weights in float32
 
 The adapter becomes a GGUF file. One llama.cpp server has the base model and the adapter, and answers each message with
-the adapter scaled by 0, which is the base model, and by 1. "cache_prompt" is off, as llama.cpp would use what it
-computed of a prompt with one adapter for a request with another (ggml-org/llama.cpp#26207). Beside quantized weights llama.cpp rounds activations as
-well, so that some answers differ from those of transformers; with --float32 both compute the same.
+the adapter scaled by 0, which is the base model, and by 1. The server's prompt cache is off, as llama.cpp would use
+what it computed with one adapter for a request with another (ggml-org/llama.cpp#26207). Beside quantized weights
+llama.cpp rounds activations as well, so that some answers differ from those of transformers; with --float32 both
+compute the same.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,8 @@ NAMES: dict[str, Callable[[], Names]] = {
 def check_readme(names: Names, printed: str) -> None:
     lora = get_peft_model(llama(64), LoraConfig(r=8, target_modules="all-linear"))
     assert f"trainable params: {lora.get_nb_trainable_parameters()[0]:,} " in printed
+    losses = [float(loss) for loss in re.findall(r"'loss': '?(\d+\.?\d*)", printed)]
+    assert len(losses) == 5 and losses[-1] < losses[0] - 1
     assert "\n8 64.0\n" in printed
     assert Path("my-lora", "adapter_model.safetensors").is_file()
 
