@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import (
+    FourierFTConfig,
+    GraloraConfig,
+    LoHaConfig,
+    LoKrConfig,
+    MissConfig,
+    PeftModel,
+    WaveFTConfig,
+    get_peft_model,
+)
 from torch import nn
 
 from tests.cases import each_case, every_form_and_kind, settings_of_convolutions, weights_besides_layers
@@ -237,3 +247,29 @@ class TestWeightedAdapters:
         assert adapted == {"base_model.model.up"}
         config, _ = to_lora(model, adapter_name="combined")
         assert config.exclude_modules == r"block\.up"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MissConfig(r=2, init_weights=False),
+        WaveFTConfig(n_frequency=9, init_weights=False),
+        LoKrConfig(r=2, init_weights=False),
+        LoHaConfig(r=2, init_weights=False),
+        GraloraConfig(r=2, init_weights=False),
+        FourierFTConfig(n_frequency=9, init_weights=False),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_methods_of_peft_give_all_samples_the_active_adapter(config):
+    """What docs/serving.md says. When one of these fails, PEFT has mended it, and the page is to be corrected."""
+    config.target_modules = ["q_proj", "v_proj"]
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", copy.deepcopy(config))
+    for name, parameter in model.named_parameters():
+        if ".default" in name or ".other" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.eval()
+    alone = one_by_one(model, lambda: outputs(model))
+    assert not torch.allclose(alone["default"], alone["other"], atol=1e-3)
+    torch.testing.assert_close(outputs(model, adapter_names=NAMES), alone["default"], atol=1e-5, rtol=1e-5)
