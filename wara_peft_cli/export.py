@@ -11,12 +11,23 @@ from typing import Annotated, Literal
 import typer
 
 from .interruption import PROGRAM
-from .options import Debug, Dtype, FileFormat, Overwrite, local_directory, torch_dtype
+from .options import (
+    BY_EXPERT,
+    FORMATS,
+    Debug,
+    Dtype,
+    Engine,
+    FileFormat,
+    Overwrite,
+    local_directory,
+    torch_dtype,
+)
 from .terminal import failures_in_a_line, out, print_message, progress_bar
 
 EXAMPLES = f"""Examples:\n
     {PROGRAM} export my-adapter my-lora\n
     {PROGRAM} export my-adapter my-lora --dtype bf16 --strict\n
+    {PROGRAM} export my-adapter my-lora --for vllm --base my-base-model\n
     {PROGRAM} export my-adapter my-lora --rank 8\n
     {PROGRAM} export my-adapter my-lora --energy 0.99\n
     {PROGRAM} export unet-adapter text-adapter my-lora --format diffusers\n
@@ -47,9 +58,23 @@ def export(
     ] = None,
     dtype: Dtype = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if engines cannot take all of the adapter.")] = False,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(
+            "--for",
+            help="What is to load it: fail if that cannot, and name experts as it does. vllm-3d is vLLM with models "
+            "whose experts it reads stacked.",
+            show_default=False,
+        ),
+    ] = None,
     format: Annotated[
-        FileFormat, typer.Option(help="Whose files to write; diffusers' hold several adapters, gguf is llama.cpp's.")
-    ] = "peft",
+        FileFormat | None,
+        typer.Option(
+            help="Whose files to write; diffusers' hold several adapters, gguf is llama.cpp's.  "
+            "[default: that of --for, or peft]",
+            show_default=False,
+        ),
+    ] = None,
     component: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,7 +85,9 @@ def export(
     base: Annotated[
         Path | None,
         typer.Option(
-            metavar="BASE", help="For gguf: the base model's directory, or its GGUF file.", show_default=False
+            metavar="BASE",
+            help="The base model's directory, for gguf and for experts; for gguf also its GGUF file.",
+            show_default=False,
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -74,26 +101,34 @@ def export(
         raise typer.BadParameter("give --rank or --energy, not both.")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise typer.BadParameter(f"--energy {energy} is a share: more than 0, at most 1.")
+    if engine is not None and format not in (None, FORMATS.get(engine, "peft")):
+        raise typer.BadParameter(f"--for {engine} reads --format {FORMATS.get(engine, 'peft')}, not {format}.")
+    format = format or FORMATS.get(engine or "peft", "peft")
     if format != "diffusers" and (component or len(adapters) > 1):
         raise typer.BadParameter("several adapters, and --component, are for --format diffusers.")
     if component and len(component) != len(adapters):
         raise typer.BadParameter(f"give --component once for each of the {len(adapters)} adapters, in their order.")
-    if (format == "gguf") != (base is not None):
-        raise typer.BadParameter("--base is for --format gguf, which needs it.")
+    if format == "gguf" and base is None:
+        raise typer.BadParameter("--format gguf needs --base.")
+    if base is not None and format != "gguf" and engine not in BY_EXPERT:
+        raise typer.BadParameter("--base is for --format gguf, and for experts with --for vllm or sglang.")
     with failures_in_a_line(debug):
         sources = [local_directory(adapter) for adapter in adapters]
         from wara_peft.disk.checkpoints.directory import file_written_at_once
-        from wara_peft.lora.export import convert, place_to_write, vllm_max_lora_rank, write_loras
+        from wara_peft.lora.engines import vllm_max_lora_rank
+        from wara_peft.lora.export import convert, place_to_write, write_loras
         from wara_peft.lora.gguf_files import modelfile
 
         names: list[str | None] = [*component] if component else [None] * len(sources)
         kept = energy if rank is None else rank
-        to_format = partial(convert, rank=kept, dtype=torch_dtype(dtype), strict=strict, format=format, base=base)
+        to_format = partial(
+            convert, rank=kept, dtype=torch_dtype(dtype), strict=strict, format=format, base=base, engine=engine
+        )
         existing: Literal["refuse", "replace"] = "replace" if overwrite else "refuse"
         beside = path.with_suffix(".Modelfile")
         # OUT is claimed before adapters are converted, so one that exists costs no minutes of work.
         with ExitStack() as claims:
-            if base is not None:
+            if base is not None and format == "gguf":
                 text = claims.enter_context(file_written_at_once(beside, existing, [base]))
                 text.write_text(modelfile(path, base), encoding="utf-8")
             inputs = sources if base is None else [*sources, base]
@@ -119,10 +154,14 @@ def export(
         if format == "diffusers":
             print_message(f"Load it by pipeline.load_lora_weights({str(path)!r}).")
             return
-        if base is not None:
+        if base is not None and format == "gguf":
             model = base if base.is_file() else "BASE.gguf"
             print_message(f"llama.cpp: {shlex.join(['llama-server', '-m', str(model), '--lora', str(path)])}")
             print_message(f"Ollama: {shlex.join(['ollama', 'create', 'NAME', '-f', str(beside)])}")
+            return
+        if engine in ("peft", "sglang"):
+            if engine == "sglang":
+                out.print(f"SGLang needs: --max-lora-rank {loras[0].config.r}")
             return
         allowed = vllm_max_lora_rank(loras[0].config.r)
         if allowed is None:

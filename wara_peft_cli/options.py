@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 FileFormat = Literal["peft", "diffusers", "gguf"]
+Engine = Literal["peft", "vllm", "vllm-3d", "sglang", "llama.cpp", "diffusers"]
+FORMATS: dict[Engine, FileFormat] = {"llama.cpp": "gguf", "diffusers": "diffusers"}
+"""What engines read that do not read PEFT's format."""
+BY_EXPERT: tuple[Engine, ...] = ("vllm", "sglang")
+"""Engines for which experts get the names of the base model's files."""
 Cost = Literal["bytes", "flops"]
 Quantization = Literal["nf4", "nf4-double", "int8"]
 DTYPES = {

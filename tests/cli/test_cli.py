@@ -235,8 +235,13 @@ class TestExportToGguf:
     @pytest.mark.parametrize(
         ("arguments", "status", "said"),
         [
-            (["lora.gguf"], 2, "--base is for --format gguf, which needs it"),
-            (["lora", "--format", "peft", "--base", "base"], 2, "--base is for --format gguf, which needs it"),
+            (["lora.gguf"], 2, "--format gguf needs --base"),
+            (
+                ["lora", "--format", "peft", "--base", "base"],
+                2,
+                "--base is for --format gguf, and for experts",
+            ),
+            (["lora.gguf", "--for", "vllm", "--base", "base"], 2, "--for vllm reads --format peft, not gguf"),
             (["lora.gguf", "--component", "unet", "--base", "base"], 2, "--component, are for --format diffusers"),
             (["lora", "--base", "base"], 1, "path='lora' must be the name of a file that ends in '.gguf'"),
             (["lora.gguf", "--base", "nowhere"], 1, "There is no model directory 'nowhere'."),

@@ -19,10 +19,12 @@ from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.disk.checkpoints.dequantized import QUANTIZATIONS
 from wara_peft.disk.checkpoints.tensors import FLOATS
 from wara_peft.lora import export as lora_export
+from wara_peft.lora.engines import ENGINES
+from wara_peft.lora.engines import FileFormat as FileFormatOfPackage
 from wara_peft_cli.compress import compress
 from wara_peft_cli.export import export
 from wara_peft_cli.merge import merge
-from wara_peft_cli.options import DTYPES, Cost, FileFormat, Quantization, torch_dtype
+from wara_peft_cli.options import BY_EXPERT, DTYPES, FORMATS, Cost, Engine, FileFormat, Quantization, torch_dtype
 
 
 @pytest.mark.parametrize(
@@ -31,11 +33,17 @@ from wara_peft_cli.options import DTYPES, Cost, FileFormat, Quantization, torch_
         (get_type_hints(Method)["allocation"], ALLOCATIONS),
         (Cost, COSTS),
         (Quantization, QUANTIZATIONS),
-        (FileFormat, get_args(lora_export.FileFormat)),
+        (FileFormat, get_args(FileFormatOfPackage)),
+        (Engine, ENGINES),
     ],
 )
 def test_choices(choices: Any, names: Collection[str]) -> None:
     assert sorted(get_args(choices)) == sorted(names)
+
+
+def test_engines() -> None:
+    assert {name: FORMATS.get(name, "peft") for name in ENGINES} == {n: engine.format for n, engine in ENGINES.items()}
+    assert {*BY_EXPERT} == {name for name, engine in ENGINES.items() if engine.experts == "apart"}
 
 
 def test_methods() -> None:

@@ -22,7 +22,7 @@ from wara_peft.disk.adapters.adapter import SavedAdapter
 from wara_peft.disk.checkpoints.tensors import TensorFile
 from wara_peft.layers.base import WaRALayer
 from wara_peft.lora import export
-from wara_peft.lora.export import vllm_max_lora_rank
+from wara_peft.lora.engines import vllm_max_lora_rank
 
 # what some rows warn of
 pytestmark = pytest.mark.filterwarnings(

@@ -116,6 +116,7 @@ class Engine:
 def export() -> Names:
     if not Path("my-adapter").exists():
         from tests.diffusion_models import TINY
+        from tests.layers.test_parameters import EXPERTS, qwen3_moe
 
         save_adapter("my-base-model", "my-adapter")
         tiny = TINY["unet and text encoder"]
@@ -123,6 +124,9 @@ def export() -> Names:
         for name, component in (("my-unet-adapter", "unet"), ("my-text-adapter", "text_encoder")):
             config = WaRAConfig(r=2, target_modules=tiny.targets[component], init_weights=False)
             get_peft_model(tiny.models()[component], config).save_pretrained(name)
+        qwen3_moe().save_pretrained("my-moe-model")
+        config = WaRAConfig(target_modules=[], target_parameters=EXPERTS, init_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(qwen3_moe(), config).save_pretrained("my-moe-adapter")
     return {"model": adapted(llama()), "steps": 2, "train_one_step": lambda model: None, "engine": Engine()}
 
 

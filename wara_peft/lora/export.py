@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -28,13 +28,12 @@ from ..disk.checkpoints.tensors import FLOATS
 from ..layers.as_lora import LoraModule, common_rank
 from ..messages import first_few
 from .diffusers_files import check_together, component_of, write_components
+from .engines import ENGINES, EngineName, FileFormat, check_engine, check_rank, format_for, tell_what_engines_refuse
+from .experts import model_without_weights, projections, split_experts, stacks_of_experts, whole_experts
 from .gguf_base import GgufBase
 from .gguf_files import write_adapter
 
 Model = nn.Module | str | os.PathLike[str]
-FileFormat = Literal["peft", "diffusers", "gguf"]
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM accepts for `--max-lora-rank`."""
 
 
 def to_lora(
@@ -89,11 +88,12 @@ def save_as_lora(
     *,
     dtype: torch.dtype | None = None,
     strict: bool = False,
-    format: FileFormat = "peft",
+    format: FileFormat | None = None,
     component: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    engine: EngineName | None = None,
 ) -> None:
-    """Save a WaRA adapter as a LoRA that PEFT, a pipeline of diffusers, or llama.cpp loads.
+    """Save a WaRA adapter as a LoRA that PEFT, a pipeline of diffusers, or an engine loads.
 
     Args:
         path: directory to write to; it is made if it does not exist. The files appear only when they are complete.
@@ -102,16 +102,22 @@ def save_as_lora(
         rank, adapter_name, dtype, strict: as in `to_lora`, whose errors apply; nothing is written then.
         format: "peft" writes `adapter_model.safetensors` and `adapter_config.json`; "diffusers" (which must be
             installed) `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(path)`; "gguf" (a package
-            that must be installed) an adapter for llama.cpp, `llama-server -m base.gguf --lora path`.
+            that must be installed) an adapter for llama.cpp, `llama-server -m base.gguf --lora path`. None is the
+            engine's format, or "peft".
         component: with `format="diffusers"`, the model of the pipeline to which the adapter belongs, such as "unet",
             "transformer" or "text_encoder". None derives it from the class of the base model.
         base: with `format="gguf"`, the base model: its directory, or its GGUF file. Llama, Mistral, Qwen2 and Qwen3
-            are supported.
+            are supported. With an engine that reads experts apart, the base model's directory, whose config tells
+            their names; a model, or an adapter whose config names a directory that is there, does not need it.
+        engine: what is to load the LoRA: "vllm", "vllm-3d" (vLLM with models whose experts it reads stacked),
+            "sglang", "llama.cpp", "diffusers" or "peft". What it does not accept is an error, and experts get the
+            names that it reads; see `ENGINES` in `wara_peft.lora.engines`.
 
     Raises:
-        ValueError: `path` is a file, or the adapter's own directory, or `format`, `component` and `base` do not fit;
-            for `format="diffusers"` also what `component_of` in `wara_peft.lora.diffusers_files` raises, and for
-            `format="gguf"` what `GgufBase` in `wara_peft.lora.gguf_base` raises.
+        ValueError: `path` is a file, or the adapter's own directory, or `format`, `component`, `base` and `engine` do
+            not fit, or the engine does not accept the adapter or its rank; for `format="diffusers"` also what
+            `component_of` in `wara_peft.lora.diffusers_files` raises, and for `format="gguf"` what `GgufBase` in
+            `wara_peft.lora.gguf_base` raises.
         TypeError: an argument is of the wrong type, for example because two are swapped; see also `to_lora`.
 
     Example:
@@ -123,13 +129,21 @@ def save_as_lora(
     models = model if isinstance(model, Mapping) else {component: model}
     for item in models.values():
         check_argument(call, "model", item, "an nn.Module or a path")
+    format = format_for(engine, format)
     if isinstance(model, Mapping) and (format != "diffusers" or component is not None):
         raise ValueError("Several models, by component, are for format='diffusers', without `component`.")
     paths = [item for item in models.values() if isinstance(item, (str, os.PathLike))]
     inputs = [*paths, *(adapter_directory(item, adapter_name) for item in paths), *([] if base is None else [base])]
     with place_to_write(path, format, "update", inputs) as place:
         to_format = partial(
-            convert, rank=rank, adapter_name=adapter_name, dtype=dtype, strict=strict, format=format, base=base
+            convert,
+            rank=rank,
+            adapter_name=adapter_name,
+            dtype=dtype,
+            strict=strict,
+            format=format,
+            base=base,
+            engine=engine,
         )
         write_loras(place, [to_format(item, component=name) for name, item in models.items()])
 
@@ -228,9 +242,10 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     strict: bool = False,
-    format: FileFormat = "peft",
+    format: FileFormat | None = None,
     component: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    engine: EngineName | None = None,
     track: Track = no_progress_bar,
 ) -> Lora:
     """Do the work of `to_lora` and `lora_error` at once, so that each tensor is read and decomposed only once."""
@@ -238,17 +253,22 @@ def convert(
         _check_rank(rank)
     if dtype is not None and dtype not in FLOATS.values():
         raise TypeError(f"dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more.")
-    if format not in get_args(FileFormat):
-        raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, get_args(FileFormat)))}.")
+    format = format_for(engine, format)
+    apart = engine is not None and ENGINES[engine].experts == "apart"
     if format != "diffusers" and component is not None:
         raise ValueError(f"component={component!r} has no meaning with format={format!r}, only with 'diffusers'.")
-    if (format == "gguf") != (base is not None):
-        raise ValueError(f"base={base!r} does not fit format={format!r}: a base model is for 'gguf', which needs one.")
+    if (format == "gguf") != (base is not None) and not apart:
+        raise ValueError(
+            f"base={base!r} does not fit format={format!r}: a base model is for 'gguf', which needs one, and for "
+            "engines that read experts apart."
+        )
+    if engine is not None:
+        check_rank(engine, rank)
     source = adapter_source(model, adapter_name, component)
     gguf = None
     if format == "diffusers":
         component = component_of(source, component)
-    elif base is not None:
+    elif format == "gguf":
         wide = [repr(name) for name, own in source.dtypes.items() if (dtype or own) == torch.float64]
         if wide:
             raise ValueError(
@@ -256,19 +276,33 @@ def convert(
             )
         gguf_base = GgufBase.read(base)
         gguf = gguf_base, gguf_base.tensor_names(source)
-    else:
-        _tell_what_engines_refuse(source, strict)
+    elif engine is None:
+        tell_what_engines_refuse(source, strict)
+    if engine is not None:
+        check_engine(source, engine)
+    stacks = stacks_of_experts(source.modules) if apart else {}
+    if stacks:
+        base_model = model_without_weights(model, adapter_name, base)
+        stacks = whole_experts(base_model, source.modules)
+        parts = projections(base_model, stacks)
     for text in source.warnings:
         warnings.warn(text)
     # PEFT's config has one rank. It is known only after all modules are decomposed, if `rank` is a share.
     modules = _modules(source, rank, dtype, track)
     common = common_rank((part.rank, part.update.groups) for part in modules)
+    if engine is not None:
+        check_rank(engine, common)
     state_dict = dict(source.others)
     for part in modules:
         for key, value in part.tensors(common, dtype or source.dtypes[part.name]).items():
             state_dict[f"{PEFT_PREFIX}{lora_name(source.modules, part.name)}.{key}"] = value
     rounded = dtype is not None and any(_wider(own, dtype) != dtype for own in source.dtypes.values())
-    return Lora(_lora_config(source, common), state_dict, _errors(modules), rounded, component, gguf)
+    config = _lora_config(source, common)
+    if stacks:
+        state_dict = split_experts(state_dict, source.modules, stacks, parts)
+        own_names = dict.fromkeys(part.name.rpartition(".")[2] for part in parts)
+        config.target_modules, config.target_parameters = [*(config.target_modules or ()), *own_names], None
+    return Lora(config, state_dict, _errors(modules), rounded, component, gguf)
 
 
 def _modules(
@@ -287,41 +321,6 @@ def _wider(own: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
 def _errors(modules: list[LoraModule]) -> LoraErrors:
     total = _ratio(sum(part.lost for part in modules), sum(part.whole for part in modules))
     return LoraErrors(total, {part.name: _ratio(part.lost, part.whole) for part in modules})
-
-
-def vllm_max_lora_rank(rank: int) -> int | None:
-    """Give the smallest `--max-lora-rank` with which vLLM serves a LoRA of this rank; None if there is none."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
-
-
-def _tell_what_engines_refuse(source: AdapterSource, strict: bool) -> None:
-    """Warn of parts of the adapter that engines which serve LoRA do not accept; raise an error if `strict`."""
-    refused = []
-    kinds: dict[str, list[str]] = {}
-    for name, kind in ((name, shape.kind) for name, shape in source.modules.items()):
-        if not kind.is_linear:
-            kinds.setdefault(f"{kind.name}{'' if kind.is_parameter else ' layers'}", []).append(repr(name))
-    refused += [f"adapters of {layers} ({first_few(names)})" for layers, names in kinds.items()]
-    others = [repr(key.removeprefix(PEFT_PREFIX)) for key in source.others]
-    if others:
-        refused.append(f"weights trained or saved in full ({first_few(others)})")
-    factorized = [repr(name) for name, shape in source.modules.items() if shape.kind.is_factorized]
-    if factorized:
-        text = (
-            f"Neither PEFT nor engines take a LoRA beside factorised layers, such as {first_few(factorized)}. This "
-            "one is exact where these layers are dense, as `nn.Linear` with the weight that they stand for."
-        )
-        if strict:
-            raise ValueError(f"{text} Merge the adapter instead, which stays factorised.")
-        warnings.warn(text)
-    if refused:
-        text = (
-            f"PEFT loads all of this LoRA, but engines that serve LoRA take adapters of linear layers alone, not "
-            f"{' and '.join(refused)}."
-        )
-        if strict:
-            raise ValueError(f"{text} Merge the adapter instead, or export it without `strict`.")
-        warnings.warn(text)
 
 
 def _check_rank(rank: int | float) -> None:
