@@ -174,25 +174,30 @@ def draw(lines: Iterable[Line]) -> Figure:
 
 def draw_bytes(own: Sequence[Line]) -> Figure:
     """The perplexity against the bytes of the layers, as floats and as nf4."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     panel = figure.subplots()
     (dense,) = (line for line in own if line["solver"] == "dense")
     for storage, found in dense["stored"].items():
-        panel.plot(found["bytes"] / 1e6, found["perplexity"], "k*", markersize=9)
-        panel.annotate(f" dense, {storage}", (found["bytes"] / 1e6, found["perplexity"]), fontsize=7)
-    solvers = dict.fromkeys(line["solver"] for line in own if line["solver"] != "dense")
+        point = found["bytes"] / 1e6, found["perplexity"]
+        panel.plot(*point, "k*", markersize=9)
+        panel.annotate(f"  dense, {storage}", point, rotation=60, fontsize=7)
     markers = dict(zip(("", *HEALING), ".Ds^", strict=True))
-    for colour, solver in enumerate(solvers):
-        for method, marker in markers.items():
-            runs = [line for line in own if (line["solver"], line["healed_with"]) == (solver, method)]
-            runs = [line for line in runs if line["allocation"] == "greedy" and line["seed"] == SEEDS[0]]
-            runs.sort(key=lambda line: line["budget"])
-            for storage, style in (("16 bits", "-"), ("nf4, double", "--")) if runs else ():
-                points = [line["stored"][storage] for line in runs]
-                sizes, scores = [p["bytes"] / 1e6 for p in points], [p["perplexity"] for p in points]
-                label = ", ".join(part for part in (solver, method and f"healed: {method}", storage) if part)
-                panel.plot(sizes, scores, marker + style, color=f"C{colour}", label=label)
+    colours: dict[str, str] = {}
+    ways = dict.fromkeys(
+        (line["solver"], line["allocation"], line["healed_with"]) for line in own if line is not dense
+    )
+    for way in ways:
+        solver, allocation, method = way
+        colour = colours.setdefault(solver, f"C{len(colours)}")
+        runs = [line for line in own if (line["solver"], line["allocation"], line["healed_with"]) == way]
+        runs = sorted((line for line in runs if line["seed"] == SEEDS[0]), key=lambda line: line["budget"])
+        for storage, style in (("16 bits", "-"), ("nf4, double", "--")):
+            points = [line["stored"][storage] for line in runs]
+            sizes, scores = [p["bytes"] / 1e6 for p in points], [p["perplexity"] for p in points]
+            label = ", ".join(part for part in (solver, allocation, method and f"healed: {method}", storage) if part)
+            shade = 1 if allocation == "greedy" else 0.4
+            panel.plot(sizes, scores, markers[method] + style, color=colour, alpha=shade, label=label)
     panel.set(xlabel="bytes of the layers, MB", ylabel=dense["metric"], xscale="log", yscale="log")
     panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize=6)
+    figure.legend(loc="outside right upper", fontsize=6)
     return figure
