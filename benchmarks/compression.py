@@ -2,12 +2,16 @@
 
     python benchmarks/compression.py
     python benchmarks/compression.py --parts accuracy reconstruction     # the others stay as the file has them
+    python benchmarks/compression.py --model smollm2                     # calibrating SmolLM2, and nothing else
 
 - accuracy: MiniLM, trained in full on docstrings by three seeds, at 50 % of its targets' parameters without healing.
 - reconstruction: ‖(W − Ŵ) x‖² as a share of that of the outputs, of all its layers at equal bytes on held-out texts.
 - solving: a layer of 2048 × 2048 with its statistics at hand, beside the SVD of its weight.
 - growth: seconds and peak memory of calibrating and of solving one layer by width, each in a process of its own.
 - models: bytes, tokens a second and peak memory of MiniLM as it is and compressed.
+
+- calibrating: seconds of calibrating SmolLM2-135M, and the peak memory above that of the process with the model, each
+  in a process of its own; statistics stay in memory, or go to disk.
 """
 
 from __future__ import annotations
@@ -40,7 +44,8 @@ from wara_peft.compression.solvers.low_rank import Metric, low_rank
 from wara_peft.compression.solvers.table import solver_of
 from wara_peft.compression.statistics.layer_statistics import probe_of
 
-PARTS = ("accuracy", "reconstruction", "solving", "growth", "models")
+PARTS = {"minilm": ("accuracy", "reconstruction", "solving", "growth", "models"), "smollm2": ("calibrating",)}
+"""What is measured of each model, or of layers by themselves."""
 DENSE_STEPS, BATCHES = 100, 32
 WIDTHS = (512, 1024, 2048, 4096)
 WAYS = (
@@ -264,16 +269,79 @@ def models(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+# 4. What calibrating a real model costs
+
+CALIBRATING_SMOLLM2 = """
+import sys, tempfile, time, warnings
+sys.path.append({examples!r})
+from itertools import islice
+import torch
+from compress_tasks import SmolLM2
+from docstring_data import load_docstrings
+from wara_peft.compression import calibrate
+def memory(name):
+    (size,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith(name))
+    return int(size) / 1024
+if {smoke}:
+    warnings.filterwarnings("ignore", "Too few samples for a regular moment")
+task = SmolLM2(load_docstrings(max_per_class=15, num_words=SmolLM2.words), quick={smoke})
+batches = list(islice(task.batches("train", torch.Generator().manual_seed(0)), {batches}))
+model = task.new_model().eval()
+with tempfile.TemporaryDirectory() as folder:
+    open("/proc/self/clear_refs", "w").write("5")  # the peak is that of now on
+    before, start = memory("VmRSS"), time.perf_counter()
+    if {kinds}:
+        calibrate(model, batches, {kinds}, path=folder + "/new" if {on_disk} else None, show_progress_bar=False)
+    else:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+    seconds = time.perf_counter() - start
+    print(seconds, memory("VmHWM") - before, before, sum(batch["input_ids"].numel() for batch in batches))
+"""
+
+
+def calibrating(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One run each; the first row is a forward of the same batches by itself."""
+    rows = []
+    every = ("inputs", "gradients", "fisher")
+    ways = (((), False), (every, True), (every, False), (("inputs",), True), (("inputs",), False))
+    for kinds, on_disk in ways[:2] if options.smoke else ways:
+        text = CALIBRATING_SMOLLM2.format(
+            examples=str(Path(__file__).parents[1] / "examples"),
+            smoke=options.smoke,
+            batches=1 if options.smoke else 4,
+            kinds=kinds,
+            on_disk=on_disk,
+        )
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+        seconds, above, model, tokens = map(float, done.stdout.split()[-4:])
+        rows.append(
+            {
+                "statistics": list(kinds),
+                "on_disk": on_disk,
+                "tokens": int(tokens),
+                "seconds": seconds,
+                "peak_mebibytes_above_model": above,
+                "process_with_model_mebibytes": model,
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = harness.parser(__doc__, "compression", rounds=5)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
+    every = [part for parts in PARTS.values() for part in parts]
+    parser.add_argument("--model", choices=PARTS, default="minilm", help="whose parts (default: %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=every, help="(default: those of --model)")
     parser.add_argument("--seeds", type=int, default=3, help="dense models for the accuracy (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="(default: %(default)s)")
     options = parser.parse_args()
+    wanted = options.parts or PARTS[options.model]
     kept = json.loads(options.output.read_text()) if options.output.exists() and not options.smoke else {}
-    measures = (accuracy, reconstruction, solving, growth, models)
-    result = {name: kept[name] for name in PARTS if name in kept}
-    result |= {part: measures[PARTS.index(part)](options) for part in PARTS if part in options.parts}
+    measures = (accuracy, reconstruction, solving, growth, models, calibrating)
+    result = {name: kept[name] for name in every if name in kept}
+    result |= {part: measure(options) for part, measure in zip(every, measures, strict=True) if part in wanted}
     harness.save(options, result)
 
 

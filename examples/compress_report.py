@@ -33,7 +33,8 @@ def table(lines: Iterable[Line]) -> str:
     """Of each task what compressing leaves, by budget, and what healing makes of it over the seeds."""
     parts = []
     for task, own in tasks(lines).items():
-        parts += [f"**{task}**, {own[0]['metric']}", compressing_table(own), healing_table(own)]
+        shown = [bytes_table(own)] if "stored" in own[0] else [compressing_table(own), healing_table(own)]
+        parts += [f"**{task}**, {own[0]['metric']}", *shown]
     return "\n\n".join(parts)
 
 
@@ -78,6 +79,32 @@ def healing_table(own: Sequence[Line]) -> str:
     return "\n".join(lines)
 
 
+def bytes_table(own: Sequence[Line]) -> str:
+    """A row for each way to compress and heal; columns of the bytes of the layers and the perplexity at them."""
+    lines = [
+        "| kept | solver | ranks | healed with | seeds | 16 bits | perplexity | nf4 | perplexity |",
+        "|---" * 9 + "|",
+    ]
+    runs: dict[tuple[float, str, str, str], list[Line]] = {}
+    for line in own:
+        runs.setdefault((line["budget"], line["solver"], line["allocation"], line["healed_with"]), []).append(line)
+    for (budget, solver, allocation, method), same in sorted(runs.items(), key=lambda item: -item[0][0]):
+        cells = []
+        for storage in ("16 bits", "nf4, double"):
+            stored = [line["stored"][storage] for line in same]
+            perplexity = statistics.mean(found["perplexity"] for found in stored)
+            cells += [f"{stored[0]['bytes'] / 1e6:.1f} MB", f"{perplexity:,.{1 if perplexity < 1000 else 0}f}"]
+        seeds = len(same) if method else ""
+        lines.append(f"| {budget:.0%} | {solver} | {allocation} | {method} | {seeds} | {' | '.join(cells)} |")
+    (dense,) = (line for line in own if line["solver"] == "dense")
+    lines += ["", "| dense layers stored as | bytes | perplexity |", "|---|---|---|"]
+    lines += [
+        f"| {storage} | {found['bytes'] / 1e6:.1f} MB | {found['perplexity']:.1f} |"
+        for storage, found in dense["stored"].items()
+    ]
+    return "\n".join(lines)
+
+
 def is_perplexity(own: Sequence[Line]) -> bool:
     return str(own[0]["metric"]).startswith("perplexity")
 
@@ -95,7 +122,8 @@ def tuning_table(lines: Iterable[Line], used: Mapping[tuple[str, str], float]) -
         "|---" * (len(rates) + 3) + "|",
     ]
     for (task, method), chosen in used.items():
-        values = " | ".join(f"{means[task, method, rate]:.3f}" for rate in rates)
+        found = [means.get((task, method, rate)) for rate in rates]
+        values = " | ".join("" if value is None else f"{value:.3f}" for value in found)
         shown.append(f"| {task} | {method} | {values} | {chosen:g} |")
     return "\n".join(shown)
 
@@ -141,4 +169,35 @@ def draw(lines: Iterable[Line]) -> Figure:
         panel.set(xlabel="parameters of the model, adapters included", ylabel=own[0]["metric"], title=task)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
+    return figure
+
+
+def draw_bytes(own: Sequence[Line]) -> Figure:
+    """The perplexity against the bytes of the layers, as floats and as nf4."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    panel = figure.subplots()
+    (dense,) = (line for line in own if line["solver"] == "dense")
+    for storage, found in dense["stored"].items():
+        point = found["bytes"] / 1e6, found["perplexity"]
+        panel.plot(*point, "k*", markersize=9)
+        panel.annotate(f"  dense, {storage}", point, rotation=60, fontsize=7)
+    markers = dict(zip(("", *HEALING), ".Ds^", strict=True))
+    colours: dict[str, str] = {}
+    ways = dict.fromkeys(
+        (line["solver"], line["allocation"], line["healed_with"]) for line in own if line is not dense
+    )
+    for way in ways:
+        solver, allocation, method = way
+        colour = colours.setdefault(solver, f"C{len(colours)}")
+        runs = [line for line in own if (line["solver"], line["allocation"], line["healed_with"]) == way]
+        runs = sorted((line for line in runs if line["seed"] == SEEDS[0]), key=lambda line: line["budget"])
+        for storage, style in (("16 bits", "-"), ("nf4, double", "--")):
+            points = [line["stored"][storage] for line in runs]
+            sizes, scores = [p["bytes"] / 1e6 for p in points], [p["perplexity"] for p in points]
+            label = ", ".join(part for part in (solver, allocation, method and f"healed: {method}", storage) if part)
+            shade = 1 if allocation == "greedy" else 0.4
+            panel.plot(sizes, scores, markers[method] + style, color=colour, alpha=shade, label=label)
+    panel.set(xlabel="bytes of the layers, MB", ylabel=dense["metric"], xscale="log", yscale="log")
+    panel.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", fontsize=6)
     return figure

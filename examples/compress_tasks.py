@@ -1,4 +1,4 @@
-"""The tasks of compress_and_heal.py: MiniLM that tells libraries by docstrings, a language model of their bytes."""
+"""The tasks of compress_and_heal.py: MiniLM that tells libraries by docstrings, and two language models of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 
+import smollm2
 import torch
 from attention_texts import subword_splits
 from docstring_data import DocstringData
@@ -25,8 +26,10 @@ class Task(ABC):
     Attributes:
         name, metric: what the table calls them.
         targets: which layers are compressed, as `compress` takes it.
-        dense_steps, dense_rate: how the dense model is trained.
+        dense_steps, dense_rate: how the dense model is trained; no steps if it is trained already.
         heal_steps: steps of healing.
+        words: how many words of a docstring are kept.
+        calibration_batches: how many batches of the training texts are calibrated with.
     """
 
     name: str
@@ -36,11 +39,13 @@ class Task(ABC):
     dense_rate: float
     heal_steps: int
     batch_size = 16
+    words = 25
+    calibration_batches = 32
 
     def __init__(self, data: DocstringData, quick: bool = False) -> None:
         self.data, self.quick = data, quick
         if quick:
-            self.dense_steps, self.heal_steps = 3, 2
+            self.dense_steps, self.heal_steps, self.calibration_batches = min(self.dense_steps, 3), 2, 8
 
     @abstractmethod
     def new_model(self) -> PreTrainedModel:
@@ -158,4 +163,42 @@ class Bytes(Task):
         return float(torch.tensor(mean).exp())
 
 
-TASKS: tuple[type[Task], ...] = (Docstrings, Bytes)
+class SmolLM2(Bytes):
+    """SmolLM2-135M-Instruct as it is. A quick run has a tiny Llama of bytes in its place.
+
+    Raises:
+        RuntimeError: the package with SmolLM2, or the one that reads its file, is missing.
+    """
+
+    name, metric = "SmolLM2-135M", "perplexity of a token"
+    targets = None
+    dense_steps, dense_rate, heal_steps = 0, 0.0, 40
+    batch_size = 4
+    words = 100
+    calibration_batches = 16
+    length = 128
+    blocks_of = (("train", 1024), ("validation", 32), ("test", 64))
+    """How many blocks of `length` tokens a split has at most; more take too long to run."""
+
+    def __init__(self, data: DocstringData, quick: bool = False) -> None:
+        super().__init__(data, quick)
+        if not quick:
+            smollm2.place(smollm2.NAME)
+
+    def new_model(self) -> PreTrainedModel:
+        return super().new_model() if self.quick else smollm2.load_model()
+
+    @cached_property
+    def blocks(self) -> dict[str, Tensor]:
+        if self.quick:
+            return {split: rows[:8] for split, rows in super().blocks.items()}
+        tokenizer, found = smollm2.load_tokenizer(), {}
+        for split, most in self.blocks_of:
+            text = "\n\n".join(text for text, _ in getattr(self.data, split))
+            tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+            found[split] = tokens[: len(tokens) // self.length * self.length].view(-1, self.length)[:most]
+        return found
+
+
+TASKS: dict[str, type[Task]] = {"minilm": Docstrings, "bytes": Bytes, "smollm2": SmolLM2}
+"""Tasks by their names on the command line."""

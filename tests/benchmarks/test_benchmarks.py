@@ -286,6 +286,11 @@ def check_compression(result: dict[str, Any], _: dict[str, Any]) -> None:
         saved = -weights[f"activation, greedy, {share:.0%}"]
         assert saved == pytest.approx(2 * half * (1 - share), rel=0.01) and saved >= 2 * half * (1 - share) - 4
     assert [row["width"] for row in result["growth"]] == [width for width in (8, 32, 64) for _ in range(3)]
+    forward, calibrating = result["calibrating"]
+    assert (forward["statistics"], calibrating["statistics"]) == ([], ["inputs", "gradients", "fisher"])
+    assert forward["tokens"] == calibrating["tokens"] == 4 * 96
+    # The moment of the inputs of one layer, (128, 352), is there at least, in float64.
+    assert calibrating["peak_mebibytes_above_model"] > 8 * 352**2 / 2**20
 
 
 def check_settings(result: dict[str, Any], script: dict[str, Any]) -> None:
@@ -326,9 +331,10 @@ def check_reparametrized(result: dict[str, Any], _: dict[str, Any]) -> None:
     assert len(result["training_step"]) == 3
 
 
+COMPRESSION_PARTS = ("accuracy", "reconstruction", "solving", "growth", "models", "calibrating")
 # script: the options that make it small, and what its result must say
 SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], None]]] = {
-    "compression": (SMOKE, check_compression),
+    "compression": ([*SMOKE, "--parts", *COMPRESSION_PARTS], check_compression),
     "decode": (SMOKE, check_decode),
     "experts_step": (SMOKE, check_experts_step),
     "export_time": (SMOKE, check_export_time),
