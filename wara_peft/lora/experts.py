@@ -73,10 +73,16 @@ def model_without_weights(
         base: for a path, the base model's directory; None means the one that the adapter's config names.
 
     Raises:
-        ValueError: `base` is None, and the config names no directory; or the adapter does not fit the base.
+        ValueError: the model is none of transformers'; or `base` is None, and the config names no directory; or the
+            adapter does not fit the base.
     """
     if isinstance(model, nn.Module):
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(inner, PreTrainedModel):
+            raise ValueError(
+                f"The model is of {type(inner).__name__}, no class of transformers, so nothing tells the names of its "
+                "experts in files: export for 'peft' or 'vllm-3d'."
+            )
         with torch.device("meta"):
             return type(inner)(copy.deepcopy(inner.config))
     saved = SavedAdapter(adapter_directory(model, adapter_name))

@@ -268,7 +268,7 @@ def convert(
     gguf = None
     if format == "diffusers":
         component = component_of(source, component)
-    elif format == "gguf":
+    elif format == "gguf" and base is not None:
         wide = [repr(name) for name, own in source.dtypes.items() if (dtype or own) == torch.float64]
         if wide:
             raise ValueError(
