@@ -12,7 +12,7 @@ from quality.reported import Compared, mean, pooled, reported
 
 FAMILIES = {
     "digits-long": "digits with a ViT, 300 steps: accuracy, %",
-    "digits": "the same, 80 or 100 steps",
+    "digits": "digits with a ViT, 80 or 100 steps: accuracy, %",
     "conv": "digits with a convolutional network: accuracy, %",
     "docstrings": "texts with MiniLM: accuracy, %",
     "language": "texts with a small Llama: perplexity, lower is better",
@@ -68,7 +68,7 @@ def summary_table() -> str:
     named = ""
     for row in rows:
         factor, shown = unit(row.family)
-        cells = [_cell(row.others.get(method), factor, shown) for method in others]
+        cells = [_cell(row.others.get(method), row.family) for method in others]
         name = "" if row.family == named else FAMILIES[row.family]  # the rows below are of the same tasks
         named = row.family
         value = f"{factor * mean(row.lora.row.tests):{shown}}"
@@ -76,11 +76,18 @@ def summary_table() -> str:
     return "\n".join(lines)
 
 
-def _cell(item: Compared | None, factor: float, shown: str) -> str:
+def _cell(item: Compared | None, family: str) -> str:
     if item is None:
         return ""
-    text = f"{factor * item.difference.mean:+{shown}} ± {factor * item.difference.interval:{shown}}"
+    text = difference_text(item, family)
     return f"**{text}**" if significant(item) else text
+
+
+def difference_text(item: Compared, family: str) -> str:
+    """The difference to LoRA and half of its interval, in the unit of the family's metric."""
+    assert item.difference is not None
+    factor, shown = unit(family)
+    return f"{factor * item.difference.mean:+{shown}} ± {factor * item.difference.interval:{shown}}"
 
 
 def significant(item: Compared) -> bool:

@@ -1,112 +1,155 @@
-"""Draws the results as results.png, from the cells of benchmarks/quality: `python docs/figures/results.py`.
+"""Draws how far WaRA is from LoRA on each family of tasks as results.png: `python docs/figures/results.py`.
 
-The numbers are those of the README's table: differences to LoRA with as many parameters, paired by seed, with 95 %
-intervals. Accuracies are in points; perplexities, losses and errors in per cent of LoRA's, and turned round, so that
-better is to the right everywhere. The words follow Holm's p, as the table's bold figures do.
+The numbers are those of the README's table of results.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries below are imported
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import summary
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from quality.methods import DEFAULT
-from quality.reported import mean
-from quality.tasks import TASKS
-from summary import Row, significant, summary
+from quality.report import SIGNIFICANT, unit
+from quality.tasks import TASKS, Task
 
 PICTURE = Path(__file__).with_suffix(".png")
-METHODS = {DEFAULT: ("`subband`", "o"), "WaRA grid": ("`grid`", "s"), "rsLoRA": ("rsLoRA", "x")}
-"""Each method's name and marker, in the order from the top."""
-COLOURS = {"better": "#1f5fa8", "not told apart": "#8a8a8a", "worse": "#c4531b"}
-SHORT = {
-    "digits-long": "digits, ViT, 300 steps",
-    "digits": "digits, ViT, 80 or 100 steps",
-    "conv": "digits, convolutions",
-    "docstrings": "texts, MiniLM",
-    "language": "texts, small Llama",
-    "planted": "planted change",
-    "translation": "translation, SmolLM2-135M",
-}
-SPREAD = 0.24
-"""Distance of the methods' marks within a row."""
+DRAWN = "Description"
+"""Where the picture's metadata say what is drawn in it."""
+FORMS = {method: name.strip("`") for method, name in summary.OTHERS.items() if method.startswith("WaRA ")}
+NOT_SIGNIFICANT = "no significant difference"
+COLOURS = {"better": "#1f5fa8", NOT_SIGNIFICANT: "#6e6e6e", "worse": "#d9622b"}
+TEXT = {"color": "#1a1a1a", "va": "center"}
+
+WIDTH, AXIS_LEFT, AXIS_RIGHT = 12.0, 5.3, 10.4
+LINE, GAP, TICKS, TOP = 0.29, 0.16, 0.62, 1.3
+"""Heights of an interval's line, of the gap between two tasks, of an axis' numbers and name, and of the head."""
+ZERO = 0.3
+"""How far right on each axis LoRA lies, as a share of its length."""
 
 
 @dataclass(frozen=True)
-class Mark:
-    """An interval as it is drawn; better than LoRA is to the right of 0."""
+class Interval:
+    """A form's difference to LoRA on a family of tasks, with its text and verdict as in the README's table."""
 
-    method: str
-    centre: float
-    interval: float
+    family: str
+    budget: float
+    form: str
+    mean: float
+    half: float
+    text: str
     verdict: str
 
-    def __str__(self) -> str:
-        return f"{self.method} {self.centre:+.2f} ± {self.interval:.2f}, {self.verdict}"
+
+def task_of(family: str) -> Task:
+    """The first task of a family; all of them have one metric."""
+    return next(task for name, task in TASKS.items() if name.startswith(f"{family}/"))
 
 
-def accuracy(row: Row) -> bool:
-    return next(task for name, task in TASKS.items() if name.startswith(f"{row.family}/")).metric == "accuracy"
+def axis_name(family: str) -> str:
+    """What an axis measures; neighbouring families with the same name share one."""
+    task = task_of(family)
+    name = "accuracy, points" if task.metric == "accuracy" else task.metric
+    return name if task.higher_is_better else f"{name} (lower is better)"
 
 
-def marks(row: Row) -> list[Mark]:
-    """In points of accuracy, or in per cent of LoRA's figure."""
-    higher_is_better = accuracy(row)
-    factor = 100.0 if higher_is_better else -100.0 / mean(row.lora.row.tests)
-    found = []
-    for method, item in row.others.items():
-        if method in METHODS and item.difference is not None:
-            centre = factor * item.difference.mean
-            verdict = "not told apart" if not significant(item) else "better" if centre > 0 else "worse"
-            found.append(Mark(method, centre, abs(factor) * item.difference.interval, verdict))
-    return found
+def intervals(rows: Iterable[summary.Row]) -> Iterator[Interval]:
+    for row in rows:
+        factor, _ = unit(row.family)
+        for method, form in FORMS.items():
+            item = row.others.get(method)
+            if item is None or item.difference is None:
+                continue
+            mean, half = factor * item.difference.mean, factor * item.difference.interval
+            verdict = NOT_SIGNIFICANT
+            if summary.significant(item):
+                verdict = "better" if (mean > 0) == task_of(row.family).higher_is_better else "worse"
+            text = summary.difference_text(item, row.family)
+            yield Interval(row.family, row.budget, form, mean, half, text, verdict)
 
 
-def draw(axes: Axes, rows: list[Row], unit: str) -> None:
-    places = list(METHODS)
-    for height, row in enumerate(rows):
-        for mark in marks(row):
-            y = height + (places.index(mark.method) - 1) * SPREAD
-            colour, marker = COLOURS[mark.verdict], METHODS[mark.method][1]
-            axes.errorbar(mark.centre, y, xerr=mark.interval, color=colour, fmt=marker, markersize=5, linewidth=1.6)
-        if height % 2:
-            axes.axhspan(height - 0.5, height + 0.5, color="#f3f3f3", zorder=0)
-    axes.axvline(0, color="#1a1a1a", linewidth=1)
-    labels = [f"{SHORT[row.family]}, r={row.budget:g}" for row in rows]
-    axes.set_yticks(range(len(rows)), labels)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlabel(unit)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+def draw_panel(axes: Axes, shown: list[Interval]) -> None:
+    """The intervals from top to bottom; better lies to the right of LoRA on every axis."""
+    sign = 1 if task_of(shown[0].family).higher_is_better else -1
+    right = max(sign * one.mean + one.half for one in shown)
+    left = max(one.half - sign * one.mean for one in shown)
+    length = 1.05 * max(right / (1 - ZERO), left / ZERO)
+    axes.set_xlim(-sign * ZERO * length, sign * (1 - ZERO) * length)
+    axes.axvline(0, color="#1a1a1a", linewidth=1, zorder=1)
+
+    height, above, labelled = 0.0, "", ("", 0.0)
+    for one in shown:
+        height -= GAP if above not in ("", one.family) else 0
+        y = height - LINE / 2
+        colour = COLOURS[one.verdict]
+        fill = "white" if one.verdict == NOT_SIGNIFICANT else colour
+        style = {"color": colour, "markerfacecolor": fill, "markersize": 7, "capsize": 3, "linewidth": 2}
+        axes.errorbar(one.mean, y, xerr=one.half, fmt="o", zorder=2, **style)
+        labels = [(AXIS_RIGHT + 0.15, one.text.replace("-", "−"), colour), (AXIS_LEFT - 0.85, one.form, TEXT["color"])]
+        if one.family != above:
+            labels.append((0.25, summary.FAMILIES[one.family].partition(":")[0], TEXT["color"]))
+        if (one.family, one.budget) != labelled:
+            labels.append((AXIS_LEFT - 2.1, f"LoRA r={one.budget:g}", TEXT["color"]))
+        for inches, text, shade in labels:
+            place = (inches - AXIS_LEFT) / (AXIS_RIGHT - AXIS_LEFT)
+            axes.text(place, y, text, transform=axes.get_yaxis_transform(), fontsize=11, va="center", color=shade)
+        height, above, labelled = height - LINE, one.family, (one.family, one.budget)
+    axes.set_ylim(height, 0)
+    axes.set_xlabel(axis_name(shown[0].family), fontsize=10, labelpad=1)
+    axes.tick_params(labelsize=9)
+    axes.set_yticks([])
+    axes.spines[["left", "right", "top"]].set_visible(False)
 
 
-def figure() -> Figure:
-    rows = summary()
-    drawn = Figure(figsize=(12, 4.4), facecolor="white", layout="constrained")
-    left, right = drawn.subplots(1, 2)
-    draw(left, [row for row in rows if accuracy(row)], "points of accuracy; right of 0 is better than LoRA")
-    draw(right, [row for row in rows if not accuracy(row)], "per cent of LoRA's perplexity, loss or error saved")
-    handles = [
-        Line2D([], [], color="#1a1a1a", marker=marker, linestyle="", label=name.strip("`"))
-        for name, marker in METHODS.values()
-    ]
-    handles += [Line2D([], [], color=colour, linewidth=3, label=verdict) for verdict, colour in COLOURS.items()]
-    drawn.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+def panel_height(shown: list[Interval]) -> float:
+    return LINE * len(shown) + GAP * (len({one.family for one in shown}) - 1)
+
+
+def figure(shown: list[Interval]) -> Figure:
+    """A panel for each measure that tasks have, below a head that says what the colours mean."""
+    panels = [list(of_axis) for _, of_axis in groupby(shown, lambda one: axis_name(one.family))]
+    total = TOP + sum(panel_height(panel) + TICKS for panel in panels)
+    drawn = Figure(figsize=(WIDTH, total), facecolor="white")
+    top = total - TOP
+    for panel in panels:
+        top -= panel_height(panel)
+        width, height = (AXIS_RIGHT - AXIS_LEFT) / WIDTH, panel_height(panel) / total
+        draw_panel(drawn.add_axes((AXIS_LEFT / WIDTH, top / total, width, height)), panel)
+        top -= TICKS
+    zero = AXIS_LEFT + ZERO * (AXIS_RIGHT - AXIS_LEFT)
+    title = "WaRA's difference to LoRA with as many parameters, with 95 % intervals"
+    drawn.text(0.25 / WIDTH, 1 - 0.28 / total, title, fontsize=13, fontweight="bold", **TEXT)
+    for inches, verdict in zip((0.25, 1.2, 3.7), COLOURS, strict=True):
+        words = {"fontsize": 11, "va": "center", "color": COLOURS[verdict]}
+        mark = "○" if verdict == NOT_SIGNIFICANT else "●"
+        drawn.text(inches / WIDTH, 1 - 0.62 / total, f"{mark} {verdict}", **words)
+    drawn.text(4.75 / WIDTH, 1 - 0.62 / total, f"(significant: Holm's p < {SIGNIFICANT:g})", fontsize=11, **TEXT)
+    for inches, text, place in (
+        (0.25, "task", "left"),
+        (AXIS_LEFT - 2.1, "parameters of", "left"),
+        (AXIS_LEFT - 0.85, "form", "left"),
+        (zero - 0.35, "← worse", "right"),
+        (zero, "LoRA", "center"),
+        (zero + 0.35, "better →", "left"),
+    ):
+        drawn.text(inches / WIDTH, 1 - 1.08 / total, text, fontsize=11, fontstyle="italic", ha=place, **TEXT)
     return drawn
 
 
-def description() -> str:
-    """What is drawn, as the text that the picture carries; a test compares it with the results."""
-    return "\n".join(f"{row.family} r={row.budget:g}: {mark}" for row in summary() for mark in marks(row))
+def table(shown: Iterable[Interval]) -> list[list[object]]:
+    """What the picture's metadata keep: family, budget, form, text and verdict."""
+    return [[one.family, one.budget, one.form, one.text, one.verdict] for one in shown]
 
 
 if __name__ == "__main__":
-    figure().savefig(PICTURE, dpi=150, metadata={"Software": None, "Description": description()})
+    found = list(intervals(summary.summary()))
+    figure(found).savefig(PICTURE, dpi=150, metadata={"Software": None, DRAWN: json.dumps(table(found))})

@@ -455,8 +455,8 @@ def test_there_is_a_smoke_test_of_each_script():
 
 def test_the_readmes_table_says_what_that_of_quality_says():
     families = {
-        "digits with a ViT": "digits-long",
-        "the same": "digits",
+        "digits with a ViT, 300": "digits-long",
+        "digits with a ViT, 80": "digits",
         "digits with a convolutional": "conv",
         "texts with MiniLM": "docstrings",
         "texts with a small Llama": "language",

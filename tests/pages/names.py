@@ -209,12 +209,31 @@ NAMES: dict[str, Callable[[], Names]] = {
 
 
 def check_readme(names: Names, printed: str) -> None:
-    lora = get_peft_model(llama(64), LoraConfig(r=8, target_modules="all-linear"))
+    losses = [float(value) for value in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert len(losses) == 5 and losses[0] > 1 and losses[-1] < 0.3
+    assert losses == sorted(losses, reverse=True)
+
+    # The trained model has learnt the text. A fresh copy of the frozen weights computes the same with the adapter, and
+    # with the exported LoRA, which PEFT loads.
+    trained = names["base"].cpu().double().eval()
+    frozen = {
+        key.replace("base_layer.", ""): value for key, value in trained.state_dict().items() if "wara_" not in key
+    }
+    tokens = torch.arange(32).view(1, -1)
+    with torch.no_grad():
+        expected = trained(input_ids=tokens).logits
+        assert (expected[:, :-1].argmax(-1) == tokens[:, 1:]).double().mean() > 0.9
+        for saved in ("my-adapter", "my-lora"):
+            fresh = LlamaForCausalLM(trained.config)
+            fresh.load_state_dict(frozen)
+            assert not torch.allclose(fresh.double()(input_ids=tokens).logits, expected, atol=1)
+            loaded = PeftModel.from_pretrained(fresh, saved).double().eval()
+            torch.testing.assert_close(loaded(input_ids=tokens).logits, expected, rtol=0, atol=1e-4)
+    assert loaded.peft_config["default"].peft_type == "LORA" and loaded.peft_config["default"].r == 16
+
+    lora = get_peft_model(LlamaForCausalLM(trained.config), LoraConfig(r=8, target_modules="all-linear"))
     assert f"trainable params: {lora.get_nb_trainable_parameters()[0]:,} " in printed
-    losses = [float(loss) for loss in re.findall(r"'loss': '?(\d+\.?\d*)", printed)]
-    assert len(losses) == 5 and losses[-1] < losses[0] - 1
     assert "\n8 64.0\n" in printed
-    assert Path("my-lora", "adapter_model.safetensors").is_file()
 
 
 def check_coming_from_lora(names: Names, printed: str) -> None:

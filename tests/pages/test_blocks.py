@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from tests.pages.blocks import ILLUSTRATIONS, NOT_RUN, PARSED, ROOT, Block, blocks_of, check_command, command_line
 from tests.pages.names import CHECKS, NAMES, Names
 from tests.pages.test_links import PAGES, prose
+from tests.test_project import PROJECT
 from wara_peft_cli.app import app
 
 WITH_CODE = [path for path in PAGES if any(block.language not in ILLUSTRATIONS for block in blocks_of(path))]
@@ -56,3 +59,13 @@ def test_commands_in_the_text(path: Path) -> None:
                 command_line(*words)
             else:
                 check_command(command)
+
+
+def test_the_first_block_of_the_readme_imports_nothing_but_the_package_and_its_dependencies() -> None:
+    """It runs after an installation without extras."""
+    first = next(block for block in blocks_of(ROOT / "README.md") if block.language == "python")
+    nodes = list(ast.walk(ast.parse(first.code)))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    assert imported <= {"wara_peft", *(Requirement(entry).name for entry in PROJECT["dependencies"])}
+    assert "from_pretrained" not in first.code and len([line for line in first.code.splitlines() if line]) <= 14
