@@ -120,10 +120,19 @@ def adapted(shape: Shape, config: PeftConfig | None) -> nn.Module:
 
 def training_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     """One whole step: forward, backward, and AdamW on what is trained."""
+    return optimized(model, lambda: model(input_ids=tokens).last_hidden_state.square().mean())
+
+
+def language_model_step(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
+    """The same with the loss of a language model, whose head takes part."""
+    return optimized(model, lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss)
+
+
+def optimized(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
 
     def step() -> None:
-        model(input_ids=tokens).last_hidden_state.square().mean().backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -30,9 +30,11 @@ WIDTHS = (256, 384, 768, 1536)
 
 
 def config(name: str, targets: list[str], **fields: Any) -> PeftConfig:
-    if name == NATIVE:
-        return WaRAConfig(r=4, target_modules=targets, **fields)
-    return LoraConfig(r=16, lora_alpha=16, target_modules=targets, **fields)
+    """The config of a variant, whose name begins with the method and r."""
+    method, _, rank = name.partition(",")[0].partition(" r=")
+    if method == "WaRA":
+        return WaRAConfig(r=int(rank), target_modules=targets, **fields)
+    return LoraConfig(r=int(rank), lora_alpha=int(rank), target_modules=targets, **fields)
 
 
 def adapted(name: str, base: nn.Module, targets: list[str], **fields: Any) -> nn.Module:

@@ -322,13 +322,33 @@ def merge_table() -> str:
     return "\n".join(lines)
 
 
+def real_model_table() -> str:
+    """Steps and `generate` with SmolLM2, from `real_model.json`."""
+    found = load("real_model")
+
+    def ratios(row: dict[str, Any]) -> list[str]:
+        keys = (("ratio", "quartiles"), ("ratio_to_same_rank", "quartiles_to_same_rank"))
+        return [f"{row[ratio]:.3f} ({row[ends][0]:.3f}–{row[ends][1]:.3f})" for ratio, ends in keys]
+
+    lines = [
+        "| training step | trained | file | step / LoRA r=8 | step / LoRA r=16 | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in found["training_step"].items():
+        cells = [f"{row['parameters']:,}", f"{row['file_bytes'] / 1e6:.1f} MB", *ratios(row)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['peak_mebibytes']:,.0f} MiB |")
+    lines += ["", f"| `generate` of {found['new_tokens']} tokens | / LoRA r=8 | / LoRA r=16 |", "|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(ratios(row))} |" for name, row in found["generate"].items()]
+    return "\n".join(lines)
+
+
 def growth_tables() -> str:
     return f"{methods_table()}\n\n{own_cost_table()}\n\n{growth_table()}"
 
 
 TABLES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"results": summary_table},
-    ROOT / "docs" / "speed.md": {"benchmarks": targets_table},
+    ROOT / "docs" / "speed.md": {"benchmarks": targets_table, "real model": real_model_table},
     ROOT / "docs" / "attention.md": {"comparison": comparison_table},
     ROOT / "docs" / "compression.md": {"healing": healing_table, "smollm2": smollm2_table},
     ROOT / "docs" / "quantized.md": {"merging": merge_table},

@@ -331,6 +331,34 @@ def check_reparametrized(result: dict[str, Any], _: dict[str, Any]) -> None:
     assert len(result["training_step"]) == 3
 
 
+def check_real_model(result: dict[str, Any], script: dict[str, Any]) -> None:
+    base = 2 * 1000 * 32 + sum(m * n for m, n in DECODER) + 3 * 32  # embeddings, head, layers and norms
+    assert result["model"] == {"name": "tiny", "parameters": base}
+    assert (result["input"], result["new_tokens"]) == ([2, 4], 2)
+    inside, native = "LoRA r=16, reparametrised", "WaRA r=4"
+    variants = ["LoRA r=8", "LoRA r=16", native, inside]
+    rows = result["training_step"]
+    check_ratios(rows, "LoRA r=8", variants)
+    check_ratios(
+        result["generate"],
+        "LoRA r=8",
+        ["no adapter", f"{native}, merged", *variants, f"{inside}, in `frozen_factors`"],
+    )
+    for row in (rows["LoRA r=16"], result["generate"]["LoRA r=16"]):
+        assert (row["ratio_to_same_rank"], row["quartiles_to_same_rank"]) == (1, [1, 1])
+    lora = {r: sum(r * (m + n) for m, n in DECODER) for r in (8, 16)}
+    assert [row["parameters"] for row in rows.values()] == [lora[8], lora[16], lora[8], lora[8]]
+    # A file has what trains, and a header; that of a reparametrised LoRA has LoRA's own weights.
+    for row, stored in zip(rows.values(), (lora[8], lora[16], lora[8], lora[16]), strict=True):
+        assert 0 < row["file_bytes"] - 4 * stored < 200 * 2 * len(DECODER)
+
+    # The variants share the frozen weights, also an embedding and a head that are tied; the merged model has its own.
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4, bias=False))
+    model[1].weight = model[0].weight
+    (shared,) = script["sharing"](model).parameters()
+    assert shared is model[0].weight
+
+
 COMPRESSION_PARTS = ("accuracy", "reconstruction", "solving", "growth", "models", "calibrating")
 # script: the options that make it small, and what its result must say
 SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], None]]] = {
@@ -349,6 +377,7 @@ SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], N
     "memory": (["--smoke"], check_memory),
     "merge_error": (["--smoke"], check_merge_error),
     "merge_memory": (["--smoke"], check_merge_memory),
+    "real_model": ([*SMOKE, "--tokens", "2"], check_real_model),
     "reparametrized": ([*SMOKE, "--tokens", "2"], check_reparametrized),
     "settings": ([*SMOKE, "--tokens", "2"], check_settings),
     "step_time": (SMOKE, check_step_time),
@@ -363,6 +392,7 @@ SLOW = {
     "launches",
     "merge_error",
     "merge_memory",
+    "real_model",
     "settings",
     "step_time",
 }
