@@ -307,7 +307,7 @@ class WaRAModel(BaseTuner):
         Raises:
             ValueError: an adapter is missing, there already is one of the new name, numbers of adapters and weights
                 differ, several adapters train the same module in full, "linear" meets different layouts, one of PEFT's
-                types meets unequal ranks or lacks `density`, or an adapter has no ΔW.
+                types meets unequal ranks or has no `density` in (0, 1], or an adapter has no ΔW.
         """
         options = {
             "svd_rank": svd_rank,

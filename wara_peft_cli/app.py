@@ -11,13 +11,13 @@ from typing import Annotated
 
 import typer
 
-from . import compress, export, inspect, merge, run
+from . import combine, compress, export, inspect, merge, run
 from .interruption import PROGRAM
 from .terminal import out
 
 app = typer.Typer(
     name=PROGRAM,
-    help="Export, merge and inspect WaRA adapters without the base model in memory, or run a program that loads them.",
+    help="Export, merge, combine and inspect WaRA adapters without the base model in memory, or run what loads them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # `failures_in_a_line` prints errors, and the whole traceback with --debug
@@ -52,6 +52,7 @@ def options(
 
 app.command(no_args_is_help=True, epilog=export.EXAMPLES)(export.export)
 app.command(epilog=merge.EXAMPLES)(merge.merge)
+app.command(epilog=combine.EXAMPLES)(combine.combine)
 app.command(epilog=compress.EXAMPLES)(compress.compress)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 # Options that stand after PROGRAM belong to the program, and not to `run`.

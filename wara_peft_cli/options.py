@@ -1,7 +1,7 @@
 """Arguments and options that several commands have, and functions that read their values.
 
-`wara_peft` has tables of some of these names (costs, formats, quantizations). They are repeated here, because
-importing `wara_peft` takes seconds; tests/cli/test_options.py checks that both are the same.
+`wara_peft` has tables of some of these names (costs, formats, quantizations, combinations). They are repeated here,
+because importing `wara_peft` takes seconds; tests/cli/test_options.py checks that both are the same.
 """
 
 from __future__ import annotations
@@ -23,6 +23,19 @@ BY_EXPERT: tuple[Engine, ...] = ("vllm", "sglang")
 """Engines for which experts get the names of the base model's files."""
 Cost = Literal["bytes", "flops"]
 Quantization = Literal["nf4", "nf4-double", "int8"]
+CombinationType = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
 DTYPES = {
     "fp32": "float32",
     "float32": "float32",

@@ -18,13 +18,26 @@ from wara_peft.compression.solvers.table import SOLVERS
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.disk.checkpoints.dequantized import QUANTIZATIONS
 from wara_peft.disk.checkpoints.tensors import FLOATS
+from wara_peft.injection.combine import COMBINATION_TYPES
 from wara_peft.lora import export as lora_export
+from wara_peft.lora.combine_saved import combine_adapters
 from wara_peft.lora.engines import ENGINES
 from wara_peft.lora.engines import FileFormat as FileFormatOfPackage
+from wara_peft_cli.combine import combine
 from wara_peft_cli.compress import compress
 from wara_peft_cli.export import export
 from wara_peft_cli.merge import merge
-from wara_peft_cli.options import BY_EXPERT, DTYPES, FORMATS, Cost, Engine, FileFormat, Quantization, torch_dtype
+from wara_peft_cli.options import (
+    BY_EXPERT,
+    DTYPES,
+    FORMATS,
+    CombinationType,
+    Cost,
+    Engine,
+    FileFormat,
+    Quantization,
+    torch_dtype,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +48,7 @@ from wara_peft_cli.options import BY_EXPERT, DTYPES, FORMATS, Cost, Engine, File
         (Quantization, QUANTIZATIONS),
         (FileFormat, get_args(FileFormatOfPackage)),
         (Engine, ENGINES),
+        (CombinationType, COMBINATION_TYPES),
     ],
 )
 def test_choices(choices: Any, names: Collection[str]) -> None:
@@ -68,6 +82,7 @@ def test_dtypes() -> None:
     [
         (export, lora_export.convert, {}),
         (merge, merge_checkpoint, {}),
+        (combine, combine_adapters, {}),
         (compress, compress_checkpoint, {"memory": "max_bytes"}),
     ],
 )

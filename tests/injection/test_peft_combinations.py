@@ -91,7 +91,7 @@ class Masks:
         self.generator = torch.Generator()
 
     def __call__(self, shares: torch.Tensor) -> torch.Tensor:
-        return (torch.rand(shares.shape, generator=self.generator) < shares).to(shares.dtype)
+        return (torch.rand(shares.shape, generator=self.generator, dtype=torch.float64) < shares).to(shares.dtype)
 
 
 @pytest.mark.parametrize("combination_type", TYPES)
@@ -242,6 +242,13 @@ def test_the_default_takes_any_dtype_and_keeps_its_digits(dtype, tolerance):
             "'ties' needs adapters of one rank R, but 'default' has 16, 'other' has 4",
         ),
         ("ranks", "dare_linear", {}, "'dare_linear' needs `density`, the share of values that it keeps"),
+        ("ranks", "dare_ties_svd", {"density": 0}, "density=0 is the share of values to keep: more than 0"),
+        (
+            "ranks",
+            "ties_svd",
+            {"density": 1.5},
+            "density=1.5 is the share of values to keep: more than 0",
+        ),
         (
             "groups",
             "ties",

@@ -25,7 +25,7 @@ from ..layers.lookup import adapted_layers
 from ..wavelet import subbands
 from .peft_combinations import OF_DELTA_WEIGHTS, OF_FACTORS, combine_as_lora
 
-COMBINATION_TYPES = ("cat", "linear", *OF_FACTORS, *OF_DELTA_WEIGHTS)
+COMBINATION_TYPES = ("cat", *OF_FACTORS, *OF_DELTA_WEIGHTS)
 
 
 def combine(

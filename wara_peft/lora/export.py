@@ -181,10 +181,10 @@ def write_loras(place: Path, loras: Sequence[Lora]) -> None:
     if lora.gguf is not None:
         write_adapter(place, lora.config, lora.state_dict, *lora.gguf)
     else:
-        _write_lora(place, lora.config, lora.state_dict)
+        write_lora(place, lora.config, lora.state_dict)
 
 
-def _write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
+def write_lora(directory: Path, config: LoraConfig, state_dict: dict[str, Tensor]) -> None:
     """Write a LoRA in PEFT's format, as `to_lora` returns it, into an existing directory."""
     # Tied modules that train in full are one tensor with two names, which safetensors refuses to write.
     owner = {id_tensor_storage(value): key for key, value in state_dict.items()}

@@ -290,7 +290,7 @@ def module_shapes(config: WaRAConfig, path: Path) -> dict[str, ModuleShape]:
     if not config.module_shapes:
         raise ValueError(f"{where} is empty. Load the adapter on its base model and save it again to have it filled.")
     shapes = {}
-    for name, (kind, *sizes) in sorted(config.module_shapes.items(), key=_natural_order):
+    for name, (kind, *sizes) in sorted(config.module_shapes.items(), key=natural_order):
         if kind not in KINDS:
             raise ValueError(f"{where} names the kind {kind!r} for {name!r}; it is one of {', '.join(KINDS)}.")
         shapes[name] = ModuleShape.of_list(KINDS[kind], sizes)
@@ -303,6 +303,6 @@ def module_shapes(config: WaRAConfig, path: Path) -> dict[str, ModuleShape]:
     return shapes
 
 
-def _natural_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
+def natural_order(item: tuple[str, Any]) -> list[tuple[int, str]]:
     """A sort key for items of a dict by their names, in which runs of digits compare as numbers."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", item[0])]

@@ -86,8 +86,8 @@ class SavedLora:
             value = getattr(self.config, name, None)
             if value:
                 raise ValueError(
-                    f"The LoRA in {str(self.path)!r} has {name}={value!r}, which cannot go on as a WaRA adapter: "
-                    "merge it by PEFT, and add a new adapter to the merged model."
+                    f"The LoRA in {str(self.path)!r} has {name}={value!r}, and so is not only scaling · B A of "
+                    "modules: merge it by PEFT, and add a new adapter to the merged model."
                 )
         how = self.config.init_lora_weights
         if isinstance(how, str) and how.lower().startswith(CHANGING_THE_BASE):
@@ -119,7 +119,7 @@ class SavedLora:
             UserWarning: the file holds tensors that the config does not mention, or no biases though biases train.
         """
         self._check_base(modules, model_shapes)
-        contents = _LoraContents(self.config, modules, tied, self._file)
+        contents = LoraContents(self.config, modules, tied, self._file)
         self._check_others(contents, in_full, model_shapes)
         keys = list(contents.tensors)
         values = dict(zip(keys, read_finite(self._file, keys), strict=True))
@@ -192,7 +192,7 @@ class SavedLora:
                 )
 
 
-class _LoraContents(Contents):
+class LoraContents(Contents):
     """The tensors of a LoRA's file."""
 
     config: LoraConfig
