@@ -52,7 +52,7 @@ def options(
 
 app.command(no_args_is_help=True, epilog=export.EXAMPLES)(export.export)
 app.command(epilog=merge.EXAMPLES)(merge.merge)
-app.command(epilog=combine.EXAMPLES)(combine.combine)
+app.command(no_args_is_help=True, epilog=combine.EXAMPLES)(combine.combine)
 app.command(epilog=compress.EXAMPLES)(compress.compress)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 # Options that stand after PROGRAM belong to the program, and not to `run`.

@@ -220,7 +220,9 @@ class TestExportToGguf:
         arguments = ["export", made / "adapter", "lora.gguf", "--format", "gguf", "--base", made / "base"]
         for name in ("lora.Modelfile", "lora.gguf"):
             Path(name).write_text("mine")
-            result = say(*arguments)
+            with monkeypatch.context() as reading:
+                reading.setattr(TensorFile, "read", None)
+                result = say(*arguments)
             assert result.exit_code == 1
             (line,) = complaints(result)
             assert line.startswith(f"wara-peft: '{name}' exists already; name another file, or overwrite it")
@@ -317,8 +319,9 @@ class TestMerge:
             assert torch.equal(merged.state_dict()[name], value), name
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("options", [[], ["--dequantize", "--quantization", "nf4"]])
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-    def test_interrupted(self, tmp_path, number):
+    def test_interrupted(self, tmp_path, number, options):
         """A base of many shards, so that the signal meets the merge while it writes."""
         sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=4000, **sizes))
@@ -333,7 +336,7 @@ class TestMerge:
                 os.kill(os.getpid(), {int(number)})
             threading.Thread(target=meet, daemon=True).start()
         """
-        process = run_fork("merge", "base", "adapter", "merged", cwd=tmp_path, before=signals)
+        process = run_fork("merge", "base", "adapter", "merged", *options, cwd=tmp_path, before=signals)
         said = process.stderr
         left = sorted(path.name for path in tmp_path.iterdir())
         if number == signal.SIGTERM:
@@ -345,7 +348,7 @@ class TestMerge:
         assert left[0].startswith(".merged.")
         assert left[1:] == ["adapter", "base", "merged"]
         assert not list((tmp_path / "merged").iterdir())
-        result = say("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        result = say("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", *options)
         assert result.exit_code == 0, result.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
@@ -477,7 +480,7 @@ class TestUsage:
         result = say("export")
         assert result.exit_code == 2 and "Examples:" in result.stdout + result.stderr
 
-    @pytest.mark.parametrize("command", ["export", "merge", "inspect"])
+    @pytest.mark.parametrize("command", ["export", "merge", "combine", "inspect"])
     def test_help_has_examples(self, command):
         result = say(command, "--help")
         assert result.exit_code == 0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,6 +35,7 @@ from tests.models import bert, llama
 from wara_peft import WaRAConfig, save_as_lora
 from wara_peft.disk.adapters.merge import merge_checkpoint
 from wara_peft.disk.checkpoints import dequantized
+from wara_peft.disk.checkpoints.tensors import TensorFile
 from wara_peft_cli.app import app
 
 INDEX = "model.safetensors.index.json"
@@ -256,14 +260,28 @@ def copied(made, tmp_path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
+@contextmanager
+def keys_read() -> Iterator[list[str]]:
+    """The keys of all tensors that are read from files in the block."""
+    read, found = TensorFile.read, []
+
+    def reading(file: TensorFile, keys: Iterable[str]) -> list[torch.Tensor]:
+        found.extend(keys := list(keys))
+        return read(file, keys)
+
+    with patch.object(TensorFile, "read", reading):
+        yield found
+
+
 class TestRefusals:
     """Merging refuses, before it writes anything, a base or an adapter that it cannot merge right."""
 
     def refused(self, path: Path, match: str, base="base", error=ValueError, **options) -> None:
         before = sorted(path.rglob("*"))
-        with pytest.raises(error, match=match):
+        with pytest.raises(error, match=match), keys_read() as keys:
             merge_checkpoint(path / base, path / "adapter", path / "out", **{"dequantize": True, **options})
         assert sorted(path.rglob("*")) == before
+        assert all(".quant_state." in key for key in keys)  # the description of a quantized weight, a few bytes
 
     def rewritten(self, path: Path, change) -> None:
         file = path / "base" / "model.safetensors"
@@ -277,6 +295,14 @@ class TestRefusals:
         self.refused(made, "quantization='nf8' is not one of 'nf4', 'nf4-double', 'int8'", "dense", quantization="nf8")
         self.refused(made, "needs dequantize=True .*--dequantize", "dense", quantization="nf4", dequantize=False)
         self.refused(made, "is quantized. If bitsandbytes quantized it, merge into its deq", dequantize=False)
+
+    def test_an_output_that_exists_and_an_adapter_of_another_base(self, copied):
+        (copied / "out").mkdir()
+        (copied / "out" / "mine").write_text("mine")
+        self.refused(copied, "'.*out' exists already")
+        self.refused(copied, "'.*out' exists already", "dense", quantization="nf4")
+        llama(hidden_size=64, intermediate_size=192).save_pretrained(copied / "other")
+        self.refused(copied, r"has the shape \(64, 192\) in '.*other', and \(64, 128\)", "other", quantization="nf4")
 
     @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "hqq", None, 7])
     def test_other_methods(self, copied, method):

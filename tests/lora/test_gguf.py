@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from tests.examples.test_examples import example
 from tests.lora.gguf_models import CONFIGS, make, most_likely, read_tensors, write_base
 from wara_peft import WaRAConfig, save_as_lora, to_lora
+from wara_peft.disk.checkpoints.tensors import TensorFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model with `tie_word|Setting `save_embedding")
 BLOCK = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -175,6 +176,23 @@ def test_what_gguf_adapters_do_not_hold_is_refused(tmp_path, case, base):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         save_as_lora(tmp_path / "lora.gguf", model, format="gguf", base=tmp_path / base)
     assert sorted(os.listdir(tmp_path)) == ["base", "base.gguf"]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_saved_adapter_is_refused_before_its_tensors_are_read(tmp_path, monkeypatch, case):
+    """One that holds a head or an embedding in full may be large."""
+    name, fields, message = REFUSED[case]
+    make(name).save_pretrained(tmp_path / "base")
+    with_adapter(make(name), **{"target_modules": ["q_proj"], **fields}).save_pretrained(tmp_path / "adapter")
+
+    def no_reading(*_: object) -> None:
+        raise AssertionError("tensors are read before the refusal")
+
+    monkeypatch.setattr(TensorFile, "read", no_reading)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        save_as_lora(tmp_path / "lora.gguf", tmp_path / "adapter", format="gguf", base=tmp_path / "base")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
 
 def test_unknown_architectures(tmp_path):

@@ -119,6 +119,8 @@ def export() -> Names:
         from tests.layers.test_parameters import EXPERTS, qwen3_moe
 
         save_adapter("my-base-model", "my-adapter")
+        lora = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained("my-base-model"), lora).save_pretrained("my-other-lora")
         tiny = TINY["unet and text encoder"]
         tiny.pipeline(**tiny.models()).save_pretrained("my-pipeline")
         for name, component in (("my-unet-adapter", "unet"), ("my-text-adapter", "text_encoder")):

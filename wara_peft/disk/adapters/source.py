@@ -51,7 +51,8 @@ class AdapterSource:
         modules: shape of each adapted module by name.
         dtypes: dtype of each adapted module's parameters, by the module's name.
         update: computes ΔW of the module of a name, in a dtype.
-        others: tensors that the adapter holds in full (trained modules, biases, tokens), by PEFT's keys.
+        others: tensors that the adapter holds in full (trained modules, biases, tokens), by PEFT's keys. Those in a
+            directory are read from the file when they are looked up.
         exclude_modules: a pattern for modules that PEFT would take for targets by the ends of their names, though
             they are not adapted; None if there are no such modules, or the model is not at hand.
         base_class: name of the base model's class, and of the Python module that defines it, if these are known.
@@ -63,7 +64,7 @@ class AdapterSource:
     modules: dict[str, ModuleShape]
     dtypes: dict[str, torch.dtype]
     update: Callable[[str, torch.dtype], LowRankUpdate]
-    others: dict[str, Tensor]
+    others: Mapping[str, Tensor]
     exclude_modules: str | None = None
     base_class: tuple[str, str] | None = None
     component: str | None = None
@@ -109,7 +110,7 @@ def _in_directory(path: Path, component: str | None) -> AdapterSource:
         modules=saved.modules,
         dtypes={name: saved.dtype(name) for name in saved.modules},
         update=saved.update,
-        others={PEFT_PREFIX + lora_key(saved.modules, key): saved.other(key) for key in saved.others},
+        others=_OthersOnDisk(saved),
         base_class=_recorded_class(saved.config),
         component=saved.component,
         warnings=[
@@ -117,6 +118,23 @@ def _in_directory(path: Path, component: str | None) -> AdapterSource:
             *([ATTENTION] if has_attention(saved.modules.values()) else []),
         ],
     )
+
+
+class _OthersOnDisk(Mapping[str, Tensor]):
+    """The tensors that a saved adapter holds in full, read when they are looked up: an embedding may be large."""
+
+    def __init__(self, saved: SavedAdapter) -> None:
+        self._saved = saved
+        self._own = {PEFT_PREFIX + lora_key(saved.modules, key): key for key in saved.others}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._saved.other(self._own[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
 
 
 def _recorded_class(config: WaRAConfig) -> tuple[str, str] | None:
