@@ -1,7 +1,7 @@
 """Combines saved adapters into a LoRA, without their base model: `wara-peft combine`.
 
 A WaRA adapter takes part as the exact LoRA that `to_lora` makes of it. "cat" puts factors side by side. "svd" is the
-best approximation of that: it is computed from the factors in seconds, where PEFT decomposes each ΔW. PEFT's functions
+best approximation of that: it is computed from the factors, where PEFT decomposes each ΔW. PEFT's functions
 compute all other types, of the tensors and weights that `LoraModel.add_weighted_adapter` gives them.
 """
 
