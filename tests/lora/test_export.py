@@ -189,7 +189,7 @@ class CountLargest(TorchDispatchMode):
 
 
 class TestOnePass:
-    """From a directory every tensor is read once, and every module decomposed once."""
+    """From a directory no tensor is read twice, and every module decomposed once."""
 
     @pytest.mark.parametrize("case", ["linear", "shared", "tiny", "with a head", "with biases"])
     @pytest.mark.parametrize("rank", [None, 3, 0.9])
@@ -216,7 +216,7 @@ class TestOnePass:
             with CountCalls("linalg_svd") as decomposed:
                 assert lora_error(tmp_path, rank) == lora.error
             assert decomposed.calls == modules
-            assert sorted(read) == sorted(keys)
+            assert sorted(read) == sorted(key for key in keys if ".wara_" in key)  # the error is of ΔW only
 
 
 class CountCalls(TorchDispatchMode):
