@@ -38,17 +38,18 @@ class Engine:
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for `--max-lora-rank`."""
-_VLLM = "vLLM 0.26: lora_model.py, peft_helper.py and model_manager.py in vllm/lora, LoRAConfig"
+_VLLM = "vLLM 0.26: LoRAConfig; vllm/lora/lora_model.py of commit 0306474, peft_helper.py of e745baf"
 ENGINES: dict[str, Engine] = {
     "peft": Engine("PEFT 0.21", experts="stacked", takes_all=True),
     "vllm": Engine(_VLLM, experts="apart", ranks=VLLM_RANKS),
     # For models whose class sets is_3d_moe_weight, such as gpt-oss and Qwen3.5-MoE, or with
     # --enable-mixed-moe-lora-format and "is_3d_lora_weight": true.
     "vllm-3d": Engine(_VLLM, experts="stacked", ranks=VLLM_RANKS),
-    "sglang": Engine("SGLang 0.5: lora.py and lora_manager.py in python/sglang/srt/lora", experts="apart"),
+    # It renames w1, w2, w3 by itself, and drops PEFT's stacks without a word.
+    "sglang": Engine("SGLang of mid-2026: srt/lora/lora.py, its pull requests 25528 and 27381", experts="apart"),
     # What the two formats hold is checked where they are written.
-    "llama.cpp": Engine("llama.cpp: convert_lora_to_gguf.py, src/llama-adapter.cpp", format="gguf"),
-    "diffusers": Engine("diffusers 0.37: load_lora_weights", format="diffusers", takes_all=True),
+    "llama.cpp": Engine("llama.cpp as in xllamacpp 2026.10: tests/lora/test_gguf.py runs it", format="gguf"),
+    "diffusers": Engine("diffusers 0.42: load_lora_weights", format="diffusers", takes_all=True),
 }
 """The engines by name; "peft" takes whatever an export writes."""
 
