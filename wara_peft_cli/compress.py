@@ -122,7 +122,15 @@ def compress(
         int, typer.Option(min=1, help="Tokens of a text, or of a block into which a decoder's texts are packed.")
     ] = 512,
     batches: Annotated[int | None, typer.Option(min=1, help="Batches to use at most.")] = None,
-    memory: Annotated[int, typer.Option(min=1, metavar="BYTES", help="What statistics may take at a time.")] = 2**31,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="BYTES",
+            show_default="2 GiB, or what the largest layer needs",
+            help="What statistics may take at a time.",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     overwrite: Overwrite = False,
     debug: Debug = False,

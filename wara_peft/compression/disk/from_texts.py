@@ -8,22 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
-from ...disk.checkpoints.checkpoint import Checkpoint, copy_beside
+from ...disk.checkpoints.checkpoint import copy_beside
 from ...disk.checkpoints.directory import written_at_once
-from ...disk.checkpoints.skeleton import Skeleton
-from ...disk.checkpoints.tensors import FLOATS
-from ...factorized.saved import kinds_and_sizes
 from ..compress import check_method, check_plan, compress
 from ..methods import Method
 from ..report import CompressionReport, Evaluation
 from ..solvers.table import solver_of
-from ..statistics.collect import MAX_BYTES, calibrate
+from ..statistics.collect import calibrate
 from ..statistics.layer_statistics import MANIFEST, load_statistics
+from .base import dense_base
 from .evaluation import accuracy, perplexity
-from .model import model_class_of, write_compressed
+from .model import write_compressed
 from .text_batches import Batch, TextBatches
 from .text_files import read_texts
 
@@ -40,7 +37,7 @@ def compress_checkpoint(
     batch_size: int = 8,
     length: int = 512,
     batches: int | None = None,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     show_progress_bar: bool = True,
@@ -75,16 +72,9 @@ def compress_checkpoint(
     directory = Path(base)
     # All checks up to `from_pretrained` read only headers, configs and texts, so mistakes show before the weights are
     # loaded.
-    checkpoint = Checkpoint(directory)
-    skeleton = Skeleton(checkpoint)
-    model_class = model_class_of(skeleton)
-    empty = skeleton.make(model_class)
-    done = kinds_and_sizes(empty)
-    if done:
-        raise ValueError(
-            f"{str(base)!r} has {len(done)} factorised layers already. Compress the model it was made of."
-        )
-    check_plan(cast(nn.Module, empty).to(_dtype(skeleton)), method)
+    skeleton, empty = dense_base(directory)
+    model_class = type(empty)
+    check_plan(empty, method)
     needs = solver_of(method).needs
     kept = None
     if statistics is not None and (Path(statistics) / MANIFEST).is_file():
@@ -137,12 +127,6 @@ def compress_checkpoint(
         copy_beside(directory, temporary)
         write_compressed(model, temporary)
     return report
-
-
-def _dtype(skeleton: Skeleton) -> torch.dtype:
-    """Give the dtype in which transformers will load the checkpoint."""
-    dtypes = (info.dtype for info in skeleton.checkpoint.tensors.values() if info.dtype in FLOATS)
-    return cast(torch.dtype | None, skeleton.config.dtype) or FLOATS[next(dtypes, "F32")]
 
 
 def _score(model: nn.Module, make: TextBatches, batches: list[Batch]) -> float:
