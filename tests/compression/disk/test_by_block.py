@@ -308,7 +308,7 @@ def test_statistics_of_a_block_of_8b_stay_within_what_is_counted(llama_3_8b: Lla
 
 
 def test_solving_the_widest_layer_of_8b() -> None:
-    """All matrices grow with the square of the width, so those of a sixteenth of the width say what the whole takes."""
+    """Matrices grow with the square of the width, so those of a sixteenth of the width say what the whole takes."""
     share = 16
     layer = nn.Linear(14_336 // share, 4096 // share, bias=False, dtype=torch.bfloat16)
     rows = torch.randn(2000, layer.in_features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -161,24 +161,33 @@ class BlockwiseModel:
     def calls(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, list[Call]]:
         """Run what lies before the blocks; give the first block's hidden states, and the call of each block.
 
+        What comes after the blocks runs for the first batch only, to see that it calls no block.
+
         Raises:
             ValueError: a block does not run exactly once.
         """
         found: dict[int, list[Call]] = {number: [] for number in range(len(self.blocks))}
+        is_first = self._output is None
         first: list[Tensor] = []
 
         def note(number: int, call: Call, hidden: Tensor) -> Tensor:
             found[number].append(call)
             first.append(hidden)
+            if number == len(self.blocks) - 1 and not is_first:
+                raise _AfterBlocks
             # A copy, so that the next block's arguments show whether it gets what this one gives.
             return hidden.clone()
 
-        with self.calling(note):
+        with suppress(_AfterBlocks), self.calling(note):
             run_model(cast(nn.Module, self.model), kwargs or args)
         for number, calls in found.items():
             if len(calls) != 1:
                 raise ValueError(f"'{self.place}.{number}' runs {len(calls)} times in a batch, not once. {REMEDY}")
         return first[0], [calls[0] for calls in found.values()]
+
+
+class _AfterBlocks(Exception):
+    """Ends a run of the model when its blocks are through."""
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..solvers.table import solver_of
 from ..statistics.collect import calibrate
 from ..statistics.layer_statistics import MANIFEST, load_statistics
 from .base import dense_base
+from .by_block import compress_by_block
 from .evaluation import accuracy, perplexity
 from .model import write_compressed
 from .text_batches import Batch, TextBatches
@@ -38,6 +39,7 @@ def compress_checkpoint(
     length: int = 512,
     batches: int | None = None,
     max_bytes: int | None = None,
+    by_block: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
     show_progress_bar: bool = True,
@@ -59,6 +61,8 @@ def compress_checkpoint(
             decoder are packed into blocks of `length` tokens; see `TextBatches`.
         batches: how many batches to use at most.
         max_bytes: as in `calibrate`.
+        by_block: whether to go by `compress_by_block`, with the weights of one block in memory. It keeps no
+            statistics, and evaluates nothing.
         device: where the model runs.
         overwrite: replace `path` if it is there.
         show_progress_bar: show progress.
@@ -72,6 +76,11 @@ def compress_checkpoint(
     directory = Path(base)
     # All checks up to `from_pretrained` read only headers, configs and texts, so mistakes show before the weights are
     # loaded.
+    if by_block and (statistics is not None or evaluate is not None):
+        raise ValueError(
+            f"by_block has neither all statistics nor the whole model at any time: leave out "
+            f"{'statistics' if statistics is not None else 'evaluate'}."
+        )
     skeleton, empty = dense_base(directory)
     model_class = type(empty)
     check_plan(empty, method)
@@ -82,6 +91,26 @@ def compress_checkpoint(
     if texts is None and (sequential or (needs and kept is None)):
         why = "sequential" if sequential else f"solver={method.solver!r}"
         raise ValueError(f"{why} needs texts to calibrate with: give a file with one in each line (--texts).")
+    if by_block:
+        unlabelled = None
+        if texts is not None:
+            make = TextBatches(directory, skeleton.config, model_class, batch_size, length)
+            # With labels the model would compute a loss, which nothing needs here.
+            unlabelled = [
+                {name: tensor for name, tensor in batch.items() if name != "labels"}
+                for batch in itertools.islice(make(read_texts(Path(texts))), batches)
+            ]
+        return compress_by_block(
+            base,
+            path,
+            method,
+            unlabelled,
+            sequential=sequential,
+            max_bytes=max_bytes,
+            device=device,
+            overwrite=overwrite,
+            show_progress_bar=show_progress_bar,
+        )
     with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base,)) as temporary:
         data: list[Batch] = []
         judged: list[Batch] = []
