@@ -2,9 +2,8 @@
 
     python benchmarks/by_block.py
 
-Each way runs in a process of its own, from a directory with the model to a directory with the compressed one. Memory is
-the peak above that of the process before, which has imported all libraries. "Block by block" writes the inputs of blocks
-to files; what lies in the page cache does not count.
+Each way runs in a process of its own, from a directory with the model to a directory with the compressed one. Memory
+is the peak above that of the process before, which has imported all libraries.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def calibrate(
 @contextmanager
 def _each_sample_once(dataloader: Any) -> Iterator[None]:
     """Context in which a dataloader of accelerate does not repeat samples so that all processes get equally many."""
-    sampler = getattr(dataloader, "batch_sampler", None)
+    sampler: Any = getattr(dataloader, "batch_sampler", None)
     evens_out = isinstance(sampler, BatchSamplerShard) and sampler.even_batches
     try:
         if evens_out:
