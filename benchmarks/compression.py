@@ -2,7 +2,8 @@
 
     python benchmarks/compression.py
     python benchmarks/compression.py --parts accuracy reconstruction     # the others stay as the file has them
-    python benchmarks/compression.py --model smollm2                     # calibrating SmolLM2, and nothing else
+    python benchmarks/compression.py --model smollm2                     # SmolLM2, and nothing else
+    python benchmarks/compression.py --model smollm2 --by-block          # only the last part
 
 - accuracy: MiniLM, trained in full on docstrings by three seeds, at 50 % of its targets' parameters without healing.
 - reconstruction: ‖(W − Ŵ) x‖² as a share of that of the outputs, of all its layers at equal bytes on held-out texts.
@@ -12,6 +13,8 @@
 
 - calibrating: seconds of calibrating SmolLM2-135M, and the peak memory above that of the process with the model, each
   in a process of its own; statistics stay in memory, or go to disk.
+- by_block: seconds of compressing SmolLM2-135M all at once and block by block, and the peak memory above that of the
+  process before, which has imported all libraries.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +39,7 @@ from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
+import smollm2
 from compress_tasks import Docstrings
 from docstring_data import load_docstrings
 
@@ -44,7 +49,10 @@ from wara_peft.compression.solvers.low_rank import Metric, low_rank
 from wara_peft.compression.solvers.table import solver_of
 from wara_peft.compression.statistics.layer_statistics import probe_of
 
-PARTS = {"minilm": ("accuracy", "reconstruction", "solving", "growth", "models"), "smollm2": ("calibrating",)}
+PARTS = {
+    "minilm": ("accuracy", "reconstruction", "solving", "growth", "models"),
+    "smollm2": ("calibrating", "by_block"),
+}
 """What is measured of each model, or of layers by themselves."""
 DENSE_STEPS, BATCHES = 100, 32
 WIDTHS = (512, 1024, 2048, 4096)
@@ -329,17 +337,82 @@ def calibrating(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+# 5. What compressing it block by block takes
+
+BY_BLOCK_METHODS = {"uniform": 'Activation(0.6, allocation="uniform")', "greedy": "Activation(0.6)"}
+BY_BLOCK_WAYS = {
+    "all at once": """
+from transformers import AutoModelForCausalLM
+from wara_peft.compression import calibrate, compress, save_compressed
+model = AutoModelForCausalLM.from_pretrained(base)
+compress(model, method, calibrate(model, batches, show_progress_bar=False), show_progress_bar=False)
+save_compressed(model, out)
+""",
+    "block by block": """
+from wara_peft.compression import compress_by_block
+compress_by_block(base, out, method, batches, show_progress_bar=False)
+""",
+}
+BY_BLOCK = """
+import sys, time, warnings
+import torch
+import transformers.models.llama.modeling_llama
+from wara_peft.compression import Activation
+warnings.filterwarnings("ignore", "Too few samples for a regular moment")
+base, out = sys.argv[1] + "/base", sys.argv[1] + "/out"
+batches, method = torch.load(sys.argv[1] + "/batches.pt"), {method}
+def memory(name):
+    (size,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith(name))
+    return int(size) / 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak is that of now on
+before, start = memory("VmRSS"), time.perf_counter()
+{way}
+print(time.perf_counter() - start, memory("VmHWM") - before)
+"""
+
+
+def by_block(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One run each, from a directory with the model to a directory with the compressed one."""
+    count, length = (2, 32) if options.smoke else (32, 256)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
+        if options.smoke:
+            model.model.layers = model.model.layers[:2]
+            model.config.num_hidden_layers = 2
+        model.save_pretrained(f"{folder}/base")
+        sizes = {
+            "model": sum(parameter.nbytes for parameter in model.parameters()),
+            "block": sum(parameter.nbytes for parameter in model.model.layers[0].parameters()),
+        }
+        text = "\n".join(entry.text for entry in load_docstrings(max_per_class=15 if options.smoke else 60).train)
+        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : count * length]
+        torch.save([{"input_ids": part} for part in tokens.reshape(-1, length).split(4)], f"{folder}/batches.pt")
+        for allocation, method in BY_BLOCK_METHODS.items():
+            for way, code in BY_BLOCK_WAYS.items():
+                program = BY_BLOCK.format(method=method, way=code)
+                done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(done.stderr)
+                seconds, peak = map(float, done.stdout.split()[-2:])
+                row = {"allocation": allocation, "way": way, "seconds": seconds, "peak_mebibytes": peak}
+                rows.append({**row, "tokens": len(tokens), **sizes})
+                shutil.rmtree(f"{folder}/out")
+    return rows
+
+
 def main() -> None:
     parser = harness.parser(__doc__, "compression", rounds=5)
     every = [part for parts in PARTS.values() for part in parts]
     parser.add_argument("--model", choices=PARTS, default="minilm", help="whose parts (default: %(default)s)")
     parser.add_argument("--parts", nargs="+", choices=every, help="(default: those of --model)")
+    parser.add_argument("--by-block", action="store_true", help="only the part by_block")
     parser.add_argument("--seeds", type=int, default=3, help="dense models for the accuracy (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="(default: %(default)s)")
     options = parser.parse_args()
-    wanted = options.parts or PARTS[options.model]
+    wanted = ("by_block",) if options.by_block else options.parts or PARTS[options.model]
     kept = json.loads(options.output.read_text()) if options.output.exists() and not options.smoke else {}
-    measures = (accuracy, reconstruction, solving, growth, models, calibrating)
+    measures = (accuracy, reconstruction, solving, growth, models, calibrating, by_block)
     result = {name: kept[name] for name in every if name in kept}
     result |= {part: measure(options) for part, measure in zip(every, measures, strict=True) if part in wanted}
     harness.save(options, result)

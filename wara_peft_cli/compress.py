@@ -20,7 +20,8 @@ EXAMPLES = f"""Examples:\n
     {PROGRAM} compress my-base-model my-small-model --budget 0.6 --texts texts.txt\n
     {PROGRAM} compress my-base-model my-small-model --budget 48MB --solver svd\n
     {PROGRAM} compress my-classifier out --budget 0.5 --solver fisher --texts train.csv --evaluate test.csv\n
-    {PROGRAM} compress my-base-model my-small-model --budget 0.5 --texts texts.txt --statistics my-statistics"""
+    {PROGRAM} compress my-base-model my-small-model --budget 0.5 --texts texts.txt --statistics my-statistics\n
+    {PROGRAM} compress my-large-model my-smaller-model --budget 0.6 --texts texts.txt --by-block"""
 
 TYPES: dict[str, Any] = {"cost": Cost, "target_modules": list[str]}
 """What options take whose fields take more than a command line can say."""
@@ -122,7 +123,18 @@ def compress(
         int, typer.Option(min=1, help="Tokens of a text, or of a block into which a decoder's texts are packed.")
     ] = 512,
     batches: Annotated[int | None, typer.Option(min=1, help="Batches to use at most.")] = None,
-    memory: Annotated[int, typer.Option(min=1, metavar="BYTES", help="What statistics may take at a time.")] = 2**31,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="BYTES",
+            show_default="2 GiB, or what the largest layer needs",
+            help="What statistics may take at a time.",
+        ),
+    ] = None,
+    by_block: Annotated[
+        bool, typer.Option("--by-block", help="Have the weights of one block in memory; go on where a run was killed.")
+    ] = False,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -148,6 +160,7 @@ def compress(
             length=length,
             batches=batches,
             max_bytes=memory,
+            by_block=by_block,
             device=device,
             overwrite=overwrite,
             show_progress_bar=err.is_terminal,

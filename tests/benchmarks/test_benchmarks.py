@@ -291,6 +291,11 @@ def check_compression(result: dict[str, Any], _: dict[str, Any]) -> None:
     assert forward["tokens"] == calibrating["tokens"] == 4 * 96
     # The moment of the inputs of one layer, (128, 352), is there at least, in float64.
     assert calibrating["peak_mebibytes_above_model"] > 8 * 352**2 / 2**20
+    assert [(row["allocation"], row["way"]) for row in result["by_block"]] == [
+        (allocation, way) for allocation in ("uniform", "greedy") for way in ("all at once", "block by block")
+    ]
+    # The embedding of SmolLM2, which is its head too, is there at least.
+    assert all(row["peak_mebibytes"] > 4 * 49152 * 576 / 2**20 for row in result["by_block"])
 
 
 def check_settings(result: dict[str, Any], script: dict[str, Any]) -> None:
@@ -359,7 +364,7 @@ def check_real_model(result: dict[str, Any], script: dict[str, Any]) -> None:
     assert shared is model[0].weight
 
 
-COMPRESSION_PARTS = ("accuracy", "reconstruction", "solving", "growth", "models", "calibrating")
+COMPRESSION_PARTS = ("accuracy", "reconstruction", "solving", "growth", "models", "calibrating", "by_block")
 # script: the options that make it small, and what its result must say
 SCRIPTS: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], None]]] = {
     "compression": ([*SMOKE, "--parts", *COMPRESSION_PARTS], check_compression),

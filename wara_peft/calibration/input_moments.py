@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from .processes import processes
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 
@@ -44,6 +47,18 @@ class Sums:
         self.centred.add_(other.centred).addr_(step, step, alpha=self.count * other.count / count)
         self.mean = self.mean + step * (other.count / count)
         self.count = count
+
+    def add_other_processes(self) -> None:
+        """Add the sums of all other processes, in place."""
+        total = torch.tensor([self.count], device=self.mean.device)
+        mean = self.mean * self.count
+        for tensor in (total, mean):
+            dist.all_reduce(tensor)
+        mean /= total.clamp(min=1)
+        step = self.mean - mean
+        self.centred.addr_(step, step, alpha=self.count)
+        dist.all_reduce(self.centred)
+        self.count, self.mean = int(total), mean
 
     def copy(self) -> Sums:
         return Sums(self.count, self.mean, self.centred.clone())
@@ -124,14 +139,14 @@ class Moments:
     def start_batch(self, kwargs: Mapping[str, Any]) -> None:
         """Forget the batch before, and take the masks of this one, if it is a mapping."""
         self._latest = None
-        self._masks = _masks_of(kwargs)
+        self._masks = masks_of(kwargs)
         encoded = kwargs.get("encoder_outputs")
         self._encoded = None if encoded is None else encoded[0]
 
     def _note_masks(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A batch may be a tuple, or `loss_fn` may call the model in its own way. The call itself has the masks.
         named = arguments_by_name(model, args, kwargs)
-        if _masks_of(named):
+        if masks_of(named):
             self.start_batch(named)
 
     def keep_encoded(self, encoder: nn.Module, args: Any, output: Any) -> None:
@@ -150,15 +165,16 @@ class Moments:
                 self._of[layer] = latest
                 latest.followed.add(layer)
                 return
+        if moment is not None:
+            if layer is not moment.leader:
+                moment = self._leave(layer)
+            # The next call of the leader adds an input that these layers have not been given.
+            self._let_go(moment)
+            moment.settle()  # now, so that two sums are in memory at once, not three
         new = Sums.of(self._counted(layer, inputs))
         if moment is None:
             zeros = Sums(0, torch.zeros_like(new.mean), torch.zeros_like(new.centred))
             moment = self._of[layer] = _Moment(layer, zeros)
-        elif layer is not moment.leader:
-            moment = self._leave(layer)
-        # The next call of the leader adds an input that these layers have not been given.
-        self._let_go(moment)
-        moment.settle()
         moment.latest = new
         moment.calls += 1
         moment.followed.clear()
@@ -200,15 +216,45 @@ class Moments:
         encoded = self._encoded
         return encoded is not None and inputs.shape == encoded.shape and inputs.data_ptr() == encoded.data_ptr()
 
-    def of_layers(self) -> dict[nn.Module, Tensor]:
-        """Give XᵀX, in float64, of each layer that ran; one tensor for layers that always had the same inputs."""
-        products = {}
+    def sums(self) -> dict[nn.Module, Sums]:
+        """Give the sums over the inputs of each layer that ran; one object for layers that always had the same."""
         for moment in set(self._of.values()):
             self._let_go(moment)
         for moment in set(self._of.values()):
             moment.settle()
-            products[moment] = moment.total.products(self.with_mean)
-        return {layer: products[moment] for layer, moment in self._of.items()}
+        return {layer: moment.total for layer, moment in self._of.items()}
+
+    def of_layers(self) -> dict[nn.Module, Tensor]:
+        """Give XᵀX, in float64, of each layer that ran; one tensor for layers that always had the same inputs."""
+        sums = self.sums()
+        products = {total: total.products(self.with_mean) for total in set(sums.values())}
+        return {layer: products[total] for layer, total in sums.items()}
+
+
+def summed_over_processes(sums: dict[nn.Module, Sums], widths: Mapping[nn.Module, int]) -> dict[nn.Module, Sums]:
+    """Add up the sums of all processes; layers share them if they do so in every process.
+
+    Args:
+        sums: the result of `Moments.sums` in this process, which may lack layers, and may change.
+        widths: numbers of inputs of the layers that were watched, in the same order in all processes.
+    """
+    if processes() == 1:
+        return sums
+    # A number for each sum of this process, and -1 for a layer that never ran.
+    numbers = {total: number for number, total in enumerate(dict.fromkeys(sums.values()))}
+    own = [numbers[sums[layer]] if layer in sums else -1 for layer in widths]
+    of_processes: list[Any] = [None] * processes()
+    dist.all_gather_object(of_processes, own)
+    keys = dict(zip(widths, zip(*of_processes, strict=True), strict=True))
+    found: dict[tuple[int, ...], Sums] = {}
+    for layer, key in keys.items():
+        if key not in found and any(number >= 0 for number in key):
+            device = next(layer.parameters()).device
+            zeros = torch.zeros(widths[layer], dtype=torch.float64, device=device)
+            # A copy, because this process may share the sum with a layer that another process does not share it with.
+            found[key] = sums[layer].copy() if layer in sums else Sums(0, zeros, torch.diag(zeros))
+            found[key].add_other_processes()
+    return {layer: found[key] for layer, key in keys.items() if key in found}
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Tensor:
@@ -235,7 +281,7 @@ def arguments_by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     return {**bound.arguments, **kwargs}
 
 
-def _masks_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def masks_of(kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Give the masks among a model's arguments, under the names that transformers has for them."""
     masks = {name: kwargs[name] for name in MASKS if isinstance(kwargs.get(name), Tensor)}
     # PyTorch's encoders name their mask so. True, or -inf, says that a position is masked.

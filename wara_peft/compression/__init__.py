@@ -12,6 +12,7 @@ from ..factorized import (
     factorize_linear,
 )
 from .compress import compress
+from .disk.by_block import compress_by_block
 from .disk.dense import DenseLayers, to_dense
 from .disk.model import load_compressed, save_compressed
 from .disk.state_dict import load_factorized
@@ -58,6 +59,7 @@ __all__ = [
     "cache_bases",
     "calibrate",
     "compress",
+    "compress_by_block",
     "dense_sparse",
     "factorize",
     "factorize_conv",

@@ -99,66 +99,119 @@ def compress(
     if batches == []:
         raise ValueError("sequential gives no batches.")
     check_base(model)
-    given = method.budget if isinstance(method.budget, Mapping) else None
-    if given is not None:
-        # With given ranks there is nothing to allocate. "uniform" computes no gains, and costs are parameters.
-        method = replace(method, allocation="uniform", target_modules="|".join(map(re.escape, given)))
-    targets, left = _targets(model, method)
+    plan = Plan(model, method)
     entries = statistics or {}
-    shapes: dict[str, Shape] = {}
-    gains: dict[str, list[float]] = {}
-    for name, layer in tqdm(targets.items(), desc="Reading statistics", disable=not show_progress_bar):
+    for name, layer in tqdm(plan.targets.items(), desc="Reading statistics", disable=not show_progress_bar):
         weight = factorizable_weight(name, layer)
         entry = statistics_of(name, layer, entries, method)
         # A sequential run measures the mean later. The bias that it brings must fit the budget now.
-        has_mean = entry.mean is not None or batches is not None
-        shapes[name] = _shape(layer, entry.count, method, method.compensate_bias and has_mean)
-        gains[name] = _gains(weight, method, entry) if method.allocation in ("greedy", "cost") else []
-    unit, costs = _costs(shapes, method)
-    candidates = [
-        Candidate(name, ranks_that_pay(costs[name], shapes[name].max_rank), costs[name](None), gains[name])
-        for name in targets
-    ]
-    before = sum(candidate.dense for candidate in candidates)
-    if given is not None:
-        ranks = _given(given, targets, shapes, candidates)
-        limit = total_cost(candidates, ranks)
-    else:
-        limit = _limit(cast(Any, method.budget), before, unit)
-        check_budget(candidates, limit, unit)
-        ranks = _allocated(method, candidates, targets, limit)
-    ranked = {name: rank for name, rank in zip(targets, ranks, strict=True) if rank is not None}
-    replacement = Replacement(model, targets, ranked, method, entries)
+        plan.add(name, entry.count, entry.mean is not None or batches is not None, plan.gains(weight, entry))
+    ranked = plan.ranked()
+    replacement = Replacement(model, plan.targets, ranked, plan.method, entries)
     with tqdm(total=len(ranked), desc="Compressing", disable=not show_progress_bar) as progress:
         if batches is None:
             lost = replacement.at_once(progress.update)
         else:
             lost = replacement.in_order(batches, loss_fn, progress.update)
-    report = CompressionReport(
-        method.solver,
-        method.allocation if given is None else "given",
-        limit,
-        unit,
-        total_cost(candidates, ranks),
-        before,
-        [
-            LayerReport(
-                candidate.name,
-                (shapes[candidate.name].out_features, shapes[candidate.name].in_features),
-                rank,
-                nonzeros_of(rank) if rank is not None and solver_of(method).is_dictionary else None,
-                shapes[candidate.name].parameters(None),
-                shapes[candidate.name].parameters(rank),
-                lost.get(candidate.name, 0.0),
-                "" if rank is not None else "dense is better" if candidate.costs else "no rank pays",
-            )
-            for candidate, rank in zip(candidates, ranks, strict=True)
-        ],
-        left,
-        batches is not None,
-    )
+    report = plan.report(lost, batches is not None)
     cast(Any, model).compression_report = report
     return report
+
+
+class Plan:
+    """Which rank each layer of a model gets: first `add` is called for each target, then `ranked`, then `report`.
+
+    Only sizes of the model's layers are read, so their weights may be on the meta device.
+
+    Attributes:
+        method: the method; with given ranks its allocation is "uniform", and its targets are the layers of the ranks.
+        targets: the layers to compress, each under its first name.
+        left: the reasons why other layers are left, by name.
+
+    Raises:
+        ValueError: a target matches nothing, or none can be replaced.
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        self._given = method.budget if isinstance(method.budget, Mapping) else None
+        if self._given is not None:
+            # With given ranks there is nothing to allocate. "uniform" computes no gains, and costs are parameters.
+            method = replace(method, allocation="uniform", target_modules="|".join(map(re.escape, self._given)))
+        self.method = method
+        self.targets, self.left = _targets(model, method)
+        self._shapes: dict[str, Shape] = {}
+        self._gains: dict[str, list[float]] = {}
+
+    @property
+    def needs_gains(self) -> bool:
+        """Whether ranks depend on what each unit of rank gains, which only weights and statistics tell."""
+        return self.method.allocation in ("greedy", "cost")
+
+    def gains(self, weight: Tensor, entry: LayerStatistics) -> list[float]:
+        """Give what each unit of a layer's rank gains, or nothing if ranks do not depend on it."""
+        return _gains(weight, self.method, entry) if self.needs_gains else []
+
+    def add(self, name: str, positions: int, has_mean: bool, gains: list[float]) -> None:
+        """Note what is known of a target.
+
+        Args:
+            name: the target's name.
+            positions: how many positions calibration has seen.
+            has_mean: whether there is the mean of the inputs, with which a bias may make up for an error.
+            gains: the result of `gains`.
+        """
+        gets_bias = self.method.compensate_bias and has_mean
+        self._shapes[name] = _shape(self.targets[name], positions, self.method, gets_bias)
+        self._gains[name] = gains
+
+    def ranked(self) -> dict[str, int]:
+        """Spend the budget; give the ranks of the targets that do not stay dense.
+
+        Raises:
+            ValueError: the budget is below the cost of rank 1 in all layers, or a given rank is out of range.
+        """
+        self._unit, costs = _costs(self._shapes, self.method)
+        self._candidates = candidates = [
+            Candidate(name, ranks_that_pay(costs[name], shape.max_rank), costs[name](None), self._gains[name])
+            for name, shape in ((name, self._shapes[name]) for name in self.targets)
+        ]
+        self._before = sum(candidate.dense for candidate in candidates)
+        if self._given is not None:
+            self._ranks = _given(self._given, self.targets, self._shapes, candidates)
+            self._limit = total_cost(candidates, self._ranks)
+        else:
+            self._limit = _limit(cast(Any, self.method.budget), self._before, self._unit)
+            check_budget(candidates, self._limit, self._unit)
+            self._ranks = _allocated(self.method, candidates, self.targets, self._limit)
+        return {name: rank for name, rank in zip(self.targets, self._ranks, strict=True) if rank is not None}
+
+    def report(self, lost: Mapping[str, float], sequential: bool) -> CompressionReport:
+        """Report what each target got; `lost` has the errors of the layers that were replaced."""
+        is_dictionary = solver_of(self.method).is_dictionary
+        return CompressionReport(
+            self.method.solver,
+            self.method.allocation if self._given is None else "given",
+            self._limit,
+            self._unit,
+            total_cost(self._candidates, self._ranks),
+            self._before,
+            [
+                LayerReport(
+                    name,
+                    (shape.out_features, shape.in_features),
+                    rank,
+                    nonzeros_of(rank) if rank is not None and is_dictionary else None,
+                    shape.parameters(None),
+                    shape.parameters(rank),
+                    lost.get(name, 0.0),
+                    "" if rank is not None else "dense is better" if candidate.costs else "no rank pays",
+                )
+                for name, candidate, rank in zip(self.targets, self._candidates, self._ranks, strict=True)
+                for shape in (self._shapes[name],)
+            ],
+            self.left,
+            sequential,
+        )
 
 
 def check_method(call: str, method: Method) -> None:

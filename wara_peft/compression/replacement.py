@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -27,6 +27,48 @@ from .statistics.layer_statistics import LayerStatistics
 from .targets import Layer, errors_naming, separate_replaceable
 
 
+def layers_by_input(
+    model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, loss_fn: LossFunction | None = None
+) -> list[list[str]]:
+    """Give the names of layers that run in a batch, in the order in which they do.
+
+    Layers that run right after each other on the same input tensor, such as q, k and v, form one group.
+    """
+    groups: list[list[str]] = []
+    latest: Tensor | None = None
+    version: int | None = None
+    seen: set[str] = set()
+
+    def note(name: str, inputs: Tensor) -> None:
+        nonlocal latest, version
+        if name in seen:  # a layer that runs several times in a batch has its place by the first run
+            return
+        seen.add(name)
+        if is_unchanged(inputs, latest, version):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        latest, version = inputs, version_of(inputs)
+
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: note(name, input_of(args, kwargs)), with_kwargs=True
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.inference_mode(False), torch.no_grad(), in_eval_mode(model):
+            batch = send_to_device(batch, next(model.parameters()).device)
+            if loss_fn is not None:
+                loss_fn(model, batch)
+            else:
+                run_model(model, batch, OR_LOSS_FN)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return groups
+
+
 @dataclass
 class Replacement:
     """A plan of `compress`: which layers get which rank, by which method."""
@@ -49,14 +91,24 @@ class Replacement:
         replace_everywhere(self.model, {self.targets[name]: solution.layer for name, solution in made.items()})
         return {name: solution.lost for name, solution in made.items()}
 
-    def in_order(self, batches: list[Any], loss_fn: LossFunction | None, done: Callable[[], Any]) -> dict[str, float]:
+    def in_order(
+        self, batches: Iterable[Any], loss_fn: LossFunction | None, done: Callable[[], Any]
+    ) -> dict[str, float]:
         """Replace one layer after the other, each with moments of the inputs that it gets from the layers before it.
 
         These layers are factorised by then, so errors are weighed by the inputs that the new layer will really get.
         """
         lost = {}
         with self._restored_on_error():
-            for group in self._groups(batches[0], loss_fn):
+            layers = {name: self.targets[name] for name in self.ranks}
+            groups = layers_by_input(self.model, layers, next(iter(batches)), loss_fn)
+            silent = [repr(name) for name in self.ranks if not any(name in group for group in groups)]
+            if silent:
+                raise ValueError(
+                    f"{first_few(silent)} never ran in the first batch of `sequential`. Pass batches that use it, or "
+                    "leave it out of target_modules."
+                )
+            for group in groups:
                 # All layers of a group get one input tensor, so the moments of the first layer are those of all.
                 leader = {group[0]: self.targets[group[0]]}
                 fresh = measure(self.model, leader, batches, ("inputs",), loss_fn)[group[0]]
@@ -69,51 +121,6 @@ class Replacement:
                     lost[name] = solution.lost
                     done()
         return lost
-
-    def _groups(self, batch: Any, loss_fn: LossFunction | None) -> list[list[str]]:
-        """Give the names in the order in which the layers run in one batch.
-
-        Layers that run right after each other on the same input tensor, such as q, k and v, form one group.
-        """
-        groups: list[list[str]] = []
-        latest: Tensor | None = None
-        version: int | None = None
-        seen: set[str] = set()
-
-        def note(name: str, inputs: Tensor) -> None:
-            nonlocal latest, version
-            if name in seen:  # a layer that runs several times in a batch has its place by the first run
-                return
-            seen.add(name)
-            if is_unchanged(inputs, latest, version):
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-            latest, version = inputs, version_of(inputs)
-
-        handles = [
-            self.targets[name].register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: note(name, input_of(args, kwargs)), with_kwargs=True
-            )
-            for name in self.ranks
-        ]
-        try:
-            with torch.inference_mode(False), torch.no_grad(), in_eval_mode(self.model):
-                batch = send_to_device(batch, next(self.model.parameters()).device)
-                if loss_fn is not None:
-                    loss_fn(self.model, batch)
-                else:
-                    run_model(self.model, batch, OR_LOSS_FN)
-        finally:
-            for handle in handles:
-                handle.remove()
-        silent = [repr(name) for name in self.ranks if name not in seen]
-        if silent:
-            raise ValueError(
-                f"{first_few(silent)} never ran in the first batch of `sequential`. Pass batches that use it, or "
-                "leave it out of target_modules."
-            )
-        return groups
 
     @contextmanager
     def _restored_on_error(self) -> Iterator[None]:

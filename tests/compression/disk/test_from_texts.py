@@ -100,9 +100,25 @@ def test_as_by_hand(made: Path, tmp_path: Path, solver: str) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3 w4")["input_ids"] == [7, 8]
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_by_block(made: Path, tmp_path: Path, sequential: bool) -> None:
+    options = ("--budget", "0.6", "--texts", made / "texts.txt", *(["--sequential"] if sequential else []))
+    whole = say("compress", made / "base", tmp_path / "whole", *options)
+    found = say("compress", made / "base", tmp_path / "found", *options, "--by-block")
+    assert (whole.exit_code, found.exit_code) == (0, 0), whole.output + found.output
+    report, expected = (load_compressed(tmp_path / name).compression_report for name in ("found", "whole"))
+    assert report == expected
+    assert AutoTokenizer.from_pretrained(tmp_path / "found")("w3 w4")["input_ids"] == [7, 8]
+    for option in ("evaluate", "statistics"):
+        refused = say(
+            "compress", made / "base", tmp_path / "out", *options, "--by-block", f"--{option}", tmp_path / "x"
+        )
+        assert refused.exit_code == 1 and f"leave out {option}" in refused.output
+
+
 def test_two_runs_with_one_calibration_and_inspect(made: Path, tmp_path: Path) -> None:
     options = ("--budget", "3500", "--statistics", tmp_path / "statistics")
-    first = say("compress", made / "base", tmp_path / "a", "--texts", made / "texts.txt", "--memory", 20_000, *options)
+    first = say("compress", made / "base", tmp_path / "a", "--texts", made / "texts.txt", "--memory", 21_000, *options)
     assert first.exit_code == 0, first.output
     assert len(list((tmp_path / "statistics").glob("*.safetensors"))) > 1
     again = say("compress", made / "base", tmp_path / "b", *options)

@@ -176,7 +176,7 @@ class TestInterrupted:
             return model(**batch).loss
 
         with pytest.raises(error):
-            calibrate(model, data, self.KINDS, max_bytes=20_000, path=path, loss_fn=loss_fn, **QUIET)
+            calibrate(model, data, self.KINDS, max_bytes=24_000, path=path, loss_fn=loss_fn, **QUIET)
         return model, data
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -186,13 +186,13 @@ class TestInterrupted:
         assert len(list(path.glob("*.safetensors"))) == 2
         with pytest.raises(FileNotFoundError, match=r"was interrupted; call it again, to go on"):
             load_statistics(path)
-        expected = calibrate(model, data, self.KINDS, max_bytes=20_000, **QUIET)
+        expected = calibrate(model, data, self.KINDS, max_bytes=24_000, **QUIET)
         calls: list[int] = []
         handle = model.register_forward_hook(lambda *_: calls.append(1))
-        calibrate(model, data, self.KINDS, max_bytes=20_000, path=tmp_path / "whole", **QUIET)
+        calibrate(model, data, self.KINDS, max_bytes=24_000, path=tmp_path / "whole", **QUIET)
         whole = len(calls)
         calls.clear()
-        found = calibrate(model, data, self.KINDS, max_bytes=20_000, path=path, **QUIET)
+        found = calibrate(model, data, self.KINDS, max_bytes=24_000, path=path, **QUIET)
         handle.remove()
         assert len(calls) == whole - 2 * 12
         assert found.keys() == expected.keys()
@@ -212,5 +212,5 @@ class TestInterrupted:
             (llama(), self.KINDS, "unfinished statistics of 'model.layers.0.* other weights"),
         ):
             with pytest.raises(ValueError, match=message):
-                calibrate(other, data, kinds, max_bytes=20_000, path=path, **QUIET)
+                calibrate(other, data, kinds, max_bytes=24_000, path=path, **QUIET)
             assert sorted(file.name for file in path.iterdir()) == files

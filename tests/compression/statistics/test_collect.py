@@ -99,7 +99,7 @@ class TestGroups:
         kinds = ["inputs", "gradients", "fisher"]
         whole = calibrate(model, data, kinds, show_progress_bar=False)
         assert len(calls) == 6 + 24  # one for each batch, and one for each sample
-        groups = calibrate(model, data, kinds, max_bytes=20_000, show_progress_bar=False)
+        groups = calibrate(model, data, kinds, max_bytes=24_000, show_progress_bar=False)
         assert len(calls) >= 30 + 3 * 30
         assert groups.keys() == whole.keys()
         for name, entry in whole.items():
@@ -120,8 +120,8 @@ class TestDisk:
     def test_written_group_by_group_and_read_again(self, tmp_path: Path) -> None:
         model, data = bert(), batches(6)
         kinds = ["inputs", "gradients", "fisher"]
-        expected = calibrate(model, data, kinds, max_bytes=20_000, show_progress_bar=False)
-        found = calibrate(model, data, kinds, max_bytes=20_000, path=tmp_path / "a", show_progress_bar=False)
+        expected = calibrate(model, data, kinds, max_bytes=24_000, show_progress_bar=False)
+        found = calibrate(model, data, kinds, max_bytes=24_000, path=tmp_path / "a", show_progress_bar=False)
         assert len(list((tmp_path / "a").glob("*.safetensors"))) > 2
         for statistics in (found, load_statistics(tmp_path / "a")):
             assert list(statistics) == list(expected)

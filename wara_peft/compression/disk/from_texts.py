@@ -8,22 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
-from ...disk.checkpoints.checkpoint import Checkpoint, copy_beside
+from ...disk.checkpoints.checkpoint import copy_beside
 from ...disk.checkpoints.directory import written_at_once
-from ...disk.checkpoints.skeleton import Skeleton
-from ...disk.checkpoints.tensors import FLOATS
-from ...factorized.saved import kinds_and_sizes
 from ..compress import check_method, check_plan, compress
 from ..methods import Method
 from ..report import CompressionReport, Evaluation
 from ..solvers.table import solver_of
-from ..statistics.collect import MAX_BYTES, calibrate
+from ..statistics.collect import calibrate
 from ..statistics.layer_statistics import MANIFEST, load_statistics
+from .base import dense_base
+from .by_block import compress_by_block
 from .evaluation import accuracy, perplexity
-from .model import model_class_of, write_compressed
+from .model import write_compressed
 from .text_batches import Batch, TextBatches
 from .text_files import read_texts
 
@@ -40,7 +38,8 @@ def compress_checkpoint(
     batch_size: int = 8,
     length: int = 512,
     batches: int | None = None,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
+    by_block: bool = False,
     device: str = "cpu",
     overwrite: bool = False,
     show_progress_bar: bool = True,
@@ -62,6 +61,8 @@ def compress_checkpoint(
             decoder are packed into blocks of `length` tokens; see `TextBatches`.
         batches: how many batches to use at most.
         max_bytes: as in `calibrate`.
+        by_block: whether to go by `compress_by_block`, with the weights of one block in memory. It keeps no
+            statistics, and evaluates nothing.
         device: where the model runs.
         overwrite: replace `path` if it is there.
         show_progress_bar: show progress.
@@ -75,16 +76,14 @@ def compress_checkpoint(
     directory = Path(base)
     # All checks up to `from_pretrained` read only headers, configs and texts, so mistakes show before the weights are
     # loaded.
-    checkpoint = Checkpoint(directory)
-    skeleton = Skeleton(checkpoint)
-    model_class = model_class_of(skeleton)
-    empty = skeleton.make(model_class)
-    done = kinds_and_sizes(empty)
-    if done:
+    if by_block and (statistics is not None or evaluate is not None):
         raise ValueError(
-            f"{str(base)!r} has {len(done)} factorised layers already. Compress the model it was made of."
+            f"by_block has neither all statistics nor the whole model at any time: leave out "
+            f"{'statistics' if statistics is not None else 'evaluate'}."
         )
-    check_plan(cast(nn.Module, empty).to(_dtype(skeleton)), method)
+    skeleton, empty = dense_base(directory)
+    model_class = type(empty)
+    check_plan(empty, method)
     needs = solver_of(method).needs
     kept = None
     if statistics is not None and (Path(statistics) / MANIFEST).is_file():
@@ -92,6 +91,26 @@ def compress_checkpoint(
     if texts is None and (sequential or (needs and kept is None)):
         why = "sequential" if sequential else f"solver={method.solver!r}"
         raise ValueError(f"{why} needs texts to calibrate with: give a file with one in each line (--texts).")
+    if by_block:
+        unlabelled = None
+        if texts is not None:
+            make = TextBatches(directory, skeleton.config, model_class, batch_size, length)
+            # With labels the model would compute a loss, which nothing needs here.
+            unlabelled = [
+                {name: tensor for name, tensor in batch.items() if name != "labels"}
+                for batch in itertools.islice(make(read_texts(Path(texts))), batches)
+            ]
+        return compress_by_block(
+            base,
+            path,
+            method,
+            unlabelled,
+            sequential=sequential,
+            max_bytes=max_bytes,
+            device=device,
+            overwrite=overwrite,
+            show_progress_bar=show_progress_bar,
+        )
     with written_at_once(path, "replace" if overwrite else "refuse", inputs=(base,)) as temporary:
         data: list[Batch] = []
         judged: list[Batch] = []
@@ -137,12 +156,6 @@ def compress_checkpoint(
         copy_beside(directory, temporary)
         write_compressed(model, temporary)
     return report
-
-
-def _dtype(skeleton: Skeleton) -> torch.dtype:
-    """Give the dtype in which transformers will load the checkpoint."""
-    dtypes = (info.dtype for info in skeleton.checkpoint.tensors.values() if info.dtype in FLOATS)
-    return cast(torch.dtype | None, skeleton.config.dtype) or FLOATS[next(dtypes, "F32")]
 
 
 def _score(model: nn.Module, make: TextBatches, batches: list[Batch]) -> float:

@@ -82,16 +82,27 @@ def write_compressed(model: PreTrainedModel, directory: Path, max_shard_size: st
     Raises:
         ValueError: the model has no factorised layer, or its files do not hold what it has.
     """
-    layers = kinds_and_sizes(model)
-    if not layers:
+    if not kinds_and_sizes(model):
         raise ValueError("The model has no factorised layer; compress it further, or use its save_pretrained.")
+    cast(Any, model).save_pretrained(directory, max_shard_size=max_shard_size)
+    write_record(model, directory)
+
+
+def write_record(model: PreTrainedModel, directory: Path) -> None:
+    """Write `compression.json` beside the other files of a compressed model, and read all of them back.
+
+    Tensors of the model that are on the meta device are not compared with those in the files.
+
+    Raises:
+        ValueError: the files do not hold what the model has.
+    """
+    layers = kinds_and_sizes(model)
     report = getattr(model, "compression_report", None)
     record = {
         "version": VERSION,
         "layers": layers,
         "report": report.as_dict() if isinstance(report, CompressionReport) else None,
     }
-    cast(Any, model).save_pretrained(directory, max_shard_size=max_shard_size)
     (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _check_written(model, layers, directory)
 

@@ -47,7 +47,7 @@ def _by_inputs(_: Method, statistics: LayerStatistics, compensates: bool) -> Met
     if not compensates:
         return Metric(moment)
     mean = cast(Tensor, statistics.mean).double()
-    return Metric(moment.double() - torch.outer(mean, mean))
+    return Metric(torch.addr(moment.double(), mean, mean, alpha=-1))
 
 
 def _outputs(statistics: LayerStatistics, damping: float) -> Tensor:

@@ -7,10 +7,11 @@ import operator
 import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -27,7 +28,8 @@ from ...calibration.batches import (
     run_model,
     with_frozen_parameters,
 )
-from ...calibration.input_moments import Moments, arguments_by_name
+from ...calibration.input_moments import Moments, arguments_by_name, summed_over_processes
+from ...calibration.processes import is_first_process, of_first_process, processes
 from ...calibration.samples import may_hold_square_mask, refusing_sequence_first, samples_of
 from ...compiled import on_plain_model
 from ...factorized.low_rank_linear import linear_shape
@@ -49,7 +51,7 @@ def calibrate(
     *,
     target_modules: str | list[str] | None = None,
     loss_fn: LossFunction | None = None,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
     path: str | os.PathLike[str] | None = None,
     show_progress_bar: bool = True,
 ) -> Mapping[str, LayerStatistics]:
@@ -58,6 +60,9 @@ def calibrate(
     Batches run in evaluation mode with all parameters frozen. Afterwards the model is as it was before. Products are
     in float32, or in the dtype of the inputs if that is wider, and sums in float64. Positions that a batch masks by
     `attention_mask` (or `decoder_attention_mask`) do not count in moments.
+
+    In several processes, as `accelerate launch` starts them, each one passes its own batches, and all get the
+    statistics of all batches. Numbers of batches may differ. The model must not be wrapped.
 
     Statistics of gradients are those of the loss of one sample. Each sample of a batch, an entry along dimension 0 of
     its tensors, runs by itself, so results do not depend on how samples are put into batches.
@@ -73,9 +78,9 @@ def calibrate(
         target_modules: as in PEFT: a list of names or ends of names, or a regex for the full name; None means all
             linear layers but the output layer or classifier of a model of transformers.
         loss_fn: takes the model and a batch and gives the loss, a scalar; None takes `model(**batch).loss`.
-        max_bytes: how much memory the sums may take. If all layers together need more, they are split into groups,
-            and the batches run once for each group. Then batches are kept in memory; otherwise each one is fetched
-            when the one before it is done.
+        max_bytes: how much memory the sums may take; None means 2 GiB, or what the largest layer needs, if that is
+            more. If all layers together need more, they are split into groups, and the batches run once for each
+            group. Then batches are kept in memory; otherwise each one is fetched when the one before it is done.
         path: a directory to keep the statistics in. Each group is written as soon as it is done, and the returned
             mapping reads layer by layer from there. If calibration is interrupted, finished groups stay in the
             directory, and the next call with the same arguments measures only the others. None keeps statistics in
@@ -106,17 +111,19 @@ def calibrate(
         raise ValueError(f"No layer can be compressed. {reasons_of(left)}. Name others in target_modules.")
     for name, layer in targets.items():
         factorizable_weight(name, layer)
-    needed = {name: _bytes_needed(layer, statistics) for name, layer in targets.items()}
-    for _ in groups_within(max_bytes, needed):
-        pass  # this refuses a layer that needs too much before anything is written
+    needed = {name: bytes_needed(layer, statistics) for name, layer in targets.items()}
+    limit = limit_of(max_bytes, needed)  # this refuses a layer that needs too much before anything is written
     found: dict[str, LayerStatistics] = {}
     with ExitStack() as stack:
+        stack.enter_context(_each_sample_once(dataloader))
         writer = None
         if path is not None:
-            writer = stack.enter_context(StatisticsWriter(path, statistics))
-            found.update(_finished(writer, targets))
+            if is_first_process():
+                writer = stack.enter_context(StatisticsWriter(path, statistics))
+                found.update(_finished(writer, targets))
+            found = of_first_process(found)
             needed = {name: size for name, size in needed.items() if name not in found}
-        groups = list(groups_within(max_bytes, needed)) if needed else []
+        groups = list(groups_within(limit, needed)) if needed else []
         count = operator.length_hint(dataloader)
         count = min(count, batches or count) * len(groups)
         progress = stack.enter_context(tqdm(total=count or None, desc="Calibrating", disable=not show_progress_bar))
@@ -127,16 +134,41 @@ def calibrate(
             # shuffle. So batches are kept, but only if there are further groups.
             data = kept if index else _batches(dataloader, batches, kept if len(groups) > 1 else None)
             measured = measure(model, layers, data, statistics, loss_fn, lambda: progress.update())
-            if writer is None:
+            if path is None:
                 found.update(measured)
             else:
-                writer.add(measured)
+                if writer is not None:
+                    writer.add(measured)
                 # Counts and shapes are enough for the warning below; the tensors are on disk.
                 found.update({name: _without_tensors(entry) for name, entry in measured.items()})
+    if "inputs" in statistics:
+        warn_of_few(found)
+    if path is not None:
+        of_first_process(None)  # waits until the files are there
+        return load_statistics(path)
+    return found
+
+
+@contextmanager
+def _each_sample_once(dataloader: Any) -> Iterator[None]:
+    """Context in which a dataloader of accelerate does not repeat samples so that all processes get equally many."""
+    sampler: Any = getattr(dataloader, "batch_sampler", None)
+    evens_out = isinstance(sampler, BatchSamplerShard) and sampler.even_batches
+    try:
+        if evens_out:
+            sampler.even_batches = False
+        yield
+    finally:
+        if evens_out:
+            sampler.even_batches = True
+
+
+def warn_of_few(found: Mapping[str, LayerStatistics]) -> None:
+    """Warn of layers that have seen fewer positions than they have inputs."""
     few = [
         f"{name!r} ({entry.count} positions, {entry.shape[1]} inputs)"
         for name, entry in found.items()
-        if "inputs" in statistics and 0 < entry.count < entry.shape[1]
+        if 0 < entry.count < entry.shape[1]
     ]
     if few:
         least = max(entry.shape[1] for entry in found.values())
@@ -144,9 +176,6 @@ def calibrate(
             f"Too few samples for a regular moment of {first_few(few)}: what these layers do elsewhere does not "
             f"count. Calibrate with at least {least} positions, better ten times as many."
         )
-    if path is not None:
-        return load_statistics(path)
-    return found
 
 
 def _finished(writer: StatisticsWriter, targets: Mapping[str, nn.Module]) -> dict[str, LayerStatistics]:
@@ -178,7 +207,7 @@ def _batches(dataloader: Iterable[Any], most: int | None, kept: list[Any] | None
         if kept is not None:
             kept.append(batch)
         yield batch
-    if batch is None:
+    if batch is None and processes() == 1:  # of several processes, some may get no batch
         raise ValueError("The dataloader gives no batches.")
 
 
@@ -201,7 +230,7 @@ def measure(
     Raises:
         ValueError: the loss is no scalar, or statistics are not finite.
     """
-    moments, masks = Moments(model, with_mean=True), Moments(model)
+    moments, masks = Moments(model), Moments(model)
     differentiates = "gradients" in statistics or "fisher" in statistics
     taps = {name: GradientSums(name, layer, masks, statistics) for name, layer in layers.items()}
     device = next(model.parameters()).device
@@ -218,23 +247,22 @@ def measure(
             if differentiates:
                 _differentiate(model, batch, layers, taps, masks, loss_fn)
             done()
-    sums = moments.of_layers()
+    sums = summed_over_processes(moments.sums(), {layer: linear_shape(layer)[0] for layer in layers.values()})
     # Layers with the same input, such as q, k and v, have one sum. It is moved to main memory once, and shared there.
     shared: dict[int, tuple[int, Tensor, Tensor]] = {}
     found = {}
     for name, layer in layers.items():
         n, m = linear_shape(layer)
         tap = taps[name]
+        of_gradients = tap.results() if differentiates else (None, None)
         count, moment, mean = tap.count, None, None
         if layer in sums:
             total = sums[layer]
             if id(total) not in shared:
-                # The inputs were summed with a 1 appended, so the last row holds their sum and, at its end, the count.
-                count = int(total[-1, -1])
-                scale = 1 / max(count, 1)
-                shared[id(total)] = count, (total[:-1, :-1] * scale).cpu(), (total[-1, :-1] * scale).cpu()
+                # The sum becomes the moment in place: the moments of a wide layer fill much of the memory.
+                moment = total.centred.div_(max(total.count, 1)).addr_(total.mean, total.mean)
+                shared[id(total)] = total.count, moment.cpu(), total.mean.cpu()
             count, moment, mean = shared[id(total)]
-        of_gradients = tap.results() if differentiates else (None, None)
         found[name] = LayerStatistics((m, n), count, probe_of(layer.weight), moment, mean, *of_gradients)
         check_finite(name, found[name])
     return found
@@ -279,14 +307,26 @@ def _is_without_labels(sample: Any, loss: Tensor) -> bool:
     return isinstance(labels, Tensor) and bool(loss.isnan()) and int((labels != -100).sum()) < 2
 
 
-def _bytes_needed(layer: nn.Linear | Conv1D, statistics: Collection[str]) -> int:
+def bytes_needed(layer: nn.Linear | Conv1D, statistics: Collection[str]) -> int:
     n, m = linear_shape(layer)
     double = torch.float64.itemsize
-    # The sum over earlier calls and the sum over the last call are in memory at once.
-    of_inputs = 2 * double * n**2 if "inputs" in statistics else 0
+    # The sum over earlier calls, the sum over the last call, and its product in float32 are in memory at once.
+    of_inputs = (2 * double + double // 2) * n**2 if "inputs" in statistics else 0
     # Up to m gradients, in float32, wait beside the sum.
     of_gradients = (double + double // 2) * m**2 if "gradients" in statistics else 0
     return of_inputs + of_gradients + (double * n if "fisher" in statistics else 0)
+
+
+def limit_of(max_bytes: int | None, needed: Mapping[str, int]) -> int:
+    """Give the memory that sums may take, by default 2 GiB or what the largest layer needs.
+
+    Raises:
+        ValueError: a layer needs more than `max_bytes`.
+    """
+    limit = max([MAX_BYTES, *needed.values()]) if max_bytes is None else max_bytes
+    for _ in groups_within(limit, needed):
+        pass
+    return limit
 
 
 def _without_tensors(entry: LayerStatistics) -> LayerStatistics:

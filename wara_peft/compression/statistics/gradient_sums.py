@@ -6,11 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...calibration.batches import with_gradient
 from ...calibration.input_moments import Moments, input_of, version_of
+from ...calibration.processes import processes
 from ...factorized.low_rank_linear import linear_shape
 
 
@@ -25,7 +27,7 @@ class GradientSums:
     def __init__(self, name: str, layer: nn.Linear | Conv1D, masks: Moments, statistics: Collection[str]) -> None:
         self.name, self.masks = name, masks
         n, m = linear_shape(layer)
-        device = layer.weight.device
+        self.device = device = layer.weight.device
         self.outer = torch.zeros(m, m, dtype=torch.float64, device=device) if "gradients" in statistics else None
         self.squares = torch.zeros(n, dtype=torch.float64, device=device) if "fisher" in statistics else None
         self.count = self.samples = 0
@@ -94,8 +96,14 @@ class GradientSums:
         self.samples += 1
 
     def results(self) -> tuple[Tensor | None, Tensor | None]:
-        """Give E[g gᵀ] over positions and the mean of the squares over samples."""
+        """Give E[g gᵀ] over positions and the mean of the squares over samples, of all processes."""
         self._multiply()
+        if processes() > 1:
+            counts = torch.tensor([self.count, self.samples], device=self.device)
+            for total in (counts, self.outer, self.squares):
+                if total is not None:
+                    dist.all_reduce(total)
+            self.count, self.samples = counts.tolist()
         return (
             None if self.outer is None else (self.outer / max(self.count, 1)).cpu(),
             None if self.squares is None else (self.squares / max(self.samples, 1)).cpu(),
