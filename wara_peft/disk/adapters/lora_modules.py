@@ -19,8 +19,8 @@ from .adapter import read_finite
 from .contents import PEFT_PREFIX, natural_order
 from .lora import LoraContents, SavedLora
 
-FACTOR_A = (".lora_A.weight", ".lora_embedding_A")
-"""The ends of the keys under which PEFT saves LoRA's A."""
+FACTORS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+"""The ends of the keys under which PEFT saves LoRA's A, and of those for the B that belongs to it."""
 
 
 class SavedLoraModules(SavedLora):
@@ -84,7 +84,7 @@ def _modules(file: TensorFile, keeps_in_first: bool) -> dict[str, ModuleShape]:
     """
     found = {}
     for key, info in file.tensors.items():
-        end = next((end for end in FACTOR_A if key.endswith(end)), None)
+        end = next((end for end in FACTORS if key.endswith(end)), None)
         if end is None:
             continue
         name = key.removeprefix(PEFT_PREFIX).removesuffix(end)
@@ -94,7 +94,7 @@ def _modules(file: TensorFile, keeps_in_first: bool) -> dict[str, ModuleShape]:
                 f"{where}, which is of an attention as a whole or of bare parameters. Only the base model tells their "
                 "names and shapes: load the LoRA on that, by PEFT."
             )
-        partner = file.tensors.get(key.removesuffix(end) + end.replace("_A", "_B"))
+        partner = file.tensors.get(key.removesuffix(end) + FACTORS[end])
         if partner is None or len(info.shape) < 2 or len(partner.shape) < 2:
             raise ValueError(f"{where} without a lora_B that fits it: the file is not complete, or of another method.")
         kind = _kind(end, len(info.shape), keeps_in_first)
