@@ -141,6 +141,8 @@ def export(
         for lora in loras:
             of_component = f" of {lora.component}" if lora.component else ""
             modules = len(lora.config.target_modules or ())
+            if engine in BY_EXPERT:  # the config has the names of experts' projections, not each expert's
+                modules = sum(key.endswith(".lora_A.weight") for key in lora.state_dict)
             parameters = len(lora.config.target_parameters or ())
             and_parameters = f" and {parameters} parameters" if parameters else ""
             print_message(

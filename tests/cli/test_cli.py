@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from typer.testing import CliRunner, Result
 
 from tests.forked_python import run_python
+from tests.layers.test_parameters import EXPERTS, qwen3_moe
 from wara_peft import WaRAConfig, to_lora
 from wara_peft.disk.checkpoints.tensors import TensorFile
 from wara_peft_cli.app import app
@@ -193,6 +194,42 @@ class TestExport:
         assert result.exit_code == 0
         (line,) = complaints(result)
         assert line.startswith("wara-peft: warning: PEFT loads all of this LoRA")
+
+
+class TestExportForEngines:
+    @pytest.mark.parametrize(
+        ("engine", "said"), [("vllm", "vLLM needs: --max-lora-rank 16"), ("sglang", "SGLang needs:")]
+    )
+    def test_experts(self, tmp_path, monkeypatch, engine, said):
+        monkeypatch.chdir(tmp_path)
+        qwen3_moe().save_pretrained("base")
+        fields = {"target_modules": ["q_proj"], "target_parameters": EXPERTS, "init_weights": False}
+        get_peft_model(qwen3_moe(), WaRAConfig(**fields)).save_pretrained("adapter")
+        result = say("export", "adapter", "lora", "--for", engine, "--base", "base")
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.splitlines()[:2] == [
+            "Wrote lora: LoRA of rank 16, 26 modules.",  # of 2 layers: q_proj, and three projections of 4 experts
+            "It is exact.",
+        ]
+        assert result.stdout.splitlines()[2].startswith(said)
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "said"),
+        [
+            (["--for", "vllm", "--rank", "513"], 1, "vllm serves no LoRA of rank 513, and 512 at most"),
+            (["--for", "vllm", "--base", "nowhere"], 1, "There is no model directory 'nowhere'."),
+            (["--for", "diffusers", "--format", "peft"], 2, "--for diffusers reads --format diffusers, not peft"),
+            (["--for", "vllm-3d", "--base", "base"], 2, "--base is for --format gguf, and for experts"),
+            (["--for", "llama.cpp"], 2, "--format gguf needs --base"),
+            (["--for", "tgi"], 2, "'tgi' is not one of 'peft', 'vllm', 'vllm-3d', 'sglang', 'llama.cpp', 'diffusers'"),
+        ],
+    )
+    def test_what_cannot_be_exported(self, made, tmp_path, monkeypatch, arguments, status, said):
+        monkeypatch.chdir(tmp_path)
+        result = say("export", made / "adapter", "lora", *arguments)
+        assert result.exit_code == status
+        assert said in " ".join(re.sub("[│╭╮╰╯─]", "", result.stderr).split())
+        assert not result.stdout and not any(tmp_path.iterdir())
 
 
 class TestExportToGguf:

@@ -95,7 +95,7 @@ def test_names_are_those_of_the_base_models_files(tmp_path):
 def test_a_saved_adapter_asks_its_base_for_the_names(tmp_path):
     model = adapted(qwen3_moe())
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"names None, which is no directory here: give base=DIRECTORY \(--base"):
+    with pytest.raises(ValueError, match=r"names no base model: give base=DIRECTORY \(--base"):
         save_as_lora(tmp_path / "lora", tmp_path / "adapter", engine="vllm")
     assert not (tmp_path / "lora").exists()
     qwen3_moe().save_pretrained(tmp_path / "base")

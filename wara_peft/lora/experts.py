@@ -89,8 +89,9 @@ def model_without_weights(
     directory = base or saved.config.base_model_name_or_path
     if not directory or not Path(directory).is_dir():
         raise ValueError(
-            "A LoRA for each expert gets the names that the base model's files have, and the adapter's config names "
-            f"{directory!r}, which is no directory here: give base=DIRECTORY (--base DIRECTORY)."
+            "A LoRA for each expert gets the names that the base model's files have. The adapter's config names "
+            f"{f'{str(directory)!r}, which is no directory here' if directory else 'no base model'}: give "
+            "base=DIRECTORY (--base DIRECTORY)."
         )
     names = {shape.parameter_of(name): "" for name, shape in saved.modules.items()}
     return empty_model(Checkpoint(Path(directory)), saved, names)

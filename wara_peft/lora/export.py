@@ -23,6 +23,7 @@ from ..base_layers.lora_places import fan_in_fan_out, lora_name, loras_targets
 from ..disk.adapters.adapter import Track, no_progress_bar
 from ..disk.adapters.contents import PEFT_PREFIX
 from ..disk.adapters.source import AdapterSource, adapter_directory, adapter_source
+from ..disk.checkpoints.checkpoint import Checkpoint
 from ..disk.checkpoints.directory import file_written_at_once, written_at_once
 from ..disk.checkpoints.tensors import FLOATS
 from ..layers.as_lora import LoraModule, common_rank
@@ -285,6 +286,8 @@ def convert(
         base_model = model_without_weights(model, adapter_name, base)
         stacks = whole_experts(base_model, source.modules)
         parts = projections(base_model, stacks)
+    elif base is not None and apart:
+        Checkpoint(Path(base))  # it is not needed without experts, but has to be there
     for text in source.warnings:
         warnings.warn(text)
     # PEFT's config has one rank. It is known only after all modules are decomposed, if `rank` is a share.
