@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -14,17 +13,25 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from tests.forked_python import run_python
 from tests.training_run import base_model, logits
 from wara_peft import WaRAConfig
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
+# PEFT that this process has imported is forgotten, so that the copy is imported, as in a fresh interpreter.
+FORGETS = """
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+    del sys.modules[name]
+import peft
+assert peft.__file__ == sys.argv[1] and "wara_peft" not in sys.modules
+"""
 LOADS = """
-import sys, torch
+import torch
 from peft import PeftConfig, PeftModel, PeftType
 from transformers import AutoModelForSequenceClassification
-assert "wara_peft" not in sys.modules
 model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("base"), "adapter").eval()
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(1, 25).view(4, 6)).logits, "logits.pt")
@@ -63,10 +70,9 @@ def test_an_installed_package_brings_its_method(tmp_path):
     model = get_peft_model(base, WaRAConfig(target_modules="all-linear", init_weights=False, task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path / "adapter")
 
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
+    path = {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
     for program in (LOADS, REGISTERS):
-        command = [sys.executable, "-c", program]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+        result = run_python("-c", FORGETS + program, site / "peft" / "__init__.py", cwd=tmp_path, env=path)
         assert result.returncode == 0, result.stderr
         if program is LOADS:
             assert "PEFT has no method 'NOBODYS', and no installed package adds it." in result.stdout

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from tests.forked_python import run_python
 from wara_peft import WaRAConfig
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "peft_method_comparison"
@@ -122,9 +121,6 @@ from peft import PeftConfig
 {{}}
 print(type(PeftConfig.from_pretrained({str(EXPERIMENTS / next(iter(TRAINED)))!r})).__name__)
 """
-    with_line, without = (
-        subprocess.run([sys.executable, "-c", read.format(added)], capture_output=True, text=True, check=False)
-        for added in (line[1], "")
-    )
+    with_line, without = (run_python("-c", read.format(added)) for added in (line[1], ""))
     assert with_line.stdout.strip() == "WaRAConfig", with_line.stderr
     assert without.returncode != 0

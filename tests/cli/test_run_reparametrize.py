@@ -28,12 +28,13 @@ LORA = "adapter_model.safetensors"
 
 # Trains a LoRA with Trainer, here or in a child process, and writes the logits and the losses.
 TRAINS = """
-import json, sys
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+import sys
 
-def train(base, out, steps):
+def train(base, out, steps):  # imports here, which the parent of a child process does not need
+    import json
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(base)

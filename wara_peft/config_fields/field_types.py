@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import json
 import types
+from functools import cache
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -34,7 +35,7 @@ else:
 
 def read_json(instance: Any) -> None:
     """Replace strings in a dataclass's fields by the JSON that they hold. Fields without `Json` take only lists."""
-    annotations = get_type_hints(type(instance), include_extras=True)  # without extras the marker of `Json` is lost
+    annotations = _annotations(type(instance))
     for item in dataclasses.fields(instance):
         value, annotation = getattr(instance, item.name), annotations[item.name]
         if not isinstance(value, str):
@@ -45,6 +46,12 @@ def read_json(instance: Any) -> None:
             continue
         if _takes_json(annotation) or (isinstance(read, list) and _matches(read, annotation)):
             setattr(instance, item.name, read)
+
+
+@cache
+def _annotations(cls: type) -> dict[str, Any]:
+    """Evaluate a class's annotations once, as this takes nearly all of the time in which an instance is made."""
+    return get_type_hints(cls, include_extras=True)  # without extras the marker of `Json` is lost
 
 
 def _takes_json(annotation: Any) -> bool:
@@ -60,7 +67,7 @@ def check_types(instance: Any) -> None:
         TypeError: a value is of another type than its field.
         ValueError: a field takes one of several strings, and has another string.
     """
-    annotations = get_type_hints(type(instance), include_extras=True)
+    annotations = _annotations(type(instance))
     for item in dataclasses.fields(instance):
         value, annotation = getattr(instance, item.name), annotations[item.name]
         if not _matches(value, annotation):
