@@ -109,7 +109,8 @@ def export(
     if component and len(component) != len(adapters):
         raise typer.BadParameter(f"give --component once for each of the {len(adapters)} adapters, in their order.")
     if format == "gguf" and base is None:
-        raise typer.BadParameter("--format gguf needs --base.")
+        asked = "--format gguf" if engine is None else f"--for {engine}"
+        raise typer.BadParameter(f"{asked} needs --base, the base model's directory or its GGUF file.")
     if base is not None and format != "gguf" and engine not in BY_EXPERT:
         raise typer.BadParameter("--base is for --format gguf, and for experts with --for vllm or sglang.")
     with failures_in_a_line(debug):

@@ -275,6 +275,7 @@ class TestExportToGguf:
         ("arguments", "status", "said"),
         [
             (["lora.gguf"], 2, "--format gguf needs --base"),
+            (["lora.gguf", "--for", "llama.cpp"], 2, "--for llama.cpp needs --base"),
             (
                 ["lora", "--format", "peft", "--base", "base"],
                 2,

@@ -97,6 +97,9 @@ def test_a_saved_adapter_asks_its_base_for_the_names(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"names no base model: give base=DIRECTORY \(--base"):
         save_as_lora(tmp_path / "lora", tmp_path / "adapter", engine="vllm")
+    # the base that was given is not what the config names
+    with pytest.raises(FileNotFoundError, match=r"There is no model directory '.*nowhere'"):
+        save_as_lora(tmp_path / "lora", tmp_path / "adapter", engine="vllm", base=tmp_path / "nowhere")
     assert not (tmp_path / "lora").exists()
     qwen3_moe().save_pretrained(tmp_path / "base")
     save_as_lora(tmp_path / "lora", tmp_path / "adapter", engine="vllm", base=tmp_path / "base")

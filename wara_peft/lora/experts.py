@@ -73,6 +73,7 @@ def model_without_weights(
         base: for a path, the base model's directory; None means the one that the adapter's config names.
 
     Raises:
+        FileNotFoundError: `base` is no directory.
         ValueError: the model is none of transformers'; or `base` is None, and the config names no directory; or the
             adapter does not fit the base.
     """
@@ -87,7 +88,7 @@ def model_without_weights(
             return type(inner)(copy.deepcopy(inner.config))
     saved = SavedAdapter(adapter_directory(model, adapter_name))
     directory = base or saved.config.base_model_name_or_path
-    if not directory or not Path(directory).is_dir():
+    if not directory or not (base or Path(directory).is_dir()):
         raise ValueError(
             "A LoRA for each expert gets the names that the base model's files have. The adapter's config names "
             f"{f'{str(directory)!r}, which is no directory here' if directory else 'no base model'}: give "
