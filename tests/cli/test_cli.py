@@ -220,7 +220,6 @@ class TestExportForEngines:
             (["--for", "vllm", "--base", "nowhere"], 1, "There is no model directory 'nowhere'."),
             (["--for", "diffusers", "--format", "peft"], 2, "--for diffusers reads --format diffusers, not peft"),
             (["--for", "vllm-3d", "--base", "base"], 2, "--base is for --format gguf, and for experts"),
-            (["--for", "llama.cpp"], 2, "--format gguf needs --base"),
             (["--for", "tgi"], 2, "'tgi' is not one of 'peft', 'vllm', 'vllm-3d', 'sglang', 'llama.cpp', 'diffusers'"),
         ],
     )
