@@ -21,7 +21,7 @@ torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    # `torch.manual_seed` also keeps a traceback for each kind of device that was never used, which takes a millisecond.
+    # `torch.manual_seed` also keeps a traceback for each kind of device that was never used: a millisecond.
     torch.default_generator.manual_seed(0)
 
 

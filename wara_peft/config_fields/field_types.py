@@ -35,7 +35,7 @@ else:
 
 def read_json(instance: Any) -> None:
     """Replace strings in a dataclass's fields by the JSON that they hold. Fields without `Json` take only lists."""
-    annotations = _annotations(type(instance))
+    annotations = _annotations(instance.__class__)
     for item in dataclasses.fields(instance):
         value, annotation = getattr(instance, item.name), annotations[item.name]
         if not isinstance(value, str):
@@ -67,7 +67,7 @@ def check_types(instance: Any) -> None:
         TypeError: a value is of another type than its field.
         ValueError: a field takes one of several strings, and has another string.
     """
-    annotations = _annotations(type(instance))
+    annotations = _annotations(instance.__class__)
     for item in dataclasses.fields(instance):
         value, annotation = getattr(instance, item.name), annotations[item.name]
         if not _matches(value, annotation):
