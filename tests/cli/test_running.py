@@ -342,6 +342,7 @@ FIRST_IMPORTS = [
     "from peft.tuners.lora import LoraLayer",
 ]
 OTHERS = [
+    "bitsandbytes",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.distributed.fsdp",

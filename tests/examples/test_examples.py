@@ -29,6 +29,38 @@ def run(script: Path | str, *arguments: object, directory: Path) -> subprocess.C
     return run_python(script, *arguments, cwd=directory, env=PATHS)
 
 
+# Runs a script whose second process was forked before the script began, in place of a fresh interpreter.
+FORKED_IN_ADVANCE = """
+import multiprocessing, runpy, subprocess, sys
+
+def become(words):
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+def begin():
+    become(theirs.recv())
+
+def run(command, **options):
+    if command[0] != sys.executable:
+        return run_as_before(command, **options)
+    assert not options
+    ours.send(command[1:])
+    second.join()
+    return subprocess.CompletedProcess(command, second.exitcode)
+
+ours, theirs = multiprocessing.Pipe()
+second = multiprocessing.get_context("fork").Process(target=begin, daemon=True)
+second.start()
+run_as_before, subprocess.run = subprocess.run, run
+become(sys.argv[1:])
+"""
+
+
+def run_with_second_process(script: Path, *arguments: object, directory: Path) -> subprocess.CompletedProcess[str]:
+    """As `run`, for a script that starts itself once more: its second process begins in a fork too."""
+    return run("-c", FORKED_IN_ADVANCE, script, *arguments, directory=directory)
+
+
 def example(name: str) -> ModuleType:
     """Import an example as it is imported where it is run: with its own folder on the path."""
     with pytest.MonkeyPatch.context() as patch:
@@ -38,12 +70,9 @@ def example(name: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A whole run on a few docstrings, and the folder that it was started in.
-
-    It begins in a fork, and starts a fresh interpreter itself to load the adapter.
-    """
+    """A whole run on a few docstrings, and the folder that it was started in."""
     folder = tmp_path_factory.mktemp("smoke")
-    return run(CLASSIFY_TEXT, "--smoke", "--levels", "2", "--r", "2", directory=folder), folder
+    return run_with_second_process(CLASSIFY_TEXT, "--smoke", "--levels", "2", "--r", "2", directory=folder), folder
 
 
 @pytest.fixture

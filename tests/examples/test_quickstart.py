@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.examples import tiny_chat_model
-from tests.examples.test_examples import EXAMPLES, example, run
+from tests.examples.test_examples import EXAMPLES, example, run, run_with_second_process
 
 QUICKSTART = EXAMPLES / "quickstart.py"
 Result = subprocess.CompletedProcess[str]
@@ -26,10 +26,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def smoke(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    """A whole run on a few messages, and its folder; it starts a fresh interpreter itself to load the adapter."""
+    """A whole run on a few messages, and its folder."""
     folder = tmp_path_factory.mktemp("smoke")
     arguments = ("--smoke", "--model", model, "--levels", "2", "--r", "2", "--language", "fr")
-    return run(QUICKSTART, *arguments, directory=folder), folder / "quickstart_output"
+    return run_with_second_process(QUICKSTART, *arguments, directory=folder), folder / "quickstart_output"
 
 
 @pytest.mark.slow
