@@ -52,7 +52,9 @@ def summary() -> list[Row]:
             lora = by_point.get((budget, LORA))
             if lora is not None:
                 others = {method: by_point[budget, method] for method in OTHERS if (budget, method) in by_point}
-                rows.append(Row(family, budget, lora, {m: item for m, item in others.items() if fits(item, lora)}))
+                others = {method: item for method, item in others.items() if fits(item, lora)}
+                if others:
+                    rows.append(Row(family, budget, lora, others))
     return rows
 
 

@@ -23,7 +23,7 @@ from quality import plan
 from quality.cells import Store
 from quality.comparison import interval, paired
 from quality.figures import pareto
-from quality.methods import LORA, METHODS
+from quality.methods import DEFAULT, LORA, METHODS
 from quality.plan import BUDGET, Entry, Results
 from quality.reported import Compared, Reported, by_seed, compared, mean, pooled, reported
 from quality.tasks import TASKS
@@ -193,6 +193,28 @@ def rule_table(results: Results, found: dict[str, list[Reported]]) -> str:
     return "\n".join(lines)
 
 
+def wavelet_table(found: dict[str, list[Reported]]) -> str:
+    """`subband` with one level beside GraLoRA, which has its parameters and rank: what differs is the basis."""
+    lines = ["| family | budget | paired difference to GraLoRA | p | seeds |", "|---|---|---|---|---|"]
+    for family in families():
+        rows = [row for name, rows in found.items() if name.startswith(f"{family}/") for row in rows]
+        for budget in plan.BUDGETS[:3]:
+            own, other = (
+                {row.task: row.tests for row in rows if (row.method, row.budget) == (method, budget)}
+                for method in (DEFAULT, "GraLoRA")
+            )
+            if not other or own.keys() != other.keys():
+                continue
+            difference = paired(by_seed(list(own.values())), by_seed([other[task] for task in own]))
+            if difference:
+                factor, shown = unit(family)
+                text = f"{factor * difference.mean:+{shown}} ± {factor * difference.interval:{shown}}"
+                lines.append(
+                    f"| {family} ({len(own)}) | LoRA r={budget:g} | {text} | {difference.p:.3f} | {difference.pairs} |"
+                )
+    return "\n".join(lines)
+
+
 def tables(results: Results) -> dict[str, str]:
     found = reported(results)
     return {
@@ -202,6 +224,7 @@ def tables(results: Results) -> dict[str, str]:
         "selection": selection_table(results),
         "rates": rates_table(results),
         "rule": rule_table(results, found),
+        "wavelet": wavelet_table(found),
     }
 
 
