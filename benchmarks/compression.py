@@ -40,7 +40,7 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import smollm2
-from compress_tasks import Docstrings
+from compress_tasks import Docstrings, SmolLM2
 from docstring_data import load_docstrings
 
 from wara_peft.compression import LayerStatistics, calibrate, compress
@@ -376,17 +376,17 @@ def by_block(options: argparse.Namespace) -> list[dict[str, Any]]:
     count, length = (2, 32) if options.smoke else (32, 256)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        model, tokenizer = smollm2.load_model(), smollm2.load_tokenizer()
-        if options.smoke:
-            model.model.layers = model.model.layers[:2]
-            model.config.num_hidden_layers = 2
+        data = load_docstrings(max_per_class=15 if options.smoke else 60)
+        model = SmolLM2(data, quick=options.smoke).new_model()
         model.save_pretrained(f"{folder}/base")
         sizes = {
             "model": sum(parameter.nbytes for parameter in model.parameters()),
             "block": sum(parameter.nbytes for parameter in model.model.layers[0].parameters()),
         }
-        text = "\n".join(entry.text for entry in load_docstrings(max_per_class=15 if options.smoke else 60).train)
-        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : count * length]
+        text = "\n".join(entry.text for entry in data.train)
+        # The smoke run's model reads bytes.
+        every = [*text.encode()] if options.smoke else smollm2.load_tokenizer()(text, verbose=False)["input_ids"]
+        tokens = torch.tensor(every[: count * length])
         torch.save([{"input_ids": part} for part in tokens.reshape(-1, length).split(4)], f"{folder}/batches.pt")
         for allocation, method in BY_BLOCK_METHODS.items():
             for way, code in BY_BLOCK_WAYS.items():

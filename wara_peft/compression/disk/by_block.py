@@ -75,6 +75,7 @@ def compress_by_block(
             other arguments.
     """
     call = "compress_by_block(base, path, Activation(budget=0.6), batches)"
+    check_argument(call, "base", base, "a str or os.PathLike")
     check_method(call, method)
     needs = solver_of(method).needs
     if not set(needs) <= set(INPUTS):
